@@ -1,0 +1,62 @@
+"""leanclip: train, fine-tune, evaluate and use CLIP.
+
+The public names are loaded when first used, so that `import leanclip` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leanclip.config import Config, load_config
+    from leanclip.errors import ConfigError, DataError, LeanclipError, WeightsError
+    from leanclip.evaluate import build_classifier, recall_at_k
+    from leanclip.images import Preprocess
+    from leanclip.loss import clip_loss
+    from leanclip.model import CLIP
+    from leanclip.plan import make_plan
+    from leanclip.tokenizer import decode, encode, tokenize
+    from leanclip.train import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "config": ("Config", "load_config"),
+    "errors": ("ConfigError", "DataError", "LeanclipError", "WeightsError"),
+    "evaluate": ("build_classifier", "recall_at_k"),
+    "images": ("Preprocess",),
+    "loss": ("clip_loss",),
+    "model": ("CLIP",),
+    "plan": ("make_plan",),
+    "tokenizer": ("decode", "encode", "tokenize"),
+    "train": ("train",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CLIP",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "LeanclipError",
+    "Preprocess",
+    "WeightsError",
+    "build_classifier",
+    "clip_loss",
+    "decode",
+    "encode",
+    "load_config",
+    "make_plan",
+    "recall_at_k",
+    "tokenize",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'leanclip' has no attribute {name!r}")
+    return getattr(import_module(f"leanclip.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,158 @@
+"""The state of training on disk: saved whole or not at all, found again, verified.
+
+    run/checkpoints/step-00000600/
+        model.safetensors     weights          config.json      architecture and preprocessing
+        training.safetensors  AdamW's moments and random states
+        state.json            step, position, what was counted
+        manifest.json         size and SHA-256 of every file above; written last
+
+A checkpoint is written to a temporary folder, synced, and renamed: a folder with the name of a
+step is complete. Nothing in it is a pickle. The folder is also a folder of weights that
+`leanclip.load` and `--load` take.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from leanclip.errors import WeightsError
+from leanclip.images import Preprocess
+from leanclip.model import CLIP
+from leanclip.weights import load_into, read_weights, save_weights
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, in plain values."""
+
+    step: int
+    epoch: int
+    batch: int
+    samples: int
+    bad: dict[str, str]  # id -> reason, of the samples that could not be read
+    seconds: float  # spent on training until here
+
+
+def save(
+    root: Path,
+    progress: Progress,
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    preprocess: Preprocess,
+    *,
+    keep: int,
+) -> Path:
+    """Write a checkpoint under `root`, then remove all but the `keep` newest; its folder."""
+    folder = root / f"step-{progress.step:08d}"
+    temporary = root / f".{folder.name}.tmp"
+    for stale in root.glob(".step-*.tmp"):
+        shutil.rmtree(stale)
+    temporary.mkdir(parents=True)
+    save_weights(temporary, model, preprocess)
+    save_file(_training_tensors(model, optimizer), temporary / "training.safetensors")
+    (temporary / "state.json").write_text(json.dumps(vars(progress)))
+    _write_manifest(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    _sync(root)
+    for old in sorted(root.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def restore(
+    folder: Path, model: CLIP, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Put a checkpoint's weights, moments and random states back.
+
+    Raises:
+        WeightsError: the checkpoint is of another model.
+    """
+    load_into(model, read_weights(folder))
+    tensors = load_file(folder / "training.safetensors")
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if state:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in state.items()
+            }
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    return Progress(**json.loads((folder / "state.json").read_text()))
+
+
+def newest(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under `root` that is whole, and why newer ones are not."""
+    skipped = []
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        problem = next(_problems(folder), None)
+        if problem is None:
+            return folder, skipped
+        skipped.append(problem)
+    return None, skipped
+
+
+def _problems(folder: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint by its manifest."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        yield f"{folder}: has no manifest"
+        return
+    for name, facts in manifest.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != facts["size"]:
+            yield f"{path}: is missing or cut short"
+        elif _sha256(path) != facts["sha256"]:
+            yield f"{path}: differs from its checksum"
+
+
+def _training_tensors(
+    model: CLIP, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    tensors = {
+        f"optimizer.{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _write_manifest(folder: Path) -> None:
+    facts = {
+        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,187 @@
+"""The command line: parses, calls, prints. Heavy imports wait until a command needs them.
+
+Results go to stdout; notes, warnings, errors and progress to stderr. A user's mistake is one
+line and exit code 2; `--debug`, anywhere in the command, shows the traceback.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Train, fine-tune, evaluate and use CLIP. Start with: make quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data = typer.Typer(help="Make and look at data sets.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-o", metavar="KEY.PATH=VALUE", help="Set one setting; may be repeated."),
+]
+NumGpus = Annotated[
+    int | None,
+    typer.Option("--num-gpus", min=0, help="GPUs of this machine; 0: the CPU. Default: one or CPU."),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    _show_log()
+    from leanclip.errors import LeanclipError
+
+    try:
+        app([word for word in _with_resume_value(words) if word != "--debug"])
+    except LeanclipError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command(epilog="Example: leanclip train -c configs/quickstart.yaml -o train.epochs=2")
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    num_gpus: NumGpus = None,
+    load: Annotated[
+        str | None, typer.Option(help="Weights to start from, with a fresh optimiser.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[RUN_DIR]", help="Go on with a run; there must be a checkpoint to go on from."
+        ),
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(help="The run's folder; default: runs/ and the config's name.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, and stop.")
+    ] = False,
+    evaluate_only: Annotated[
+        bool, typer.Option("--evaluate-only", help="Measure the weights, without training.")
+    ] = False,
+) -> None:
+    """Train CLIP, or go on with a run, then evaluate it.
+
+    The same command in the same output folder goes on from the newest checkpoint. What a run
+    starts from, in this order: a run in the output folder, --resume, --load, scratch.
+    """
+    from leanclip import train as training
+    from leanclip.config import load_config
+    from leanclip.distributed import choose_device
+    from leanclip.errors import ConfigError
+    from leanclip.plan import describe, headline, make_plan
+
+    run = resume or None  # a bare --resume names no folder
+    if config is None and run is None:
+        raise ConfigError("-c: give a config file, for example -c configs/quickstart.yaml")
+    settings = load_config(
+        config or Path(run or "") / "config.yaml",
+        overrides or (),
+        load=load,
+        output_dir=run or output_dir,
+    )
+    device = choose_device(settings.device, num_gpus)
+    if evaluate_only:
+        outcome = training.evaluate_only(settings, device)
+    else:
+        plan = make_plan(settings, device)
+        if dry_run:
+            print(describe(plan))
+            return
+        print(headline(plan), file=sys.stderr)
+        outcome = training.train(plan, must_resume=resume is not None)
+    print(training.summary(outcome))
+
+
+@app.command(
+    name="eval",
+    epilog="Example: leanclip eval --model runs/quickstart --data folder:data/shapes/unseen",
+)
+def evaluate(
+    model: Annotated[
+        str, typer.Option(help="A run's folder, a folder of weights, or a file (then with -c).")
+    ],
+    data_spec: Annotated[
+        str | None,
+        typer.Option("--data", metavar="LAYOUT:ROOT", help="What to evaluate on; else as -c says."),
+    ] = None,
+    task: Annotated[str, typer.Option(help="zeroshot, retrieval or all.")] = "all",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    num_gpus: NumGpus = None,
+    out: Annotated[
+        str | None, typer.Option(help="Where to write evaluation.json and pictures.")
+    ] = None,
+) -> None:
+    """Evaluate weights: zero-shot top-1/top-5, and recall@1/5/10 both ways."""
+    from leanclip import train as training
+    from leanclip.distributed import choose_device
+    from leanclip.evaluate import evaluation_config
+
+    settings = evaluation_config(
+        model, data_spec, task, config=config, overrides=overrides or (), out=out
+    )
+    device = choose_device(settings.device, num_gpus)
+    print(training.summary(training.evaluate_only(settings, device)))
+
+
+@data.command(epilog="Example: leanclip data shapes data/shapes")
+def shapes(
+    root: Annotated[Path, typer.Argument(help="The folder to draw into.")],
+    seed: Annotated[int, typer.Option(help="Another seed draws other pictures.")] = 0,
+) -> None:
+    """Draw the built-in data set of coloured, textured figures (about 10,000 images)."""
+    from leanclip.data.shapes import draw_dataset
+    from leanclip.tracking import ProgressBar
+
+    done, total = 0, 1
+    with ProgressBar("drawing", total) as bar:
+        for done, total in draw_dataset(root, seed=seed):  # noqa: B007, used after the loop
+            bar.update(done, total=total)
+    print(f"{total} drawings in {root}: train and val with captions, unseen by class")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, what is missing, and how to get it."""
+    from leanclip.doctor import diagnose
+
+    print(diagnose())
+
+
+def _with_resume_value(words: list[str]) -> list[str]:
+    """Give a bare `--resume` the empty value that an option without optional values needs."""
+    bare = [
+        word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("-"))
+        for i, word in enumerate(words)
+    ]
+    return [f"{word}=" if is_bare else word for word, is_bare in zip(words, bare, strict=True)]
+
+
+def _show_log() -> None:
+    """Print leanclip's notes and warnings as plain lines to whatever stderr is at the time."""
+
+    class ToStderr(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            prefix = "warning: " if record.levelno >= logging.WARNING else ""
+            print(prefix + record.getMessage(), file=sys.stderr)
+
+    log = logging.getLogger("leanclip")
+    log.handlers = [ToStderr()]
+    log.setLevel(logging.INFO)

@@ -1,0 +1,406 @@
+"""Every setting: typed, described, checked where it is declared.
+
+    YAML file -> strict loader -> -o key.path=value -> Config -> YAML in the run's folder
+
+YAML is read by the 1.2 core rules: `5e-4` is a number, `no` and `12:30` are words; duplicate
+keys, aliases and deep nesting are refused with their line. Unknown settings fail with the
+nearest known name.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from leanclip.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Triple = tuple[float, float, float]
+Activation = Literal["quick_gelu", "gelu"]
+Layout = Literal["shapes", "food101", "folder", "pairs"]
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and strict about types and names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The architecture, in the keys of OpenAI's code and of PASSL's `arch` dict."""
+
+    embed_dim: Positive = Field(description="width of the shared feature space")
+    image_resolution: Positive = Field(description="side of the square input image, in pixels")
+    vision_layers: Positive = Field(description="blocks of the vision tower")
+    vision_width: Positive = Field(description="width of the vision tower")
+    vision_patch_size: Positive = Field(description="side of a patch, in pixels")
+    vision_heads: Positive | None = Field(None, description="null: vision_width / 64")
+    context_length: Positive = Field(77, description="tokens of a caption, with start and end")
+    vocab_size: Positive = Field(49408, description="number of token ids")
+    transformer_width: Positive = Field(description="width of the text tower")
+    transformer_heads: Positive = Field(description="attention heads of the text tower")
+    transformer_layers: Positive = Field(description="blocks of the text tower")
+    activation: Activation = Field("quick_gelu", description="of both towers; OpenAI's: quick_gelu")
+    pre_norm: bool = Field(True, description="LayerNorm before the first vision block")
+    patch_bias: bool = Field(False, description="a bias in the patch embedding")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_passl(cls, values: Any) -> Any:
+        """Take PASSL's `model:` block or `arch` dict: unwrap it, drop what is always so here."""
+        if not isinstance(values, dict):
+            return values
+        if isinstance(values.get("architecture"), dict):
+            wrapper = {"architecture", "head", "name"}
+            outer = {key: value for key, value in values.items() if key not in wrapper}
+            values = values["architecture"] | outer
+        fixed = {"name": "CLIP", "qkv_bias": True, "proj": True}
+        for key in fixed.keys() & values.keys():
+            if values[key] != fixed[key]:
+                raise ValueError(f"{key}: {values[key]} is not supported, only {fixed[key]}")
+        return {key: value for key, value in values.items() if key not in fixed}
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        for name, divisor_name in (
+            ("image_resolution", "vision_patch_size"),
+            ("vision_width", "vision_heads"),
+            ("transformer_width", "transformer_heads"),
+        ):
+            value, divisor = getattr(self, name), getattr(self, divisor_name)
+            if divisor is None:
+                divisor = value // 64
+            if divisor == 0 or value % divisor:
+                raise ValueError(f"{name} {value} is not a multiple of {divisor_name} {divisor}")
+        return self
+
+
+class DataConfig(Section):
+    """Where the images and captions are, and how training looks at them."""
+
+    layout: Layout = Field(description="how the folder is arranged: docs/getting-started.md")
+    root: str = Field(description="the data folder")
+    split: str | None = Field(None, description="the part to train on; null: the layout's own")
+    templates: tuple[str, ...] | None = Field(
+        None, description="captions of class data, {} for the name; null: the layout's own"
+    )
+    crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.9, 1.0), description="share of the image's area that a training crop keeps"
+    )
+    crop_ratio: tuple[float, float] = Field(
+        (0.75, 1.3333333333333333), description="width over height of a training crop"
+    )
+    mean: Triple = Field((0.48145466, 0.4578275, 0.40821073), description="of RGB in [0, 1]")
+    std: Triple = Field((0.26862954, 0.26130258, 0.27577711), description="of RGB in [0, 1]")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        4, description="processes that read images; 0: the training process itself"
+    )
+    max_bad_share: Fraction = Field(
+        0.01, description="share of the data set that may be unreadable before the run stops"
+    )
+    max_pixels: Positive = Field(178_956_970, description="an image of more is not decoded")
+
+
+class TrainConfig(Section):
+    """How long, in what batches, in what arithmetic."""
+
+    epochs: Positive = Field(10, description="passes over the training data")
+    batch_size: Positive = Field(128, description="pairs per step and device")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast; weights, loss and temperature stay float32"
+    )
+    truncate_captions: bool = Field(
+        True, description="cut captions over the context; false: they are bad samples"
+    )
+    log_every: Positive = Field(10, description="steps between two lines of metrics.jsonl")
+
+
+class OptimizerConfig(Section):
+    """AdamW, linear warm-up, cosine to zero."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-4, description="peak rate, for a global batch of `reference_batch`"
+    )
+    reference_batch: Positive | None = Field(
+        None,
+        description="the rate is scaled by global batch / this; null: it is used as it stands",
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.2, description="not on biases, norms, temperature and positions"
+    )
+    beta1: Fraction = Field(0.9, description="decay of the gradient's mean")
+    beta2: Fraction = Field(0.98, description="decay of the gradient's square; OpenAI's ViT: 0.98")
+    epsilon: Annotated[float, Field(gt=0)] = Field(1e-6, description="OpenAI's ViT: 1e-6")
+    warmup: Fraction = Field(0.05, description="fraction of the run with a rising rate")
+    max_gradient_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="clip the global gradient norm to this; null: no clipping"
+    )
+
+
+class EvaluationData(Section):
+    """A data set to evaluate on; what is not given is as in `data`."""
+
+    layout: Layout | None = Field(None, description="null: data.layout")
+    root: str | None = Field(None, description="null: data.root")
+    split: str | None = Field(None, description="null: the layout's own for evaluation")
+    templates: tuple[str, ...] | None = Field(
+        None, description="prompts, averaged per class; null: the layout's own"
+    )
+    limit: Positive | None = Field(None, description="use this many samples, from the start")
+
+
+class EvaluateConfig(Section):
+    """What is measured at the end, and on the way."""
+
+    every_epochs: Positive | None = Field(None, description="epochs between two; null: at the end")
+    batch_size: Positive = Field(256, description="images or texts per forward pass")
+    zero_shot: EvaluationData | None = Field(None, description="class data; null: not measured")
+    retrieval: EvaluationData | None = Field(None, description="pairs; null: not measured")
+
+
+class CheckpointConfig(Section):
+    """When the state of training is written; the end of a run always is."""
+
+    every_epochs: Positive | None = Field(1, description="epochs between two")
+    every_steps: Positive | None = Field(None, description="steps between two, besides")
+    keep: Annotated[int, Field(ge=2)] = Field(2, description="newest ones that are kept")
+
+
+class Config(Section):
+    """One run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, order and crops")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is")
+    load: str | None = Field(None, description="weights to start from, with a fresh optimiser")
+    output_dir: str = Field("runs/run", description="the run's folder")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> Config:
+    """Read a YAML file, apply `key.path=value` overrides, then `settings` that are not None.
+
+    Where neither sets `output_dir`, it is `runs/` and the file's name.
+
+    Raises:
+        ConfigError: the file or an override cannot be read, or a setting is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    values = load_yaml(text, where=str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a mapping of settings, found {_kind(values)}")
+    for override in overrides:
+        _override(values, override)
+    values |= {key: value for key, value in settings.items() if value is not None}
+    values.setdefault("output_dir", f"runs/{path.stem}")
+    return parse(Config, values, where=str(path))
+
+
+S = TypeVar("S", bound=Section)
+
+
+def parse(section: type[S], values: Mapping[str, Any], *, where: str) -> S:
+    """Check plain values (as from YAML or JSON) against a section.
+
+    Raises:
+        ConfigError: names the first setting that is wrong, what was found and what is known.
+    """
+    try:
+        text = json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    try:
+        # JSON mode takes lists for tuples and nothing else; Python mode has no such strictness.
+        return section.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first_problem(section, error)}") from None
+
+
+def dump_yaml(values: Any) -> str:
+    """Plain values as YAML, in the order given."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def to_plain(section: Section) -> dict[str, Any]:
+    """A section as plain values that YAML and JSON can hold."""
+    return section.model_dump(mode="json")
+
+
+def differences(old: Section, new: Section, *, ignore: Sequence[str] = ()) -> list[str]:
+    """One `key.path: old there, new here` per setting that differs.
+
+    Settings in `ignore`, and in the groups of settings it names, are passed over.
+    """
+    before, after = (dict(_flatten(to_plain(section))) for section in (old, new))
+    return [
+        f"{key}: {before.get(key)} there, {after.get(key)} here"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in ignore)
+    ]
+
+
+def load_yaml(text: str, *, where: str) -> Any:
+    """Plain values of a YAML text, by the core rules of YAML 1.2.
+
+    Raises:
+        ConfigError: not YAML; or a duplicate key, an alias, a tag or nesting over 20 levels.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+_MAX_DEPTH = 20
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without aliases, duplicates, and YAML 1.1's surprises."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "aliases are not supported: write it out", self.peek_event().start_mark
+            )
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.composer.ComposerError(
+                None, None, f"nested over {_MAX_DEPTH} levels", self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is None or name in seen:
+                what = "a key must be a word" if name is None else f"{name}: set twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+            seen.add(name)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes by the loader's rules."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first
+        )
+# YAML 1.1's constructor would read 0123 as octal; the core rules say decimal.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:float",
+    lambda _, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
+)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set `key.path=value` in nested plain values; the value is read as YAML."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"-o {override}: not of the form key.path=value")
+    for depth, key in enumerate(keys[:-1]):
+        inner = values.setdefault(key, {})
+        if inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"-o {override}: {'.'.join(keys[: depth + 1])} is {_kind(inner)}")
+        values = inner
+    values[keys[-1]] = load_yaml(text, where=f"-o {override}")
+
+
+def _first_problem(section: type[Section], error: ValidationError) -> str:
+    """The first thing wrong, as `key.path: what is wrong; what to do`."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    path = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    found = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        what = f"no such setting{_suggestion(section, path)}"
+    elif problem["type"] == "missing":
+        what = "is required and not set"
+    elif problem["type"] == "value_error":
+        what = problem["msg"].removeprefix("Value error, ")
+    else:
+        wanted = problem["msg"].removeprefix("Input should be ")
+        what = f"should be {wanted}, found {_kind(found)}"
+    return f"{path}: {what}{more}" if path else f"{what}{more}"
+
+
+def _suggestion(section: type[Section], path: str) -> str:
+    """`; did you mean x?` by the whole path, or by the last name alone."""
+    known = list(_paths(section))
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    if not close:
+        by_name = {name.rpartition(".")[2]: name for name in reversed(known)}
+        last = difflib.get_close_matches(path.rpartition(".")[2], by_name, n=1, cutoff=0.6)
+        close = [by_name[name] for name in last]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _paths(section: type[Section], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in section.model_fields.items():
+        paths.append(prefix + name)
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, Section):
+                paths += _paths(part, f"{prefix}{name}.")
+    return paths
+
+
+def _flatten(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(values, dict):
+        return [(prefix, values)]
+    return [
+        item
+        for key, value in values.items()
+        for item in _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    ]
+
+
+def _kind(value: Any) -> str:
+    """A value as a message shows it."""
+    names = {dict: "a group of settings", list: "a list", type(None): "null"}
+    return names.get(type(value)) or json.dumps(value, ensure_ascii=False)[:60]

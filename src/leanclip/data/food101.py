@@ -1,0 +1,59 @@
+"""The `food101` layout: Food-101's official archive, unpacked (Bossard et al., 2014).
+
+    root/images/<class>/<id>.jpg
+    root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.txt
+"""
+
+from pathlib import Path
+
+from leanclip.config import DataConfig
+from leanclip.data.samples import Dataset, check_templates, read_lines, split_folder
+from leanclip.errors import DataError
+
+# The one template that CLIP's authors publish for Food-101 (openai/CLIP, data/prompts.md).
+TEMPLATES = ("a photo of {}, a type of food.",)
+# Wordings for training, so that a caption is not one fixed sentence per class.
+TRAINING_TEMPLATES = (
+    "a photo of {}, a type of food.",
+    "a photo of {}.",
+    "a plate of {}.",
+    "{}, a dish.",
+    "a close-up photo of {}.",
+)
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """The images that meta/<split>.txt lists, by class.
+
+    Raises:
+        DataError: no folder, a list is missing, empty or names an unknown class.
+    """
+    root = split_folder(config.root, None)
+    if not (root / "meta").is_dir():
+        raise DataError(f"data.root: no folder meta in {root}: is it Food-101's unpacked archive?")
+    split = config.split or "train"
+    folders = read_lines(root / "meta" / "classes.txt")
+    names = read_lines(root / "meta" / "labels.txt")
+    if len(folders) != len(names):
+        raise DataError(
+            f"{root / 'meta'}: classes.txt has {len(folders)} lines and labels.txt {len(names)}"
+        )
+    label_of = {folder: label for label, folder in enumerate(folders)}
+    listed = root / "meta" / f"{split}.txt"
+    paths: list[Path] = []
+    labels: list[int] = []
+    for line in read_lines(listed):
+        folder, _, name = line.partition("/")
+        if folder not in label_of or not name or "/" in name or name in (".", ".."):
+            raise DataError(f"{listed}: {line!r} is not of the form class/id with a known class")
+        paths.append(root / "images" / folder / f"{name}.jpg")
+        labels.append(label_of[folder])
+    if not paths:
+        raise DataError(f"{listed}: lists no images")
+    templates = config.templates or (TRAINING_TEMPLATES if split == "train" else TEMPLATES)
+    return Dataset(
+        paths,
+        labels=labels,
+        classes=[name.lower() for name in names],
+        templates=check_templates(templates, where="data.templates"),
+    )

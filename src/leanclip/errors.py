@@ -1,0 +1,26 @@
+"""What leanclip raises for a user's mistake.
+
+    LeanclipError
+    ├── ConfigError    a setting, an option or an argument
+    ├── DataError      a data folder, an image or a caption
+    └── WeightsError   a file of weights or a checkpoint
+
+A message is one line: what, where, what was found, what to do. The command line prints it
+and exits with code 2. Broken invariants of our own are `assert`s, not these.
+"""
+
+
+class LeanclipError(Exception):
+    """Any mistake of the user's that leanclip can name."""
+
+
+class ConfigError(LeanclipError):
+    """A setting, an option or an argument is wrong."""
+
+
+class DataError(LeanclipError):
+    """A data folder, an image or a caption is missing or cannot be used."""
+
+
+class WeightsError(LeanclipError):
+    """A file of weights or a checkpoint is missing, damaged or of another shape."""

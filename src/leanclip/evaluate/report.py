@@ -1,0 +1,139 @@
+"""What an evaluation measured: a model and data sets in; figures, words and samples out."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from leanclip.data.loader import BadSamples, evaluation_batches
+from leanclip.data.samples import fill
+from leanclip.errors import DataError
+from leanclip.evaluate.features import encode_images, encode_texts
+from leanclip.evaluate.retrieval import retrieval_metrics
+from leanclip.evaluate.tasks import Task
+from leanclip.evaluate.zero_shot import build_classifier, zero_shot_metrics
+from leanclip.images import Preprocess
+from leanclip.model import CLIP
+from leanclip.tracking import ProgressBar
+
+log = logging.getLogger("leanclip")
+
+EXAMPLES = 8  # pairs kept for the picture of similarities
+PREDICTIONS = 24  # images kept for the picture of predictions
+
+@dataclass
+class Report:
+    """Figures by name, a plain sentence on each task, and a few pairs to look at."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+    examples: list[tuple[Path | bytes, str]] = field(default_factory=list)  # image, its text
+    similarity: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))  # of the examples
+    predictions: list[tuple[Path | bytes, str, str]] = field(default_factory=list)  # said, meant
+    bad: dict[str, str] = field(default_factory=dict)  # id -> reason
+
+    def write(self, folder: Path) -> None:
+        """Write the figures and sentences to `evaluation.json` in an existing folder."""
+        facts = {"metrics": self.metrics, "sentences": self.sentences, "bad": self.bad}
+        (folder / "evaluation.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def evaluate(model: CLIP, tasks: Sequence[Task], preprocess: Preprocess) -> Report:
+    """Measure every task.
+
+    Raises:
+        DataError: more than the allowed share of a data set is unreadable.
+    """
+    report = Report()
+    for task in tasks:
+        seen = _encode_images(model, task, preprocess, report)
+        measure = _zero_shot if task.name == "zero_shot" else _retrieval
+        measure(model, task, seen, report)
+    return report
+
+
+class _Seen(NamedTuple):
+    """The readable images of a task."""
+
+    features: torch.Tensor  # (N, E), of unit length
+    indices: list[int]  # in the data set
+    labels: torch.Tensor  # (N,)
+
+
+def _encode_images(model: CLIP, task: Task, preprocess: Preprocess, report: Report) -> _Seen:
+    bad = BadSamples(len(task.dataset), task.data.max_bad_share)
+    features, indices, labels = [], [], []
+    total = min(len(task.dataset), task.limit or len(task.dataset))
+    done = 0
+    batches = evaluation_batches(
+        task.dataset,
+        task.data,
+        resolution=preprocess.resolution,
+        context_length=model.context_length,
+        batch_size=task.batch_size,
+        limit=task.limit,
+    )
+    with ProgressBar(f"evaluating {task.name}", total) as bar:
+        for batch in batches:
+            for reason in bad.add(batch.bad):
+                log.warning("skipped: %s", reason)
+            if len(batch):
+                features.append(encode_images(model, batch, preprocess))
+                indices += batch.indices.tolist()
+                labels.append(batch.labels)
+            done += len(batch) + len(batch.bad)
+            bar.update(done)
+    report.bad |= bad.reasons
+    if not indices:
+        raise DataError(f"evaluate.{task.name}: none of the images of {task.data.root} is readable")
+    return _Seen(torch.cat(features), indices, torch.cat(labels))
+
+
+def _zero_shot(model: CLIP, task: Task, seen: _Seen, report: Report) -> None:
+    classes, templates = task.dataset.classes, task.dataset.templates
+    classifier = build_classifier(model, classes, templates, batch_size=task.batch_size)
+    scores = seen.features @ classifier.T  # (N, C)
+    metrics = zero_shot_metrics(scores, seen.labels)
+    report.metrics |= metrics
+    about = f", {task.dataset.about}," if task.dataset.about else ""
+    report.sentences.append(
+        f"It names the right one of {len(classes)} classes{about} for "
+        f"{metrics['zeroshot_top1']:.1%} of {len(seen.labels)} images "
+        f"(guessing: {1 / len(classes):.1%}); the right one is among its first "
+        f"{min(5, len(classes))} for {metrics['zeroshot_top5']:.1%}."
+    )
+    labels, said = seen.labels.tolist(), scores.argmax(dim=1).tolist()
+    shown = range(0, len(labels), -(-len(labels) // PREDICTIONS))
+    report.predictions = [
+        (task.dataset[seen.indices[i]].image, classes[said[i]], classes[labels[i]]) for i in shown
+    ]
+    if not report.examples:
+        firsts = {label: row for row, label in reversed(list(enumerate(labels)))}
+        rows = [firsts[label] for label in sorted(firsts)[:EXAMPLES]]
+        report.examples = [
+            (task.dataset[seen.indices[i]].image, fill(templates[:1], classes[labels[i]])[0])
+            for i in rows
+        ]
+        report.similarity = scores[rows][:, [labels[i] for i in rows]].T
+
+
+def _retrieval(model: CLIP, task: Task, seen: _Seen, report: Report) -> None:
+    samples = [task.dataset[index] for index in seen.indices]
+    captions = [caption for sample in samples for caption in sample.captions]
+    owners = [i for i, sample in enumerate(samples) for _ in sample.captions]
+    texts = encode_texts(model, captions, batch_size=task.batch_size)
+    scores = seen.features @ texts.T  # (N, M)
+    metrics = retrieval_metrics(scores, torch.tensor(owners))
+    report.metrics |= metrics
+    report.sentences.append(
+        f"Among {len(captions)} captions, it finds one of an image's own first for "
+        f"{metrics['image_to_text_R@1']:.1%} of {len(samples)} images; among the images, it "
+        f"finds a caption's own first for {metrics['text_to_image_R@1']:.1%}."
+    )
+    report.examples = [(sample.image, sample.captions[0]) for sample in samples[:EXAMPLES]]
+    firsts = [owners.index(i) for i in range(len(report.examples))]
+    report.similarity = scores[: len(firsts)][:, firsts].T

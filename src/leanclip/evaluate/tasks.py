@@ -1,0 +1,143 @@
+"""What to evaluate: from settings or from words on the command line to opened data sets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanclip.config import Config, DataConfig, EvaluationData, load_config, parse, to_plain
+from leanclip.data import LAYOUTS, Dataset, open_dataset
+from leanclip.errors import ConfigError
+from leanclip.weights import read_weights
+
+EVALUATION_SPLITS = {  # (layout, task) -> the split that is meant for it
+    ("shapes", "zero_shot"): "unseen",
+    ("shapes", "retrieval"): "val",
+    ("food101", "zero_shot"): "test",
+}
+TASKS = {"zeroshot": ("zero_shot",), "retrieval": ("retrieval",)}  # by their command-line names
+TASKS["all"] = ("retrieval", "zero_shot")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to evaluate, opened: what to measure, on which data, by which settings."""
+
+    name: str  # "zero_shot" or "retrieval"
+    data: DataConfig
+    dataset: Dataset
+    limit: int | None
+    batch_size: int
+
+
+def open_tasks(config: Config) -> list[Task]:
+    """Open the data sets that `evaluate` names.
+
+    Raises:
+        DataError: one is missing or empty.
+        ConfigError: zero-shot on data without classes, or retrieval on data without captions.
+    """
+    settings = config.evaluate
+    tasks = []
+    for name, wanted in (("retrieval", settings.retrieval), ("zero_shot", settings.zero_shot)):
+        if wanted is None:
+            continue
+        data = _evaluation_data(config.data, wanted, name)
+        dataset = open_dataset(data)
+        if bool(dataset.classes) != (name == "zero_shot"):
+            has, needs = (
+                ("no classes", "class data (layout folder, food101 or shapes)")
+                if name == "zero_shot"
+                else ("classes, not captions", "captions (layout pairs or shapes)")
+            )
+            raise ConfigError(
+                f"evaluate.{name}: {data.root} (layout {data.layout}) has {has}; name a data set "
+                f"with {needs}, or set evaluate.{name} to null"
+            )
+        tasks.append(Task(name, data, dataset, wanted.limit, settings.batch_size))
+    return tasks
+
+
+def evaluation_config(
+    model: str,
+    data_spec: str | None,
+    task: str,
+    *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    out: str | None = None,
+) -> Config:
+    """The settings of `leanclip eval`.
+
+    They come from `config`, else from the run that `model` is the folder of, else from what is
+    stored with the weights. `data_spec` is LAYOUT:ROOT; without one the settings say what is
+    measured. "all" measures what the data allows.
+
+    Raises:
+        ConfigError: an unknown task or layout, or nothing says what to evaluate on.
+        WeightsError: the weights cannot be read.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"--task {task}: no such task; known: {', '.join(TASKS)}")
+    out = out or str(Path("runs") / f"eval-{Path(model).name}")
+    run_config = Path(model) / "config.yaml"
+    if config is None and run_config.is_file():
+        config = run_config
+    if config is not None:
+        settings = load_config(config, overrides, load=model, output_dir=out)
+    else:
+        if data_spec is None:
+            raise ConfigError("--data: say what to evaluate on, as LAYOUT:ROOT, or give -c CONFIG")
+        if overrides:
+            raise ConfigError("-o: changes the settings of a config; give one with -c CONFIG")
+        settings = _stored_config(model, *_parse_spec(data_spec), out)
+    evaluate = to_plain(settings.evaluate)
+    if data_spec is not None:
+        layout, root = _parse_spec(data_spec)
+        evaluate |= {name: {"layout": layout, "root": root} for name in TASKS["all"]}
+    wanted = [name for name in TASKS[task] if evaluate[name] is not None]
+    if data_spec is not None and task == "all":
+        wanted = ["retrieval", "zero_shot"] if layout == "shapes" else [_natural_task(layout)]
+    if not wanted:
+        raise ConfigError(f"--task {task}: {config} has no such evaluation; give --data LAYOUT:ROOT")
+    evaluate |= {name: None for name in TASKS["all"] if name not in wanted}
+    values = to_plain(settings) | {"evaluate": evaluate}
+    return parse(Config, values, where="leanclip eval")
+
+
+def _evaluation_data(data: DataConfig, wanted: EvaluationData, task: str) -> DataConfig:
+    """The `data` section with what an evaluation sets of its own."""
+    layout = wanted.layout or data.layout
+    changes = {
+        "layout": layout,
+        "root": wanted.root or data.root,
+        "split": wanted.split or EVALUATION_SPLITS.get((layout, task)),
+        "templates": wanted.templates,
+    }
+    return data.model_copy(update=changes)
+
+
+def _stored_config(model: str, layout: str, root: str, out: str) -> Config:
+    """Settings for weights that carry their architecture with them."""
+    weights = read_weights(model)
+    if weights.model is None or weights.preprocess is None:
+        raise ConfigError(
+            f"--model {model}: holds no architecture; give the config it was trained with: -c"
+        )
+    data: dict[str, Any] = {"layout": layout, "root": root}
+    data |= {"mean": weights.preprocess.mean, "std": weights.preprocess.std}
+    values = {"model": to_plain(weights.model), "data": data, "load": model, "output_dir": out}
+    return parse(Config, values, where="leanclip eval")
+
+
+def _parse_spec(spec: str) -> tuple[str, str]:
+    layout, colon, root = spec.partition(":")
+    if not colon or layout not in LAYOUTS or not root:
+        raise ConfigError(
+            f"--data {spec}: not of the form LAYOUT:ROOT with a layout of: {', '.join(LAYOUTS)}"
+        )
+    return layout, root
+
+
+def _natural_task(layout: str) -> str:
+    return "retrieval" if layout == "pairs" else "zero_shot"

@@ -1,0 +1,117 @@
+"""CLIP: a vision tower, a text tower and a temperature (arXiv 2103.00020).
+
+    pixels (B, 3, R, R) -> visual -> image features (B, E)
+    tokens (B, L) -> embedding, transformer, end token -> text features (B, E)
+
+Parameter names are OpenAI's. The text tower's stand at the top level there, without a prefix,
+so they are CLIP's own and not those of a module of its own.
+
+Shapes: B batch, L tokens, D text width, E embedding, R resolution.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from leanclip.config import ModelConfig, parse
+from leanclip.model.transformer import Block, Transformer
+from leanclip.model.vit import VisionTransformer
+
+MAX_LOGIT_SCALE = math.log(100)  # the paper's bound on the temperature
+
+
+class Features(NamedTuple):
+    """What a forward pass gives: unit features of both towers, and exp(logit_scale)."""
+
+    image: torch.Tensor  # (B, E)
+    text: torch.Tensor  # (B, E)
+    scale: torch.Tensor  # ()
+
+
+class CLIP(nn.Module):
+    """Both towers; takes the architecture keys of OpenAI's code and PASSL's `arch` dict.
+
+    Args:
+        arch: the settings of `leanclip.config.ModelConfig`, by name.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that does not fit.
+    """
+
+    def __init__(self, **arch: Any) -> None:
+        super().__init__()
+        self.config = config = parse(ModelConfig, arch, where="CLIP")
+        self.context_length = config.context_length
+        self.visual = VisionTransformer(
+            input_resolution=config.image_resolution,
+            patch_size=config.vision_patch_size,
+            width=config.vision_width,
+            layers=config.vision_layers,
+            heads=config.vision_width // 64 if config.vision_heads is None else config.vision_heads,
+            output_dim=config.embed_dim,
+            activation=config.activation,
+            pre_norm=config.pre_norm,
+            patch_bias=config.patch_bias,
+        )
+        width = config.transformer_width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.transformer = Transformer(
+            width,
+            config.transformer_layers,
+            config.transformer_heads,
+            activation=config.activation,
+            is_causal=True,
+        )
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self._initialize_text()
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels (B, 3, R, R) -> raw image features (B, E)."""
+        return self.visual(pixels)
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, L), L up to the context length -> raw text features (B, E).
+
+        The tower is causal and is read at the end token, which has the highest id, so columns
+        after the last end token can be cut off without a change to the features.
+        """
+        end = tokens.argmax(dim=-1)  # (B,)
+        x = self.token_embedding(tokens)  # (B, L, D)
+        x = x + self.positional_embedding[: tokens.shape[1]]
+        x = self.transformer(x)
+        x = x[torch.arange(len(x), device=x.device), end]  # (B, D)
+        return self.ln_final(x) @ self.text_projection  # (B, E)
+
+    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
+        """Unit features of images and texts, in float32, and the factor on their cosines."""
+        image = F.normalize(self.encode_image(pixels).float(), dim=-1)
+        text = F.normalize(self.encode_text(tokens).float(), dim=-1)
+        return Features(image, text, self.logit_scale.float().exp())
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep exp(logit_scale) within [1, 100]; called after every optimiser step."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def parameter_count(self) -> int:
+        """The number of trained values."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _initialize_text(self) -> None:
+        """OpenAI's initialisation of the text tower; the vision tower keeps PyTorch's own."""
+        width, layers = self.config.transformer_width, self.config.transformer_layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        for block in self.transformer.resblocks:
+            assert isinstance(block, Block)
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)

@@ -1,0 +1,62 @@
+"""The Vision Transformer tower of CLIP: normalised pixels -> image features.
+
+Shapes: B batch, R resolution, p patch size, P patches, D width, E embedding.
+"""
+
+import torch
+from torch import nn
+
+from leanclip.model.transformer import Transformer
+
+
+class VisionTransformer(nn.Module):
+    """ViT with a class token, as in OpenAI's CLIP (arXiv 2103.00020, section 2.4).
+
+    Args:
+        input_resolution: side of the square image, in pixels.
+        patch_size: side of a patch, in pixels; divides the resolution.
+        width: D, the width of the transformer.
+        layers: number of blocks.
+        heads: attention heads; OpenAI's models have width / 64.
+        output_dim: E.
+        activation: "quick_gelu" or "gelu".
+        pre_norm: normalise before the first block; PASSL's `pre_norm: false` leaves it out.
+        patch_bias: a bias in the patch embedding, as PASSL's `patch_bias: true`.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_resolution: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        output_dim: int,
+        activation: str = "quick_gelu",
+        pre_norm: bool = True,
+        patch_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.input_resolution = input_resolution
+        patches = (input_resolution // patch_size) ** 2
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=patch_bias)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
+        self.ln_pre = nn.LayerNorm(width) if pre_norm else nn.Identity()
+        self.transformer = Transformer(
+            width, layers, heads, activation=activation, is_causal=False
+        )
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels (B, 3, R, R) -> features (B, E), not normalised."""
+        x = self.conv1(pixels)  # (B, D, R/p, R/p)
+        x = x.flatten(2).transpose(1, 2)  # (B, P, D)
+        first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # (B, 1, D)
+        x = torch.cat([first, x], dim=1)  # (B, P+1, D)
+        x = self.ln_pre(x + self.positional_embedding)
+        x = self.transformer(x)
+        x = self.ln_post(x[:, 0])  # (B, D)
+        return x @ self.proj  # (B, E)

@@ -1,0 +1,48 @@
+"""The optimiser's parameter groups, and its rates as pure functions of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from leanclip.config import OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW; the learning rate is set before every step from `learning_rate`."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices decay; vectors, scalars and positional embeddings do not."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_kept = parameter.ndim <= 1 or name.endswith("positional_embedding")
+            (kept if is_kept else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+
+
+def scaled_learning_rate(config: OptimizerConfig, global_batch: int) -> float:
+    """The peak rate for this global batch: lr * global_batch / reference_batch."""
+    if config.reference_batch is None:
+        return config.learning_rate
+    return config.learning_rate * global_batch / config.reference_batch
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
+    """The rate of a step: linear from peak/warmup up to the peak, then a cosine to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

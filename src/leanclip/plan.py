@@ -1,0 +1,143 @@
+"""What a run will do, worked out before anything is written: data, steps, rates, memory.
+
+    Config, device -> make_plan -> Plan -> describe (for --dry-run), headline, train
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from leanclip.config import Config, dump_yaml, to_plain
+from leanclip.data import Dataset, open_dataset
+from leanclip.data.loader import batches_per_epoch
+from leanclip.errors import ConfigError
+from leanclip.evaluate import Task, open_tasks
+from leanclip.images import Preprocess
+from leanclip.model import CLIP
+from leanclip.optim import scaled_learning_rate
+from leanclip.tokenizer import VOCAB_SIZE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with everything that follows from it and from the data."""
+
+    config: Config
+    device: torch.device
+    dataset: Dataset
+    tasks: list[Task]
+    preprocess: Preprocess
+    batch_size: int  # pairs per step over all devices
+    steps_per_epoch: int
+    steps: int
+    peak_rate: float
+    warmup: int  # steps
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output_dir)
+
+
+def make_plan(config: Config, device: torch.device) -> Plan:
+    """Open the data and work out the steps and rates of a run.
+
+    Raises:
+        ConfigError: the model cannot hold the tokeniser's ids.
+        DataError: the data is missing, empty or not of its layout.
+    """
+    if config.model.vocab_size < VOCAB_SIZE:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is less than the {VOCAB_SIZE} ids of "
+            f"the tokeniser; set it to {VOCAB_SIZE}"
+        )
+    dataset = open_dataset(config.data)
+    batch_size = min(config.train.batch_size, len(dataset))
+    steps_per_epoch = batches_per_epoch(len(dataset), batch_size)
+    steps = config.train.epochs * steps_per_epoch
+    return Plan(
+        config=config,
+        device=device,
+        dataset=dataset,
+        tasks=open_tasks(config),
+        preprocess=model_preprocess(config),
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        peak_rate=scaled_learning_rate(config.optimizer, batch_size),
+        warmup=round(config.optimizer.warmup * steps),
+    )
+
+
+def model_preprocess(config: Config) -> Preprocess:
+    """The evaluation transform of the model that a configuration describes."""
+    return Preprocess(config.model.image_resolution, config.data.mean, config.data.std)
+
+
+def headline(plan: Plan) -> str:
+    """The run in a few lines, for the start of training."""
+    config, optimizer = plan.config, plan.config.optimizer
+    with torch.device("meta"):
+        parameters = CLIP(**to_plain(config.model)).parameter_count()
+    rate = f"peak learning rate {plan.peak_rate:.3g}"
+    if optimizer.reference_batch is None:
+        rate += " as it stands (optimizer.reference_batch is null)"
+    else:
+        rate += (
+            f" = {optimizer.learning_rate:.3g} x batch {plan.batch_size} / "
+            f"reference batch {optimizer.reference_batch}"
+        )
+    smaller = (
+        f" (train.batch_size is {config.train.batch_size}, the data set is smaller)"
+        if plan.batch_size < config.train.batch_size
+        else ""
+    )
+    return "\n".join(
+        (
+            f"model: {parameters:,} parameters, {config.model.image_resolution} px, "
+            f"{config.train.precision} on {plan.device.type}",
+            f"data: {len(plan.dataset):,} samples of {config.data.layout} in {config.data.root}",
+            f"steps: {plan.steps:,} = {config.train.epochs} epochs x {plan.steps_per_epoch} "
+            f"batches of {plan.batch_size}{smaller}",
+            f"rates: {rate}, {plan.warmup} steps of warm-up, then a cosine to zero",
+            f"folder: {plan.folder}",
+        )
+    )
+
+
+def describe(plan: Plan) -> str:
+    """What --dry-run prints: the resolved configuration as YAML, the rest as comments of it."""
+    weights, activations = memory_estimate(plan)
+    gigabytes = (
+        f"memory: about {(weights + activations) / 2**30:.2f} GiB = {weights / 2**30:.2f} for "
+        f"weights, gradients and moments + {activations / 2**30:.2f} for a batch's activations "
+        f"(captions as long as the context; shorter ones take less)"
+    )
+    comments = "".join(f"# {line}\n" for line in (*headline(plan).splitlines(), gigabytes))
+    return comments + dump_yaml(to_plain(plan.config)).rstrip()
+
+
+def memory_estimate(plan: Plan) -> tuple[int, int]:
+    """Bytes for weights with gradients and AdamW's moments, and for a batch's activations.
+
+    Activations are counted, not guessed: the model runs on the meta device, where nothing is
+    computed, and the tensors that autograd keeps are added up.
+    """
+    kept: dict[int, torch.Tensor] = {}
+    with torch.device("meta"):
+        model = CLIP(**to_plain(plan.config.model))
+        side, length = model.visual.input_resolution, model.context_length
+        pixels = torch.empty(1, 3, side, side)
+        tokens = torch.empty(1, length, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor), lambda kept: kept
+    ):
+        features = model(pixels, tokens)
+    del features
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    per_pair = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    if plan.config.train.precision == "bf16":
+        per_pair //= 2
+    logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient
+    return 16 * model.parameter_count(), plan.batch_size * per_pair + logits
