@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from leanclip.images import Preprocess
     from leanclip.loss import clip_loss
     from leanclip.model import CLIP
-    from leanclip.plan import make_plan
     from leanclip.tokenizer import decode, encode, tokenize
-    from leanclip.train import train
 
 __version__ = "0.1.0"
 
@@ -26,9 +24,7 @@ _HOMES = {
     "images": ("Preprocess",),
     "loss": ("clip_loss",),
     "model": ("CLIP",),
-    "plan": ("make_plan",),
     "tokenizer": ("decode", "encode", "tokenize"),
-    "train": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -45,10 +41,8 @@ __all__ = [
     "decode",
     "encode",
     "load_config",
-    "make_plan",
     "recall_at_k",
     "tokenize",
-    "train",
 ]
 
 

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from leanclip.errors import WeightsError
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.weights import load_into, read_weights, save_weights
@@ -69,9 +68,7 @@ def save(
     return folder
 
 
-def restore(
-    folder: Path, model: CLIP, optimizer: torch.optim.Optimizer
-) -> Progress:
+def restore(folder: Path, model: CLIP, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a checkpoint's weights, moments and random states back.
 
     Raises:
@@ -119,9 +116,7 @@ def _problems(folder: Path) -> Iterator[str]:
             yield f"{path}: differs from its checksum"
 
 
-def _training_tensors(
-    model: CLIP, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
+def _training_tensors(model: CLIP, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors = {
         f"optimizer.{name}.{key}": value
         for name, parameter in model.named_parameters()

@@ -29,7 +29,9 @@ Overrides = Annotated[
 ]
 NumGpus = Annotated[
     int | None,
-    typer.Option("--num-gpus", min=0, help="GPUs of this machine; 0: the CPU. Default: one or CPU."),
+    typer.Option(
+        "--num-gpus", min=0, help="GPUs of this machine; 0: the CPU. Default: one or CPU."
+    ),
 ]
 
 
@@ -152,7 +154,7 @@ def shapes(
 
     done, total = 0, 1
     with ProgressBar("drawing", total) as bar:
-        for done, total in draw_dataset(root, seed=seed):  # noqa: B007, used after the loop
+        for done, total in draw_dataset(root, seed=seed):
             bar.update(done, total=total)
     print(f"{total} drawings in {root}: train and val with captions, unseen by class")
 

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from leanclip.errors import ConfigError
 
@@ -23,6 +25,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 Activation = Literal["quick_gelu", "gelu"]
+Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
 Layout = Literal["shapes", "food101", "folder", "pairs"]
 
 
@@ -40,15 +43,19 @@ class ModelConfig(Section):
     vision_layers: Positive = Field(description="blocks of the vision tower")
     vision_width: Positive = Field(description="width of the vision tower")
     vision_patch_size: Positive = Field(description="side of a patch, in pixels")
-    vision_heads: Positive | None = Field(None, description="null: vision_width / 64")
-    context_length: Positive = Field(77, description="tokens of a caption, with start and end")
-    vocab_size: Positive = Field(49408, description="number of token ids")
+    vision_heads: Positive | None = Field(default=None, description="null: vision_width / 64")
+    context_length: Positive = Field(
+        default=77, description="tokens of a caption, with start and end"
+    )
+    vocab_size: Positive = Field(default=49408, description="number of token ids")
     transformer_width: Positive = Field(description="width of the text tower")
     transformer_heads: Positive = Field(description="attention heads of the text tower")
     transformer_layers: Positive = Field(description="blocks of the text tower")
-    activation: Activation = Field("quick_gelu", description="of both towers; OpenAI's: quick_gelu")
-    pre_norm: bool = Field(True, description="LayerNorm before the first vision block")
-    patch_bias: bool = Field(False, description="a bias in the patch embedding")
+    activation: Activation = Field(
+        default="quick_gelu", description="of both towers; OpenAI's: quick_gelu"
+    )
+    pre_norm: bool = Field(default=True, description="LayerNorm before the first vision block")
+    patch_bias: bool = Field(default=False, description="a bias in the patch embedding")
 
     @model_validator(mode="before")
     @classmethod
@@ -86,90 +93,110 @@ class DataConfig(Section):
 
     layout: Layout = Field(description="how the folder is arranged: docs/getting-started.md")
     root: str = Field(description="the data folder")
-    split: str | None = Field(None, description="the part to train on; null: the layout's own")
+    split: str | None = Field(
+        default=None, description="the part to train on; null: the layout's own"
+    )
     templates: tuple[str, ...] | None = Field(
-        None, description="captions of class data, {} for the name; null: the layout's own"
+        default=None, description="captions of class data, {} for the name; null: the layout's own"
     )
     crop_scale: tuple[Fraction, Fraction] = Field(
-        (0.9, 1.0), description="share of the image's area that a training crop keeps"
+        default=(0.9, 1.0), description="share of the image's area that a training crop keeps"
     )
     crop_ratio: tuple[float, float] = Field(
-        (0.75, 1.3333333333333333), description="width over height of a training crop"
+        default=(0.75, 1.3333333333333333), description="width over height of a training crop"
     )
-    mean: Triple = Field((0.48145466, 0.4578275, 0.40821073), description="of RGB in [0, 1]")
-    std: Triple = Field((0.26862954, 0.26130258, 0.27577711), description="of RGB in [0, 1]")
-    workers: Annotated[int, Field(ge=0)] = Field(
-        4, description="processes that read images; 0: the training process itself"
+    mean: Triple = Field(
+        default=(0.48145466, 0.4578275, 0.40821073), description="of RGB in [0, 1]"
+    )
+    std: Triple = Field(
+        default=(0.26862954, 0.26130258, 0.27577711), description="of RGB in [0, 1]"
+    )
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="processes that read images; 0: the training process itself; "
+        "null: one per CPU core, at most 8",
     )
     max_bad_share: Fraction = Field(
-        0.01, description="share of the data set that may be unreadable before the run stops"
+        default=0.01,
+        description="share of the data set that may be unreadable before the run stops",
     )
-    max_pixels: Positive = Field(178_956_970, description="an image of more is not decoded")
+    max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = Field(
+        default=178_956_970,
+        description="an image of more is not decoded; Pillow decodes no larger ones",
+    )
 
 
 class TrainConfig(Section):
     """How long, in what batches, in what arithmetic."""
 
-    epochs: Positive = Field(10, description="passes over the training data")
-    batch_size: Positive = Field(128, description="pairs per step and device")
+    epochs: Positive = Field(default=10, description="passes over the training data")
+    batch_size: Positive = Field(default=128, description="pairs per step and device")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast; weights, loss and temperature stay float32"
+        default="fp32", description="bf16: autocast; weights, loss and temperature stay float32"
     )
     truncate_captions: bool = Field(
-        True, description="cut captions over the context; false: they are bad samples"
+        default=True, description="cut captions over the context; false: they are bad samples"
     )
-    log_every: Positive = Field(10, description="steps between two lines of metrics.jsonl")
+    log_every: Positive = Field(default=10, description="steps between two lines of metrics.jsonl")
 
 
 class OptimizerConfig(Section):
     """AdamW, linear warm-up, cosine to zero."""
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        1e-4, description="peak rate, for a global batch of `reference_batch`"
+        default=1e-4, description="peak rate, for a global batch of `reference_batch`"
     )
     reference_batch: Positive | None = Field(
-        None,
+        default=None,
         description="the rate is scaled by global batch / this; null: it is used as it stands",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.2, description="not on biases, norms, temperature and positions"
+        default=0.2, description="not on biases, norms, temperature and positions"
     )
-    beta1: Fraction = Field(0.9, description="decay of the gradient's mean")
-    beta2: Fraction = Field(0.98, description="decay of the gradient's square; OpenAI's ViT: 0.98")
-    epsilon: Annotated[float, Field(gt=0)] = Field(1e-6, description="OpenAI's ViT: 1e-6")
-    warmup: Fraction = Field(0.05, description="fraction of the run with a rising rate")
+    beta1: Fraction = Field(default=0.9, description="decay of the gradient's mean")
+    beta2: Fraction = Field(
+        default=0.98, description="decay of the gradient's square; OpenAI's ViT: 0.98"
+    )
+    epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="OpenAI's ViT: 1e-6")
+    warmup: Fraction = Field(default=0.05, description="fraction of the run with a rising rate")
     max_gradient_norm: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="clip the global gradient norm to this; null: no clipping"
+        default=None, description="clip the global gradient norm to this; null: no clipping"
     )
 
 
 class EvaluationData(Section):
     """A data set to evaluate on; what is not given is as in `data`."""
 
-    layout: Layout | None = Field(None, description="null: data.layout")
-    root: str | None = Field(None, description="null: data.root")
-    split: str | None = Field(None, description="null: the layout's own for evaluation")
+    layout: Layout | None = Field(default=None, description="null: data.layout")
+    root: str | None = Field(default=None, description="null: data.root")
+    split: str | None = Field(default=None, description="null: the layout's own for evaluation")
     templates: tuple[str, ...] | None = Field(
-        None, description="prompts, averaged per class; null: the layout's own"
+        default=None, description="prompts, averaged per class; null: the layout's own"
     )
-    limit: Positive | None = Field(None, description="use this many samples, from the start")
+    limit: Positive | None = Field(
+        default=None, description="use this many samples, from the start"
+    )
 
 
 class EvaluateConfig(Section):
     """What is measured at the end, and on the way."""
 
-    every_epochs: Positive | None = Field(None, description="epochs between two; null: at the end")
-    batch_size: Positive = Field(256, description="images or texts per forward pass")
-    zero_shot: EvaluationData | None = Field(None, description="class data; null: not measured")
-    retrieval: EvaluationData | None = Field(None, description="pairs; null: not measured")
+    every_epochs: Positive | None = Field(
+        default=None, description="epochs between two; null: at the end"
+    )
+    batch_size: Positive = Field(default=256, description="images or texts per forward pass")
+    zero_shot: EvaluationData | None = Field(
+        default=None, description="class data; null: not measured"
+    )
+    retrieval: EvaluationData | None = Field(default=None, description="pairs; null: not measured")
 
 
 class CheckpointConfig(Section):
     """When the state of training is written; the end of a run always is."""
 
-    every_epochs: Positive | None = Field(1, description="epochs between two")
-    every_steps: Positive | None = Field(None, description="steps between two, besides")
-    keep: Annotated[int, Field(ge=2)] = Field(2, description="newest ones that are kept")
+    every_epochs: Positive | None = Field(default=1, description="epochs between two")
+    every_steps: Positive | None = Field(default=None, description="steps between two, besides")
+    keep: Annotated[int, Field(ge=2)] = Field(default=2, description="newest ones that are kept")
 
 
 class Config(Section):
@@ -181,10 +208,14 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, order and crops")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is")
-    load: str | None = Field(None, description="weights to start from, with a fresh optimiser")
-    output_dir: str = Field("runs/run", description="the run's folder")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of weights, order and crops")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where there is"
+    )
+    load: str | None = Field(
+        default=None, description="weights to start from, with a fresh optimiser"
+    )
+    output_dir: str = Field(default="runs/run", description="the run's folder")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> Config:
@@ -278,17 +309,17 @@ _MAX_DEPTH = 20
 class _Loader(yaml.SafeLoader):
     """SafeLoader without aliases, duplicates, and YAML 1.1's surprises."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: Resolvers = {}  # noqa: RUF012, as PyYAML declares it
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
+            raise ComposerError(
                 None, None, "aliases are not supported: write it out", self.peek_event().start_mark
             )
         self.depth += 1
         if self.depth > _MAX_DEPTH:
-            raise yaml.composer.ComposerError(
+            raise ComposerError(
                 None, None, f"nested over {_MAX_DEPTH} levels", self.peek_event().start_mark
             )
         node = super().compose_node(parent, index)
@@ -301,7 +332,7 @@ class _Loader(yaml.SafeLoader):
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name is None or name in seen:
                 what = "a key must be a word" if name is None else f"{name}: set twice"
-                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+                raise ConstructorError(None, None, what, key.start_mark)
             seen.add(name)
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
@@ -309,7 +340,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes by the loader's rules."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: Resolvers = {}  # noqa: RUF012, as PyYAML declares it
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -2,38 +2,48 @@
 
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, requires, version
-
-import torch
-from packaging.requirements import Requirement
 
 
 def diagnose() -> str:
     """A table of the machine and of leanclip's needed and optional packages."""
     lines = [
-        f"leanclip {version('leanclip')}, Python {platform.python_version()}, {platform.platform()}",
-        f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
-        f"CUDA devices: {_devices()}",
+        f"leanclip {version('leanclip')}, Python {platform.python_version()}, "
+        f"{platform.platform()}",
+        f"devices: {_devices()}",
         "",
     ]
     missing: dict[str, list[str]] = {}
-    for text in requires("leanclip") or []:
-        requirement = Requirement(text)
-        extra = str(requirement.marker).partition("extra == ")[2].strip("\"'") or ""
+    for extra, name in _requirements():
         try:
-            found = version(requirement.name)
+            found = version(name)
         except PackageNotFoundError:
             found = "missing"
-            missing.setdefault(extra, []).append(requirement.name)
-        label = f"[{extra}]" if extra else "needed"
-        lines.append(f"{label:14} {requirement.name:14} {found}")
+            missing.setdefault(extra, []).append(name)
+        lines.append(f"{f'[{extra}]' if extra else 'needed':14} {name:14} {found}")
     lines.append("")
     for extra, names in missing.items():
-        package = f"'leanclip[{extra}]'" if extra else "leanclip"
-        lines.append(f"get {', '.join(names)} with: pip install -c constraints.txt {package}")
+        project = f"'.[{extra}]'" if extra else "."
+        lines.append(f"get {', '.join(names)} with: pip install -c constraints.txt -e {project}")
     return "\n".join(lines if missing else [*lines, "nothing is missing"])
 
 
+def _requirements() -> list[tuple[str, str]]:
+    """(extra or "", package) of every requirement in leanclip's metadata."""
+    found = []
+    for text in requires("leanclip") or []:
+        name = re.match(r"[\w.-]+", text)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", text)
+        assert name, text
+        found.append((extra[1] if extra else "", name[0]))
+    return found
+
+
 def _devices() -> str:
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(names) or "none"
+    try:
+        import torch
+    except ImportError:
+        return f"{os.cpu_count()} CPU cores; others unknown, torch is missing"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join((f"{os.cpu_count()} CPU cores ({torch.get_num_threads()} threads)", *gpus))

@@ -24,6 +24,7 @@ Source = str | Path | bytes | Image.Image
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 MAX_PIXELS = 178_956_970  # Pillow's own bound for "decompression bomb" errors
+MAX_LENGTH = 1 << 18  # of the long side when the short one is as the model wants it
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -76,10 +77,16 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Short side to `resolution` by antialiased bicubic, then the square in the middle."""
+    """Short side to `resolution` by antialiased bicubic, then the square in the middle.
+
+    Raises:
+        DataError: the sides differ so much that the long one would be over MAX_LENGTH.
+    """
     width, height = image.size
     short = min(width, height)
     size = (resolution * width // short, resolution * height // short)
+    if max(size) > MAX_LENGTH:
+        raise DataError(f"an image of {width}x{height} pixels is too long for its other side")
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((side - resolution) / 2) for side in size)
     return image.crop((left, top, left + resolution, top + resolution))

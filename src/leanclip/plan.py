@@ -1,6 +1,6 @@
 """What a run will do, worked out before anything is written: data, steps, rates, memory.
 
-    Config, device -> make_plan -> Plan -> describe (for --dry-run), headline, train
+Config, device -> make_plan -> Plan -> describe (for --dry-run), headline, train
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,7 +26,7 @@ log = logging.getLogger("leanclip")
 def run_pictures(folder: Path, report: Report) -> list[Path]:
     """Draw what a run's folder can show: similarity.png, predictions.png, curves.png."""
     if find_spec("matplotlib") is None:
-        log.info("no pictures: matplotlib is missing; get it with: pip install 'leanclip[plots]'")
+        log.info("no pictures: matplotlib is missing; get it with: pip install matplotlib")
         return []
     drawn = []
     if report.examples:
@@ -56,21 +56,29 @@ def similarity_matrix(
     The picture of OpenAI's and PASSL's demonstration notebooks.
     """
     rows, columns = similarity.shape
-    figure = _figure(3.2 + 1.1 * columns, 1.2 + 0.75 * rows)
-    axes = figure.add_axes((3.2 / (3.2 + 1.1 * columns), 0.02, 0.78 * columns / (columns + 1), 0.74))
+    left, cell_width, cell_height, top = 3.4, 1.1, 0.75, 1.6  # inches
+    width, height = left + cell_width * columns + 0.1, top + cell_height * rows + 0.1
+    figure = _figure(width, height, layout=None)
+    axes = figure.add_axes(
+        (left / width, 0.1 / height, 1 - (left + 0.1) / width, 1 - (top + 0.1) / height)
+    )
     axes.imshow(similarity, aspect="auto")
     middle = (similarity.min() + similarity.max()) / 2
     for (row, column), value in np.ndenumerate(similarity):
         ink = "black" if value > middle else "white"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=10, color=ink)
-    axes.set_yticks(range(rows), [textwrap.fill(text, 34) for text in texts])
+    axes.set_yticks(range(rows), [textwrap.fill(text, 36) for text in texts])
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     for column, image in enumerate(images):
-        thumbnail = axes.inset_axes((column / columns, 1.01, 1 / columns, 1.2 / rows))
+        box = (left + cell_width * (column + 0.04), height - top + 0.05)
+        size = (0.92 * cell_width, top - 0.5)
+        thumbnail = figure.add_axes(
+            (box[0] / width, box[1] / height, size[0] / width, size[1] / height), anchor="S"
+        )
         thumbnail.imshow(open_image(image))
         thumbnail.axis("off")
-    figure.suptitle("Cosine similarity between text and image features")
+    figure.suptitle("Cosine similarity between text and image features", y=1 - 0.15 / height)
     figure.savefig(path)
 
 
@@ -113,11 +121,13 @@ def image_grid(images: Sequence[Source], captions: Sequence[str], path: Path) ->
     figure.savefig(path)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(
+    width: float, height: float, *, layout: Literal["constrained"] | None = "constrained"
+) -> "Figure":
     """A figure of so many inches, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=110, layout=layout)
     FigureCanvasAgg(figure)
     return figure

@@ -14,6 +14,7 @@ import html
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib import resources
+from itertools import pairwise
 
 import ftfy
 import numpy as np
@@ -97,7 +98,7 @@ def _word_ids(word: str) -> tuple[int, ...]:
     symbols = [letters[byte] for byte in word.encode("utf-8")]
     symbols[-1] += "</w>"
     while len(symbols) > 1:
-        best = min(zip(symbols, symbols[1:], strict=False), key=vocabulary.rank)
+        best = min(pairwise(symbols), key=vocabulary.rank)
         if best not in vocabulary.ranks:
             break
         symbols = _merge(symbols, best)

@@ -259,8 +259,8 @@ def _same_run(plan: Plan) -> None:
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
-            f"{plan.folder}: holds a run of another configuration ({'; '.join(changed[:3])}{more}); "
-            f"choose another --output-dir, or remove that folder"
+            f"{plan.folder}: holds a run of another configuration "
+            f"({'; '.join(changed[:3])}{more}); choose another --output-dir, or remove that folder"
         )
 
 

@@ -1,7 +1,7 @@
 """The `food101` layout: Food-101's official archive, unpacked (Bossard et al., 2014).
 
-    root/images/<class>/<id>.jpg
-    root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.txt
+root/images/<class>/<id>.jpg
+root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.txt
 """
 
 from pathlib import Path

@@ -8,6 +8,7 @@ it or when: the position alone rebuilds the stream.
 Shapes: B batch, L tokens, R resolution.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -142,8 +143,10 @@ def _training_keys(
 
 
 def _load(
-    reader: "_Reader", keys: Iterator[list[tuple[int, int]]], workers: int
+    reader: "_Reader", keys: Iterator[list[tuple[int, int]]], workers: int | None
 ) -> Iterator[Batch]:
+    if workers is None:
+        workers = min(8, len(os.sched_getaffinity(0)))
     loader = DataLoader(
         reader,  # pyright: ignore[reportArgumentType]: keys are pairs, and it needs no length
         batch_sampler=keys,  # pyright: ignore[reportArgumentType]: an iterator will do
@@ -157,7 +160,7 @@ def _load(
 class _Read(NamedTuple):
     image: np.ndarray
     tokens: torch.Tensor
-    index: int
+    key: int  # the sample's index; a tuple has a method of that name
     label: int
 
 
@@ -187,7 +190,7 @@ class _Reader:
                 image = center_crop(image, self.resolution)
             else:
                 rng = np.random.default_rng([self.seed, epoch, index])
-                caption = sample.captions[rng.integers(len(sample.captions))]
+                caption = sample.captions[int(rng.integers(len(sample.captions)))]
                 scale, ratio = self.config.crop_scale, self.config.crop_ratio
                 image = random_crop(image, self.resolution, rng, scale=scale, ratio=ratio)
             tokens = tokenize(caption, self.context_length, truncate=self.truncate)[0]
@@ -206,7 +209,7 @@ def _collate(items: list[_Read | tuple[str, str]]) -> Batch:
     return Batch(
         torch.from_numpy(np.stack([item.image for item in good])),
         trim(torch.stack([item.tokens for item in good])),
-        torch.tensor([item.index for item in good]),
+        torch.tensor([item.key for item in good]),
         torch.tensor([item.label for item in good]),
         bad,
     )

@@ -42,7 +42,7 @@ def find_images(folder: Path) -> list[Path]:
         Path(where, name)
         for where, _, names in os.walk(folder)
         for name in names
-        if os.path.splitext(name)[1].lower() in SUFFIXES
+        if name[name.rfind(".") :].lower() in SUFFIXES
     )
     if not paths:
         known = " ".join(sorted(SUFFIXES))
@@ -53,5 +53,7 @@ def find_images(folder: Path) -> list[Path]:
 def _read_captions(path: Path) -> list[str]:
     captions = read_lines(path)
     if not captions:
-        raise DataError(f"{path}: an empty caption file; write a caption a line, or remove the pair")
+        raise DataError(
+            f"{path}: an empty caption file; write a caption a line, or remove the pair"
+        )
     return captions

@@ -25,6 +25,7 @@ log = logging.getLogger("leanclip")
 EXAMPLES = 8  # pairs kept for the picture of similarities
 PREDICTIONS = 24  # images kept for the picture of predictions
 
+
 @dataclass
 class Report:
     """Figures by name, a plain sentence on each task, and a few pairs to look at."""
@@ -106,7 +107,8 @@ def _zero_shot(model: CLIP, task: Task, seen: _Seen, report: Report) -> None:
         f"(guessing: {1 / len(classes):.1%}); the right one is among its first "
         f"{min(5, len(classes))} for {metrics['zeroshot_top5']:.1%}."
     )
-    labels, said = seen.labels.tolist(), scores.argmax(dim=1).tolist()
+    labels: list[int] = seen.labels.tolist()
+    said: list[int] = scores.argmax(dim=1).tolist()
     shown = range(0, len(labels), -(-len(labels) // PREDICTIONS))
     report.predictions = [
         (task.dataset[seen.indices[i]].image, classes[said[i]], classes[labels[i]]) for i in shown

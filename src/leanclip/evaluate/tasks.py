@@ -15,8 +15,17 @@ EVALUATION_SPLITS = {  # (layout, task) -> the split that is meant for it
     ("shapes", "retrieval"): "val",
     ("food101", "zero_shot"): "test",
 }
-TASKS = {"zeroshot": ("zero_shot",), "retrieval": ("retrieval",)}  # by their command-line names
-TASKS["all"] = ("retrieval", "zero_shot")
+TASKS: dict[str, tuple[str, ...]] = {  # by their names on the command line
+    "zeroshot": ("zero_shot",),
+    "retrieval": ("retrieval",),
+    "all": ("retrieval", "zero_shot"),
+}
+MEASURABLE = {  # what a layout's data allows
+    "shapes": ("retrieval", "zero_shot"),
+    "food101": ("zero_shot",),
+    "folder": ("zero_shot",),
+    "pairs": ("retrieval",),
+}
 
 
 @dataclass(frozen=True)
@@ -94,13 +103,15 @@ def evaluation_config(
     evaluate = to_plain(settings.evaluate)
     if data_spec is not None:
         layout, root = _parse_spec(data_spec)
-        evaluate |= {name: {"layout": layout, "root": root} for name in TASKS["all"]}
-    wanted = [name for name in TASKS[task] if evaluate[name] is not None]
-    if data_spec is not None and task == "all":
-        wanted = ["retrieval", "zero_shot"] if layout == "shapes" else [_natural_task(layout)]
-    if not wanted:
-        raise ConfigError(f"--task {task}: {config} has no such evaluation; give --data LAYOUT:ROOT")
-    evaluate |= {name: None for name in TASKS["all"] if name not in wanted}
+        allowed = MEASURABLE[layout] if task == "all" else TASKS[task]
+        evaluate |= {name: {"layout": layout, "root": root} for name in allowed}
+    else:
+        allowed = tuple(name for name in TASKS[task] if evaluate[name] is not None)
+    if not allowed:
+        raise ConfigError(
+            f"--task {task}: {config} has no such evaluation; give --data LAYOUT:ROOT"
+        )
+    evaluate |= {name: None for name in TASKS["all"] if name not in allowed}
     values = to_plain(settings) | {"evaluate": evaluate}
     return parse(Config, values, where="leanclip eval")
 
@@ -137,7 +148,3 @@ def _parse_spec(spec: str) -> tuple[str, str]:
             f"--data {spec}: not of the form LAYOUT:ROOT with a layout of: {', '.join(LAYOUTS)}"
         )
     return layout, root
-
-
-def _natural_task(layout: str) -> str:
-    return "retrieval" if layout == "pairs" else "zero_shot"

@@ -84,8 +84,7 @@ class CLIP(nn.Module):
         end = tokens.argmax(dim=-1)  # (B,)
         x = self.token_embedding(tokens)  # (B, L, D)
         x = x + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(x)
-        x = x[torch.arange(len(x), device=x.device), end]  # (B, D)
+        x = self.transformer(x, end)  # (B, D)
         return self.ln_final(x) @ self.text_projection  # (B, E)
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:

@@ -16,7 +16,11 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Transformer(nn.Module):
-    """A stack of residual attention blocks: (B, L, D) -> (B, L, D)."""
+    """A stack of residual attention blocks, read at one token: (B, L, D) -> (B, D).
+
+    The last block computes its query and its perceptron for that token alone: nothing else of
+    what it would give is used.
+    """
 
     def __init__(
         self, width: int, layers: int, heads: int, *, activation: str, is_causal: bool
@@ -26,11 +30,12 @@ class Transformer(nn.Module):
             Block(width, heads, activation=activation, is_causal=is_causal) for _ in range(layers)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run every block in turn."""
-        for block in self.resblocks:
-            x = block(x)
-        return x
+    def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Run every block in turn; `position` (B,) is the token that is read."""
+        *first, last = self.resblocks
+        for block in first:
+            x = block(x)  # (B, L, D)
+        return last(x, position)  # (B, D)
 
 
 class Block(nn.Module):
@@ -43,9 +48,12 @@ class Block(nn.Module):
         self.mlp = MLP(width, 4 * width, activation)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,) alone."""
+        attended = self.attn(self.ln_1(x), position)
+        if position is not None:
+            x = _pick(x, position)  # (B, D)
+        x = x + attended
         return x + self.mlp(self.ln_2(x))
 
 
@@ -61,13 +69,32 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(self, x: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,) alone."""
+        if position is not None:
+            return self._attend_at(x, position)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3D)
-        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, L, D/H)
-        q, k, v = qkv.unbind(0)
+        q, k, v = self._split_heads(qkv, 3)  # each (B, H, L, D/H)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)  # (B, H, L, D/H)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, D)
+
+    def _attend_at(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        q = F.linear(_pick(x, position)[:, None], weight[:width], bias[:width])  # (B, 1, D)
+        (q,) = self._split_heads(q, 1)  # (B, H, 1, D/H)
+        kv = F.linear(x, weight[width:], bias[width:])  # (B, L, 2D)
+        k, v = self._split_heads(kv, 2)  # each (B, H, L, D/H)
+        mask = None
+        if self.is_causal:  # the token sees itself and what stands before it
+            places = torch.arange(x.shape[1], device=x.device)
+            mask = (places <= position[:, None])[:, None, None]  # (B, 1, 1, L)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, 1, D/H)
+        return self.out_proj(x.flatten(1))  # (B, D)
+
+    def _split_heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+        """(B, L, parts * D) -> `parts` of (B, H, L, D/H)."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class MLP(nn.Module):
@@ -80,5 +107,10 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """(..., D) -> (..., D)."""
         return self.c_proj(self.activation(self.c_fc(x)))
+
+
+def _pick(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """(B, L, D) at one position (B,) of each -> (B, D)."""
+    return x[torch.arange(len(x), device=x.device), position]

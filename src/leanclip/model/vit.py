@@ -44,9 +44,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width) if pre_norm else nn.Identity()
-        self.transformer = Transformer(
-            width, layers, heads, activation=activation, is_causal=False
-        )
+        self.transformer = Transformer(width, layers, heads, activation=activation, is_causal=False)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
 
@@ -57,6 +55,6 @@ class VisionTransformer(nn.Module):
         first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # (B, 1, D)
         x = torch.cat([first, x], dim=1)  # (B, P+1, D)
         x = self.ln_pre(x + self.positional_embedding)
-        x = self.transformer(x)
-        x = self.ln_post(x[:, 0])  # (B, D)
-        return x @ self.proj  # (B, E)
+        class_token = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # (B,)
+        x = self.transformer(x, class_token)  # (B, D)
+        return self.ln_post(x) @ self.proj  # (B, E)

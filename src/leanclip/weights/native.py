@@ -33,7 +33,11 @@ def save_weights(folder: Path, model: CLIP, preprocess: Preprocess) -> None:
     """Write `model.safetensors` and `config.json` into an existing folder."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    facts = {"format": "leanclip", "model": to_plain(model.config), "preprocess": asdict(preprocess)}
+    facts = {
+        "format": "leanclip",
+        "model": to_plain(model.config),
+        "preprocess": asdict(preprocess),
+    }
     (folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -50,7 +54,9 @@ def read_weights(source: str | Path) -> Weights:
         folder = checkpoints[-1] if checkpoints else source
         file = folder / "model.safetensors"
     if not file.exists():
-        what = "no model.safetensors and no checkpoints in it" if source.is_dir() else "no such file"
+        what = (
+            "no model.safetensors and no checkpoints in it" if source.is_dir() else "no such file"
+        )
         raise WeightsError(f"{source}: {what}")
     if file.suffix != ".safetensors":
         raise WeightsError(

@@ -1,0 +1,44 @@
+# make quickstart   set up, draw the built-in data, train a small CLIP, evaluate it
+# make test         set up, run the tests
+# make lint         style and types
+# make test-slow    the longer tests
+
+PYTHON ?= python3
+RUN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup quickstart test test-slow lint format clean
+
+setup: $(READY)
+
+# Made anew only when the requirements change.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "leanclip needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "setting up .venv (a few minutes, once) ..."
+	@test -x $(RUN)/python || $(PYTHON) -m venv .venv
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[dev,plots,tensorboard]'
+	@touch $@
+
+quickstart: $(READY)
+	@$(RUN)/leanclip data shapes data/shapes
+	@$(RUN)/leanclip train -c configs/quickstart.yaml
+
+test: $(READY)
+	@$(RUN)/python -m pytest -q
+
+test-slow: $(READY)
+	@$(RUN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	@$(RUN)/ruff format --check .
+	@$(RUN)/ruff check .
+	@$(RUN)/pyright
+
+format: $(READY)
+	@$(RUN)/ruff check --fix .
+	@$(RUN)/ruff format .
+
+clean:
+	rm -rf .venv runs data/shapes

@@ -1,0 +1,348 @@
+"""The layouts, and a stream of batches that is a function of its seed and position."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pairs, noise_image
+
+from leanclip.config import DataConfig
+from leanclip.data import open_dataset, shapes
+from leanclip.data.loader import (
+    BadSamples,
+    Batch,
+    Position,
+    batches_per_epoch,
+    evaluation_batches,
+    training_batches,
+)
+from leanclip.errors import DataError
+from leanclip.images import Preprocess, normalize
+
+
+def config(root: Path, layout: str = "pairs", **more: object) -> DataConfig:
+    return DataConfig.model_validate({"layout": layout, "root": str(root), "workers": 0} | more)
+
+
+def make_food(root: Path) -> Path:
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "classes.txt").write_text("apple_pie\nfrench_fries\n")
+    (root / "meta" / "labels.txt").write_text("Apple pie\nFrench fries\n")
+    for split, numbers in (("train", (1, 2, 3)), ("test", (4,))):
+        lines = [f"{c}/{n}" for c in ("apple_pie", "french_fries") for n in numbers]
+        (root / "meta" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        for line in lines:
+            (root / "images" / line).parent.mkdir(parents=True, exist_ok=True)
+            noise_image(len(line)).save(root / "images" / f"{line}.jpg")
+    return root
+
+
+# --- pairs
+
+
+def test_pairs_are_keyed_by_path_and_suffixes_have_any_case(tmp_path: Path) -> None:
+    for i, name in enumerate(("a/1.jpg", "b/1.JPG", "b/c/2.Png", "3.jpeg", "4.bmp", "5.WEBP")):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_image(i).save(path)
+        path.with_suffix(".txt").write_text(f"caption of {name}\n\n  second  \n")
+    (tmp_path / "notes.md").write_text("not an image")
+    dataset = open_dataset(config(tmp_path))
+    assert len(dataset) == 6
+    for i in range(6):
+        sample = dataset[i]
+        name = Path(sample.id).relative_to(tmp_path)
+        assert list(sample.captions) == [f"caption of {name}", "second"]
+
+
+def test_an_empty_caption_file_is_named(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "p", 3)
+    (tmp_path / "p" / "001.txt").write_text("  \n\n")
+    with pytest.raises(DataError, match=r"001\.txt: an empty caption file"):
+        open_dataset(config(tmp_path / "p"))
+
+
+def test_a_missing_caption_file_is_named(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "p", 3)
+    (tmp_path / "p" / "002.txt").unlink()
+    with pytest.raises(DataError, match=r"002\.png: has no caption file 002\.txt.*1 of 3"):
+        open_dataset(config(tmp_path / "p"))
+
+
+def test_a_caption_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "p", 1)
+    (tmp_path / "p" / "000.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"000\.txt: is not UTF-8"):
+        open_dataset(config(tmp_path / "p"))
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.root: no such folder: .*nowhere"):
+        open_dataset(config(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="no images found"):
+        open_dataset(config(tmp_path))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=r"data\.split: no folder val .*found: train"):
+        open_dataset(config(tmp_path, split="val"))
+
+
+# --- food101
+
+
+def test_food101(tmp_path: Path) -> None:
+    make_food(tmp_path)
+    train = open_dataset(config(tmp_path, "food101"))
+    test = open_dataset(config(tmp_path, "food101", split="test"))
+    assert (len(train), len(test)) == (6, 2)
+    assert train.classes == ["apple pie", "french fries"]
+    assert [train[i].label for i in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert train[5].image == tmp_path / "images/french_fries/3.jpg"
+    assert "a photo of french fries, a type of food." in train[5].captions
+    assert test[0].captions == ["a photo of apple pie, a type of food."]
+    own = open_dataset(config(tmp_path, "food101", templates=("yum, {}!",)))
+    assert own[0].captions == ["yum, apple pie!"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda r: (r / "meta/train.txt").write_text("pizza/1\n"), "'pizza/1' is not of the form"),
+        (lambda r: (r / "meta/train.txt").write_text("apple_pie/../x\n"), "is not of the form"),
+        (lambda r: (r / "meta/train.txt").write_text(""), r"train\.txt: lists no images"),
+        (lambda r: (r / "meta/train.txt").unlink(), r"train\.txt: no such file"),
+        (lambda r: (r / "meta/labels.txt").write_text("x\n"), "classes.txt has 2 lines and labels"),
+        (lambda r: (r / "meta").rename(r / "other"), "no folder meta .* is it Food-101"),
+    ],
+)
+def test_a_spoilt_food101_is_named(tmp_path: Path, spoil, words: str) -> None:
+    spoil(make_food(tmp_path))
+    with pytest.raises(DataError, match=words):
+        open_dataset(config(tmp_path, "food101"))
+
+
+# --- folder
+
+
+def test_folder_of_classes(tmp_path: Path) -> None:
+    for name in ("tabby_cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        noise_image(1).save(tmp_path / "train" / name / "1.png")
+    dataset = open_dataset(config(tmp_path, "folder", split="train"))
+    assert dataset.classes == ["dog", "tabby cat"]
+    assert dataset[1].captions == ["a photo of a tabby cat."]
+    (tmp_path / "classes.txt").write_text("dog\thound\n")
+    assert open_dataset(config(tmp_path, "folder", split="train")).classes == ["hound", "tabby cat"]
+    with pytest.raises(DataError, match=r"the template 'a cat' has no {}"):
+        open_dataset(config(tmp_path, "folder", split="train", templates=("a cat",)))
+    with pytest.raises(DataError, match="no class folders"):
+        open_dataset(config(tmp_path / "train" / "dog", "folder"))
+
+
+# --- shapes
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shapes") / "drawn"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "_COUNTS", {"train": 300, "val": 20, "unseen": 64})
+        assert list(shapes.draw_dataset(root))[-1] == (384, 384)
+    return root
+
+
+def test_drawings_are_ordinary_files(drawings: Path) -> None:
+    train = open_dataset(config(drawings, "shapes"))
+    assert len(train) == 300
+    assert Path(train[0].id).suffix == ".png"
+    assert len(train[0].captions) == 4
+    val = open_dataset(config(drawings, "shapes", split="val"))
+    captions = [val[i].captions for i in range(20)]
+    assert len({caption for (caption,) in captions}) == 20
+    unseen = open_dataset(config(drawings, "shapes", split="unseen"))
+    assert (len(unseen.classes), len(unseen)) == (32, 64)
+    assert unseen[0].captions[0] == f"a {unseen.classes[0]}"
+
+
+def test_unseen_classes_are_never_trained_on(drawings: Path) -> None:
+    unseen = {shapes.class_name(*c) for c in shapes.UNSEEN}
+    texts = [path.read_text() for path in drawings.rglob("*.txt")]
+    assert len(texts) == 320
+    assert not any(name in text for name in unseen for text in texts)
+    for split in ("train", "val"):
+        scenes = list(itertools.islice(shapes._seen_scenes(shapes.random.Random(3), split), 100))
+        drawn = {(f.texture, f.color, f.shape) for _, scene in scenes for f in scene.figures}
+        assert len(drawn) > 50
+        assert drawn.isdisjoint(shapes.UNSEEN)
+
+
+def test_every_attribute_of_an_unseen_class_is_seen() -> None:
+    seen = set(shapes.CLASSES) - shapes.UNSEEN
+    assert len(shapes.UNSEEN) == 32
+    for chosen in shapes.UNSEEN:
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert any(c[i] == chosen[i] for c in seen)
+            assert any((c[i], c[j]) == (chosen[i], chosen[j]) for c in seen)
+
+
+def test_drawing_is_deterministic(drawings: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shapes, "_COUNTS", {"train": 300, "val": 20, "unseen": 64})
+    list(shapes.draw_dataset(tmp_path / "again"))
+    list(shapes.draw_dataset(tmp_path / "other", seed=1))
+    files = sorted(p.relative_to(drawings) for p in drawings.rglob("*") if p.is_file())
+    again, other = (
+        [(tmp_path / which / p).read_bytes() for p in files if p.suffix == ".png"]
+        for which in ("again", "other")
+    )
+    first = [(drawings / p).read_bytes() for p in files if p.suffix == ".png"]
+    assert again == first
+    assert other != first
+
+
+def test_a_scene_is_drawn_as_its_caption_says() -> None:
+    rng = shapes.random.Random(5)
+    for _, scene in itertools.islice(shapes._seen_scenes(rng, "val"), 50):
+        image = np.asarray(shapes.draw(scene)).astype(int)
+        for figure in scene.figures:
+            ink = np.abs(image - np.array(shapes.COLORS[figure.color])).sum(axis=2) < 60
+            assert ink.sum() > 20, scene
+        first, second = scene.figures
+        caption = shapes.full_caption(scene, rng)
+        before, relation, _ = next(
+            c for r in shapes.RELATIONS if (c := caption.partition(f" {r} a"))[1]
+        )
+        names = [shapes.class_name(f.texture, f.color, f.shape) for f in scene.figures]
+        assert all(name in caption for name in names)
+        if names[0] not in before:
+            first, second = second, first
+        dx, dy = shapes.RELATIONS[relation[1:-2]]
+        assert (first.x - second.x) * dx + (first.y - second.y) * dy > 0.3
+
+
+def test_finished_drawings_are_kept_and_others_are_not_touched(drawings: Path) -> None:
+    facts = json.loads((drawings / "shapes.json").read_text())
+    assert facts["train"] == 300
+    with pytest.raises(DataError, match="holds other drawings"):
+        list(shapes.draw_dataset(drawings, seed=9))
+    with pytest.raises(DataError, match="is not empty"):
+        list(shapes.draw_dataset(drawings / "train"))
+    with pytest.raises(DataError, match="leanclip data shapes"):
+        open_dataset(config(drawings / "train", "shapes"))
+
+
+# --- the stream
+
+
+def stream(root: Path, count: int, start: Position = Position(), workers: int = 0) -> list:  # noqa: B008
+    settings = config(root, workers=workers)
+    batches = training_batches(
+        open_dataset(settings),
+        settings,
+        resolution=16,
+        context_length=12,
+        truncate=True,
+        batch_size=5,
+        seed=3,
+        start=start,
+    )
+    return list(itertools.islice(batches, count))
+
+
+def same(a: list[tuple[Batch, Position]], b: list[tuple[Batch, Position]]) -> bool:
+    return len(a) == len(b) and all(
+        p == q and torch.equal(x.images, y.images) and torch.equal(x.tokens, y.tokens)
+        for (x, p), (y, q) in zip(a, b, strict=True)
+    )
+
+
+def test_an_epoch_visits_each_sample_at_most_once_in_a_new_order(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "p", 17)
+    found = stream(tmp_path / "p", 6)
+    assert batches_per_epoch(17, 5) == 3
+    epochs = [torch.cat([batch.indices for batch, _ in found[i : i + 3]]).tolist() for i in (0, 3)]
+    assert [len(set(e)) for e in epochs] == [15, 15]
+    assert epochs[0] != epochs[1]
+    assert [position for _, position in found[:4]] == [(0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_the_position_alone_rebuilds_the_stream(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "p", 17)
+    whole = stream(tmp_path / "p", 8)
+    for done in range(1, 8):
+        rest = stream(tmp_path / "p", 8 - done, whole[done - 1][1])
+        assert same(rest, whole[done:])
+
+
+def test_the_number_of_workers_does_not_change_the_stream(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "p", 17)
+    assert same(stream(tmp_path / "p", 7, workers=2), stream(tmp_path / "p", 7))
+
+
+def test_each_visit_draws_a_caption_and_a_crop(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "p", 5)
+    found = stream(tmp_path / "p", 20)
+    captions = {tuple(row.tolist()) for batch, _ in found for row in batch.tokens[:, :6]}
+    assert len(captions) == 10  # both captions of each of the five
+    crops = {image.numpy().tobytes() for batch, _ in found for image in batch.images}
+    assert len(crops) > 50
+
+
+def test_unreadable_images_are_left_out_and_named(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "p", 10)
+    (root / "003.png").write_bytes(b"no image")
+    found = stream(root, 4)
+    bad = [item for batch, _ in found for item in batch.bad]
+    assert {name for name, _ in bad} == {str(root / "003.png")}
+    assert sorted(len(batch) for batch, _ in found) == [4, 4, 5, 5]
+
+
+def test_a_batch_of_nothing_readable(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "p", 5)
+    for path in root.glob("*.png"):
+        path.write_bytes(b"no image")
+    ((batch, _),) = stream(root, 1)
+    assert (len(batch), len(batch.bad)) == (0, 5)
+
+
+def test_bad_samples_are_named_once_and_fatal_above_the_share() -> None:
+    bad = BadSamples(100, 0.02)
+    assert bad.add([("a", "a: broken"), ("b", "b: broken")]) == ["a: broken", "b: broken"]
+    assert bad.add([("a", "a: broken")]) == []
+    with pytest.raises(DataError, match=r"c: broken .*3 bad of 100 samples.*max_bad_share=0.02"):
+        bad.add([("c", "c: broken")])
+
+
+def test_evaluation_reads_each_sample_once_in_order_and_as_the_reference(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "p", 11)
+    settings = config(root)
+    dataset = open_dataset(settings)
+    found = list(
+        evaluation_batches(dataset, settings, resolution=16, context_length=12, batch_size=4)
+    )
+    assert torch.cat([batch.indices for batch in found]).tolist() == list(range(11))
+    preprocess = Preprocess(16)
+    pixels = normalize(torch.cat([b.images for b in found]), preprocess.mean, preprocess.std)
+    for i in range(11):
+        assert torch.equal(pixels[i], preprocess(dataset[i].image))
+
+
+def test_long_captions_are_cut_or_bad_samples(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "p", 5)
+    (root / "000.txt").write_text("word " * 50)
+    settings = config(root)
+    for truncate in (True, False):
+        batch, _ = next(
+            training_batches(
+                open_dataset(settings),
+                settings,
+                resolution=16,
+                context_length=12,
+                truncate=truncate,
+                batch_size=5,
+                seed=0,
+            )
+        )
+        assert len(batch.bad) == (0 if truncate else 1)
+        assert all("000.png: a caption of 52 tokens" in reason for _, reason in batch.bad)

@@ -1,0 +1,179 @@
+"""Metrics on matrices that a reader can check by hand, and evaluation as a whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, make_pairs, noise_image
+from torch.nn import functional as F
+
+from leanclip import CLIP, ConfigError, Preprocess, build_classifier, recall_at_k
+from leanclip.config import Config, parse
+from leanclip.errors import DataError
+from leanclip.evaluate import evaluate, open_tasks, retrieval_metrics, zero_shot_metrics
+from leanclip.evaluate.features import encode_texts
+from leanclip.images import open_image
+from leanclip.tokenizer import tokenize
+
+# 4 images by 8 captions; captions 0 and 1 belong to image 0, 2 and 3 to image 1, and so on.
+SCORES = torch.tensor(
+    [
+        [0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],  # own caption first
+        [0.9, 0.8, 0.7, 0.1, 0.2, 0.3, 0.4, 0.5],  # own caption third
+        [0.1, 0.2, 0.3, 0.4, 0.0, 0.05, 0.6, 0.7],  # own captions last
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8],  # own caption first
+    ]
+)
+OWNERS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+
+
+def test_recall_by_hand() -> None:
+    # Text to image at 1: captions 0, 2, 6 and 7 find their image; 1, 3, 4, 5 do not.
+    scores = SCORES.clone()
+    scores[1, 0] = 0.85
+    assert recall_at_k(scores, OWNERS, 1) == (0.5, 0.5)
+    assert recall_at_k(scores, OWNERS, 3) == (0.75, 0.5)
+    assert recall_at_k(scores, OWNERS, 8) == (1.0, 1.0)
+    assert recall_at_k(scores, OWNERS, 100) == (1.0, 1.0)
+
+
+def test_recall_against_a_plain_loop() -> None:
+    scores, owners = torch.randn(9, 20), torch.randint(9, (20,))
+    for k in (1, 5, 10):
+        images = sum(
+            any(owners[j] == i for j in sorted(range(20), key=lambda j: -scores[i, j])[:k])
+            for i in range(9)
+        )
+        texts = sum(
+            int(owners[j]) in sorted(range(9), key=lambda i: -scores[i, j])[:k] for j in range(20)
+        )
+        assert recall_at_k(scores, owners, k) == pytest.approx((images / 9, texts / 20))
+
+
+def test_retrieval_metrics_have_the_fields_names() -> None:
+    metrics = retrieval_metrics(SCORES, OWNERS)
+    assert list(metrics) == [
+        f"{way}_R@{k}" for k in (1, 5, 10) for way in ("image_to_text", "text_to_image")
+    ]
+
+
+def test_zero_shot_metrics_by_hand() -> None:
+    scores = torch.tensor(
+        [[9.0, 1, 2, 3, 4, 5, 6], [1.0, 9, 8, 7, 6, 5, 4], [7.0, 6, 5, 4, 3, 2, 1]]
+    )
+    labels = torch.tensor([0, 5, 6])
+    assert zero_shot_metrics(scores, labels) == {
+        "zeroshot_top1": pytest.approx(1 / 3),
+        "zeroshot_top5": pytest.approx(2 / 3),
+    }
+    assert zero_shot_metrics(scores[:, :2], torch.tensor([0, 1, 1]))["zeroshot_top5"] == 1.0
+
+
+@torch.no_grad()
+def test_classifier_is_normalise_average_normalise() -> None:
+    model = CLIP(**TINY).eval()
+    classes, templates = ["cat", "hot dog", "x"], ["a {}", "a photo of a {}.", "{} {}"]
+    classifier = build_classifier(model, classes, templates, batch_size=2)
+    for row, name in zip(classifier, classes, strict=True):
+        tokens = tokenize([t.replace("{}", name) for t in templates], 24)
+        mean = F.normalize(model.encode_text(tokens), dim=-1).mean(dim=0)
+        torch.testing.assert_close(row, mean / mean.norm())
+
+
+def test_distinct_texts_are_encoded_once() -> None:
+    model = CLIP(**TINY).eval()
+    seen = []
+    model.token_embedding.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    features = encode_texts(model, ["a", "b", "a", "a", "b"], batch_size=4)
+    assert seen == [2]
+    torch.testing.assert_close(features[0], features[3])
+    torch.testing.assert_close(
+        features, encode_texts(model, ["a", "b", "a", "a", "b"], batch_size=1)
+    )
+
+
+def settings(root: Path, layout: str = "pairs", **evaluation: dict) -> Config:
+    values = {
+        "model": TINY,
+        "data": {"layout": layout, "root": str(root), "workers": 0, "max_bad_share": 0.5},
+        "evaluate": {"batch_size": 5, **evaluation},
+    }
+    return parse(Config, values, where="test")
+
+
+def make_classes(root: Path, count: int = 3) -> Path:
+    for label, name in enumerate(("ant", "bee", "cow")):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            noise_image(10 * label + i).save(root / name / f"{i}.png")
+    return root
+
+
+@torch.no_grad()
+def test_evaluation_equals_the_plain_path(tmp_path: Path) -> None:
+    root = make_classes(tmp_path / "c", 4)
+    tasks = open_tasks(settings(root, "folder", zero_shot={"templates": ["a {}"]}))
+    model = CLIP(**TINY).eval()
+    report = evaluate(model, tasks, Preprocess(32))
+    paths = sorted(root.rglob("*.png"))
+    pixels = torch.stack([Preprocess(32)(path) for path in paths])
+    texts = tokenize(["a ant", "a bee", "a cow"], 24)
+    scores = F.normalize(model.encode_image(pixels)) @ F.normalize(model.encode_text(texts)).T
+    said = scores.argmax(dim=1).tolist()
+    correct = [s == "abc".index(p.parent.name[0]) for s, p in zip(said, paths, strict=True)]
+    assert report.metrics["zeroshot_top1"] == pytest.approx(sum(correct) / 12)
+    assert len(report.predictions) == 12
+    assert [meant for _, _, meant in report.predictions] == ["ant"] * 4 + ["bee"] * 4 + ["cow"] * 4
+
+
+def test_the_size_of_batches_does_not_matter_and_limit_counts(tmp_path: Path) -> None:
+    config = settings(make_pairs(tmp_path / "p", 13), retrieval={})
+    model = CLIP(**TINY).eval()
+    reports = [
+        evaluate(model, open_tasks(config.model_copy(update={"evaluate": e})), Preprocess(32))
+        for e in (config.evaluate, config.evaluate.model_copy(update={"batch_size": 100}))
+    ]
+    assert reports[0].metrics == reports[1].metrics
+    assert "13 images" in reports[0].sentences[0]
+    assert reports[0].similarity.shape == (8, 8)
+    limited = open_tasks(settings(tmp_path / "p", retrieval={"limit": 7}))
+    assert "7 images" in evaluate(model, limited, Preprocess(32)).sentences[0]
+
+
+def test_unreadable_images_are_counted(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "p", 6)
+    (root / "002.png").write_bytes(b"no")
+    tasks = open_tasks(settings(root, retrieval={}))
+    report = evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
+    assert list(report.bad) == [str(root / "002.png")]
+    assert "5 images" in report.sentences[0]
+    for path in root.glob("*.png"):
+        path.write_bytes(b"no")
+    with pytest.raises(DataError, match="bad of 6 samples"):
+        evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
+
+
+def test_a_task_that_the_data_does_not_allow(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.zero_shot: .* has no classes"):
+        open_tasks(settings(make_pairs(tmp_path / "p"), zero_shot={}))
+    with pytest.raises(ConfigError, match=r"evaluate\.retrieval: .* has classes, not captions"):
+        open_tasks(settings(make_classes(tmp_path / "c"), "folder", retrieval={}))
+
+
+def test_pictures_of_a_report(tmp_path: Path) -> None:
+    from leanclip.plots import run_pictures
+
+    tasks = open_tasks(settings(make_pairs(tmp_path / "p"), retrieval={}))
+    tasks += open_tasks(settings(make_classes(tmp_path / "c"), "folder", zero_shot={}))
+    report = evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "train/loss": 2.0, "train/lr": 0.1, "train/logit_scale": 14}\n'
+        '{"step": 2, "train/loss": 1.0, "train/lr": 0.1, "train/logit_scale": 15}\n'
+        '{"step": 2, "val/zeroshot_top1": 0.5}\n{"step": 3, "train/l'
+    )
+    pictures = run_pictures(tmp_path, report)
+    assert [p.name for p in pictures] == ["similarity.png", "predictions.png", "curves.png"]
+    for path in pictures:
+        image = open_image(path)
+        assert min(image.size) > 200
+        assert len(image.resize((60, 60)).getcolors(3600) or ()) > 50

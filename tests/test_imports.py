@@ -1,0 +1,104 @@
+"""The one direction of imports, and what must not be imported early."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import PROJECT
+
+SOURCE = PROJECT / "src" / "leanclip"
+# DESIGN.md, section 2: a module may import what stands in its own line or above it.
+LEVELS = (
+    ("errors", "config"),
+    ("tokenizer", "images", "tracking"),
+    ("data", "model"),
+    ("distributed", "loss", "weights", "optim"),
+    ("checkpoint", "evaluate"),
+    ("plots", "plan"),
+    ("train",),
+    ("cli", "doctor"),
+)
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def part_of(module: str) -> str:
+    """`leanclip.data.pairs` -> `data`."""
+    return module.split(".")[1]
+
+
+def imports_of(path: Path) -> set[str]:
+    """The parts of leanclip that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("leanclip."):
+            found.add(part_of(node.module or ""))
+        elif isinstance(node, ast.ImportFrom) and node.module == "leanclip":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {part_of(a.name) for a in node.names if a.name.startswith("leanclip.")}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+    return found
+
+
+def arrows() -> dict[str, set[str]]:
+    """What each part of the package imports of the others."""
+    found: dict[str, set[str]] = {}
+    for path in SOURCE.rglob("*.py"):
+        part = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if part != "__init__":
+            found.setdefault(part, set()).update(imports_of(path) - {part})
+    return found
+
+
+def test_every_part_has_a_level() -> None:
+    assert arrows().keys() == LEVEL_OF.keys()
+
+
+def test_no_import_runs_back_up() -> None:
+    wrong = [
+        f"{part} imports {other}"
+        for part, others in arrows().items()
+        for other in others
+        if LEVEL_OF[other] > LEVEL_OF[part]
+    ]
+    assert wrong == []
+
+
+def test_no_two_parts_import_each_other() -> None:
+    found = arrows()
+    assert [(a, b) for a in found for b in found[a] if a in found[b]] == []
+
+
+def test_a_backward_import_would_be_found(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text("def f():\n    from leanclip.train import train\n    import leanclip.cli\n")
+    assert imports_of(file) == {"train", "cli"}
+
+
+def loaded_by(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split("\n")[-2].split())
+
+
+def test_import_leanclip_loads_nothing_heavy() -> None:
+    heavy = {"torch", "numpy", "PIL", "pydantic", "typer", "rich", "ftfy", "matplotlib"}
+    assert loaded_by("import leanclip").isdisjoint(heavy)
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import leanclip.cli\ntry: leanclip.cli.main(['train', '--help'])\nexcept SystemExit: 0"
+    assert loaded_by(code).isdisjoint({"torch", "numpy", "PIL", "ftfy", "matplotlib"})
+
+
+def test_every_public_name_can_be_had() -> None:
+    import leanclip
+
+    for name in leanclip.__all__:
+        assert getattr(leanclip, name) is not None
+    assert set(leanclip.__all__) <= set(dir(leanclip))

@@ -1,0 +1,378 @@
+"""Training through the command line: its folder, its resumption, its refusals."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, TINY, assert_refused, make_config, make_pairs, noise_image, run_cli
+from torch.nn import functional as F
+
+from leanclip import CLIP, Preprocess
+from leanclip.config import OptimizerConfig, load_config, load_yaml
+from leanclip.data.loader import Batch
+from leanclip.evaluate import retrieval_metrics
+from leanclip.images import normalize
+from leanclip.optim import build_optimizer
+from leanclip.plan import make_plan, memory_estimate
+from leanclip.tokenizer import tokenize
+from leanclip.tracking import read_metrics
+from leanclip.train import train_step
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def weights_hash(run: Path) -> str:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
+
+
+def batch_of(n: int = 6) -> Batch:
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    tokens = tokenize([f"number {i}" for i in range(n)], 24)
+    return Batch(images, tokens, torch.arange(n), torch.full((n,), -1))
+
+
+# --- one step
+
+
+def test_a_step_is_adamw_on_the_loss_written_out() -> None:
+    model, plain = CLIP(**TINY), CLIP(**TINY)
+    plain.load_state_dict(model.state_dict())
+    settings = OptimizerConfig(weight_decay=0.1)
+    batch, preprocess = batch_of(), Preprocess(32)
+    loss = train_step(model, build_optimizer(model, settings), batch, preprocess, rate=0.01)
+
+    pixels = normalize(batch.images, preprocess.mean, preprocess.std)
+    image = F.normalize(plain.encode_image(pixels), dim=-1)
+    text = F.normalize(plain.encode_text(batch.tokens), dim=-1)
+    logits = plain.logit_scale.exp() * image @ text.T
+    target = torch.arange(6)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        # The first step of Adam is the sign of the gradient, as far as epsilon lets it.
+        decay = 0.1 if ours.ndim > 1 and "positional" not in name else 0.0
+        assert theirs.grad is not None
+        change = theirs.grad / (theirs.grad.abs() + 1e-6)
+        after = theirs * (1 - 0.01 * decay) - 0.01 * change
+        after = after.clamp(0, 4.6052) if name == "logit_scale" else after
+        large = theirs.grad.abs() > 1e-5  # where rounding of the gradient does not decide
+        torch.testing.assert_close(ours[large], after[large], rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_keeps_weights_and_loss_in_float32() -> None:
+    model = CLIP(**TINY)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    batch = batch_of()
+    losses = [
+        train_step(model, optimizer, batch, Preprocess(32), rate=0.0, precision=precision)
+        for precision in ("fp32", "bf16")
+    ]
+    assert losses[1].dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0.02)
+
+
+def test_gradients_are_clipped() -> None:
+    model = CLIP(**TINY)
+    norms = []
+    optimizer = torch.optim.SGD(model.parameters())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train_step(model, optimizer, batch_of(), Preprocess(32), rate=1.0, max_gradient_norm=0.01)
+    for name, parameter in model.named_parameters():
+        norms.append((parameter - before[name]).norm())
+    assert torch.stack(norms).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    model = CLIP(**TINY)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    optimizer = build_optimizer(model, OptimizerConfig())
+    assert train_step(model, optimizer, batch_of(0), Preprocess(32), rate=1.0) == 0
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
+# --- a run
+
+
+def test_a_run_leaves_its_folder(command: Command, workplace: Path) -> None:
+    done = command("train", "-c", "config.yaml", "-o", "evaluate.every_epochs=1")
+    assert done.returncode == 0, done.stderr
+    run = workplace / "runs" / "config"
+    for word in ("runs/config", "similarity.png", "leanclip eval --model runs/config"):
+        assert word in done.stdout
+    assert "Among 24 captions" in done.stdout
+    assert "\x1b" not in done.stderr  # no progress bar without a terminal
+    assert load_config(run / "config.yaml") == load_config(
+        "config.yaml", ["evaluate.every_epochs=1"]
+    )
+    lines = read_metrics(run)
+    steps = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for name in ("train/lr", "train/logit_scale", "train/samples_per_second"):
+        assert name in steps[0]
+    evaluations = [line for line in lines if "val/image_to_text_R@1" in line]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    assert evaluations[-1].keys() >= {f"val/{name}" for name in retrieval_metrics(
+        torch.eye(2), torch.arange(2))}  # fmt: skip
+    metrics = json.loads((run / "evaluation.json").read_text())["metrics"]
+    assert metrics["image_to_text_R@1"] == evaluations[-1]["val/image_to_text_R@1"]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "step-00000003",
+        "step-00000006",
+    ]
+    assert list((run / "tensorboard").glob("events.*"))
+
+
+def test_the_same_command_again_only_evaluates(command: Command, workplace: Path) -> None:
+    first = command("train", "-c", "config.yaml")
+    before = weights_hash(workplace / "runs/config")
+    again = command("train", "-c", "config.yaml", "-o", "data.max_bad_share=0.5")
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stderr
+    assert weights_hash(workplace / "runs/config") == before
+    wanted = [line for line in first.stdout.splitlines() if line.startswith("Among")]
+    assert wanted[0] in again.stdout
+
+
+def test_the_seed_makes_the_run(command: Command, workplace: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        command("train", "-c", "config.yaml", "--output-dir", name, "-o", f"seed={seed}")
+    hashes = [weights_hash(workplace / name) for name in "abc"]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_resumes_to_the_same_bits(workplace: Path, workers: int) -> None:
+    options = [
+        "train", "-c", "config.yaml", "-o", "train.epochs=40",
+        "-o", "checkpoint.every_steps=5", "-o", f"data.workers={workers}",
+    ]  # fmt: skip
+    run_cli(*options, "--output-dir", "whole", cwd=workplace)
+    killed = workplace / "killed"
+    command = [sys.executable, "-c", "from leanclip.cli import main; main()", *options]
+    process = subprocess.Popen(
+        [*command, "--output-dir", "killed"], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list(killed.glob("checkpoints/step-*"))) < 2:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "evaluation.json").exists()
+    done = run_cli(*options, "--output-dir", "killed", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "going on from killed/checkpoints/step-" in done.stderr
+    assert weights_hash(killed) == weights_hash(workplace / "whole")
+    losses = [
+        [(line["step"], line["train/loss"]) for line in read_metrics(run) if "train/loss" in line]
+        for run in (killed, workplace / "whole")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_resume_options(command: Command, workplace: Path) -> None:
+    assert_refused(
+        command("train", "-c", "config.yaml", "--resume"), "--resume: no checkpoint in runs/config"
+    )
+    assert_refused(command("train", "--resume", "nowhere"), "nowhere/config.yaml", "no such config")
+    command("train", "-c", "config.yaml", "--output-dir", "a")
+    done = command("train", "--resume", "a")
+    assert done.returncode == 0, done.stderr
+    assert "going on from a/checkpoints/step-00000006, step 6 of 6" in done.stderr
+    done = command("train", "-c", "config.yaml", "--resume", "--output-dir", "a", "--load", "a")
+    assert "so --load is not used" in done.stderr
+
+
+def test_another_configurations_folder_is_refused(command: Command) -> None:
+    command("train", "-c", "config.yaml")
+    assert_refused(
+        command("train", "-c", "config.yaml", "-o", "optimizer.learning_rate=0.5"),
+        "runs/config: holds a run of another configuration",
+        "optimizer.learning_rate: 0.001 there, 0.5 here",
+        "--output-dir",
+    )
+
+
+def test_load_starts_from_weights_with_a_fresh_optimiser(command: Command, workplace: Path) -> None:
+    command("train", "-c", "config.yaml", "--output-dir", "a")
+    done = command(
+        "train", "-c", "config.yaml", "--output-dir", "b", "--load", "a",
+        "-o", "optimizer.learning_rate=1e-12",
+    )  # fmt: skip
+    assert "starting from the weights of a" in done.stderr
+    first, second = (
+        json.loads((workplace / run / "evaluation.json").read_text())["metrics"] for run in "ab"
+    )
+    assert first == second  # a rate of nearly nothing leaves the weights as they were
+    assert_refused(
+        command("train", "-c", "config.yaml", "--output-dir", "c", "--load", "a",
+                "-o", "model.embed_dim=8"),
+        "shapes differ", "text_projection (32, 16) there, (32, 8) in the model",
+    )  # fmt: skip
+    assert_refused(
+        command("train", "-c", "config.yaml", "--output-dir", "d", "--load", "none"), "no such file"
+    )
+
+
+def test_evaluate_only_and_eval_agree_with_the_run(command: Command, workplace: Path) -> None:
+    first = command("train", "-c", "config.yaml")
+    (sentence,) = [line for line in first.stdout.splitlines() if line.startswith("Among")]
+    for arguments in (
+        ("train", "-c", "config.yaml", "--evaluate-only"),
+        ("eval", "--model", "runs/config"),
+        ("eval", "--model", "runs/config", "--task", "retrieval", "--out", "e"),
+        ("eval", "--model", "runs/config", "--data", "pairs:data"),
+        ("eval", "--model", "runs/config/checkpoints/step-00000006", "--data", "pairs:data"),
+        ("eval", "--model", "runs/config/checkpoints/step-00000006/model.safetensors",
+         "-c", "config.yaml"),
+    ):  # fmt: skip
+        done = command(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert sentence in done.stdout, arguments
+    assert (workplace / "e" / "evaluation.json").is_file()
+
+
+def test_dry_run_shows_and_writes_nothing(command: Command, workplace: Path) -> None:
+    done = command("train", "-c", "config.yaml", "--dry-run", "-o", "optimizer.reference_batch=8")
+    assert done.returncode == 0, done.stderr
+    assert load_yaml(done.stdout, where="stdout")["model"]["vision_width"] == 32
+    count = CLIP(**TINY).parameter_count()
+    for words in (f"{count:,} parameters", "steps: 6 = 2 epochs x 3 batches of 4", "memory: about"):
+        assert words in done.stdout
+    assert "peak learning rate 0.0005 = 0.001 x batch 4 / reference batch 8" in done.stdout
+    assert not (workplace / "runs").exists()
+
+
+def test_memory_estimate_counts_what_autograd_keeps(workplace: Path) -> None:
+    plan = make_plan(load_config("config.yaml"), torch.device("cpu"))
+    weights, activations = memory_estimate(plan)
+    model = CLIP(**TINY)
+    assert weights == 16 * model.parameter_count()
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        model(torch.randn(4, 3, 32, 32), tokenize(["a"] * 4, 24))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    measured = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in own)
+    assert 0.8 < activations / measured < 1.3
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-o", "data.root=nowhere"], ["data.root: no such folder: nowhere"]),
+        (["-o", "trian.epochs=1"], ["trian: no such setting; did you mean train?"]),
+        (["-o", "train.epochs=many"], ['train.epochs: should be a valid integer, found "many"']),
+        (["--num-gpus", "999"], ["999 GPUs were asked for, this machine has"]),
+        (["-o", "model.vocab_size=100"], ["model.vocab_size: 100 is less than"]),
+        (["-o", "evaluate.zero_shot={}"], ["evaluate.zero_shot", "has no classes"]),
+        (["--evaluate-only"], ["runs/config: no such file"]),
+        (["--evaluate-only", "-o", "evaluate.retrieval=null"], ["nothing to evaluate"]),
+        (["-o", "optimizer.learning_rate=1e30"], ["the loss is", "lower optimizer.learning_rate"]),
+    ],
+)
+def test_a_mistake_is_one_line(command: Command, arguments: list[str], words: list[str]) -> None:
+    assert_refused(command("train", "-c", "config.yaml", *arguments), *words)
+
+
+def test_spoilt_data_is_named(command: Command, workplace: Path) -> None:
+    (workplace / "data" / "003.txt").write_text("")
+    assert_refused(command("train", "-c", "config.yaml"), "data/003.txt: an empty caption file")
+    for path in (workplace / "data").iterdir():
+        path.unlink()
+    assert_refused(command("train", "-c", "config.yaml"), "data: no images found")
+
+
+def test_an_unreadable_image_is_skipped_and_named_once(command: Command, workplace: Path) -> None:
+    (workplace / "data" / "003.png").write_bytes(b"no image")
+    refused = command("train", "-c", "config.yaml")
+    assert_refused(refused, "data/003.png: cannot be read as an image", "max_bad_share=0.01")
+    done = command(
+        "train", "-c", "config.yaml", "-o", "data.max_bad_share=0.1",
+        "-o", "evaluate.retrieval=null", "-o", "train.epochs=4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("skipped: data/003.png") == 1
+
+
+def test_no_config_and_unknown_options(command: Command) -> None:
+    assert_refused(command("train"), "-c: give a config file")
+    done = command("train", "--bogus")
+    assert done.returncode == 2
+    assert "No such option" in done.stderr
+    assert_refused(command("train", "-c", "none.yaml"), "none.yaml: no such config file")
+    assert_refused(command("eval", "--model", "runs/config"), "--data: say what to evaluate on")
+    assert_refused(
+        command("eval", "--model", "x", "--data", "zip:x"), "--data zip:x: not of the form"
+    )
+    assert_refused(command("eval", "--model", "x", "--task", "fun"), "--task fun: no such task")
+
+
+def test_debug_shows_the_traceback(command: Command) -> None:
+    done = command("train", "--debug", "-c", "none.yaml")
+    assert "Traceback" in done.stderr
+
+
+# --- PASSL's command
+
+
+def test_tools_train_on_a_food101_shaped_folder(tmp_path: Path) -> None:
+    classes = ("apple_pie", "beef_tartare", "french_fries", "pad_thai", "sushi", "waffles")
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/classes.txt").write_text("\n".join(classes))
+    (tmp_path / "meta/labels.txt").write_text("\n".join(c.replace("_", " ") for c in classes))
+    for split, numbers in (("train", range(5)), ("test", range(5, 7))):
+        lines = [f"{name}/{n}" for name in classes for n in numbers]
+        (tmp_path / f"meta/{split}.txt").write_text("\n".join(lines))
+        for line in lines:
+            path = tmp_path / "images" / f"{line}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise_image(classes.index(line.split("/")[0])).save(path)
+    small = [f"-omodel.{key}={value}" for key, value in TINY.items()]
+    done = subprocess.run(
+        [
+            sys.executable, "tools/train.py", "-c", "configs/clip/vit-b-32.yaml", *small,
+            "-o", f"data.root={tmp_path}", "-o", "data.workers=0", "-o", "train.batch_size=6",
+            "-o", "train.epochs=40", "-o", "optimizer.learning_rate=3e-3",
+            "-o", "optimizer.reference_batch=null", "-o", "data.crop_scale=[0.9, 1]",
+            "--output-dir", str(tmp_path / "run"),
+        ],
+        cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run/evaluation.json").read_text())["metrics"]
+    assert metrics["zeroshot_top1"] == 1.0  # every class is one picture here
+    assert "one of 6 classes" in done.stdout
+
+
+def test_tools_train_with_more_gpus_than_there_are() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/train.py", "-c", "configs/clip/vit-b-32.yaml", "--num-gpus", "800"],
+        cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert_refused(done, "800 GPUs were asked for")
+
+
+def test_a_data_set_smaller_than_a_batch_is_one_batch(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_pairs(tmp_path / "data", 3)
+    path = make_config(tmp_path / "c.yaml", train={"batch_size": 64})
+    plan = make_plan(load_config(path), torch.device("cpu"))
+    assert (plan.batch_size, plan.steps_per_epoch, plan.steps) == (3, 1, 2)
