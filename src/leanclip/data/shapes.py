@@ -3,7 +3,7 @@
     seed -> scenes -> Pillow -> root/train, root/val (images with .txt captions: the pairs layout)
                                 root/unseen/<class>  (images by class: the folder layout)
 
-A class is a texture, a colour and a figure: "striped red circle". Of the 192 classes, the 32 in
+A class is a texture, a colour and a figure: "striped red circle". Of the 192 classes, the 24 in
 UNSEEN never occur in train or val, alone or in relation: naming them is the zero-shot test.
 The unseen classes differ from each other, and from the seen ones, in as little as one word.
 """
@@ -35,7 +35,7 @@ COLORS = {
 }
 TEXTURES = ("plain", "striped", "dotted", "hollow")
 FIGURES = ("circle", "square", "triangle", "star", "heart", "cross")
-SIZES = {"small": (0.22, 0.27), "large": (0.36, 0.42)}  # range of the radius, in sides
+SIZES = {"small": (0.25, 0.3), "large": (0.38, 0.43)}  # range of the radius, in sides
 RELATIONS = {  # phrase -> (x, y) of the first figure's centre relative to the second's
     "above": (0, -1),
     "below": (0, 1),
@@ -44,12 +44,12 @@ RELATIONS = {  # phrase -> (x, y) of the first figure's centre relative to the s
 }
 
 CLASSES = tuple(itertools.product(TEXTURES, COLORS, FIGURES))
-UNSEEN = frozenset(random.Random(2021).sample(CLASSES, 32))
+UNSEEN = frozenset(random.Random(2021).sample(CLASSES, 24))
 TEMPLATES = ("a {}", "a picture of a {}", "a large {}", "a small {}", "there is a {}")
 
-SIDE = 96  # of a drawing, in pixels
-_FINE = 2  # drawn this many times larger, then reduced, for smooth edges
-_COUNTS = {"train": 10_000, "val": 100, "unseen": 32 * 20}
+SIDE = 72  # of a drawing, in pixels
+_FINE = 3  # drawn this many times larger, then reduced, for smooth edges
+_COUNTS = {"train": 10_000, "val": 100, "unseen": 24 * 25}
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _scene(classes: Sequence[tuple[str, str, str]], rng: random.Random) -> Scene
         radius = shrink * rng.uniform(*SIZES[size])
         free = min(0.1, 0.48 - radius - (0.25 if relation else 0))  # how far a centre may move
         x, y = (0.5 + side * d + rng.uniform(-free, free) for d in (dx, dy))
-        angle = math.radians(rng.uniform(-15, 15))
+        angle = math.radians(rng.uniform(-10, 10))
         figures.append(Figure(*chosen, size, x, y, radius, angle))
     light = rng.randint(215, 243)
     red, green, blue = (light + rng.randint(-12, 12) for _ in range(3))
