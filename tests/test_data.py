@@ -148,8 +148,8 @@ def test_folder_of_classes(tmp_path: Path) -> None:
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shapes") / "drawn"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "_COUNTS", {"train": 300, "val": 20, "unseen": 64})
-        assert list(shapes.draw_dataset(root))[-1] == (384, 384)
+        patch.setattr(shapes, "_COUNTS", {"train": 300, "val": 20, "unseen": 48})
+        assert list(shapes.draw_dataset(root))[-1] == (368, 368)
     return root
 
 
@@ -162,7 +162,7 @@ def test_drawings_are_ordinary_files(drawings: Path) -> None:
     captions = [val[i].captions for i in range(20)]
     assert len({caption for (caption,) in captions}) == 20
     unseen = open_dataset(config(drawings, "shapes", split="unseen"))
-    assert (len(unseen.classes), len(unseen)) == (32, 64)
+    assert (len(unseen.classes), len(unseen)) == (24, 48)
     assert unseen[0].captions[0] == f"a {unseen.classes[0]}"
 
 
@@ -180,7 +180,7 @@ def test_unseen_classes_are_never_trained_on(drawings: Path) -> None:
 
 def test_every_attribute_of_an_unseen_class_is_seen() -> None:
     seen = set(shapes.CLASSES) - shapes.UNSEEN
-    assert len(shapes.UNSEEN) == 32
+    assert len(shapes.UNSEEN) == 24
     for chosen in shapes.UNSEEN:
         for i, j in ((0, 1), (0, 2), (1, 2)):
             assert any(c[i] == chosen[i] for c in seen)
@@ -188,7 +188,7 @@ def test_every_attribute_of_an_unseen_class_is_seen() -> None:
 
 
 def test_drawing_is_deterministic(drawings: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shapes, "_COUNTS", {"train": 300, "val": 20, "unseen": 64})
+    monkeypatch.setattr(shapes, "_COUNTS", {"train": 300, "val": 20, "unseen": 48})
     list(shapes.draw_dataset(tmp_path / "again"))
     list(shapes.draw_dataset(tmp_path / "other", seed=1))
     files = sorted(p.relative_to(drawings) for p in drawings.rglob("*") if p.is_file())

@@ -48,7 +48,9 @@ def test_links_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, **ids)
 def test_commands_have_the_options_that_are_shown(document: Path) -> None:
     command = get_command(app)
-    for line in re.findall(r"^(?:\$ )?((?:leanclip|python tools/train\.py) .*)", document.read_text(), re.M):
+    for line in re.findall(
+        r"^(?:\$ )?((?:leanclip|python tools/train\.py) .*)", document.read_text(), re.M
+    ):
         words = shlex.split(line.replace("[", "").replace("]", ""), comments=True)
         words = ["train", *words[2:]] if words[0] == "python" else words[1:]
         if "|" in words:
@@ -74,5 +76,7 @@ def test_settings_named_in_documents_exist() -> None:
 
     known = set(_paths(Config))
     for document in DOCUMENTS:
-        for name in re.findall(r"`((?:data|train|optimizer|evaluate|checkpoint|model)\.\w+)[`:=]", document.read_text()):
+        for name in re.findall(
+            r"`((?:data|train|optimizer|evaluate|checkpoint|model)\.\w+)[`:=]", document.read_text()
+        ):
             assert name in known or Path(name).suffix == ".safetensors", f"{document.name}: {name}"

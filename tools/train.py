@@ -5,7 +5,10 @@ python tools/train.py -c configs/clip/vit-b-32.yaml [--num-gpus N] [--load WEIGH
 
 import sys
 
-from leanclip.cli import main
+try:
+    from leanclip.cli import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}; set leanclip up with: make setup && source .venv/bin/activate")
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

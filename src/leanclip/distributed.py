@@ -20,7 +20,8 @@ def choose_device(name: str = "auto", num_gpus: int | None = None) -> torch.devi
     if wanted > found:
         has = f"has {found} CUDA device{'' if found == 1 else 's'}"
         instead = f"give --num-gpus {found}" if found else "leave --num-gpus out to use the CPU"
-        raise ConfigError(f"{wanted} GPUs were asked for, this machine {has}; {instead}")
+        asked = f"{wanted} GPU{' was' if wanted == 1 else 's were'} asked for"
+        raise ConfigError(f"{asked}, this machine {has}; {instead}")
     if wanted > 1:
         raise ConfigError(
             f"--num-gpus {wanted}: training on several devices is not built yet; use --num-gpus 1"

@@ -154,7 +154,7 @@ def class_name(texture: str, color: str, shape: str) -> str:
 
 
 def _seen_scenes(rng: random.Random, split: str) -> Iterator[tuple[Path, Scene]]:
-    """Scenes without unseen classes: in train a third with two figures, in val all.
+    """Scenes without unseen classes: in train a fifth with two figures, in val all.
 
     No two scenes of val have the same two classes, so that no caption fits two drawings.
     """
@@ -164,7 +164,7 @@ def _seen_scenes(rng: random.Random, split: str) -> Iterator[tuple[Path, Scene]]
         if split == "val":
             classes = rng.sample(pairs[i], 2)
         else:
-            classes = rng.sample(seen, 2 if rng.random() < 0.35 else 1)
+            classes = rng.sample(seen, 2 if rng.random() < 0.2 else 1)
         yield Path(f"{i // 1000:02d}/{i:05d}.png"), _scene(classes, rng)
 
 
@@ -211,7 +211,7 @@ def _caption(scene: Scene, rng: random.Random, *, full: bool) -> str:
 def _phrase(figure: Figure, rng: random.Random, *, full: bool) -> str:
     """The figure as words: "a large striped red circle", "a red circle", "a striped figure"."""
     words = {"size": figure.size, "texture": figure.texture, "color": figure.color}
-    for attribute, chance in (("size", 0.5), ("texture", 0.3), ("color", 0.3)):
+    for attribute, chance in (("size", 0.5), ("texture", 0.4), ("color", 0.4)):
         if not full and rng.random() < chance:
             del words[attribute]
     words = [*words.values(), figure.shape]
