@@ -41,8 +41,8 @@ def test_eight_photographs_are_told_apart_both_ways(tmp_path: Path) -> None:
         tmp_path / "config.yaml",
         model=TINY | {"image_resolution": 48, "vision_patch_size": 16},
         data={"crop_scale": [0.5, 1.0]},
-        train={"epochs": 60, "batch_size": 8, "log_every": 10},
-        optimizer={"learning_rate": 3e-3},
+        train={"epochs": 160, "batch_size": 8, "log_every": 10},
+        optimizer={"learning_rate": 2e-3, "warmup": 0.1},
         checkpoint={"every_epochs": None},
     )
     done = run_cli("train", "-c", "config.yaml", cwd=tmp_path)
