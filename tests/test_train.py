@@ -183,6 +183,26 @@ def test_a_killed_run_resumes_to_the_same_bits(workplace: Path, workers: int) ->
     assert losses[0] == losses[1]
 
 
+def test_ctrl_c_says_how_to_go_on(workplace: Path) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable, "-c", "from leanclip.cli import main; main()",
+            "train", "-c", "config.yaml", "-o", "train.epochs=100000", "-o", "data.workers=1",
+        ],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (workplace / "runs/config/checkpoints").is_dir():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on from the last checkpoint" in errors
+    assert "Traceback" not in errors
+
+
 def test_resume_options(command: Command, workplace: Path) -> None:
     assert_refused(
         command("train", "-c", "config.yaml", "--resume"), "--resume: no checkpoint in runs/config"

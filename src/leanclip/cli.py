@@ -49,9 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # Typer's for Ctrl-C
+            resumes = "; the same command goes on from the last checkpoint"
+            print(f"interrupted{resumes if words[0] == 'train' else ''}", file=sys.stderr)
+        raise
 
 
 @app.command(epilog="Example: leanclip train -c configs/quickstart.yaml -o train.epochs=2")

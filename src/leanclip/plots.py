@@ -83,15 +83,15 @@ def similarity_matrix(
 
 
 def curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Training loss, learning rate and temperature, and every `val/` figure, by step."""
+    """Training loss, learning rate and temperature by step, and `val/` where there are two."""
     charts: dict[str, list[str]] = {
         "loss": ["train/loss"],
         "learning rate": ["train/lr"],
         "logit scale": ["train/logit_scale"],
     }
-    measured = sorted({name for line in lines for name in line if name.startswith("val/")})
-    if measured:
-        charts["evaluation"] = measured
+    evaluations = [line for line in lines if any(name.startswith("val/") for name in line)]
+    if len(evaluations) > 1:
+        charts["evaluation"] = sorted(name for name in evaluations[-1] if name.startswith("val/"))
     figure = _figure(4 * len(charts), 3.4)
     for axes, (title, names) in zip(figure.subplots(1, len(charts)), charts.items(), strict=True):
         for name in names:
