@@ -218,6 +218,7 @@ def test_a_wrong_resnet_is_refused(change: dict[str, Any], words: str) -> None:
     ("change", "words"),
     [
         ({"vision_mlp_ratio": 0}, "vision_mlp_ratio: should be greater than 0"),
+        ({"vision_mlp_ratio": 1e308}, "vision_mlp_ratio: should be less than or equal to 100"),
         ({"vision_mlp_ratio": 0.01}, r"vision_mlp_ratio 0\.01 of 32 leaves no hidden width"),
         ({"transformer_mlp_ratio": 0.01}, r"transformer_mlp_ratio 0\.01 of 32 leaves no hidden"),
         ({"vision_pool": "max"}, "vision_pool: should be 'tok' or 'avg'"),

@@ -31,7 +31,7 @@ from leanclip.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
-Ratio = Annotated[float, Field(gt=0)]
+Ratio = Annotated[float, Field(gt=0, le=100)]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
 Layout = Literal["shapes", "food101", "folder", "pairs"]
@@ -142,9 +142,8 @@ class ModelConfig(Section):
         """Turn JSON's list into a tuple; one message in place of one for each kind."""
         is_list = isinstance(value, list | tuple)
         numbers = tuple(value) if is_list else (value,)
-        if len(numbers) != (4 if is_list else 1) or not all(
-            type(n) is int and n > 0 for n in numbers
-        ):
+        are_counts = all(type(number) is int and number > 0 for number in numbers)
+        if not are_counts or len(numbers) != (4 if is_list else 1):
             found = json.dumps(value, ensure_ascii=False)[:60]
             raise ValueError(f"should be one number (a ViT) or four (a ResNet), found {found}")
         return numbers if is_list else value
@@ -152,13 +151,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         side, heads = self.image_resolution, self.attention_heads
+        text_width, text_heads = self.transformer_width, self.transformer_heads
         checks: list[tuple[str, int, str, int]] = [
-            (
-                "transformer_width",
-                self.transformer_width,
-                "transformer_heads",
-                self.transformer_heads,
-            )
+            ("transformer_width", text_width, "transformer_heads", text_heads)
         ]
         if isinstance(self.vision_layers, int):
             if self.vision_patch_size is None:
