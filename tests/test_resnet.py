@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, TINY
+from conftest import DATA, TINY, make_config
 from torch.nn import functional as F
 
 from leanclip import CLIP, ConfigError
@@ -247,6 +247,15 @@ def test_a_resnet_in_a_config_file_and_by_override(tmp_path) -> None:
     config = load_config(tmp_path / "c.yaml", ["model.vision_layers=[2, 1, 1, 1]"])
     assert config.model.vision_layers == (2, 1, 1, 1)
     assert parse(Config, load_yaml(json.dumps(to_plain(config)), where="x"), where="x") == config
+
+
+def test_a_dry_run_of_a_resnet_whose_last_stage_is_one_pixel(command, workplace) -> None:
+    make_config(workplace / "resnet.yaml", model=TINY_RESNET | {"image_resolution": 32})
+    config = load_config(workplace / "resnet.yaml").model  # make_config merges into TINY
+    assert config.vision_layers == (1, 2, 1, 1)
+    done = command("train", "-c", "resnet.yaml", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "memory: about" in done.stdout
 
 
 def test_mlp_ratios_set_the_hidden_widths() -> None:
