@@ -15,6 +15,7 @@ from leanclip.config import ModelConfig, load_config, parse, to_plain
 from leanclip.data.loader import TEXT_LENGTHS, trim
 from leanclip.model import MAX_LOGIT_SCALE
 from leanclip.model.transformer import Block, Transformer
+from leanclip.model.vit import VisionTransformer
 from leanclip.tokenizer import tokenize
 
 PASSL_ARCH = {  # the dict of PASSL's document, "Interacting with CLIP"
@@ -42,6 +43,11 @@ def golden() -> tuple[CLIP, dict[str, np.ndarray]]:
     tensors = torch.jit.load(folder / "torchscript.pt").state_dict()
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return model, dict(np.load(folder / "io.npz"))
+
+
+def vit_of(model: CLIP) -> VisionTransformer:
+    assert isinstance(model.visual, VisionTransformer)
+    return model.visual
 
 
 def blocks_of(tower: Transformer) -> list[Block]:
@@ -80,7 +86,7 @@ def test_vit_b_32_from_passl_arch_has_openais_parameters() -> None:
         "logit_scale": (),
     }.items():
         assert state[name].shape == shape
-    assert blocks_of(model.visual.transformer)[0].attn.heads == 12
+    assert blocks_of(vit_of(model).transformer)[0].attn.heads == 12
 
 
 def test_passl_model_block_in_yaml(tmp_path) -> None:
@@ -100,7 +106,7 @@ def test_passl_model_block_in_yaml(tmp_path) -> None:
         ({"image_resolution": 33}, "image_resolution 33 is not a multiple of vision_patch_size 8"),
         ({"embed_dim": "wide"}, 'embed_dim: should be a valid integer, found "wide"'),
         ({"proj": False}, "proj: False is not supported"),
-        ({"activation": "relu"}, "activation: should be 'quick_gelu' or 'gelu'"),
+        ({"activation": "relu"}, "activation: should be 'quick_gelu', 'gelu' or 'gelu_tanh'"),
     ],
 )
 def test_a_wrong_architecture_is_refused(change: dict, words: str) -> None:
@@ -131,9 +137,9 @@ def test_initialisation_is_openais() -> None:
         (block.attn.out_proj.weight, width**-0.5 * (2 * layers) ** -0.5),
         (block.mlp.c_fc.weight, (2 * width) ** -0.5),
         (block.mlp.c_proj.weight, width**-0.5 * (2 * layers) ** -0.5),
-        (model.visual.class_embedding, width**-0.5),
-        (model.visual.positional_embedding, width**-0.5),
-        (model.visual.proj, width**-0.5),
+        (vit_of(model).class_embedding, width**-0.5),
+        (vit_of(model).positional_embedding, width**-0.5),
+        (vit_of(model).proj, width**-0.5),
     ):
         assert tensor.std().item() == pytest.approx(std, rel=0.15)
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
@@ -170,7 +176,7 @@ def test_padding_is_not_looked_at() -> None:
 @pytest.mark.parametrize("is_text", [True, False])
 def test_reading_one_token_equals_reading_all(is_text: bool) -> None:
     model = CLIP(**TINY).eval()
-    tower = model.transformer if is_text else model.visual.transformer
+    tower = model.transformer if is_text else vit_of(model).transformer
     x = torch.randn(6, 9, 32)
     position = torch.tensor([0, 8, 3, 4, 1, 7])
     every = x
@@ -217,14 +223,14 @@ def test_activation_and_passl_options_are_honoured() -> None:
     exact.load_state_dict(base.state_dict())
     assert not torch.allclose(base.encode_image(pixels), exact.encode_image(pixels))
     assert "visual.ln_pre.weight" not in CLIP(**TINY, pre_norm=False).state_dict()
-    assert CLIP(**TINY, patch_bias=True).visual.conv1.bias is not None
+    assert vit_of(CLIP(**TINY, patch_bias=True)).conv1.bias is not None
 
 
 @torch.no_grad()
 def test_the_tower_equals_its_formula_written_out() -> None:
     """A second implementation of the vision tower, with torch's own attention module."""
     model = CLIP(**TINY).eval()
-    v, state = model.visual, model.state_dict()
+    v, state = vit_of(model), model.state_dict()
     pixels = torch.randn(3, 3, 32, 32)
     patches = F.unfold(pixels, 8, stride=8).transpose(1, 2) @ v.conv1.weight.flatten(1).T
     x = torch.cat([v.class_embedding.expand(3, 1, -1), patches], 1) + v.positional_embedding

@@ -161,6 +161,31 @@ def shapes(
     print(f"{total} drawings in {root}: train and val with captions, unseen by class")
 
 
+@app.command(epilog="Example: leanclip models | grep RN50")
+def models() -> None:
+    """List the named architectures with their sizes; JSON lines where stdout is not a terminal.
+
+    GFLOPs are of one image and one caption of the whole context, forward; a multiply-add is two.
+    """
+    import json
+
+    from leanclip.model.presets import summaries
+
+    if not sys.stdout.isatty():
+        for summary in summaries():
+            print(json.dumps(summary))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model")
+    for heading in ("parameters (M)", "forward GFLOPs", "pixels", "activation"):
+        table.add_column(heading, justify="left" if heading == "activation" else "right")
+    for summary in summaries():
+        table.add_row(*(str(value) for value in summary.values()))
+    Console().print(table)
+
+
 @app.command()
 def doctor() -> None:
     """Show what is installed, what is missing, and how to get it."""

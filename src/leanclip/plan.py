@@ -128,15 +128,16 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     with torch.device("meta"):
         model = CLIP(**to_plain(plan.config.model))
         side, length = model.visual.input_resolution, model.context_length
-        pixels = torch.empty(1, 3, side, side)
-        tokens = torch.empty(1, length, dtype=torch.int64)
+        pixels = torch.empty(2, 3, side, side)  # a BatchNorm may refuse to train on one
+        tokens = torch.empty(2, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor), lambda kept: kept
     ):
         features = model(pixels, tokens)
     del features
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    per_pair = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    both = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    per_pair = both // 2
     if plan.config.train.precision == "bf16":
         per_pair //= 2
     logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient

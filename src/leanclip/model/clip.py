@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from leanclip.config import ModelConfig, parse
+from leanclip.model.resnet import ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
 
@@ -45,17 +46,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config = parse(ModelConfig, arch, where="CLIP")
         self.context_length = config.context_length
-        self.visual = VisionTransformer(
-            input_resolution=config.image_resolution,
-            patch_size=config.vision_patch_size,
-            width=config.vision_width,
-            layers=config.vision_layers,
-            heads=config.vision_width // 64 if config.vision_heads is None else config.vision_heads,
-            output_dim=config.embed_dim,
-            activation=config.activation,
-            pre_norm=config.pre_norm,
-            patch_bias=config.patch_bias,
-        )
+        self.visual = _vision_tower(config)
         width = config.transformer_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
@@ -64,7 +55,8 @@ class CLIP(nn.Module):
             config.transformer_layers,
             config.transformer_heads,
             activation=config.activation,
-            is_causal=True,
+            is_causal=config.transformer_causal,
+            mlp_ratio=config.transformer_mlp_ratio,
         )
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
@@ -78,13 +70,15 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L), L up to the context length -> raw text features (B, E).
 
-        The tower is causal and is read at the end token, which has the highest id, so columns
-        after the last end token can be cut off without a change to the features.
+        A causal tower that is read at the end token, which has the highest id, does not look
+        at what stands after it: those columns can be cut off without a change to the features.
+        Every other tower gets them back, as padding (id 0).
         """
-        end = tokens.argmax(dim=-1)  # (B,)
+        tokens = self._restore_padding(tokens)
+        position = self._text_position(tokens)  # (B,)
         x = self.token_embedding(tokens)  # (B, L, D)
         x = x + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(x, end)  # (B, D)
+        x = self.transformer(x, position)  # (B, D)
         return self.ln_final(x) @ self.text_projection  # (B, E)
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
@@ -102,8 +96,24 @@ class CLIP(nn.Module):
         """The number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def _restore_padding(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L) up to the context, where the tower looks beyond the end token."""
+        if self.config.transformer_causal and self.config.transformer_pool != "last":
+            return tokens
+        return F.pad(tokens, (0, max(0, self.context_length - tokens.shape[1])))  # (B, L)
+
+    def _text_position(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where the text tower is read in each row of tokens (B, L): (B,)."""
+        match self.config.transformer_pool:
+            case "argmax":
+                return tokens.argmax(dim=-1)
+            case "first":
+                return torch.zeros_like(tokens[:, 0])
+            case "last":
+                return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+
     def _initialize_text(self) -> None:
-        """OpenAI's initialisation of the text tower; the vision tower keeps PyTorch's own."""
+        """OpenAI's initialisation of the text tower; the vision towers do their own."""
         width, layers = self.config.transformer_width, self.config.transformer_layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -114,3 +124,30 @@ class CLIP(nn.Module):
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+
+def _vision_tower(config: ModelConfig) -> VisionTransformer | ModifiedResNet:
+    """One number of layers makes a ViT, four a ResNet."""
+    if isinstance(config.vision_layers, tuple):
+        return ModifiedResNet(
+            input_resolution=config.image_resolution,
+            layers=config.vision_layers,
+            width=config.vision_width,
+            heads=config.attention_heads,
+            output_dim=config.embed_dim,
+        )
+    assert config.vision_patch_size is not None
+    return VisionTransformer(
+        input_resolution=config.image_resolution,
+        patch_size=config.vision_patch_size,
+        width=config.vision_width,
+        layers=config.vision_layers,
+        heads=config.attention_heads,
+        output_dim=config.embed_dim,
+        activation=config.activation,
+        mlp_ratio=config.vision_mlp_ratio,
+        pre_norm=config.pre_norm,
+        patch_bias=config.patch_bias,
+        pool=config.vision_pool,
+        norm_after_pool=config.vision_norm_after_pool,
+    )

@@ -12,40 +12,52 @@ from torch.nn import functional as F
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's and PASSL's weights
     "gelu": F.gelu,  # most LAION and DataComp weights
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # CLIPA's weights
 }
 
 
 class Transformer(nn.Module):
-    """A stack of residual attention blocks, read at one token: (B, L, D) -> (B, D).
+    """A stack of residual attention blocks, read at one token or at all.
 
-    The last block computes its query and its perceptron for that token alone: nothing else of
-    what it would give is used.
+    Read at one, the last block computes its query and its perceptron for that token alone:
+    nothing else of what it would give is used.
     """
 
     def __init__(
-        self, width: int, layers: int, heads: int, *, activation: str, is_causal: bool
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        *,
+        activation: str,
+        is_causal: bool,
+        mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
+        hidden = int(width * mlp_ratio)
         self.resblocks = nn.ModuleList(
-            Block(width, heads, activation=activation, is_causal=is_causal) for _ in range(layers)
+            Block(width, heads, hidden, activation=activation, is_causal=is_causal)
+            for _ in range(layers)
         )
 
-    def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Run every block in turn; `position` (B,) is the token that is read."""
+    def forward(self, x: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,) alone."""
         *first, last = self.resblocks
         for block in first:
             x = block(x)  # (B, L, D)
-        return last(x, position)  # (B, D)
+        return last(x, position)  # (B, L, D) or (B, D)
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron of four times the width, each with a residual."""
+    """Attention, then a two-layer perceptron, each with a residual."""
 
-    def __init__(self, width: int, heads: int, *, activation: str, is_causal: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, *, activation: str, is_causal: bool
+    ) -> None:
         super().__init__()
         self.attn = Attention(width, heads, is_causal=is_causal)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width, 4 * width, activation)
+        self.mlp = MLP(width, hidden, activation)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:

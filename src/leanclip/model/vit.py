@@ -19,9 +19,13 @@ class VisionTransformer(nn.Module):
         layers: number of blocks.
         heads: attention heads; OpenAI's models have width / 64.
         output_dim: E.
-        activation: "quick_gelu" or "gelu".
+        activation: a name in `ACTIVATIONS`.
+        mlp_ratio: hidden width of the perceptrons over D, rounded down.
         pre_norm: normalise before the first block; PASSL's `pre_norm: false` leaves it out.
         patch_bias: a bias in the patch embedding, as PASSL's `patch_bias: true`.
+        pool: "tok" reads the class token; "avg" the mean of the patches, without it.
+        norm_after_pool: with "avg", `ln_post` comes after the mean and not before it; so
+            open_clip's `pool_type` and `final_ln_after_pool`.
     """
 
     def __init__(
@@ -34,17 +38,23 @@ class VisionTransformer(nn.Module):
         heads: int,
         output_dim: int,
         activation: str = "quick_gelu",
+        mlp_ratio: float = 4.0,
         pre_norm: bool = True,
         patch_bias: bool = False,
+        pool: str = "tok",
+        norm_after_pool: bool = False,
     ) -> None:
         super().__init__()
         self.input_resolution = input_resolution
+        self.pool, self.norm_after_pool = pool, norm_after_pool
         patches = (input_resolution // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=patch_bias)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width) if pre_norm else nn.Identity()
-        self.transformer = Transformer(width, layers, heads, activation=activation, is_causal=False)
+        self.transformer = Transformer(
+            width, layers, heads, activation=activation, is_causal=False, mlp_ratio=mlp_ratio
+        )
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
 
@@ -55,6 +65,14 @@ class VisionTransformer(nn.Module):
         first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # (B, 1, D)
         x = torch.cat([first, x], dim=1)  # (B, P+1, D)
         x = self.ln_pre(x + self.positional_embedding)
-        class_token = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # (B,)
-        x = self.transformer(x, class_token)  # (B, D)
-        return self.ln_post(x) @ self.proj  # (B, E)
+        return self._read(x) @ self.proj  # (B, E)
+
+    def _read(self, x: torch.Tensor) -> torch.Tensor:
+        """The blocks, the last LayerNorm and the pool: (B, P+1, D) -> (B, D)."""
+        if self.pool == "tok":
+            class_token = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # (B,)
+            return self.ln_post(self.transformer(x, class_token))  # (B, D)
+        x = self.transformer(x)[:, 1:]  # (B, P, D)
+        if self.norm_after_pool:
+            return self.ln_post(x.mean(dim=1))  # (B, D)
+        return self.ln_post(x).mean(dim=1)  # (B, D)

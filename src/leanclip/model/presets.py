@@ -1,0 +1,130 @@
+"""Named architectures, and what each costs: name -> keys of `ModelConfig` -> parameters, FLOPs.
+
+The names and sizes are open_clip's. A plain name has exact GELU, as most LAION and DataComp
+weights; `-quickgelu` has OpenAI's activation. For a ResNet it is the text tower's alone.
+"""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from leanclip.config import ModelConfig, parse, to_plain
+from leanclip.errors import ConfigError
+from leanclip.model.clip import CLIP
+
+
+def _vit(
+    patch_size: int, width: int, layers: int, embed_dim: int, text_layers: int = 12, **more: Any
+) -> dict[str, Any]:
+    """A ViT on 224 pixels, beside a text tower as wide as the shared space."""
+    return {
+        "embed_dim": embed_dim,
+        "image_resolution": 224,
+        "vision_layers": layers,
+        "vision_width": width,
+        "vision_patch_size": patch_size,
+        **_text(embed_dim, text_layers),
+        **more,
+    }
+
+
+def _resnet(
+    layers: tuple[int, int, int, int], width: int, resolution: int, embed_dim: int, text_width: int
+) -> dict[str, Any]:
+    """A ResNet by its stages and the width of its stem."""
+    return {
+        "embed_dim": embed_dim,
+        "image_resolution": resolution,
+        "vision_layers": layers,
+        "vision_width": width,
+        **_text(text_width, 12),
+    }
+
+
+def _text(width: int, layers: int) -> dict[str, Any]:
+    """The text tower; its heads have 64 channels in every named model."""
+    return {
+        "transformer_width": width,
+        "transformer_heads": width // 64,
+        "transformer_layers": layers,
+        "activation": "gelu",
+    }
+
+
+_EXACT_GELU: dict[str, dict[str, Any]] = {
+    "ViT-B-32": _vit(32, 768, 12, 512),
+    "ViT-B-16": _vit(16, 768, 12, 512),
+    "ViT-L-14": _vit(14, 1024, 24, 768),
+    "ViT-L-14-336": _vit(14, 1024, 24, 768, image_resolution=336),
+    "ViT-H-14": _vit(14, 1280, 32, 1024, 24, vision_heads=16),
+    "ViT-g-14": _vit(14, 1408, 40, 1024, 24, vision_heads=16, vision_mlp_ratio=4.3637),
+    "ViT-bigG-14": _vit(14, 1664, 48, 1280, 32, vision_heads=16, vision_mlp_ratio=4.9231),
+    "RN50": _resnet((3, 4, 6, 3), 64, 224, 1024, 512),
+    "RN101": _resnet((3, 4, 23, 3), 64, 224, 512, 512),
+    "RN50x4": _resnet((4, 6, 10, 6), 80, 288, 640, 640),
+    "RN50x16": _resnet((6, 8, 18, 8), 96, 384, 768, 768),
+    "RN50x64": _resnet((3, 15, 36, 10), 128, 448, 1024, 1024),
+}
+
+# open_clip has no ViT-g-14-quickgelu
+PRESETS: dict[str, dict[str, Any]] = {
+    name + ending: arch | {"activation": activation}
+    for name, arch in _EXACT_GELU.items()
+    for ending, activation in (("", "gelu"), ("-quickgelu", "quick_gelu"))
+    if (name, ending) != ("ViT-g-14", "-quickgelu")
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The architecture of a named model, as keys of `ModelConfig`.
+
+    Raises:
+        ConfigError: there is no model of that name.
+    """
+    if name not in PRESETS:
+        by_lower = {known.lower(): known for known in PRESETS}
+        close = difflib.get_close_matches(name.lower().replace("/", "-"), by_lower, n=1, cutoff=0.6)
+        meant = f"; did you mean {by_lower[close[0]]}?" if close else ""
+        raise ConfigError(f"{name}: no such model{meant} (list them with: leanclip models)")
+    return dict(PRESETS[name])
+
+
+def forward_gflops(config: ModelConfig) -> float:
+    """10⁹ FLOPs of one image and one caption of the whole context, forward.
+
+    Matrix products, convolutions and attention are counted, a multiply-add as two, on the meta
+    device, where nothing is computed. What the last block is spared for the tokens that are not
+    read is not counted either; published counts include it.
+    """
+    return _cost(config)[1]
+
+
+def summaries() -> Iterator[dict[str, Any]]:
+    """The facts of each named model, in the order of the table; seconds for all."""
+    costs: dict[str, tuple[int, float]] = {}  # by the plain name: no activation is counted
+    for name, arch in PRESETS.items():
+        config, plain = parse(ModelConfig, arch, where=name), name.removesuffix("-quickgelu")
+        if plain not in costs:
+            costs[plain] = _cost(config)
+        parameters, gflops = costs[plain]
+        yield {
+            "name": name,
+            "parameters_millions": round(parameters / 1e6, 2),
+            "forward_gflops": round(gflops, 2),
+            "image_resolution": config.image_resolution,
+            "activation": config.activation,
+        }
+
+
+def _cost(config: ModelConfig) -> tuple[int, float]:
+    """The number of parameters, and the GFLOPs of a forward pass."""
+    with torch.device("meta"):
+        model = CLIP(**to_plain(config)).eval()
+        pixels = torch.empty(1, 3, config.image_resolution, config.image_resolution)
+        tokens = torch.empty(1, config.context_length, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixels, tokens)
+    return model.parameter_count(), counter.get_total_flops() / 1e9
