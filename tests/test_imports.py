@@ -16,7 +16,7 @@ LEVELS = (
     ("distributed", "loss", "weights", "optim"),
     ("checkpoint", "evaluate"),
     ("plots", "plan"),
-    ("train",),
+    ("train", "inference"),
     ("cli", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from leanclip.errors import ConfigError, DataError, LeanclipError, WeightsError
     from leanclip.evaluate import build_classifier, recall_at_k
     from leanclip.images import Preprocess
+    from leanclip.inference import Clip, load
     from leanclip.loss import clip_loss
     from leanclip.model import CLIP
     from leanclip.tokenizer import decode, encode, tokenize
@@ -22,6 +23,7 @@ _HOMES = {
     "errors": ("ConfigError", "DataError", "LeanclipError", "WeightsError"),
     "evaluate": ("build_classifier", "recall_at_k"),
     "images": ("Preprocess",),
+    "inference": ("Clip", "load"),
     "loss": ("clip_loss",),
     "model": ("CLIP",),
     "tokenizer": ("decode", "encode", "tokenize"),
@@ -30,6 +32,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CLIP",
+    "Clip",
     "Config",
     "ConfigError",
     "DataError",
@@ -40,6 +43,7 @@ __all__ = [
     "clip_loss",
     "decode",
     "encode",
+    "load",
     "load_config",
     "recall_at_k",
     "tokenize",

@@ -55,7 +55,7 @@ def save(
     for stale in root.glob(".step-*.tmp"):
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)
-    save_weights(temporary, model, preprocess)
+    save_weights(temporary, model.state_dict(), model.config, preprocess)
     save_file(_training_tensors(model, optimizer), temporary / "training.safetensors")
     (temporary / "state.json").write_text(json.dumps(vars(progress)))
     _write_manifest(temporary)

@@ -33,6 +33,10 @@ NumGpus = Annotated[
         "--num-gpus", min=0, help="GPUs of this machine; 0: the CPU. Default: one or CPU."
     ),
 ]
+Arch = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="The architecture: a preset, or a JSON or YAML file."),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,6 +68,9 @@ def train(
     load: Annotated[
         str | None, typer.Option(help="Weights to start from, with a fresh optimiser.")
     ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="With --load: list keys that do not match, go on.")
+    ] = False,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -98,6 +105,7 @@ def train(
         config or Path(run or "") / "config.yaml",
         overrides or (),
         load=load,
+        load_partial=partial or None,
         output_dir=run or output_dir,
     )
     device = choose_device(settings.device, num_gpus)
@@ -129,6 +137,7 @@ def evaluate(
     config: ConfigFile = None,
     overrides: Overrides = None,
     num_gpus: NumGpus = None,
+    arch: Arch = None,
     out: Annotated[
         str | None, typer.Option(help="Where to write evaluation.json and pictures.")
     ] = None,
@@ -139,7 +148,7 @@ def evaluate(
     from leanclip.evaluate import evaluation_config
 
     settings = evaluation_config(
-        model, data_spec, task, config=config, overrides=overrides or (), out=out
+        model, data_spec, task, config=config, arch=arch, overrides=overrides or (), out=out
     )
     device = choose_device(settings.device, num_gpus)
     print(training.summary(training.evaluate_only(settings, device)))
@@ -159,6 +168,33 @@ def shapes(
         for done, total in draw_dataset(root, seed=seed):
             bar.update(done, total=total)
     print(f"{total} drawings in {root}: train and val with captions, unseen by class")
+
+
+@app.command(epilog="Example: leanclip convert runs/quickstart quickstart-hf --to hf")
+def convert(
+    source: Annotated[str, typer.Argument(help="Weights of any dialect.")],
+    destination: Annotated[Path, typer.Argument(help="The file or folder to write.")],
+    to: Annotated[str, typer.Option(help="leanclip, openai, open_clip, hf or passl.")],
+    arch: Arch = None,
+) -> None:
+    """Write weights in another system's format, to the bit."""
+    from leanclip.weights import read_weights, write_weights
+
+    weights = read_weights(source, arch=arch)
+    write_weights(weights, destination, to)
+    print(f"{weights.source} ({weights.dialect}) -> {destination} ({to})")
+
+
+@app.command(epilog="Example: leanclip inspect runs/quickstart")
+def inspect(
+    source: Annotated[str, typer.Argument(help="Weights of any dialect.")],
+    arch: Arch = None,
+) -> None:
+    """Say what a file or folder of weights is, without running anything in it."""
+    from leanclip.weights import read_weights
+    from leanclip.weights.inspection import inspection
+
+    print(inspection(read_weights(source, arch=arch)))
 
 
 @app.command(epilog="Example: leanclip models | grep RN50")

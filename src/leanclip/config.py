@@ -308,6 +308,9 @@ class Config(Section):
     load: str | None = Field(
         default=None, description="weights to start from, with a fresh optimiser"
     )
+    load_partial: bool = Field(
+        default=False, description="with load: keys that are missing or left over are listed"
+    )
     output_dir: str = Field(default="runs/run", description="the run's folder")
 
 

@@ -81,6 +81,17 @@ def decode(ids: Sequence[int] | np.ndarray | torch.Tensor) -> str:
     return bytes(table[c] for c in characters).decode("utf-8", errors="replace").strip()
 
 
+def vocabulary() -> dict[str, int]:
+    """The ids of all symbols, in the form of the field's vocab.json files."""
+    table = _vocabulary()
+    return {symbol: token for symbol, token in table.ids.items() if token < START} | table.special
+
+
+def merges() -> list[str]:
+    """The merge rules, the most frequent pair first: "i n"."""
+    return [" ".join(pair) for pair in _vocabulary().ranks]
+
+
 def clean(text: str) -> str:
     """Repaired, unescaped, with single spaces and in lower case: what the tokeniser reads."""
     if not _PLAIN.fullmatch(text):

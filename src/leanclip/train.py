@@ -38,6 +38,7 @@ FREE_SETTINGS = (
     "output_dir",
     "device",
     "load",
+    "load_partial",
     "data.workers",
     "data.max_bad_share",
     "train.log_every",
@@ -246,7 +247,7 @@ def _start(
     if must_resume:
         raise ConfigError(f"--resume: no checkpoint in {plan.folder}; leave --resume out to begin")
     if config.load is not None:
-        load_into(model, read_weights(config.load))
+        load_into(model, read_weights(config.load), partial=config.load_partial)
         log.info("starting from the weights of %s", config.load)
     return checkpoint.Progress(0, 0, 0, 0, {}, 0.0)
 

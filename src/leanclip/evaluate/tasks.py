@@ -73,6 +73,7 @@ def evaluation_config(
     task: str,
     *,
     config: Path | None = None,
+    arch: str | None = None,
     overrides: Sequence[str] = (),
     out: str | None = None,
 ) -> Config:
@@ -99,7 +100,7 @@ def evaluation_config(
             raise ConfigError("--data: say what to evaluate on, as LAYOUT:ROOT, or give -c CONFIG")
         if overrides:
             raise ConfigError("-o: changes the settings of a config; give one with -c CONFIG")
-        settings = _stored_config(model, *_parse_spec(data_spec), out)
+        settings = _stored_config(model, *_parse_spec(data_spec), out, arch)
     evaluate = to_plain(settings.evaluate)
     if data_spec is not None:
         layout, root = _parse_spec(data_spec)
@@ -128,12 +129,13 @@ def _evaluation_data(data: DataConfig, wanted: EvaluationData, task: str) -> Dat
     return data.model_copy(update=changes)
 
 
-def _stored_config(model: str, layout: str, root: str, out: str) -> Config:
-    """Settings for weights that carry their architecture with them."""
-    weights = read_weights(model)
+def _stored_config(model: str, layout: str, root: str, out: str, arch: str | None) -> Config:
+    """Settings for weights that carry their architecture with them, or have it named."""
+    weights = read_weights(model, arch=arch)
     if weights.model is None or weights.preprocess is None:
         raise ConfigError(
-            f"--model {model}: holds no architecture; give the config it was trained with: -c"
+            f"--model {model}: does not say its architecture; say it with --arch, or give the "
+            f"config it was trained with: -c"
         )
     data: dict[str, Any] = {"layout": layout, "root": root}
     data |= {"mean": weights.preprocess.mean, "std": weights.preprocess.std}

@@ -1,8 +1,20 @@
-"""Weights on disk: read from any dialect leanclip knows, written in its own.
+"""Weights on disk: read from any dialect, written in any, without running a byte of them.
 
-source -> read_weights -> Weights (tensors by OpenAI's names, architecture) -> load_into
+source -> read_weights -> Weights (tensors by OpenAI's names, architecture) -> load_into, write
 """
 
-from leanclip.weights.native import Weights, load_into, read_weights, save_weights
+from leanclip.weights.convert import DIALECTS, write_weights
+from leanclip.weights.native import save_weights
+from leanclip.weights.read import read_architecture, read_weights
+from leanclip.weights.weights import Weights, infer_architecture, load_into
 
-__all__ = ["Weights", "load_into", "read_weights", "save_weights"]
+__all__ = [
+    "DIALECTS",
+    "Weights",
+    "infer_architecture",
+    "load_into",
+    "read_architecture",
+    "read_weights",
+    "save_weights",
+    "write_weights",
+]

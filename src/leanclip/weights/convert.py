@@ -1,0 +1,50 @@
+"""Write weights in any dialect that can hold them: `leanclip convert SRC DST --to DIALECT`."""
+
+from pathlib import Path
+
+from leanclip.errors import WeightsError
+from leanclip.images import Preprocess
+from leanclip.weights import huggingface, native, open_clip, openai, passl
+from leanclip.weights.weights import Weights
+
+DIALECTS = ("leanclip", "openai", "open_clip", "hf", "passl")
+
+
+def write_weights(weights: Weights, destination: Path, dialect: str) -> None:
+    """Write weights as they are, to the bit, under another system's names.
+
+    `openai` and `passl` are files, the others folders; see docs/checkpoints.md for what each
+    holds. Tensors keep their type.
+
+    Raises:
+        WeightsError: the dialect cannot hold the model, the architecture is not known, or there
+            is something at the destination.
+    """
+    if dialect not in DIALECTS:
+        raise WeightsError(f"--to {dialect}: no such format; known: {', '.join(DIALECTS)}")
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise WeightsError(f"{destination}: is there already; choose another name")
+    model = weights.model
+    if model is None:
+        raise WeightsError(
+            f"{weights.source}: does not say its architecture; say it with --arch (a preset's "
+            f"name, or a JSON or YAML file)"
+        )
+    preprocess = weights.preprocess or Preprocess(model.image_resolution)
+    if dialect in ("openai", "passl"):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    match dialect:
+        case "leanclip":
+            destination.mkdir(parents=True, exist_ok=True)
+            provenance = f"converted from {weights.dialect}: {weights.source.name}"
+            native.save_weights(
+                destination, weights.tensors, model, preprocess, provenance=provenance
+            )
+        case "openai":
+            openai.write(destination, weights, model)
+        case "open_clip":
+            open_clip.write(destination, weights, model, preprocess)
+        case "hf":
+            huggingface.write(destination, weights, model, preprocess)
+        case "passl":
+            passl.write(destination, weights, model)

@@ -1,0 +1,102 @@
+"""Weights by name: OpenAI's published files, and repositories on Hugging Face's hub.
+
+Nothing is fetched unless a name is given; a file that was fetched before is taken from its cache.
+"""
+
+import hashlib
+import os
+import re
+import urllib.request
+from pathlib import Path
+
+from leanclip.errors import WeightsError
+from leanclip.tracking import ProgressBar
+
+# openai/CLIP, clip/clip.py: the SHA-256 of each file is a part of its address.
+OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
+OPENAI_FILES = {
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa/RN50x16.pt",
+    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c/RN50x64.pt",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/"
+    "ViT-L-14-336px.pt",
+}
+_HUB_ID = re.compile(r"(hf-hub:)?([\w.-]+/[\w.-]+)")
+_WANTED = ("*.json", "*.safetensors", "*.bin")
+
+
+def locate(source: str | Path) -> Path:
+    """The file or folder of a source: a path, a published name, or a hub id.
+
+    Raises:
+        WeightsError: there is no such file, or it cannot be fetched.
+    """
+    path, name = Path(source), str(source)
+    if path.exists():
+        return path
+    if name in OPENAI_FILES:
+        return _fetch_openai(name)
+    match = _HUB_ID.fullmatch(name)
+    if match and (match[1] or not path.suffix):
+        return _fetch_hub(match[2])
+    raise WeightsError(f"{source}: no such file")
+
+
+def _fetch_openai(name: str) -> Path:
+    """The published file in the cache, fetched if it is not there; its SHA-256 is checked."""
+    base = os.environ.get("LEANCLIP_OPENAI_URL", OPENAI_URL)
+    digest, _, file_name = OPENAI_FILES[name].partition("/")
+    cache = Path(os.environ.get("LEANCLIP_CACHE", Path.home() / ".cache" / "leanclip"))
+    path = cache / file_name
+    if path.is_file() and _sha256(path) == digest:
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        with (
+            urllib.request.urlopen(f"{base}/{OPENAI_FILES[name]}", timeout=60) as response,
+            part.open("wb") as file,
+        ):
+            total = int(response.headers.get("Content-Length", 0))
+            with ProgressBar(f"fetching {name}", total) as bar:
+                done = 0
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    done += len(chunk)
+                    bar.update(done)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise WeightsError(f"{name}: cannot be fetched from {base}: {error}") from None
+    if _sha256(part) != digest:
+        part.unlink()
+        raise WeightsError(f"{name}: what was fetched from {base} differs from its checksum")
+    part.rename(path)
+    return path
+
+
+def _fetch_hub(repository: str) -> Path:
+    """A snapshot of a repository through huggingface_hub, its cache and its offline mode."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise WeightsError(
+            f"{repository}: no such file, and not fetched from the hub: huggingface_hub is "
+            f"missing; get it with: pip install -c constraints.txt -e '.[hub]'"
+        ) from None
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(_WANTED)))
+    except Exception as error:  # it raises errors of its own, of requests and of the file system
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"{repository}: no such file, and the hub did not give it: {reason}"
+        ) from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,285 @@
+"""Hugging Face's CLIPModel: config.json, safetensors or bin in one file or several, processor.
+
+Projections are transposed there, and queries, keys and values stand apart.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from leanclip.config import ModelConfig, parse
+from leanclip.errors import ConfigError, WeightsError
+from leanclip.images import CLIP_MEAN, CLIP_STD, Preprocess
+from leanclip.tokenizer import END, START, merges, vocabulary
+from leanclip.weights.formats import read_safetensors
+from leanclip.weights.native import triple
+from leanclip.weights.state_dict import read_json, read_torch
+from leanclip.weights.weights import Weights
+
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+_NAMES = {  # ours -> theirs; blocks apart
+    "logit_scale": "logit_scale",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+    "visual.proj": "visual_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final": "text_model.final_layer_norm",
+    "text_projection": "text_projection.weight",
+}
+_TRANSPOSED = ("visual.proj", "text_projection")
+_TOWERS = {"visual.transformer.resblocks": "vision_model", "transformer.resblocks": "text_model"}
+_PARTS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+def read_folder(folder: Path, facts: dict[str, Any], arch: ModelConfig | None) -> Weights:
+    """Read a folder whose config.json holds `facts`.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or the architecture is not CLIPModel's.
+    """
+    theirs, others = _read_files(folder)
+    model = arch or _architecture(folder, facts)
+    tensors = to_openai(folder, theirs)
+    return Weights(folder, "hf", tensors, model, _preprocess(folder, model), others=others)
+
+
+def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
+    """A folder that transformers' CLIPModel and CLIPProcessor load.
+
+    Raises:
+        WeightsError: CLIPModel has no place for something in the architecture.
+    """
+    if not isinstance(model.vision_layers, int):
+        raise WeightsError(f"{weights.source}: Hugging Face's CLIPModel cannot hold a ResNet")
+    default = ModelConfig.model_fields
+    for name in ("pre_norm", "patch_bias", "vision_pool", "transformer_pool", "transformer_causal"):
+        if getattr(model, name) != default[name].default:
+            raise WeightsError(
+                f"{weights.source}: CLIPModel cannot hold {name}: {getattr(model, name)}"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _from_openai(weights.tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    files = {
+        "config.json": _config(model, next(iter(tensors.values())).dtype),
+        "preprocessor_config.json": _processor(preprocess),
+        "vocab.json": vocabulary(),
+        "tokenizer_config.json": _tokenizer(model),
+        "special_tokens_map.json": _special_tokens(),
+    }
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    (folder / "merges.txt").write_text("\n".join(("#version: 0.2", *merges())) + "\n")
+
+
+def _read_files(folder: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The tensors of one file, or of the several that an index names."""
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            tensors, others = read(folder / name)
+            return tensors, tuple(others) if read is read_torch else ()
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            for shard in shards:
+                if not isinstance(shard, str) or Path(shard).name != shard:
+                    raise WeightsError(f"{index}: {shard!r} is not the name of a file beside it")
+            parts = [read(folder / shard)[0] for shard in shards]
+            return {name: tensor for part in parts for name, tensor in part.items()}, ()
+    raise WeightsError(f"{folder}: has config.json, but no model.safetensors or pytorch_model.bin")
+
+
+def to_openai(source: Path, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by OpenAI's names; what is unknown keeps its own."""
+    tensors, left = {}, dict(theirs)
+    for name in [n for n in left if n.endswith(".position_ids")]:
+        del left[name]  # a counter from 0, stored by old versions
+    for name in list(left):
+        ours = _our_name(name)
+        if ours is not None:
+            tensor = left.pop(name)
+            tensors[ours] = tensor.T.contiguous() if ours in _TRANSPOSED else tensor
+    pattern = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(\w+)")
+    for name in list(left):
+        if match := pattern.fullmatch(name):
+            tower, number, kind = match.groups()
+            block = f"{_tower(f'{tower}_model')}.{number}.attn.in_proj_{kind}"
+            parts = [left.pop(name.replace("q_proj", f"{part}_proj"), None) for part in "qkv"]
+            present = [part for part in parts if part is not None]
+            if len(present) != 3:
+                raise WeightsError(f"{source}: keys are missing beside {name}")
+            tensors[block] = torch.cat(present)  # (3D, D) or (3D,)
+    return tensors | left  # what is left over is named when it is put into a model
+
+
+def _from_openai(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    theirs = {}
+    for name, tensor in tensors.items():
+        tower = next((t for t in _TOWERS if name.startswith(f"{t}.")), None)
+        if tower is None:
+            stem, _, kind = name.rpartition(".")
+            new = _NAMES.get(name) or f"{_NAMES[stem]}.{kind}"
+            theirs[new] = (tensor.T if name in _TRANSPOSED else tensor).contiguous()
+            continue
+        number, _, part = name.removeprefix(f"{tower}.").partition(".")
+        block = f"{_TOWERS[tower]}.encoder.layers.{number}"
+        if part.startswith("attn.in_proj_"):
+            kind = part.removeprefix("attn.in_proj_")
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                theirs[f"{block}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
+        else:
+            stem, _, kind = part.rpartition(".")
+            theirs[f"{block}.{_PARTS[stem]}.{kind}"] = tensor.contiguous()
+    return theirs
+
+
+def _our_name(name: str) -> str | None:
+    """OpenAI's name for one of theirs; None for queries, keys, values and what is unknown."""
+    reverse = {theirs: ours for ours, theirs in _NAMES.items()}
+    if name in reverse:
+        return reverse[name]
+    stem, _, kind = name.rpartition(".")
+    if stem in reverse:
+        return f"{reverse[stem]}.{kind}"
+    if match := re.fullmatch(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.(.+)", stem):
+        tower, number, part = match.groups()
+        ours = {theirs: ours for ours, theirs in _PARTS.items()}.get(part)
+        return f"{_tower(tower)}.{number}.{ours}.{kind}" if ours else None
+    return None
+
+
+def _tower(theirs: str) -> str:
+    return {value: key for key, value in _TOWERS.items()}[theirs]
+
+
+def _architecture(folder: Path, facts: dict[str, Any]) -> ModelConfig:
+    where = folder / "config.json"
+    try:
+        vision, text = facts["vision_config"], facts["text_config"]
+        activations = {vision.get("hidden_act", "quick_gelu"), text.get("hidden_act", "quick_gelu")}
+        if len(activations) != 1 or not activations <= ACTIVATIONS.keys():
+            raise WeightsError(f"{where}: hidden_act {sorted(activations)} is not supported")
+        for section in (vision, text):
+            if section.get("layer_norm_eps", 1e-5) != 1e-5:
+                raise WeightsError(f"{where}: layer_norm_eps must be 1e-5")
+        vision_width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
+        arch = {
+            "embed_dim": facts.get("projection_dim", 512),
+            "image_resolution": vision.get("image_size", 224),
+            "vision_layers": vision.get("num_hidden_layers", 12),
+            "vision_width": vision_width,
+            "vision_heads": vision.get("num_attention_heads", 12),
+            "vision_patch_size": vision.get("patch_size", 32),
+            "vision_mlp_ratio": vision.get("intermediate_size", 3072) / vision_width,
+            "context_length": text.get("max_position_embeddings", 77),
+            "vocab_size": text.get("vocab_size", 49408),
+            "transformer_width": text_width,
+            "transformer_heads": text.get("num_attention_heads", 8),
+            "transformer_layers": text.get("num_hidden_layers", 12),
+            "transformer_mlp_ratio": text.get("intermediate_size", 2048) / text_width,
+            "activation": ACTIVATIONS[activations.pop()],
+        }
+        return parse(ModelConfig, arch, where=str(where))
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, ConfigError) as error:
+        raise WeightsError(f"{where}: not CLIPModel's: {error}") from None
+
+
+def _preprocess(folder: Path, model: ModelConfig) -> Preprocess:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return Preprocess(model.image_resolution)
+    facts = read_json(path)
+    try:
+        size, crop = facts.get("size", model.image_resolution), facts.get("crop_size")
+        size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+        crop = crop.get("height") if isinstance(crop, dict) else crop
+        mean, std = facts.get("image_mean", CLIP_MEAN), facts.get("image_std", CLIP_STD)
+        if size != (crop or size):
+            raise WeightsError(f"{path}: resizes to {size} and crops to {crop}: not supported")
+        return Preprocess(int(size), triple(mean), triple(std))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from None
+
+
+def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[model.activation]
+    both = {"hidden_act": activation, "layer_norm_eps": 1e-5, "projection_dim": model.embed_dim}
+    text_width, width = model.transformer_width, model.vision_width
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "dtype": str(dtype).removeprefix("torch."),
+        "projection_dim": model.embed_dim,
+        "logit_scale_init_value": 2.6592,
+        "text_config": both
+        | {
+            "model_type": "clip_text_model",
+            "vocab_size": model.vocab_size,
+            "hidden_size": text_width,
+            "intermediate_size": int(text_width * model.transformer_mlp_ratio),
+            "num_hidden_layers": model.transformer_layers,
+            "num_attention_heads": model.transformer_heads,
+            "max_position_embeddings": model.context_length,
+            "bos_token_id": model.vocab_size - 2,
+            "eos_token_id": model.vocab_size - 1,
+            "pad_token_id": 0,
+        },
+        "vision_config": both
+        | {
+            "model_type": "clip_vision_model",
+            "hidden_size": width,
+            "intermediate_size": int(width * model.vision_mlp_ratio),
+            "num_hidden_layers": model.vision_layers,
+            "num_attention_heads": model.attention_heads,
+            "image_size": model.image_resolution,
+            "patch_size": model.vision_patch_size,
+            "num_channels": 3,
+        },
+    }
+
+
+def _processor(preprocess: Preprocess) -> dict[str, Any]:
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "CLIPProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": preprocess.resolution},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": preprocess.resolution, "width": preprocess.resolution},
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }
+
+
+def _special_tokens() -> dict[str, str]:
+    words = {id_: word for word, id_ in vocabulary().items() if id_ in (START, END)}
+    end = words[END]
+    return {"bos_token": words[START], "eos_token": end, "unk_token": end, "pad_token": end}
+
+
+def _tokenizer(model: ModelConfig) -> dict[str, Any]:
+    return _special_tokens() | {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": model.context_length,
+        "do_lower_case": True,
+    }

@@ -1,0 +1,44 @@
+"""What a file of weights is, in a few lines for a person."""
+
+import math
+from collections import Counter
+
+from leanclip.config import ModelConfig, parse, to_plain
+from leanclip.model.presets import PRESETS
+from leanclip.weights.weights import Weights
+
+
+def inspection(weights: Weights) -> str:
+    """Dialect, architecture, activation, parameters, types, temperature, and what else is held."""
+    tensors, model = weights.tensors, weights.model
+    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    scale = tensors.get("logit_scale")
+    lines = {
+        "source": str(weights.source),
+        "dialect": weights.dialect,
+        "architecture": _name(model) if model else "not said; name it with --arch",
+        "activation": model.activation if model else "not said",
+        "parameters": f"{sum(t.numel() for n, t in tensors.items() if 'running_' not in n):,}",
+        "tensors": f"{len(tensors)} of " + ", ".join(f"{k} ({n})" for k, n in types.items()),
+        "temperature": "none" if scale is None else f"cosines x {math.exp(float(scale)):.2f}",
+        "preprocessing": str(weights.preprocess or "not said"),
+        "besides tensors": ", ".join(weights.others) or "nothing",
+    }
+    lines |= {f"note {i}": note for i, note in enumerate(weights.notes, 1)}
+    if model:
+        lines["settings"] = ", ".join(f"{k}={v}" for k, v in to_plain(model).items())
+    return "\n".join(f"{name:16} {text}" for name, text in lines.items())
+
+
+def _name(model: ModelConfig) -> str:
+    """The preset that an architecture is, or its towers in short."""
+    for name, arch in PRESETS.items():
+        known = parse(ModelConfig, arch, where=name)
+        same = {"vision_heads": known.vision_heads, "transformer_mlp_ratio": 4.0}
+        if (
+            known.attention_heads == model.attention_heads
+            and model.model_copy(update=same) == known
+        ):
+            return name
+    kind = "ResNet" if isinstance(model.vision_layers, tuple) else f"ViT /{model.vision_patch_size}"
+    return f"{kind}, {model.image_resolution} px, width {model.vision_width}"

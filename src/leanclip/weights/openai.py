@@ -1,0 +1,47 @@
+"""OpenAI's published weights: a TorchScript archive, or the state dict that was in it.
+
+The three numbers that OpenAI keeps beside the tensors (`input_resolution`, `context_length`,
+`vocab_size`) tell the dialect. It implies QuickGELU and heads of 64 channels.
+"""
+
+from pathlib import Path
+
+import torch
+
+from leanclip.config import ModelConfig
+from leanclip.errors import WeightsError
+from leanclip.images import Preprocess
+from leanclip.weights.weights import INVISIBLE, Weights, infer_architecture
+
+MARKS = ("input_resolution", "context_length", "vocab_size")
+
+
+def from_tensors(
+    source: Path, tensors: dict[str, torch.Tensor], arch: ModelConfig | None
+) -> Weights:
+    """Drop the three numbers; everything else has the right names already."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in MARKS}
+    model = arch or infer_architecture(tensors, source=source, activation="quick_gelu")
+    preprocess = Preprocess(model.image_resolution) if model else None
+    return Weights(source, "openai", tensors, model, preprocess)
+
+
+def write(file: Path, weights: Weights, model: ModelConfig) -> None:
+    """A state dict for OpenAI's `build_model`, with the three numbers, by torch.save.
+
+    Raises:
+        WeightsError: the format has no place for something in the architecture.
+    """
+    implied = infer_architecture(weights.tensors, source=weights.source, activation="quick_gelu")
+    if implied is None:
+        raise WeightsError(f"{weights.source}: OpenAI's format implies heads of 64 channels")
+    for name in (*INVISIBLE, "pre_norm", "patch_bias"):
+        has = getattr(model, name)
+        wants = {"pre_norm": True, "patch_bias": False}.get(name, getattr(implied, name))
+        if has != wants:
+            raise WeightsError(
+                f"{weights.source}: OpenAI's format implies {name} {wants}, this model has {has}"
+            )
+    sizes = (model.image_resolution, model.context_length, model.vocab_size)
+    numbers = {name: torch.tensor(value) for name, value in zip(MARKS, sizes, strict=True)}
+    torch.save(dict(weights.tensors) | numbers, file)

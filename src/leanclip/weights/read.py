@@ -1,0 +1,123 @@
+"""Read weights of any dialect, recognised by content: a file, a folder, a run, a name, a hub id.
+
+source -> locate -> folder: its config says the dialect / file: its bytes, then its names
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanclip.config import ModelConfig, load_yaml, parse
+from leanclip.errors import ConfigError, WeightsError
+from leanclip.images import Preprocess
+from leanclip.model.presets import PRESETS, preset
+from leanclip.weights import huggingface, native, open_clip, openai, passl
+from leanclip.weights.formats import read_safetensors, sniff
+from leanclip.weights.hub import locate
+from leanclip.weights.paddle import paddle_arrays
+from leanclip.weights.state_dict import is_torchscript, read_json, read_torch
+from leanclip.weights.unpickle import read_numpy_pickle
+from leanclip.weights.weights import Weights
+
+Architecture = ModelConfig | dict[str, Any] | str | Path
+
+
+def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Weights:
+    """Read weights; nothing in the source is ever executed.
+
+    Args:
+        source: a file or folder of any dialect, a run's folder (its newest checkpoint), the name
+            of a file that OpenAI publishes ("ViT-B/32"), or a hub id ("hf-hub:owner/name").
+        arch: the architecture, which wins over what the source says: settings by name, a
+            preset's name, or a JSON or YAML file of settings.
+
+    Raises:
+        WeightsError: there is no such source, it is damaged, holds more than data, or is of no
+            known dialect.
+        ConfigError: `arch` is none.
+    """
+    given = read_architecture(arch) if arch is not None else None
+    path = locate(source)
+    if not path.is_dir():
+        return _read_file(path, given)
+    checkpoints = sorted((path / "checkpoints").glob("step-*"))
+    return _read_folder(checkpoints[-1] if checkpoints else path, given)
+
+
+def read_architecture(arch: Architecture) -> ModelConfig:
+    """Settings of a model from a dict, a preset's name, or a JSON or YAML file.
+
+    Raises:
+        ConfigError: a setting is wrong, or there is neither such a preset nor such a file.
+    """
+    if isinstance(arch, ModelConfig):
+        return arch
+    if isinstance(arch, dict):
+        return parse(ModelConfig, arch, where="arch")
+    name, path = str(arch), Path(arch)
+    if name in PRESETS or not (path.suffix or path.exists()):
+        return parse(ModelConfig, preset(name), where=name)
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"), where=name)  # JSON is YAML
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}: cannot be read: {error}") from None
+    if isinstance(values, dict) and isinstance(values.get("model"), dict):
+        values = values["model"]  # a whole config
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}: holds no settings of a model")
+    return parse(ModelConfig, values, where=name)
+
+
+def _read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
+    if (folder / open_clip.CONFIG).is_file():
+        return open_clip.read_folder(folder, arch)
+    if not (folder / "config.json").is_file():
+        raise WeightsError(
+            f"{folder}: no config.json, {open_clip.CONFIG} or checkpoints in it; name a file"
+        )
+    facts = read_json(folder / "config.json")
+    if facts.get("format") == native.FORMAT:
+        return native.read_folder(folder, facts)
+    if facts.get("model_type") == "clip":
+        return huggingface.read_folder(folder, facts, arch)
+    raise WeightsError(
+        f"{folder / 'config.json'}: neither leanclip's nor Hugging Face's CLIPModel "
+        f"(model_type: {facts.get('model_type')})"
+    )
+
+
+def _read_file(path: Path, arch: ModelConfig | None) -> Weights:
+    kind = sniff(path)
+    if kind == "pickle":
+        loaded = read_numpy_pickle(path)
+        return passl.from_arrays(path, paddle_arrays(loaded, path), arch, _others(loaded))
+    others: tuple[str, ...] = ()
+    if kind == "safetensors":
+        tensors, _ = read_safetensors(path)
+    else:
+        tensors, others = read_torch(path)
+    if is_torchscript(others) or openai.MARKS[0] in tensors:
+        weights = openai.from_tensors(path, tensors, arch)
+        return Weights(**vars(weights) | {"others": others})
+    if any(name.startswith("vision_model.") for name in tensors):
+        return _bare(path, "hf", huggingface.to_openai(path, tensors), arch, others)
+    return _bare(path, "state dict", open_clip.flat_text(tensors), arch, others)
+
+
+def _bare(
+    path: Path,
+    dialect: str,
+    tensors: dict[str, torch.Tensor],
+    arch: ModelConfig | None,
+    others: tuple[str, ...],
+) -> Weights:
+    """Tensors that do not say their activation: whoever uses them must know the architecture."""
+    preprocess = Preprocess(arch.image_resolution) if arch else None
+    return Weights(path, dialect, tensors, arch, preprocess, others=others)
+
+
+def _others(loaded: object) -> tuple[str, ...]:
+    """What a PASSL checkpoint holds beside its weights."""
+    wrapped = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict)
+    return tuple(str(key) for key in loaded if key != "state_dict") if wrapped else ()

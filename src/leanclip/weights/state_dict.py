@@ -1,0 +1,70 @@
+"""The tensors in a file of PyTorch's, out of whatever a training program wrapped them in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanclip.errors import WeightsError
+from leanclip.weights.archive import Module, module_tensors, read_torch_legacy, read_torch_zip
+from leanclip.weights.formats import sniff
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
+
+
+def read_torch(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The tensors of a torch.save file or TorchScript archive, and what else it holds.
+
+    Raises:
+        WeightsError: the file is damaged, holds more than data, or no state dict.
+    """
+    loaded = read_torch_zip(path) if sniff(path) == "zip" else read_torch_legacy(path)
+    if isinstance(loaded, Module):
+        return module_tensors(loaded), ("TorchScript code, which was not read",)
+    return unwrap(loaded, path)
+
+
+def is_torchscript(others: tuple[str, ...]) -> bool:
+    """Whether `read_torch` found a TorchScript archive."""
+    return any(other.startswith("TorchScript") for other in others)
+
+
+def unwrap(loaded: object, source: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The state dict in a checkpoint, without the prefixes of wrappers around the model."""
+    others: list[str] = []
+    while isinstance(loaded, dict) and not _is_state_dict(loaded):
+        name = next((name for name in _WRAPPERS if isinstance(loaded.get(name), dict)), None)
+        if name is None:
+            raise WeightsError(
+                f"{source}: holds no state dict; its keys are {', '.join(map(str, loaded))[:100]}"
+            )
+        others += [str(key) for key in loaded if key != name]
+        loaded = loaded[name]
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"{source}: holds a {type(loaded).__name__}, not a state dict")
+    tensors: dict[str, torch.Tensor] = dict(loaded)
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors, tuple(others)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        WeightsError: it is missing or no object.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(facts, dict):
+        raise WeightsError(f"{path}: holds no JSON object")
+    return facts
+
+
+def _is_state_dict(loaded: dict) -> bool:
+    return bool(loaded) and all(isinstance(value, torch.Tensor) for value in loaded.values())
