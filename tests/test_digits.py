@@ -13,12 +13,12 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def write_digits(root: Path) -> Path:
     """A `folder` data set: 1,400 digits in train, the other 397 in test."""
-    digits = load_digits()
-    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+    images, labels = load_digits(return_X_y=True)
+    for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):
         folder = root / ("train" if i < 1400 else "test") / NAMES[label]
         folder.mkdir(parents=True, exist_ok=True)
         # 8 x 8 pixels in 0..16
-        Image.fromarray((pixels * 15.9).astype("uint8")).save(folder / f"{i:04d}.png")
+        Image.fromarray((pixels.reshape(8, 8) * 15.9).astype("uint8")).save(folder / f"{i:04d}.png")
     return root
 
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PROJECT, run_cli
@@ -11,7 +12,6 @@ from typer.main import get_command
 from leanclip.cli import app
 
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-ids = {"ids": lambda path: path.name}
 
 
 def tree_in(text: str) -> set[str]:
@@ -40,16 +40,16 @@ def test_the_file_tree_of_the_readme_is_true() -> None:
             assert name in package, f"{name} is not in the README's file tree"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, **ids)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
         if not target.startswith("http"):
             assert (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, **ids)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
 def test_commands_have_the_options_that_are_shown(document: Path) -> None:
-    command = get_command(app)
+    command: Any = get_command(app)
     for line in re.findall(
         r"^(?:\$ )?((?:leanclip|python tools/train\.py) .*)", document.read_text(), re.M
     ):

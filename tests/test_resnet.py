@@ -16,7 +16,7 @@ from leanclip.model.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
 from leanclip.tokenizer import tokenize
-from leanclip.weights.native import read_weights, save_weights
+from leanclip.weights import read_weights, save_weights
 
 TINY_RESNET = {
     **{key: value for key, value in TINY.items() if key != "vision_heads"},
@@ -177,7 +177,7 @@ def test_batch_norm_statistics_are_saved_with_the_weights(tmp_path) -> None:
 
     model = CLIP(**TINY_RESNET)
     model.encode_image(3 + torch.randn(8, 3, 64, 64))  # in training mode: moves the statistics
-    save_weights(tmp_path, model, Preprocess(64))
+    save_weights(tmp_path, model.state_dict(), model.config, Preprocess(64))
     weights = read_weights(tmp_path)
     assert weights.model == model.config
     other = CLIP(**to_plain(model.config))

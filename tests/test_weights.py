@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,7 @@ import leanclip
 from leanclip import CLIP, ConfigError, Preprocess, WeightsError
 from leanclip.config import to_plain
 from leanclip.model import ModifiedResNet
-from leanclip.weights import DIALECTS, Weights, load_into, read_weights, write_weights
-from leanclip.weights import hub
+from leanclip.weights import DIALECTS, Weights, hub, load_into, read_weights, write_weights
 
 PASSL_ARCH = DATA / "passl-vit" / "arch.json"
 WIDE = {"vision_width": 64, "transformer_width": 64, "vision_heads": 1, "transformer_heads": 1}
@@ -163,7 +163,7 @@ def test_what_a_format_cannot_hold_is_refused(
 def test_folders_keep_the_architecture(changes: dict, dialect: str, tmp_path: Path) -> None:
     weights = tiny(**changes)
     preprocess = Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    weights = Weights(**vars(weights) | {"preprocess": preprocess})
+    weights = replace(weights, preprocess=preprocess)
     write_weights(weights, tmp_path / "w", dialect)
     back = read_weights(tmp_path / "w")
     assert back.model is not None
@@ -177,7 +177,7 @@ def test_transformers_loads_what_was_written(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     golden = read_weights(DATA / "openai-vit/torchscript.pt")
     tensors = {name: tensor.float() for name, tensor in golden.tensors.items()}
-    write_weights(Weights(**vars(golden) | {"tensors": tensors}), tmp_path / "w", "hf")
+    write_weights(replace(golden, tensors=tensors), tmp_path / "w", "hf")
     theirs = transformers.CLIPModel.from_pretrained(tmp_path / "w", dtype=torch.float32).eval()
     io = np.load(DATA / "openai-vit/io.npz")
     pixels, tokens = torch.from_numpy(io["image"]), torch.from_numpy(io["text"])
@@ -232,7 +232,7 @@ def test_state_dicts_as_training_programs_leave_them(wrap: str, tmp_path: Path) 
     assert read_weights(path).model is None
     if wrap == "open_clip":
         assert back.others == ("epoch", "name", "optimizer")
-    with pytest.raises(WeightsError, match="without its architecture.*arch='ViT-B-32'"):
+    with pytest.raises(WeightsError, match=r"without its architecture.*arch='ViT-B-32'"):
         leanclip.load(path)
 
 
@@ -321,7 +321,7 @@ def test_partial_lists_what_does_not_match(caplog: pytest.LogCaptureFixture) -> 
     tensors = dict(weights.tensors)
     del tensors["ln_final.bias"]
     tensors["extra"] = torch.zeros(1)
-    weights = Weights(**vars(weights) | {"tensors": tensors})
+    weights = replace(weights, tensors=tensors)
     with pytest.raises(WeightsError, match=r"keys are missing: ln_final\.bias"):
         load_into(CLIP(**TINY), weights)
     model = CLIP(**TINY)
@@ -393,7 +393,7 @@ def test_a_published_name_is_fetched_checked_and_kept(
             self.end_headers()
             self.wfile.write(content if "good" in self.path else b"something else")
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
@@ -411,8 +411,8 @@ def test_a_published_name_is_fetched_checked_and_kept(
     assert asked == [f"/bad/{digest}/ViT-B-32.pt", f"/good/{digest}/ViT-B-32.pt"]
     server.shutdown()
     (tmp_path / "cache" / "ViT-B-32.pt").write_bytes(b"spoilt")
+    monkeypatch.setenv("LEANCLIP_OPENAI_URL", "http://127.0.0.1:9")
     with pytest.raises(WeightsError, match="cannot be fetched"):
-        monkeypatch.setenv("LEANCLIP_OPENAI_URL", "http://127.0.0.1:9")
         read_weights("ViT-B/32")
 
 

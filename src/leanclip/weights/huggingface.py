@@ -211,7 +211,7 @@ def _preprocess(folder: Path, model: ModelConfig) -> Preprocess:
         mean, std = facts.get("image_mean", CLIP_MEAN), facts.get("image_std", CLIP_STD)
         if size != (crop or size):
             raise WeightsError(f"{path}: resizes to {size} and crops to {crop}: not supported")
-        return Preprocess(int(size), triple(mean), triple(std))
+        return Preprocess(int(str(size)), triple(mean), triple(std))
     except (TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path}: cannot be read: {error}") from None
 

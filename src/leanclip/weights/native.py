@@ -6,7 +6,7 @@ preprocessing, the tokeniser, where the weights came from, and the SHA-256 of th
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def read_folder(folder: Path, facts: dict) -> Weights:
     return Weights(folder, "leanclip", tensors, model, preprocess)
 
 
-def triple(values: list[float]) -> tuple[float, float, float]:
+def triple(values: Sequence[float]) -> tuple[float, float, float]:
     """Three numbers of a JSON file, for red, green and blue."""
     red, green, blue = (float(value) for value in values)
     return red, green, blue

@@ -3,6 +3,7 @@
 source -> locate -> folder: its config says the dialect / file: its bytes, then its names
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def _read_file(path: Path, arch: ModelConfig | None) -> Weights:
         tensors, others = read_torch(path)
     if is_torchscript(others) or openai.MARKS[0] in tensors:
         weights = openai.from_tensors(path, tensors, arch)
-        return Weights(**vars(weights) | {"others": others})
+        return replace(weights, others=others)
     if any(name.startswith("vision_model.") for name in tensors):
         return _bare(path, "hf", huggingface.to_openai(path, tensors), arch, others)
     return _bare(path, "state dict", open_clip.flat_text(tensors), arch, others)
@@ -119,5 +120,6 @@ def _bare(
 
 def _others(loaded: object) -> tuple[str, ...]:
     """What a PASSL checkpoint holds beside its weights."""
-    wrapped = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict)
-    return tuple(str(key) for key in loaded if key != "state_dict") if wrapped else ()
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
+        return ()
+    return tuple(str(key) for key in loaded if key != "state_dict")
