@@ -10,6 +10,7 @@ memory is above that of the imports, over the tensors' size. Prints JSON.
 
 import argparse
 import json
+import math
 import pickle
 import platform
 import statistics
@@ -24,12 +25,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from leanclip.weights.archive import read_torch_zip
-from leanclip.weights.formats import read_safetensors
-from leanclip.weights.unpickle import read_numpy_pickle
+from leanclip import CLIP, Preprocess
+from leanclip.weights import Weights, read_architecture, read_weights, write_weights
 
 ROUNDS = 5
-FILES = ("weights.pt", "weights.pdparams", "weights.safetensors")
+ARCH = "ViT-B-32-quickgelu"
+FILES = ("weights.pt", "weights.pdparams", "weights.safetensors", "hf")
+
+
+def leanclip(path: Path) -> object:
+    """What `leanclip.load` and `--load` read with, names and architecture included."""
+    return read_weights(path, arch=ARCH).tensors
 
 
 def plain_pickle(path: Path) -> object:
@@ -38,16 +44,11 @@ def plain_pickle(path: Path) -> object:
         return pickle.load(file)
 
 
-READERS: dict[str, dict[str, Callable[[Path], object]]] = {
-    "weights.pt": {
-        "leanclip": read_torch_zip,
-        "framework": lambda path: torch.load(path, weights_only=True, mmap=False),
-    },
-    "weights.pdparams": {"leanclip": read_numpy_pickle, "framework": plain_pickle},
-    "weights.safetensors": {
-        "leanclip": lambda path: read_safetensors(path)[0],
-        "framework": load_file,
-    },
+FRAMEWORKS: dict[str, Callable[[Path], object]] = {
+    "weights.pt": lambda path: torch.load(path, weights_only=True, mmap=False),
+    "weights.pdparams": plain_pickle,
+    "weights.safetensors": load_file,
+    "hf": lambda path: load_file(path / "model.safetensors"),
 }
 
 
@@ -65,45 +66,16 @@ def main() -> None:
         print(json.dumps(measure(Path(folder)), indent=1))
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """ViT-B/32's 302 tensors."""
-    found: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (77, 512),
-        "text_projection": (512, 512),
-        "logit_scale": (),
-        "token_embedding.weight": (49408, 512),
-        "visual.conv1.weight": (768, 3, 32, 32),
-        "visual.class_embedding": (768,),
-        "visual.positional_embedding": (50, 768),
-        "visual.proj": (768, 512),
-    }
-    norms = {"visual.ln_pre": 768, "visual.ln_post": 768, "ln_final": 512}
-    for prefix, width in (("visual.transformer", 768), ("transformer", 512)):
-        for i in range(12):
-            block = f"{prefix}.resblocks.{i}"
-            norms |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
-            found[f"{block}.attn.in_proj_weight"] = (3 * width, width)
-            found[f"{block}.attn.in_proj_bias"] = (3 * width,)
-            for name, out, into in (
-                ("attn.out_proj", width, width),
-                ("mlp.c_fc", 4 * width, width),
-                ("mlp.c_proj", width, 4 * width),
-            ):
-                found[f"{block}.{name}.weight"] = (out, into)
-                found[f"{block}.{name}.bias"] = (out,)
-    for norm, width in norms.items():
-        found |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
-    return found
-
-
 def write_files(folder: Path) -> None:
-    """The same random tensors in the three formats."""
+    """The same random tensors in four formats."""
     torch.manual_seed(0)
-    tensors = {name: torch.randn(shape) for name, shape in shapes().items()}
-    torch.save(tensors, folder / "weights.pt")
-    save_file(tensors, folder / "weights.safetensors")
-    with (folder / "weights.pdparams").open("wb") as file:
-        pickle.dump({name: tensor.numpy() for name, tensor in tensors.items()}, file, protocol=4)
+    arch = read_architecture(ARCH)
+    tensors = CLIP(**arch.model_dump(mode="json")).state_dict()
+    weights = Weights(folder, "leanclip", tensors, arch, Preprocess())
+    torch.save(dict(tensors), folder / "weights.pt")
+    save_file(dict(tensors), folder / "weights.safetensors")
+    write_weights(weights, folder / "weights.pdparams", "passl")
+    write_weights(weights, folder / "hf", "hf")
 
 
 def touch(tensors: object) -> tuple[float, int]:
@@ -133,13 +105,13 @@ def measure(folder: Path) -> dict[str, object]:
         for _ in range(ROUNDS):
             for reader in apart:
                 apart[reader].append(in_own_process(reader, path))
-        assert len({run["sum"] for runs in apart.values() for run in runs}) == 1
+        sums = [run["sum"] for runs in apart.values() for run in runs]
+        assert all(math.isclose(value, sums[0], rel_tol=1e-4) for value in sums), sums
         seconds = {
             r: statistics.median(run["seconds"] for run in runs) for r, runs in apart.items()
         }
         peaks = {r: statistics.median(run["peak"] for run in runs) for r, runs in apart.items()}
         results[file] = {
-            "megabytes": round(path.stat().st_size / 1e6),
             "seconds": rounded(seconds),
             "ratio": round(seconds["leanclip"] / seconds["framework"], 2),
             "peak_over_size": rounded(peaks),
@@ -164,7 +136,8 @@ def read_once(reader: str, path: Path) -> dict[str, float]:
     touch({"warm-up": torch.ones(8)})
     before = peak_bytes()
     start = time.perf_counter()
-    total, size = touch(READERS[path.name][reader](path))
+    read = leanclip if reader == "leanclip" else FRAMEWORKS[path.name]
+    total, size = touch(read(path))
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "sum": total, "peak": (peak_bytes() - before) / size}
 

@@ -67,6 +67,8 @@ def test_no_import_runs_back_up() -> None:
 
 def test_no_two_parts_import_each_other() -> None:
     found = arrows()
+    assert "train" not in found["inference"]
+    assert "inference" not in found["train"]
     assert [(a, b) for a in found for b in found[a] if a in found[b]] == []
 
 

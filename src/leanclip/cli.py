@@ -217,9 +217,11 @@ def models() -> None:
     table = Table("model")
     for heading in ("parameters (M)", "forward GFLOPs", "pixels", "activation"):
         table.add_column(heading, justify="left" if heading == "activation" else "right")
-    for summary in summaries():
-        table.add_row(*(str(value) for value in summary.values()))
-    Console().print(table)
+    console = Console()
+    with console.status("counting operations ..."):
+        for summary in summaries():
+            table.add_row(*(str(value) for value in summary.values()))
+    console.print(table)
 
 
 @app.command()

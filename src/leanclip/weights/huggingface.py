@@ -72,8 +72,11 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
             raise WeightsError(
                 f"{weights.source}: CLIPModel cannot hold {name}: {getattr(model, name)}"
             )
+    try:
+        tensors = _from_openai(weights.tensors)
+    except KeyError as error:
+        raise WeightsError(f"{weights.source}: CLIPModel has no place for {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _from_openai(weights.tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     files = {
         "config.json": _config(model, next(iter(tensors.values())).dtype),
@@ -113,7 +116,7 @@ def to_openai(source: Path, theirs: dict[str, torch.Tensor]) -> dict[str, torch.
         ours = _our_name(name)
         if ours is not None:
             tensor = left.pop(name)
-            tensors[ours] = tensor.T.contiguous() if ours in _TRANSPOSED else tensor
+            tensors[ours] = tensor.T if ours in _TRANSPOSED else tensor
     pattern = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(\w+)")
     for name in list(left):
         if match := pattern.fullmatch(name):

@@ -55,7 +55,7 @@ def from_arrays(
     for theirs, array in arrays.items():
         name, tensor = _rename(theirs, inverse=True), torch.from_numpy(array)
         if _LINEAR.fullmatch(theirs):
-            tensor = tensor.T.contiguous()
+            tensor = tensor.T  # a view: the file is not held twice
         tensors[name] = tensor.reshape(tensor.shape[_LEADING.get(name, 0) :])
     model = arch or infer_architecture(tensors, source=source, activation="quick_gelu")
     is_resnet = "visual.layer1.0.conv1.weight" in tensors
