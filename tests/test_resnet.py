@@ -1,4 +1,7 @@
-"""The ResNet tower (OpenAI's own outputs: test_weights.py), and the ViT variants of open_clip's configs."""
+"""The ResNet tower, and the ViT variants of open_clip's configs.
+
+OpenAI's own outputs are compared in test_weights.py.
+"""
 
 import json
 from typing import Any
