@@ -265,6 +265,26 @@ def test_evaluate_only_and_eval_agree_with_the_run(command: Command, workplace: 
     assert (workplace / "e" / "evaluation.json").is_file()
 
 
+def test_evaluate_only_measures_the_run_and_not_what_it_started_from(
+    command: Command, workplace: Path
+) -> None:
+    command("train", "-c", "config.yaml", "--output-dir", "a")
+    command("train", "-c", "config.yaml", "--output-dir", "b", "--load", "a",
+            "-o", "train.epochs=30")  # fmt: skip
+    trained = json.loads((workplace / "b/evaluation.json").read_text())
+    command("train", "--resume", "b", "--evaluate-only")
+    assert json.loads((workplace / "b/evaluation.json").read_text()) == trained
+    command("train", "--resume", "b", "--evaluate-only", "--load", "a")
+    base = json.loads((workplace / "a/evaluation.json").read_text())
+    assert json.loads((workplace / "b/evaluation.json").read_text()) == base
+    assert base != trained
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(command: Command, workplace: Path) -> None:
+    (workplace / "file").write_text("")
+    assert_refused(command("train", "-c", "config.yaml", "--output-dir", "file"), "file")
+
+
 def test_dry_run_shows_and_writes_nothing(command: Command, workplace: Path) -> None:
     done = command("train", "-c", "config.yaml", "--dry-run", "-o", "optimizer.reference_batch=8")
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ from leanclip import CLIP, ConfigError, Preprocess, WeightsError
 from leanclip.config import to_plain
 from leanclip.model import ModifiedResNet
 from leanclip.weights import DIALECTS, Weights, hub, load_into, read_weights, write_weights
+from leanclip.weights.weights import mlp_ratio
 
 PASSL_ARCH = DATA / "passl-vit" / "arch.json"
 WIDE = {"vision_width": 64, "transformer_width": 64, "vision_heads": 1, "transformer_heads": 1}
@@ -284,6 +285,61 @@ def test_open_clip_models_that_leanclip_has_not(
 
 
 # --- sizes, missing keys, settings that no tensor shows
+
+
+def test_passl_cannot_hold_narrow_heads_and_text_heads_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(WeightsError, match=r"PASSL has 1 vision heads at this width, .* 4"):
+        write_weights(
+            tiny(**WIDE | {"vision_heads": 4, "transformer_heads": 1}), tmp_path / "w", "passl"
+        )
+    write_weights(tiny(**WIDE | {"transformer_heads": 2}), tmp_path / "w.pdparams", "passl")
+    assert "must say transformer_heads: 2" in caplog.text
+
+
+def test_tensors_that_are_not_the_architectures_are_not_written(tmp_path: Path) -> None:
+    weights = read_weights(DATA / "openai-vit/torchscript.pt", arch="ViT-L-14-quickgelu")
+    with pytest.raises(WeightsError, match=r"shapes differ: .* in the architecture"):
+        write_weights(weights, tmp_path / "w", "leanclip")
+    assert not (tmp_path / "w").exists()
+
+
+def test_arch_wins_over_a_folders_own(tmp_path: Path) -> None:
+    write_weights(tiny(), tmp_path / "w", "leanclip")
+    model = read_weights(tmp_path / "w", arch=TINY | {"activation": "gelu"}).model
+    assert model is not None
+    assert model.activation == "gelu"
+
+
+@pytest.mark.parametrize("width", [896, 1408, 1280, 1664])
+def test_every_hidden_width_comes_back(width: int) -> None:
+    for hidden in range(1, 6 * width, 7):
+        assert int(width * mlp_ratio(width, hidden)) == hidden
+
+
+def test_oddities_in_strangers_files_are_one_line(tmp_path: Path) -> None:
+    import pickle
+
+    arrays = {"visual.positional_embedding": np.zeros(3), "logit_scale": np.zeros((2, 2))}
+    for name, array in arrays.items():
+        (tmp_path / "w.pdparams").write_bytes(pickle.dumps({name: array}, protocol=4))
+        with pytest.raises(WeightsError, match=r"w\.pdparams"):
+            read_weights(tmp_path / "w.pdparams")
+    write_weights(tiny(), tmp_path / "oc", "open_clip")
+    path = tmp_path / "oc" / "open_clip_config.json"
+    facts = json.loads(path.read_text())
+    facts["preprocess_cfg"]["mean"] = [0.5]
+    path.write_text(json.dumps(facts))
+    with pytest.raises(WeightsError, match="cannot be read"):
+        read_weights(tmp_path / "oc")
+    endless: dict = {}
+    endless["state_dict"] = endless
+    torch.save(endless, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(WeightsError, match=r"w\.pt: holds a dict, not a state dict"):
+        read_weights(tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match="should be one number"):
+        CLIP(**TINY | {"vision_layers": 10**9})
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ step is complete. Nothing in it is a pickle. The folder is also a folder of weig
 `leanclip.load` and `--load` take.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.weights import load_into, read_weights, save_weights
+from leanclip.weights.native import sha256
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,8 @@ def restore(folder: Path, model: CLIP, optimizer: torch.optim.Optimizer) -> Prog
         prefix = f"optimizer.{name}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if state:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device)
-                for key, value in state.items()
-            }
+            # All of it: the fused AdamW keeps its count of steps on the device too.
+            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -112,7 +110,7 @@ def _problems(folder: Path) -> Iterator[str]:
         path = folder / name
         if not path.is_file() or path.stat().st_size != facts["size"]:
             yield f"{path}: is missing or cut short"
-        elif _sha256(path) != facts["sha256"]:
+        elif sha256(path) != facts["sha256"]:
             yield f"{path}: differs from its checksum"
 
 
@@ -130,18 +128,13 @@ def _training_tensors(model: CLIP, optimizer: torch.optim.Optimizer) -> dict[str
 
 def _write_manifest(folder: Path) -> None:
     facts = {
-        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
     for path in folder.iterdir():
         _sync(path)
     _sync(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

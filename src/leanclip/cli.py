@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         app([word for word in _with_resume_value(words) if word != "--debug"])
-    except LeanclipError as error:
+    except (LeanclipError, OSError) as error:
         if debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -68,6 +68,7 @@ def train(
     load: Annotated[
         str | None, typer.Option(help="Weights to start from, with a fresh optimiser.")
     ] = None,
+    arch: Arch = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="With --load: list keys that do not match, go on.")
     ] = False,
@@ -105,12 +106,13 @@ def train(
         config or Path(run or "") / "config.yaml",
         overrides or (),
         load=load,
+        load_arch=arch,
         load_partial=partial or None,
         output_dir=run or output_dir,
     )
     device = choose_device(settings.device, num_gpus)
     if evaluate_only:
-        outcome = training.evaluate_only(settings, device)
+        outcome = training.evaluate_only(settings, device, load)
     else:
         plan = make_plan(settings, device)
         if dry_run:
@@ -151,7 +153,7 @@ def evaluate(
         model, data_spec, task, config=config, arch=arch, overrides=overrides or (), out=out
     )
     device = choose_device(settings.device, num_gpus)
-    print(training.summary(training.evaluate_only(settings, device)))
+    print(training.summary(training.evaluate_only(settings, device, model)))
 
 
 @data.command(epilog="Example: leanclip data shapes data/shapes")

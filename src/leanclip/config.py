@@ -87,7 +87,9 @@ class ModelConfig(Section):
     vocab_size: Positive = Field(default=49408, description="number of token ids")
     transformer_width: Positive = Field(description="width of the text tower")
     transformer_heads: Positive = Field(description="attention heads of the text tower")
-    transformer_layers: Positive = Field(description="blocks of the text tower")
+    transformer_layers: Annotated[int, Field(gt=0, le=1000)] = Field(
+        description="blocks of the text tower"
+    )
     transformer_mlp_ratio: Ratio = Field(
         default=4.0,
         description="hidden width of the text tower's perceptrons / its width, rounded down",
@@ -142,7 +144,7 @@ class ModelConfig(Section):
         """Turn JSON's list into a tuple; one message in place of one for each kind."""
         is_list = isinstance(value, list | tuple)
         numbers = tuple(value) if is_list else (value,)
-        are_counts = all(type(number) is int and number > 0 for number in numbers)
+        are_counts = all(type(number) is int and 0 < number <= 1000 for number in numbers)
         if not are_counts or len(numbers) != (4 if is_list else 1):
             found = json.dumps(value, ensure_ascii=False)[:60]
             raise ValueError(f"should be one number (a ViT) or four (a ResNet), found {found}")
@@ -307,6 +309,9 @@ class Config(Section):
     )
     load: str | None = Field(
         default=None, description="weights to start from, with a fresh optimiser"
+    )
+    load_arch: str | None = Field(
+        default=None, description="with load: what the weights are, a preset's name or a file"
     )
     load_partial: bool = Field(
         default=False, description="with load: keys that are missing or left over are listed"

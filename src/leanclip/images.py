@@ -34,7 +34,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Preprocess:
     """The evaluation transform of a model: `preprocess(image)` -> (3, R, R) float32.
 
-    Equal to the transform of OpenAI's CLIP: RGB, short side to R by Pillow's antialiased
+    Equal to the transform of OpenAI's CLIP for opaque images (transparent parts become white
+    here, what they hide there): RGB, short side to R by Pillow's antialiased
     bicubic, centre crop, [0, 1], minus mean, over standard deviation.
     """
 

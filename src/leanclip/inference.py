@@ -1,6 +1,5 @@
 """Use a model: load weights of any origin, and turn images and texts into features."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from leanclip.model import CLIP
 from leanclip.tokenizer import tokenize
 from leanclip.weights import load_into, read_weights
 from leanclip.weights.read import Architecture
-
-log = logging.getLogger("leanclip")
+from leanclip.weights.weights import check_shapes
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ def load(
             f"tell the activation); say it with arch=, for example arch='ViT-B-32' (exact GELU) "
             f"or arch='ViT-B-32-quickgelu' (OpenAI's)"
         )
+    check_shapes(weights, weights.model)
     model = CLIP(**to_plain(weights.model)).to(choose_device(device))
     load_into(model, weights, partial=partial)
     preprocess = weights.preprocess or Preprocess(weights.model.image_resolution)

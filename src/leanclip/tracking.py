@@ -29,7 +29,7 @@ class MetricsLog:
     def __init__(self, folder: Path, *, after_step: int = 0) -> None:
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= after_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = None
         if find_spec("tensorboard") is not None:
@@ -50,6 +50,13 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -27,7 +27,7 @@ from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
 from leanclip.plan import Plan, model_preprocess
 from leanclip.plots import run_pictures
-from leanclip.tracking import MetricsLog, ProgressBar
+from leanclip.tracking import MetricsLog, ProgressBar, write_text
 from leanclip.weights import load_into, read_weights
 
 T = TypeVar("T")
@@ -38,6 +38,7 @@ FREE_SETTINGS = (
     "output_dir",
     "device",
     "load",
+    "load_arch",
     "load_partial",
     "data.workers",
     "data.max_bad_share",
@@ -72,7 +73,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome:
     optimizer = build_optimizer(model, config.optimizer)
     done = _start(plan, model, optimizer, must_resume)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / "config.yaml").write_text(dump_yaml(to_plain(config)), encoding="utf-8")
+    write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
     metrics = MetricsLog(plan.folder, after_step=done.step)
     try:
         report, done = _fit(plan, model, optimizer, done, metrics)
@@ -81,8 +82,8 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome:
     return _finish(plan.folder, report, done.seconds)
 
 
-def evaluate_only(config: Config, device: torch.device) -> Outcome:
-    """Measure the weights of `config.load`, or of the run's folder, without training.
+def evaluate_only(config: Config, device: torch.device, source: str | None = None) -> Outcome:
+    """Measure weights without training: of `source`, else of the run's folder, else `config.load`.
 
     Raises:
         ConfigError: the configuration names nothing to evaluate.
@@ -93,7 +94,10 @@ def evaluate_only(config: Config, device: torch.device) -> Outcome:
         raise ConfigError("nothing to evaluate: set evaluate.zero_shot or evaluate.retrieval")
     folder = Path(config.output_dir)
     model = CLIP(**to_plain(config.model))
-    load_into(model, read_weights(config.load or folder))
+    if source is None:
+        source = str(folder) if any(folder.glob("checkpoints/step-*")) else config.load
+    weights = read_weights(source or folder, arch=config.load_arch)
+    load_into(model, weights, partial=config.load_partial)
     return _finish(folder, evaluate(model.to(device), tasks, model_preprocess(config)), 0.0)
 
 
@@ -247,7 +251,14 @@ def _start(
     if must_resume:
         raise ConfigError(f"--resume: no checkpoint in {plan.folder}; leave --resume out to begin")
     if config.load is not None:
-        load_into(model, read_weights(config.load), partial=config.load_partial)
+        weights = read_weights(config.load, arch=config.load_arch)
+        load_into(model, weights, partial=config.load_partial)
+        own = weights.preprocess
+        if own and (own.mean, own.std) != (plan.preprocess.mean, plan.preprocess.std):
+            log.warning(
+                "%s: was trained with mean %s, std %s; this run has data.mean %s, data.std %s",
+                *(config.load, own.mean, own.std, plan.preprocess.mean, plan.preprocess.std),
+            )
         log.info("starting from the weights of %s", config.load)
     return checkpoint.Progress(0, 0, 0, 0, {}, 0.0)
 

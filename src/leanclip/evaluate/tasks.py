@@ -94,7 +94,7 @@ def evaluation_config(
     if config is None and run_config.is_file():
         config = run_config
     if config is not None:
-        settings = load_config(config, overrides, load=model, output_dir=out)
+        settings = load_config(config, overrides, load=model, load_arch=arch, output_dir=out)
     else:
         if data_spec is None:
             raise ConfigError("--data: say what to evaluate on, as LAYOUT:ROOT, or give -c CONFIG")
@@ -139,7 +139,8 @@ def _stored_config(model: str, layout: str, root: str, out: str, arch: str | Non
         )
     data: dict[str, Any] = {"layout": layout, "root": root}
     data |= {"mean": weights.preprocess.mean, "std": weights.preprocess.std}
-    values = {"model": to_plain(weights.model), "data": data, "load": model, "output_dir": out}
+    values = {"model": to_plain(weights.model), "data": data, "load": model}
+    values |= {"load_arch": arch, "output_dir": out}
     return parse(Config, values, where="leanclip eval")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from leanclip.errors import WeightsError
 from leanclip.images import Preprocess
 from leanclip.weights import huggingface, native, open_clip, openai, passl
-from leanclip.weights.weights import Weights
+from leanclip.weights.weights import Weights, check_shapes
 
 DIALECTS = ("leanclip", "openai", "open_clip", "hf", "passl")
 
@@ -22,7 +22,8 @@ def write_weights(weights: Weights, destination: Path, dialect: str) -> None:
     """
     if dialect not in DIALECTS:
         raise WeightsError(f"--to {dialect}: no such format; known: {', '.join(DIALECTS)}")
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+    is_file = dialect in ("openai", "passl")
+    if destination.exists() and (is_file or not destination.is_dir() or any(destination.iterdir())):
         raise WeightsError(f"{destination}: is there already; choose another name")
     model = weights.model
     if model is None:
@@ -30,8 +31,9 @@ def write_weights(weights: Weights, destination: Path, dialect: str) -> None:
             f"{weights.source}: does not say its architecture; say it with --arch (a preset's "
             f"name, or a JSON or YAML file)"
         )
+    check_shapes(weights, model)
     preprocess = weights.preprocess or Preprocess(model.image_resolution)
-    if dialect in ("openai", "passl"):
+    if is_file:
         destination.parent.mkdir(parents=True, exist_ok=True)
     match dialect:
         case "leanclip":

@@ -3,14 +3,15 @@
 Nothing is fetched unless a name is given; a file that was fetched before is taken from its cache.
 """
 
-import hashlib
 import os
 import re
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from leanclip.errors import WeightsError
 from leanclip.tracking import ProgressBar
+from leanclip.weights.native import sha256
 
 # openai/CLIP, clip/clip.py: the SHA-256 of each file is a part of its address.
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -27,7 +28,10 @@ OPENAI_FILES = {
     "ViT-L-14-336px.pt",
 }
 _HUB_ID = re.compile(r"(hf-hub:)?([\w.-]+/[\w.-]+)")
-_WANTED = ("*.json", "*.safetensors", "*.bin")
+# At the top of a repository; the second only where the first brings no weights.
+_SAFE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+_SAFE += ("model*.safetensors*", "open_clip_model.safetensors")
+_PICKLED = ("pytorch_model*.bin*", "open_clip_pytorch_model.bin")
 
 
 def locate(source: str | Path) -> Path:
@@ -53,11 +57,11 @@ def _fetch_openai(name: str) -> Path:
     digest, _, file_name = OPENAI_FILES[name].partition("/")
     cache = Path(os.environ.get("LEANCLIP_CACHE", Path.home() / ".cache" / "leanclip"))
     path = cache / file_name
-    if path.is_file() and _sha256(path) == digest:
+    if path.is_file() and sha256(path) == digest:
         return path
-    cache.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     try:
+        cache.mkdir(parents=True, exist_ok=True)
         with (
             urllib.request.urlopen(f"{base}/{OPENAI_FILES[name]}", timeout=60) as response,
             part.open("wb") as file,
@@ -69,10 +73,10 @@ def _fetch_openai(name: str) -> Path:
                     file.write(chunk)
                     done += len(chunk)
                     bar.update(done)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         part.unlink(missing_ok=True)
         raise WeightsError(f"{name}: cannot be fetched from {base}: {error}") from None
-    if _sha256(part) != digest:
+    if sha256(part) != digest:
         part.unlink()
         raise WeightsError(f"{name}: what was fetched from {base} differs from its checksum")
     part.rename(path)
@@ -89,14 +93,12 @@ def _fetch_hub(repository: str) -> Path:
             f"missing; get it with: pip install -c constraints.txt -e '.[hub]'"
         ) from None
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(_WANTED)))
+        folder = Path(snapshot_download(repository, allow_patterns=list(_SAFE)))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repository, allow_patterns=list(_PICKLED)))
+        return folder
     except Exception as error:  # it raises errors of its own, of requests and of the file system
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(
             f"{repository}: no such file, and the hub did not give it: {reason}"
         ) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from leanclip.tokenizer import END, START, merges, vocabulary
 from leanclip.weights.formats import read_safetensors
 from leanclip.weights.native import triple
 from leanclip.weights.state_dict import read_json, read_torch
-from leanclip.weights.weights import Weights
+from leanclip.weights.weights import Weights, mlp_ratio
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -188,13 +188,13 @@ def _architecture(folder: Path, facts: dict[str, Any]) -> ModelConfig:
             "vision_width": vision_width,
             "vision_heads": vision.get("num_attention_heads", 12),
             "vision_patch_size": vision.get("patch_size", 32),
-            "vision_mlp_ratio": vision.get("intermediate_size", 3072) / vision_width,
+            "vision_mlp_ratio": mlp_ratio(vision_width, vision.get("intermediate_size", 3072)),
             "context_length": text.get("max_position_embeddings", 77),
             "vocab_size": text.get("vocab_size", 49408),
             "transformer_width": text_width,
             "transformer_heads": text.get("num_attention_heads", 8),
             "transformer_layers": text.get("num_hidden_layers", 12),
-            "transformer_mlp_ratio": text.get("intermediate_size", 2048) / text_width,
+            "transformer_mlp_ratio": mlp_ratio(text_width, text.get("intermediate_size", 2048)),
             "activation": ACTIVATIONS[activations.pop()],
         }
         return parse(ModelConfig, arch, where=str(where))
@@ -212,6 +212,9 @@ def _preprocess(folder: Path, model: ModelConfig) -> Preprocess:
         size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
         crop = crop.get("height") if isinstance(crop, dict) else crop
         mean, std = facts.get("image_mean", CLIP_MEAN), facts.get("image_std", CLIP_STD)
+        for name, only in (("do_center_crop", True), ("do_normalize", True), ("resample", 3)):
+            if facts.get(name, only) != only:
+                raise WeightsError(f"{path}: {name}: {facts[name]} is not supported")
         if size != (crop or size):
             raise WeightsError(f"{path}: resizes to {size} and crops to {crop}: not supported")
         return Preprocess(int(str(size)), triple(mean), triple(std))

@@ -1,6 +1,5 @@
 """What a file of weights is, in a few lines for a person."""
 
-import math
 from collections import Counter
 
 from leanclip.config import ModelConfig, parse, to_plain
@@ -20,7 +19,7 @@ def inspection(weights: Weights) -> str:
         "activation": model.activation if model else "not said",
         "parameters": f"{sum(t.numel() for n, t in tensors.items() if 'running_' not in n):,}",
         "tensors": f"{len(tensors)} of " + ", ".join(f"{k} ({n})" for k, n in types.items()),
-        "temperature": "none" if scale is None else f"cosines x {math.exp(float(scale)):.2f}",
+        "temperature": "none" if scale is None else f"cosines x {scale.float().exp().mean():.2f}",
         "preprocessing": str(weights.preprocess or "not said"),
         "besides tensors": ", ".join(weights.others) or "nothing",
     }

@@ -42,20 +42,20 @@ def save_weights(
         "preprocess": asdict(preprocess),
         "tokenizer": TOKENIZER,
         "provenance": provenance,
-        "sha256": _sha256(file),
+        "sha256": sha256(file),
     }
     (folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def read_folder(folder: Path, facts: dict) -> Weights:
-    """Read a folder whose config.json holds `facts`.
+def read_folder(folder: Path, facts: dict, arch: ModelConfig | None) -> Weights:
+    """Read a folder whose config.json holds `facts`; `arch` wins over them.
 
     Raises:
         WeightsError: a file is missing or damaged.
     """
     tensors, _ = read_safetensors(folder / "model.safetensors")
     try:
-        model = parse(ModelConfig, facts["model"], where="model")
+        model = arch or parse(ModelConfig, facts["model"], where="model")
         given = facts["preprocess"]
         resolution = int(given["resolution"])
         preprocess = Preprocess(resolution, triple(given["mean"]), triple(given["std"]))
@@ -70,6 +70,7 @@ def triple(values: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

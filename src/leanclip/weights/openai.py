@@ -19,8 +19,12 @@ MARKS = ("input_resolution", "context_length", "vocab_size")
 def from_tensors(
     source: Path, tensors: dict[str, torch.Tensor], arch: ModelConfig | None
 ) -> Weights:
-    """Drop the three numbers; everything else has the right names already."""
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in MARKS}
+    """Drop the three numbers and the causal mask; the rest has the right names already."""
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in MARKS and not name.endswith("attn_mask")
+    }
     model = arch or infer_architecture(tensors, source=source, activation="quick_gelu")
     preprocess = Preprocess(model.image_resolution) if model else None
     return Weights(source, "openai", tensors, model, preprocess)

@@ -4,6 +4,7 @@ Paddle's Linear weights are (in, out) and are transposed; `proj`, `text_projecti
 embeddings are not. The file holds no architecture: QuickGELU is implied, and heads of 64 channels.
 """
 
+import logging
 import pickle
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ from leanclip.config import ModelConfig
 from leanclip.errors import WeightsError
 from leanclip.images import Preprocess
 from leanclip.weights.weights import VISION_POSITIONS, Weights, infer_architecture
+
+log = logging.getLogger("leanclip")
 
 _RENAMES = (  # a piece of a name: OpenAI's, PASSL's
     ("visual.transformer.resblocks.", "visual.blocks."),
@@ -84,6 +87,20 @@ def write(file: Path, weights: Weights, model: ModelConfig) -> None:
             raise WeightsError(
                 f"{weights.source}: PASSL has {name} {value}, this model {getattr(model, name)}"
             )
+    heads = model.vision_width * (32 if isinstance(model.vision_layers, tuple) else 1) // 64
+    if model.attention_heads != heads:
+        raise WeightsError(
+            f"{weights.source}: PASSL has {heads} vision heads at this width, this model "
+            f"{model.attention_heads}"
+        )
+    if model.transformer_heads != model.transformer_width // 64:
+        log.warning(
+            "%s: PASSL's files do not hold the number of text heads: whoever loads %s must say "
+            "transformer_heads: %d",
+            weights.source,
+            file,
+            model.transformer_heads,
+        )
     arrays = {}
     for name, tensor in weights.tensors.items():
         theirs = _rename(name, is_vit=isinstance(model.vision_layers, int))

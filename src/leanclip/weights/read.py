@@ -17,10 +17,11 @@ from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.formats import read_safetensors, sniff
 from leanclip.weights.hub import locate
 from leanclip.weights.paddle import paddle_arrays
-from leanclip.weights.state_dict import is_torchscript, read_json, read_torch
+from leanclip.weights.state_dict import TORCHSCRIPT, read_json, read_torch
 from leanclip.weights.unpickle import read_numpy_pickle
 from leanclip.weights.weights import Weights
 
+_ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError)
 Architecture = ModelConfig | dict[str, Any] | str | Path
 
 
@@ -40,10 +41,14 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
     """
     given = read_architecture(arch) if arch is not None else None
     path = locate(source)
-    if not path.is_dir():
-        return _read_file(path, given)
-    checkpoints = sorted((path / "checkpoints").glob("step-*"))
-    return _read_folder(checkpoints[-1] if checkpoints else path, given)
+    try:
+        if not path.is_dir():
+            return _read_file(path, given)
+        checkpoints = sorted((path / "checkpoints").glob("step-*"))
+        return _read_folder(checkpoints[-1] if checkpoints else path, given)
+    except _ODD as error:  # what no reader foresaw in a stranger's file is still its fault
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"{path}: cannot be read: {reason}") from error
 
 
 def read_architecture(arch: Architecture) -> ModelConfig:
@@ -79,7 +84,7 @@ def _read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
         )
     facts = read_json(folder / "config.json")
     if facts.get("format") == native.FORMAT:
-        return native.read_folder(folder, facts)
+        return native.read_folder(folder, facts, arch)
     if facts.get("model_type") == "clip":
         return huggingface.read_folder(folder, facts, arch)
     raise WeightsError(
@@ -98,7 +103,7 @@ def _read_file(path: Path, arch: ModelConfig | None) -> Weights:
         tensors, _ = read_safetensors(path)
     else:
         tensors, others = read_torch(path)
-    if is_torchscript(others) or openai.MARKS[0] in tensors:
+    if others == TORCHSCRIPT or openai.MARKS[0] in tensors:
         weights = openai.from_tensors(path, tensors, arch)
         return replace(weights, others=others)
     if any(name.startswith("vision_model.") for name in tensors):

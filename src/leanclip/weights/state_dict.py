@@ -10,6 +10,7 @@ from leanclip.errors import WeightsError
 from leanclip.weights.archive import Module, module_tensors, read_torch_legacy, read_torch_zip
 from leanclip.weights.formats import sniff
 
+TORCHSCRIPT = ("TorchScript code, which was not read",)
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
 
@@ -22,19 +23,16 @@ def read_torch(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """
     loaded = read_torch_zip(path) if sniff(path) == "zip" else read_torch_legacy(path)
     if isinstance(loaded, Module):
-        return module_tensors(loaded), ("TorchScript code, which was not read",)
+        return module_tensors(loaded), TORCHSCRIPT
     return unwrap(loaded, path)
-
-
-def is_torchscript(others: tuple[str, ...]) -> bool:
-    """Whether `read_torch` found a TorchScript archive."""
-    return any(other.startswith("TorchScript") for other in others)
 
 
 def unwrap(loaded: object, source: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """The state dict in a checkpoint, without the prefixes of wrappers around the model."""
     others: list[str] = []
-    while isinstance(loaded, dict) and not _is_state_dict(loaded):
+    for _ in range(4):  # a wrapper in a wrapper, and no endless one
+        if not isinstance(loaded, dict) or _is_state_dict(loaded):
+            break
         name = next((name for name in _WRAPPERS if isinstance(loaded.get(name), dict)), None)
         if name is None:
             raise WeightsError(
@@ -42,7 +40,7 @@ def unwrap(loaded: object, source: Path) -> tuple[dict[str, torch.Tensor], tuple
             )
         others += [str(key) for key in loaded if key != name]
         loaded = loaded[name]
-    if not isinstance(loaded, dict):
+    if not isinstance(loaded, dict) or not _is_state_dict(loaded):
         raise WeightsError(f"{source}: holds a {type(loaded).__name__}, not a state dict")
     tensors: dict[str, torch.Tensor] = dict(loaded)
     for prefix in _PREFIXES:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from leanclip.config import ModelConfig, parse
+from leanclip.config import ModelConfig, parse, to_plain
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
@@ -65,10 +65,17 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> None:
     for name in INVISIBLE if weights.model is not None else ():
         there, here = getattr(weights.model, name), getattr(model.config, name)
         if there != here:
+            setting = "vision_heads" if name == "attention_heads" else name
             raise WeightsError(
-                f"{weights.source}: made with {name} {there}, the model has {here}; "
-                f"set model.{name}={there}"
+                f"{weights.source}: made with {setting} {there}, the model has {here}; set "
+                f"model.{setting}={there}, or say with --arch what the weights are"
             )
+    if weights.model is None:
+        log.warning(
+            "%s: does not say its activation; taken for the model's, %s",
+            weights.source,
+            model.config.activation,
+        )
     own = model.state_dict()
     given = {
         name: _fit(name, tensor, own[name], weights.source) if name in own else tensor
@@ -130,6 +137,31 @@ def infer_architecture(
         return None
 
 
+def mlp_ratio(width: int, hidden: int) -> float:
+    """A ratio that gives the hidden width back when it is multiplied and rounded down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def check_shapes(weights: Weights, model: ModelConfig) -> None:
+    """Compare tensors with what an architecture has, before anything is built or written.
+
+    Positional embeddings may be of another size.
+
+    Raises:
+        WeightsError: a shape differs; names the first.
+    """
+    with torch.device("meta"):
+        expected = CLIP(**to_plain(model)).state_dict()
+    for name, tensor in weights.tensors.items():
+        fits = name.endswith("positional_embedding") or name not in expected
+        if not fits and tensor.shape != expected[name].shape:
+            raise WeightsError(
+                f"{weights.source}: shapes differ: {name} {tuple(tensor.shape)} there, "
+                f"{tuple(expected[name].shape)} in the architecture"
+            )
+
+
 def _vision_vit(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
     side = math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
@@ -160,10 +192,7 @@ def _count(tensors: Mapping[str, torch.Tensor], pattern: str) -> int:
 
 
 def _mlp_ratio(tensors: Mapping[str, torch.Tensor], tower: str, width: int) -> float:
-    """A ratio that gives the hidden width back when it is multiplied and rounded down."""
-    hidden = tensors[f"{tower}.resblocks.0.mlp.c_fc.weight"].shape[0]
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+    return mlp_ratio(width, tensors[f"{tower}.resblocks.0.mlp.c_fc.weight"].shape[0])
 
 
 def _fit(name: str, tensor: torch.Tensor, own: torch.Tensor, source: Path) -> torch.Tensor:
