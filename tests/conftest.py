@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from leanclip.config import dump_yaml
 from leanclip.errors import LeanclipError
+from leanclip.strict_yaml import dump_yaml
 
 # Models this small gain nothing from a second thread, and processes side by side lose by it.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, TINY, make_config
 
-from leanclip.config import Config, differences, dump_yaml, load_config, load_yaml, parse, to_plain
+from leanclip.config import Config, differences, load_config, parse, to_plain
 from leanclip.errors import ConfigError
+from leanclip.strict_yaml import dump_yaml, load_yaml
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from conftest import PROJECT, TINY, assert_refused, make_config, make_pairs, noi
 from torch.nn import functional as F
 
 from leanclip import CLIP, Preprocess
-from leanclip.config import OptimizerConfig, load_config, load_yaml
+from leanclip.config import OptimizerConfig, load_config
 from leanclip.data.loader import Batch
 from leanclip.evaluate import retrieval_metrics
 from leanclip.images import normalize
 from leanclip.optim import build_optimizer
 from leanclip.plan import make_plan, memory_estimate
+from leanclip.strict_yaml import load_yaml
 from leanclip.tokenizer import tokenize
 from leanclip.tracking import read_metrics
 from leanclip.train import train_step

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config import Config, dump_yaml, to_plain
+from leanclip.config import Config, to_plain
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import batches_per_epoch
 from leanclip.errors import ConfigError
@@ -16,6 +16,7 @@ from leanclip.evaluate import Task, open_tasks
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.optim import scaled_learning_rate
+from leanclip.strict_yaml import dump_yaml
 from leanclip.tokenizer import VOCAB_SIZE
 
 

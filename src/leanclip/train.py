@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from leanclip import checkpoint
-from leanclip.config import Config, differences, dump_yaml, load_yaml, parse, to_plain
+from leanclip.config import Config, differences, parse, to_plain
 from leanclip.data.loader import BadSamples, Batch, Position, training_batches
 from leanclip.errors import ConfigError, LeanclipError
 from leanclip.evaluate import Report, evaluate, open_tasks
@@ -27,6 +27,7 @@ from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
 from leanclip.plan import Plan, model_preprocess
 from leanclip.plots import run_pictures
+from leanclip.strict_yaml import dump_yaml, load_yaml
 from leanclip.tracking import MetricsLog, ProgressBar, write_text
 from leanclip.weights import load_into, read_weights
 
