@@ -44,6 +44,9 @@ _PARTS = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
+_OUR_NAMES, _OUR_TOWERS, _OUR_PARTS = (
+    {theirs: ours for ours, theirs in table.items()} for table in (_NAMES, _TOWERS, _PARTS)
+)
 
 
 def read_folder(folder: Path, facts: dict[str, Any], arch: ModelConfig | None) -> Weights:
@@ -121,7 +124,7 @@ def to_openai(source: Path, theirs: dict[str, torch.Tensor]) -> dict[str, torch.
     for name in list(left):
         if match := pattern.fullmatch(name):
             tower, number, kind = match.groups()
-            block = f"{_tower(f'{tower}_model')}.{number}.attn.in_proj_{kind}"
+            block = f"{_OUR_TOWERS[f'{tower}_model']}.{number}.attn.in_proj_{kind}"
             parts = [left.pop(name.replace("q_proj", f"{part}_proj"), None) for part in "qkv"]
             present = [part for part in parts if part is not None]
             if len(present) != 3:
@@ -153,21 +156,16 @@ def _from_openai(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _our_name(name: str) -> str | None:
     """OpenAI's name for one of theirs; None for queries, keys, values and what is unknown."""
-    reverse = {theirs: ours for ours, theirs in _NAMES.items()}
-    if name in reverse:
-        return reverse[name]
+    if name in _OUR_NAMES:
+        return _OUR_NAMES[name]
     stem, _, kind = name.rpartition(".")
-    if stem in reverse:
-        return f"{reverse[stem]}.{kind}"
+    if stem in _OUR_NAMES:
+        return f"{_OUR_NAMES[stem]}.{kind}"
     if match := re.fullmatch(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.(.+)", stem):
         tower, number, part = match.groups()
-        ours = {theirs: ours for ours, theirs in _PARTS.items()}.get(part)
-        return f"{_tower(tower)}.{number}.{ours}.{kind}" if ours else None
+        ours = _OUR_PARTS.get(part)
+        return f"{_OUR_TOWERS[tower]}.{number}.{ours}.{kind}" if ours else None
     return None
-
-
-def _tower(theirs: str) -> str:
-    return {value: key for key, value in _TOWERS.items()}[theirs]
 
 
 def _architecture(folder: Path, facts: dict[str, Any]) -> ModelConfig:

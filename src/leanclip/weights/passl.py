@@ -87,7 +87,7 @@ def write(file: Path, weights: Weights, model: ModelConfig) -> None:
             raise WeightsError(
                 f"{weights.source}: PASSL has {name} {value}, this model {getattr(model, name)}"
             )
-    heads = model.vision_width * (32 if isinstance(model.vision_layers, tuple) else 1) // 64
+    heads = model.model_copy(update={"vision_heads": None}).attention_heads
     if model.attention_heads != heads:
         raise WeightsError(
             f"{weights.source}: PASSL has {heads} vision heads at this width, this model "
