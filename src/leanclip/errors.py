@@ -3,6 +3,7 @@
     LeanclipError
     ├── ConfigError    a setting, an option or an argument
     ├── DataError      a data folder, an image or a caption
+    │   └── SampleError   one sample of many: skipped and counted, unless there are too many
     └── WeightsError   a file of weights or a checkpoint
 
 A message is one line: what, where, what was found, what to do. The command line prints it
@@ -20,6 +21,20 @@ class ConfigError(LeanclipError):
 
 class DataError(LeanclipError):
     """A data folder, an image or a caption is missing or cannot be used."""
+
+
+class SampleError(DataError):
+    """One sample cannot be used; `kind` groups such errors where they are counted.
+
+    Kinds are a few words, the same for the same fault: "missing file", "empty caption".
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.kind, str(self))  # it crosses from workers
 
 
 class WeightsError(LeanclipError):
