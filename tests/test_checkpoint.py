@@ -24,7 +24,7 @@ def trained() -> tuple[CLIP, torch.optim.Optimizer]:
 
 def write(root: Path, step: int, *, keep: int = 2) -> tuple[Path, CLIP, torch.optim.Optimizer]:
     model, optimizer = trained()
-    progress = checkpoint.Progress(step, 1, 2, 64, {"a.png": "a.png: broken"}, 1.5)
+    progress = checkpoint.Progress(step, 1, 40, 64, [48, 16], 1.5)
     folder = checkpoint.save(root, progress, model, optimizer, Preprocess(32), keep=keep)
     return folder, model, optimizer
 
@@ -35,7 +35,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
     other = CLIP(**TINY)
     other_optimizer = build_optimizer(other, OptimizerConfig())
     progress = checkpoint.restore(folder, other, other_optimizer)
-    assert progress == checkpoint.Progress(7, 1, 2, 64, {"a.png": "a.png: broken"}, 1.5)
+    assert progress == checkpoint.Progress(7, 1, 40, 64, [48, 16], 1.5)
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):

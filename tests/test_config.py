@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, TINY, make_config
 
-from leanclip.config import Config, differences, load_config, parse, to_plain
+from leanclip.config import Config, load_config
 from leanclip.errors import ConfigError
+from leanclip.settings import differences, parse, to_plain
 from leanclip.strict_yaml import dump_yaml, load_yaml
 
 

@@ -74,9 +74,10 @@ def test_every_command_shows_an_example_that_it_understands() -> None:
 
 
 def test_settings_named_in_documents_exist() -> None:
-    from leanclip.config import Config, _paths
+    from leanclip.config import Config
+    from leanclip.settings import paths
 
-    known = set(_paths(Config))
+    known = set(paths(Config))
     for document in DOCUMENTS:
         for name in re.findall(
             r"`((?:data|train|optimizer|evaluate|checkpoint|model)\.\w+)[`:=]", document.read_text()

@@ -8,11 +8,12 @@ from conftest import TINY, make_pairs, noise_image
 from torch.nn import functional as F
 
 from leanclip import CLIP, ConfigError, Preprocess, build_classifier, recall_at_k
-from leanclip.config import Config, parse
+from leanclip.config import Config
 from leanclip.errors import DataError
 from leanclip.evaluate import evaluate, open_tasks, retrieval_metrics, zero_shot_metrics
 from leanclip.evaluate.features import encode_texts
 from leanclip.images import open_image
+from leanclip.settings import parse
 from leanclip.tokenizer import tokenize
 
 # 4 images by 8 captions; captions 0 and 1 belong to image 0, 2 and 3 to image 1, and so on.

@@ -10,8 +10,8 @@ from conftest import PROJECT
 SOURCE = PROJECT / "src" / "leanclip"
 # DESIGN.md, section 2: a module may import what stands in its own line or above it.
 LEVELS = (
-    ("errors", "strict_yaml", "config"),
-    ("tokenizer", "images", "tracking"),
+    ("errors", "strict_yaml", "settings", "config"),
+    ("tokenizer", "images", "tracking", "fetch"),
     ("data", "model"),
     ("distributed", "loss", "weights", "optim"),
     ("checkpoint", "evaluate"),

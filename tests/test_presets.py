@@ -11,8 +11,9 @@ import torch
 from conftest import TINY
 
 from leanclip import CLIP, ConfigError
-from leanclip.config import ModelConfig, parse
+from leanclip.config import ModelConfig
 from leanclip.model.presets import PRESETS, forward_gflops, preset
+from leanclip.settings import parse
 
 PUBLISHED = {  # millions of parameters; open_clip's docs/model_profile.csv
     "ViT-B-32": 151.28,

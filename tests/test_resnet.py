@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 import leanclip
 from leanclip import CLIP, ConfigError
-from leanclip.config import Config, ModelConfig, load_config, parse, to_plain
+from leanclip.config import Config, ModelConfig, load_config
 from leanclip.data.loader import trim
 from leanclip.model.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
+from leanclip.settings import parse, to_plain
 from leanclip.strict_yaml import load_yaml
 from leanclip.tokenizer import tokenize
 from leanclip.weights import read_weights, save_weights

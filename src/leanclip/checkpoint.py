@@ -3,7 +3,7 @@
     run/checkpoints/step-00000600/
         model.safetensors     weights          config.json      architecture and preprocessing
         training.safetensors  AdamW's moments and random states
-        state.json            step, position, what was counted
+        state.json            step, position in the data, what was counted
         manifest.json         size and SHA-256 of every file above; written last
 
 A checkpoint is written to a temporary folder, synced, and renamed: a folder with the name of a
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from leanclip.fetch import digest
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.weights import load_into, read_weights, save_weights
-from leanclip.weights.native import sha256
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Progress:
 
     step: int
     epoch: int
-    batch: int
-    samples: int
-    bad: dict[str, str]  # id -> reason, of the samples that could not be read
+    sample: int  # samples of this epoch that are done
+    samples: int  # trained on, all in all
+    sources: list[int]  # the same by source, of a mixture
     seconds: float  # spent on training until here
 
 
@@ -110,7 +110,7 @@ def _problems(folder: Path) -> Iterator[str]:
         path = folder / name
         if not path.is_file() or path.stat().st_size != facts["size"]:
             yield f"{path}: is missing or cut short"
-        elif sha256(path) != facts["sha256"]:
+        elif digest(path) != facts["sha256"]:
             yield f"{path}: differs from its checksum"
 
 
@@ -128,7 +128,7 @@ def _training_tensors(model: CLIP, optimizer: torch.optim.Optimizer) -> dict[str
 
 def _write_manifest(folder: Path) -> None:
     facts = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+        path.name: {"size": path.stat().st_size, "sha256": digest(path)}
         for path in sorted(folder.iterdir())
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))

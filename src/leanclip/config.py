@@ -1,26 +1,17 @@
-"""Every setting: typed, described, checked where it is declared.
+"""Every setting of a run: typed, described, checked where it is declared.
 
-    YAML file -> strict loader -> -o key.path=value -> Config -> YAML in the run's folder
-
-Unknown settings fail with the nearest known name.
+YAML file -> strict loader -> -o key.path=value -> Config -> YAML in the run's folder
 """
 
-import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from leanclip.errors import ConfigError
+from leanclip.settings import Section, kind, parse
 from leanclip.strict_yaml import load_yaml
 
 Positive = Annotated[int, Field(gt=0)]
@@ -28,13 +19,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 Ratio = Annotated[float, Field(gt=0, le=100)]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-Layout = Literal["shapes", "food101", "folder", "pairs"]
-
-
-class Section(BaseModel):
-    """A group of settings: frozen, and strict about types and names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+Layout = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "hub", "mixture"]
 
 
 _VIT_ONLY = (  # a ResNet takes none of these, or only their defaults
@@ -177,22 +162,65 @@ class ModelConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    """Where the images and captions are, and how training looks at them."""
+class SourceConfig(Section):
+    """Where images and captions are, and how they are arranged: docs/data.md."""
 
-    layout: Layout = Field(description="how the folder is arranged: docs/getting-started.md")
-    root: str = Field(description="the data folder")
-    split: str | None = Field(
-        default=None, description="the part to train on; null: the layout's own"
+    layout: Layout = Field(description="how the data is arranged")
+    root: str = Field(
+        default="", description="its folder, file, pattern of shards, or id on the hub"
     )
+    split: str | None = Field(default=None, description="a part of it; null: the layout's own")
     templates: tuple[str, ...] | None = Field(
         default=None, description="captions of class data, {} for the name; null: the layout's own"
+    )
+    class_names: str | None = Field(
+        default=None, description="a text file, a class's name a line, in the order of the labels"
+    )
+    image_column: str | None = Field(
+        default=None, description="of a table or hub data set; null: the first usual name there is"
+    )
+    caption_column: str | tuple[str, ...] | None = Field(
+        default=None, description="one or several, of a table, a hub data set or shards' .json"
+    )
+    label_column: str | None = Field(
+        default=None, description="names the class, in place of captions; an index or a name"
+    )
+    streaming: bool = Field(default=False, description="read a hub data set without storing it")
+    allow_urls: bool = Field(default=False, description="root may name shards by http(s) URLs")
+
+
+class MixedSource(SourceConfig):
+    """One source of a mixture."""
+
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="its part of the samples, to the others'; null: its size"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "MixedSource":
+        if self.layout == "mixture" or not self.root:
+            raise ValueError("a source needs a root, and a layout other than mixture")
+        return self
+
+
+class DataConfig(SourceConfig):
+    """What training reads, and how it looks at it."""
+
+    sources: tuple[MixedSource, ...] = Field(default=(), description="of layout mixture")
+    epoch_size: Positive | None = Field(
+        default=None, description="samples that count as an epoch; null: as many as there are"
+    )
+    shuffle_buffer: Positive = Field(
+        default=10_000, description="shards and streams are shuffled among so many samples"
     )
     crop_scale: tuple[Fraction, Fraction] = Field(
         default=(0.9, 1.0), description="share of the image's area that a training crop keeps"
     )
     crop_ratio: tuple[float, float] = Field(
         default=(0.75, 1.3333333333333333), description="width over height of a training crop"
+    )
+    scaled_decoding: bool = Field(
+        default=True, description="training may decode large JPEGs at a half, a quarter, an eighth"
     )
     mean: Triple = Field(
         default=(0.48145466, 0.4578275, 0.40821073), description="of RGB in [0, 1]"
@@ -207,12 +235,23 @@ class DataConfig(Section):
     )
     max_bad_share: Fraction = Field(
         default=0.01,
-        description="share of the data set that may be unreadable before the run stops",
+        description="share of the data set that may be unusable before the run stops",
     )
     max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = Field(
         default=178_956_970,
         description="an image of more is not decoded; Pillow decodes no larger ones",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if (self.layout == "mixture") != bool(self.sources):
+            raise ValueError("sources: a list of layout, root, weight; with layout mixture only")
+        given = [source.weight is not None for source in self.sources]
+        if any(given) and not all(given):
+            raise ValueError("sources: give every source a weight, or none")
+        if not self.root and self.layout != "mixture":
+            raise ValueError("root is required and not set")
+        return self
 
 
 class TrainConfig(Section):
@@ -262,6 +301,7 @@ class EvaluationData(Section):
     templates: tuple[str, ...] | None = Field(
         default=None, description="prompts, averaged per class; null: the layout's own"
     )
+    class_names: str | None = Field(default=None, description="null: data.class_names")
     limit: Positive | None = Field(
         default=None, description="use this many samples, from the start"
     )
@@ -330,51 +370,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     values = load_yaml(text, where=str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a mapping of settings, found {_kind(values)}")
+        raise ConfigError(f"{path}: not a mapping of settings, found {kind(values)}")
     for override in overrides:
         _override(values, override)
     values |= {key: value for key, value in settings.items() if value is not None}
     values.setdefault("output_dir", f"runs/{path.stem}")
     return parse(Config, values, where=str(path))
-
-
-S = TypeVar("S", bound=Section)
-
-
-def parse(section: type[S], values: Mapping[str, Any], *, where: str) -> S:
-    """Check plain values (as from YAML or JSON) against a section.
-
-    Raises:
-        ConfigError: names the first setting that is wrong, what was found and what is known.
-    """
-    try:
-        text = json.dumps(values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from None
-    try:
-        # JSON mode takes lists for tuples and nothing else; Python mode has no such strictness.
-        return section.model_validate_json(text)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_first_problem(section, error)}") from None
-
-
-def to_plain(section: Section) -> dict[str, Any]:
-    """A section as plain values that YAML and JSON can hold."""
-    return section.model_dump(mode="json")
-
-
-def differences(old: Section, new: Section, *, ignore: Sequence[str] = ()) -> list[str]:
-    """One `key.path: old there, new here` per setting that differs.
-
-    Settings in `ignore`, and in the groups of settings it names, are passed over.
-    """
-    before, after = (dict(_flatten(to_plain(section))) for section in (old, new))
-    return [
-        f"{key}: {before.get(key)} there, {after.get(key)} here"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in ignore)
-    ]
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -388,62 +389,6 @@ def _override(values: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = values[key] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"-o {override}: {'.'.join(keys[: depth + 1])} is {_kind(inner)}")
+            raise ConfigError(f"-o {override}: {'.'.join(keys[: depth + 1])} is {kind(inner)}")
         values = inner
     values[keys[-1]] = load_yaml(text, where=f"-o {override}")
-
-
-def _first_problem(section: type[Section], error: ValidationError) -> str:
-    """The first thing wrong, as `key.path: what is wrong; what to do`."""
-    problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path = ".".join(str(part) for part in problem["loc"])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    found = problem["input"]
-    if problem["type"] == "extra_forbidden":
-        what = f"no such setting{_suggestion(section, path)}"
-    elif problem["type"] == "missing":
-        what = "is required and not set"
-    elif problem["type"] == "value_error":
-        what = problem["msg"].removeprefix("Value error, ")
-    else:
-        wanted = problem["msg"].removeprefix("Input should be ")
-        what = f"should be {wanted}, found {_kind(found)}"
-    return f"{path}: {what}{more}" if path else f"{what}{more}"
-
-
-def _suggestion(section: type[Section], path: str) -> str:
-    """`; did you mean x?` by the whole path, or by the last name alone."""
-    known = list(_paths(section))
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
-    if not close:
-        by_name = {name.rpartition(".")[2]: name for name in reversed(known)}
-        last = difflib.get_close_matches(path.rpartition(".")[2], by_name, n=1, cutoff=0.6)
-        close = [by_name[name] for name in last]
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _paths(section: type[Section], prefix: str = "") -> list[str]:
-    paths = []
-    for name, field in section.model_fields.items():
-        paths.append(prefix + name)
-        for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, Section):
-                paths += _paths(part, f"{prefix}{name}.")
-    return paths
-
-
-def _flatten(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(values, dict):
-        return [(prefix, values)]
-    return [
-        item
-        for key, value in values.items()
-        for item in _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    ]
-
-
-def _kind(value: Any) -> str:
-    """A value as a message shows it."""
-    names = {dict: "a group of settings", list: "a list", type(None): "null"}
-    return names.get(type(value)) or json.dumps(value, ensure_ascii=False)[:60]

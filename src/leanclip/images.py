@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.errors import DataError
+from leanclip.errors import DataError, SampleError
 
 Source = str | Path | bytes | Image.Image
 
@@ -67,14 +67,16 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = _open(source)
             if image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height}"
-                raise DataError(f"{name}: {size} pixels are over the limit of {max_pixels}")
+                raise SampleError(
+                    "too many pixels", f"{name}: {size} pixels are over the limit of {max_pixels}"
+                )
             return _to_rgb(image)
     except FileNotFoundError:
-        raise DataError(f"{name}: no such image") from None
+        raise SampleError("missing file", f"{name}: no such image") from None
     except DataError:
         raise
     except Exception as error:  # decoders raise many kinds on damaged files
-        raise DataError(f"{name}: cannot be read as an image: {error}") from None
+        raise SampleError("damaged image", f"{name}: cannot be read as an image: {error}") from None
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -87,7 +89,9 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     short = min(width, height)
     size = (resolution * width // short, resolution * height // short)
     if max(size) > MAX_LENGTH:
-        raise DataError(f"an image of {width}x{height} pixels is too long for its other side")
+        raise SampleError(
+            "too long image", f"an image of {width}x{height} pixels is too long for its other side"
+        )
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((side - resolution) / 2) for side in size)
     return image.crop((left, top, left + resolution, top + resolution))
@@ -120,6 +124,28 @@ def random_crop(
         left, top = (width - w) // 2, (height - h) // 2
     box = (left, top, left + w, top + h)
     return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+
+
+def evaluation_pixels(
+    source: Source, resolution: int, *, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """The evaluation transform: (3, R, R) uint8."""
+    return to_array(center_crop(open_image(source, max_pixels=max_pixels), resolution))
+
+
+def training_pixels(
+    source: Source,
+    resolution: int,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    scaled_decoding: bool = True,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """A random resized crop: (3, R, R) uint8."""
+    image = open_image(source, max_pixels=max_pixels)
+    return to_array(random_crop(image, resolution, rng, scale=scale, ratio=ratio))
 
 
 def to_array(image: Image.Image) -> np.ndarray:

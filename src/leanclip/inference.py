@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config import to_plain
 from leanclip.distributed import choose_device
 from leanclip.errors import WeightsError
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
+from leanclip.settings import to_plain
 from leanclip.tokenizer import tokenize
 from leanclip.weights import load_into, read_weights
 from leanclip.weights.read import Architecture

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config import Config, to_plain
+from leanclip.config import Config
 from leanclip.data import Dataset, open_dataset
-from leanclip.data.loader import batches_per_epoch
+from leanclip.data.mixture import Mixture
 from leanclip.errors import ConfigError
 from leanclip.evaluate import Task, open_tasks
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.optim import scaled_learning_rate
+from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
 from leanclip.tokenizer import VOCAB_SIZE
 
@@ -55,7 +56,7 @@ def make_plan(config: Config, device: torch.device) -> Plan:
         )
     dataset = open_dataset(config.data)
     batch_size = min(config.train.batch_size, len(dataset))
-    steps_per_epoch = batches_per_epoch(len(dataset), batch_size)
+    steps_per_epoch = len(dataset) // batch_size
     steps = config.train.epochs * steps_per_epoch
     return Plan(
         config=config,
@@ -98,13 +99,27 @@ def headline(plan: Plan) -> str:
         (
             f"model: {parameters:,} parameters, {config.model.image_resolution} px, "
             f"{config.train.precision} on {plan.device.type}",
-            f"data: {len(plan.dataset):,} samples of {config.data.layout} in {config.data.root}",
+            f"data: {_data_line(plan)}",
             f"steps: {plan.steps:,} = {config.train.epochs} epochs x {plan.steps_per_epoch} "
             f"batches of {plan.batch_size}{smaller}",
             f"rates: {rate}, {plan.warmup} steps of warm-up, then a cosine to zero",
             f"folder: {plan.folder}",
         )
     )
+
+
+def _data_line(plan: Plan) -> str:
+    """How many samples of what."""
+    data, dataset = plan.config.data, plan.dataset
+    if not (data.sources and isinstance(dataset, Mixture)):
+        return f"{len(dataset):,} samples of {data.layout} in {data.root}"
+    parts = (
+        f"{share:.1%} of {len(source):,} from {settings.root} ({settings.layout})"
+        for share, source, settings in zip(
+            dataset.shares, dataset.sources, data.sources, strict=True
+        )
+    )
+    return f"{len(dataset):,} samples an epoch: {', '.join(parts)}"
 
 
 def describe(plan: Plan) -> str:

@@ -17,8 +17,9 @@ from typing import TypeVar
 import torch
 
 from leanclip import checkpoint
-from leanclip.config import Config, differences, parse, to_plain
-from leanclip.data.loader import BadSamples, Batch, Position, training_batches
+from leanclip.config import Config, DataConfig
+from leanclip.data.loader import Batch, Position, training_batches
+from leanclip.data.skipped import BadSamples
 from leanclip.errors import ConfigError, LeanclipError
 from leanclip.evaluate import Report, evaluate, open_tasks
 from leanclip.images import Preprocess, normalize
@@ -27,11 +28,13 @@ from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
 from leanclip.plan import Plan, model_preprocess
 from leanclip.plots import run_pictures
+from leanclip.settings import differences, parse, to_plain
 from leanclip.strict_yaml import dump_yaml, load_yaml
 from leanclip.tracking import MetricsLog, ProgressBar, write_text
 from leanclip.weights import load_into, read_weights
 
 T = TypeVar("T")
+SKIPPED = "skipped.jsonl"  # in the run's folder
 log = logging.getLogger("leanclip")
 
 # Settings, or groups, that may differ between two starts of a run: they do not change its weights.
@@ -166,7 +169,7 @@ def _fit(
 ) -> tuple[Report, checkpoint.Progress]:
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
-    bad = BadSamples(len(plan.dataset), config.data.max_bad_share, done.bad)
+    bad = BadSamples(len(plan.dataset), config.data.max_bad_share, plan.folder / SKIPPED)
     stream = training_batches(
         plan.dataset,
         config.data,
@@ -175,7 +178,7 @@ def _fit(
         truncate=config.train.truncate_captions,
         batch_size=plan.batch_size,
         seed=config.seed,
-        start=Position(done.epoch, done.batch),
+        start=Position(done.epoch, done.sample),
     )
     clock = _Clock(done.samples)
     began = time.perf_counter() - done.seconds
@@ -198,7 +201,7 @@ def _fit(
                 step + 1,
                 *position,
                 done.samples + len(batch),
-                bad.reasons,
+                _counted(done.sources, batch.sources),
                 time.perf_counter() - began,
             )
             must_save = _is_due(
@@ -214,6 +217,8 @@ def _fit(
                     "train/logit_scale": model.logit_scale.exp().item(),
                     "train/epoch": done.step / plan.steps_per_epoch,
                     "train/samples": done.samples,
+                    "train/skipped": len(bad.found),
+                    **_by_source(config.data, done.sources),
                     **clock.rates(done.samples),
                 }
                 metrics.write(done.step, line)
@@ -261,7 +266,8 @@ def _start(
                 *(config.load, own.mean, own.std, plan.preprocess.mean, plan.preprocess.std),
             )
         log.info("starting from the weights of %s", config.load)
-    return checkpoint.Progress(0, 0, 0, 0, {}, 0.0)
+    (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
+    return checkpoint.Progress(0, 0, 0, 0, [], 0.0)
 
 
 def _same_run(plan: Plan) -> None:
@@ -291,6 +297,23 @@ def _is_due(
     by_epoch = every_epochs is not None and step % (every_epochs * plan.steps_per_epoch) == 0
     by_step = every_steps is not None and step % every_steps == 0
     return step == plan.steps or by_epoch or by_step
+
+
+def _counted(sources: list[int], batch: torch.Tensor | None) -> list[int]:
+    """Samples by source, with those of a batch."""
+    if batch is None:
+        return sources
+    more = torch.bincount(batch, minlength=len(sources))
+    more[: len(sources)] += torch.tensor(sources, dtype=more.dtype)
+    return more.tolist()
+
+
+def _by_source(data: DataConfig, counts: list[int]) -> dict[str, float]:
+    """`train/samples/ROOT` of each source of a mixture."""
+    return {
+        f"train/samples/{source.root}": counts[i] if i < len(counts) else 0
+        for i, source in enumerate(data.sources)
+    }
 
 
 def _finite(loss: float, step: int) -> float:

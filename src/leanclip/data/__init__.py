@@ -2,6 +2,7 @@
 
 from leanclip.config import DataConfig
 from leanclip.data import folder, food101, pairs, shapes
+from leanclip.data.mixture import Mixture
 from leanclip.data.samples import Dataset, Sample
 
 LAYOUTS = {
@@ -18,7 +19,17 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         DataError: it is missing, empty or not of its layout.
     """
-    return LAYOUTS[config.layout](config)
+    if config.layout == "mixture":
+        opened = [
+            open_dataset(
+                config.model_copy(update=dict(source) | {"sources": (), "epoch_size": None})
+            )
+            for source in config.sources
+        ]
+        weights = [source.weight for source in config.sources if source.weight is not None]
+        return Mixture(opened, weights, config.epoch_size)
+    dataset = LAYOUTS[config.layout](config)
+    return Mixture([dataset], epoch_size=config.epoch_size) if config.epoch_size else dataset
 
 
 __all__ = ["LAYOUTS", "Dataset", "Sample", "open_dataset"]

@@ -1,15 +1,17 @@
 """The `folder` layout: images in one folder per class (ImageFolder).
 
-    root[/split]/<class>/*.jpg   root/classes.txt (optional: `folder<TAB>name` a line)
+    root[/split]/<class>/*.jpg
+    root/classes.txt, or data.class_names   (optional: `folder<TAB>name` or `name` a line)
 
-Without classes.txt a class is called as its folder, with spaces for underscores.
+Without names a class is called as its folder, with spaces for underscores.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from leanclip.config import DataConfig
 from leanclip.data.pairs import find_images
-from leanclip.data.samples import Dataset, check_templates, read_lines, split_folder
+from leanclip.data.samples import Dataset, ImageFiles, check_templates, read_lines, split_folder
 from leanclip.errors import DataError
 
 TEMPLATES = ("a photo of a {}.",)
@@ -25,25 +27,33 @@ def open_dataset(config: DataConfig) -> Dataset:
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
     if not folders:
         raise DataError(f"{folder}: no class folders found in it")
-    names = _names(Path(config.root) / "classes.txt")
+    names = _names(Path(config.class_names or Path(config.root) / "classes.txt"), folders)
+    if config.class_names is not None and not names:
+        raise DataError(f"data.class_names: no such file: {config.class_names}")
     paths, labels = [], []
     for label, class_folder in enumerate(folders):
         found = find_images(class_folder)
         paths += found
         labels += [label] * len(found)
-    return Dataset(
+    return ImageFiles(
         paths,
-        labels=labels,
-        classes=[names.get(path.name, path.name.replace("_", " ")) for path in folders],
-        templates=check_templates(config.templates or TEMPLATES, where="data.templates"),
+        labels,
+        [names.get(path.name, path.name.replace("_", " ")) for path in folders],
+        check_templates(config.templates or TEMPLATES, where="data.templates"),
     )
 
 
-def _names(path: Path) -> dict[str, str]:
-    """Names by folder, from classes.txt where there is one."""
+def _names(path: Path, folders: Sequence[Path]) -> dict[str, str]:
+    """Names by folder, from a file of them where there is one."""
     if not path.is_file():
         return {}
-    pairs = [line.split("\t") for line in read_lines(path)]
+    lines = read_lines(path)
+    pairs = [line.split("\t") for line in lines]
+    if all(len(pair) == 1 for pair in pairs) and len(lines) == len(folders):
+        return {folder.name: line for folder, line in zip(folders, lines, strict=True)}
     if any(len(pair) != 2 for pair in pairs):
-        raise DataError(f"{path}: each line should be a folder, a tab and the class's name")
+        raise DataError(
+            f"{path}: each line should be a folder, a tab and the class's name; or a name for "
+            f"each of the {len(folders)} folders in alphabetical order, found {len(lines)} lines"
+        )
     return dict(pairs)

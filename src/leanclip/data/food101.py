@@ -7,7 +7,7 @@ root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.tx
 from pathlib import Path
 
 from leanclip.config import DataConfig
-from leanclip.data.samples import Dataset, check_templates, read_lines, split_folder
+from leanclip.data.samples import Dataset, ImageFiles, check_templates, read_lines, split_folder
 from leanclip.errors import DataError
 
 # The one template that CLIP's authors publish for Food-101 (openai/CLIP, data/prompts.md).
@@ -51,9 +51,9 @@ def open_dataset(config: DataConfig) -> Dataset:
     if not paths:
         raise DataError(f"{listed}: lists no images")
     templates = config.templates or (TRAINING_TEMPLATES if split == "train" else TEMPLATES)
-    return Dataset(
+    return ImageFiles(
         paths,
-        labels=labels,
-        classes=[name.lower() for name in names],
-        templates=check_templates(templates, where="data.templates"),
+        labels,
+        [name.lower() for name in names],
+        check_templates(templates, where="data.templates"),
     )

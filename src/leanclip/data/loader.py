@@ -1,81 +1,77 @@
 """From a data set to batches, as a function of (seed, position) alone.
 
-    order of the epoch -> keys (epoch, index) -> workers: read, crop, choose a caption -> Batch
+    visits of an epoch -> global batches -> a rank's part -> workers: read, crop, tokenise -> Batch
 
-What a sample looks like depends on the seed, the epoch and its index, not on which worker reads
-it or when: the position alone rebuilds the stream.
+What a sample looks like depends on the seed and on its place in the epoch, not on which worker or
+rank reads it or when: the position alone rebuilds the stream.
 
 Shapes: B batch, L tokens, R resolution.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from leanclip.config import DataConfig
-from leanclip.data.samples import Dataset
-from leanclip.errors import DataError
-from leanclip.images import center_crop, open_image, random_crop, to_array
-from leanclip.tokenizer import END, tokenize
+from leanclip.data.samples import Dataset, Sample
+from leanclip.data.skipped import Bad
+from leanclip.errors import DataError, SampleError
+from leanclip.images import evaluation_pixels, training_pixels
+from leanclip.tokenizer import END, encode, tokenize
 
 TEXT_LENGTHS = (8, 16, 24, 32, 48, 64)  # what a batch is cut to; below a whole context
+
+T = TypeVar("T")
 
 
 class Position(NamedTuple):
     """How far a stream of batches has gone."""
 
     epoch: int = 0
-    batch: int = 0  # batches of this epoch that are done
+    sample: int = 0  # samples of this epoch that are done, over all ranks
+
+
+class Visit(NamedTuple):
+    """One look at a sample."""
+
+    epoch: int
+    place: int  # in the epoch
+    what: int | Sample
 
 
 @dataclass
 class Batch:
-    """Pairs, ready for the device; unreadable samples are left out and named in `bad`."""
+    """Pairs, ready for the device; unusable samples are left out and named in `bad`."""
 
     images: torch.Tensor  # (B, 3, R, R) uint8
     tokens: torch.Tensor  # (B, L) int64, cut to the longest caption
-    indices: torch.Tensor  # (B,) int64, of the samples in their data set
+    indices: torch.Tensor  # (B,) int64, of the samples in their data set; -1 in a stream
     labels: torch.Tensor  # (B,) int64, of class data; -1 elsewhere
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (id, reason)
+    sources: torch.Tensor | None = None  # (B,) int64, which one of a mixture
+    captions: list[Sequence[str]] = field(default_factory=list)  # all of them, in evaluation
+    bad: list[Bad] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-
-class BadSamples:
-    """Counts what could not be read, and stops the run when it is more than was allowed."""
-
-    def __init__(
-        self, dataset_size: int, max_share: float, before: Mapping[str, str] | None = None
-    ) -> None:
-        self.allowed, self.size, self.share = int(max_share * dataset_size), dataset_size, max_share
-        self.reasons = dict(before or {})
-
-    def add(self, bad: Sequence[tuple[str, str]]) -> list[str]:
-        """Note unreadable samples; gives the reasons of those not seen before.
-
-        Raises:
-            DataError: more than the allowed share of the data set is unreadable.
-        """
-        new = {name: reason for name, reason in bad if name not in self.reasons}
-        self.reasons |= new
-        if len(self.reasons) > self.allowed:
-            last = next(reversed(self.reasons.values()))
-            raise DataError(
-                f"{last} (that makes {len(self.reasons)} bad of {self.size} samples, over "
-                f"data.max_bad_share={self.share:g}; mend them or raise the share)"
-            )
-        return list(new.values())
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, from where a copy to a GPU need not be waited for."""
+        self.images, self.tokens = self.images.pin_memory(), self.tokens.pin_memory()
+        return self
 
 
-def batches_per_epoch(size: int, batch_size: int) -> int:
-    """Whole batches of an epoch; a data set smaller than a batch is one batch."""
-    return max(1, size // batch_size)
+def advance(position: Position, size: int, batch_size: int) -> Position:
+    """The position after a batch; what does not fill a batch at an epoch's end is left out."""
+    epoch, sample = position.epoch, position.sample + batch_size
+    return Position(epoch, sample) if sample + batch_size <= size else Position(epoch + 1, 0)
 
 
 def training_batches(
@@ -88,17 +84,32 @@ def training_batches(
     batch_size: int,
     seed: int,
     start: Position = Position(),  # noqa: B008, a constant
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[Batch, Position]]:
-    """Shuffled batches without end, from `start`, each with the position after it."""
-    per_epoch = batches_per_epoch(len(dataset), batch_size)
+    """Shuffled batches without end, from `start`, each with the position after it.
+
+    Args:
+        dataset: where the samples are.
+        config: crops, workers and limits.
+        resolution: side of the images, in pixels.
+        context_length: the most tokens of a caption.
+        truncate: cut longer captions; else they are bad samples.
+        batch_size: samples of a step over all ranks; not more than the data set has.
+        seed: of the order, the crops and the choice of captions.
+        start: where to begin.
+        rank: whose part of each batch is wanted: every `world_size`-th sample, from the rank-th.
+        world_size: how many share a batch.
+    """
+    size = len(dataset)
+    if start.sample + batch_size > size:  # the batches were smaller when this was saved
+        start = Position(start.epoch + 1, 0)
     reader = _Reader(dataset, config, resolution, context_length, truncate, seed)
-    keys = _training_keys(len(dataset), per_epoch, batch_size, seed, start)
-    epoch, done = start
-    for batch in _load(reader, keys, config.workers):
-        done += 1
-        if done == per_epoch:
-            epoch, done = epoch + 1, 0
-        yield batch, Position(epoch, done)
+    visits = _training_visits(dataset, batch_size, seed, start)
+    position = start
+    for batch in _load(reader, (part[rank::world_size] for part in visits), config.workers):
+        position = advance(position, size, batch_size)
+        yield batch, position
 
 
 def evaluation_batches(
@@ -113,11 +124,11 @@ def evaluation_batches(
     """Every sample once, in order, centre-cropped, with its first caption."""
     size = min(len(dataset), limit or len(dataset))
     reader = _Reader(dataset, config, resolution, context_length, True, None)
-    keys = [
-        [(0, index) for index in range(first, min(first + batch_size, size))]
+    visits = (
+        [Visit(0, place, place) for place in range(first, min(first + batch_size, size))]
         for first in range(0, size, batch_size)
-    ]
-    yield from _load(reader, iter(keys), config.workers)
+    )
+    yield from _load(reader, visits, config.workers)
 
 
 def trim(tokens: torch.Tensor) -> torch.Tensor:
@@ -129,43 +140,71 @@ def trim(tokens: torch.Tensor) -> torch.Tensor:
     return tokens[:, : next((n for n in TEXT_LENGTHS if n >= longest), tokens.shape[1])]
 
 
-def _training_keys(
-    size: int, per_epoch: int, batch_size: int, seed: int, start: Position
-) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (epoch, index), in an order drawn anew for each epoch."""
-    epoch, first = start
+def _training_visits(
+    dataset: Dataset, batch_size: int, seed: int, start: Position
+) -> Iterator[list[Visit]]:
+    """What each batch visits; an epoch's order is drawn anew."""
+    position = start
     while True:
-        order = np.random.default_rng([seed, epoch]).permutation(size)
-        for batch in range(first, per_epoch):
-            chosen = order[batch * batch_size : (batch + 1) * batch_size]
-            yield [(epoch, int(index)) for index in chosen]
-        epoch, first = epoch + 1, 0
+        epoch = position.epoch
+        order = dataset.visits((seed, epoch), position.sample)
+        while position.epoch == epoch:
+            chosen = islice(order, batch_size)
+            yield [Visit(epoch, position.sample + i, what) for i, what in enumerate(chosen)]
+            position = advance(position, len(dataset), batch_size)
 
 
-def _load(
-    reader: "_Reader", keys: Iterator[list[tuple[int, int]]], workers: int | None
-) -> Iterator[Batch]:
+def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None) -> Iterator[Batch]:
+    """Have the reader read each list of visits, in this process or in `workers` others."""
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)))
+    reader.reading = torch.full((max(workers, 1), 2), -1).share_memory_()
     loader = DataLoader(
-        reader,  # pyright: ignore[reportArgumentType]: keys are pairs, and it needs no length
-        batch_sampler=keys,  # pyright: ignore[reportArgumentType]: an iterator will do
-        collate_fn=_collate,
+        reader,  # pyright: ignore[reportArgumentType]: a reader of lists of visits
+        batch_size=None,  # a list of visits is a batch already
+        sampler=visits,  # pyright: ignore[reportArgumentType]: an iterator will do
         num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
     )
-    yield from loader
+    batches = iter(loader)
+    if workers:  # PyTorch raises a worker's death wherever the program is just then
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise _death(error, reader) from error
+        yield batch
 
 
-class _Read(NamedTuple):
-    image: np.ndarray
-    tokens: torch.Tensor
-    key: int  # the sample's index; a tuple has a method of that name
-    label: int
+def _death(error: RuntimeError, reader: "_Reader") -> Exception:
+    """What to raise for a worker that is gone: which sample it was reading."""
+    dead = {int(pid) for pid in re.findall(r"\d+", str(error))}
+    names = [
+        reader.dataset.name(index) if index >= 0 else "a sample of a stream"
+        for pid, index in reader.reading.tolist()
+        if pid in dead
+    ]
+    if "DataLoader worker" not in str(error) or not names:
+        return error
+    return DataError(
+        f"{', '.join(names)}: the process that was reading it died; if it was the system that "
+        f"ended it for want of memory, set data.workers lower; else take this sample out"
+    )
+
+
+def _as_it_is(batch: T) -> T:
+    return batch
 
 
 class _Reader:
-    """Reads the sample of a key; runs in the workers. `seed` None: the evaluation transform."""
+    """Reads the samples of a batch; runs in the workers. `seed` None: the evaluation transform."""
+
+    reading: torch.Tensor  # (workers, 2) int64, shared: a process's id, the index it is reading
 
     def __init__(
         self,
@@ -180,36 +219,65 @@ class _Reader:
         self.resolution, self.context_length = resolution, context_length
         self.truncate = truncate
 
-    def __getitem__(self, key: tuple[int, int]) -> _Read | tuple[str, str]:
-        epoch, index = key
-        sample = self.dataset[index]
-        try:
-            image = open_image(sample.image, max_pixels=self.config.max_pixels)
-            caption = sample.captions[0]
-            if self.seed is None:
-                image = center_crop(image, self.resolution)
-            else:
-                rng = np.random.default_rng([self.seed, epoch, index])
-                caption = sample.captions[int(rng.integers(len(sample.captions)))]
-                scale, ratio = self.config.crop_scale, self.config.crop_ratio
-                image = random_crop(image, self.resolution, rng, scale=scale, ratio=ratio)
-            tokens = tokenize(caption, self.context_length, truncate=self.truncate)[0]
-        except DataError as error:
-            reason = str(error)
-            return sample.id, reason if sample.id in reason else f"{sample.id}: {reason}"
-        return _Read(to_array(image), tokens, index, -1 if sample.label is None else sample.label)
+    def __getitem__(self, visits: Sequence[Visit]) -> Batch:
+        info = get_worker_info()
+        me = self.reading[info.id if info else 0]
+        me[0] = os.getpid()
+        images = torch.empty(len(visits), 3, self.resolution, self.resolution, dtype=torch.uint8)
+        samples: list[Sample] = []
+        indices, captions, bad = [], [], []
+        for visit in visits:
+            what = visit.what
+            index = me[1] = -1 if isinstance(what, Sample) else what
+            sample = None
+            try:
+                sample = what if isinstance(what, Sample) else self.dataset[what]
+                caption, pixels = self._look(sample, visit)
+            except SampleError as error:
+                name = sample.id if sample else self.dataset.name(index)
+                bad.append(Bad.of(name, error))
+                continue
+            images[len(samples)] = torch.from_numpy(pixels)
+            samples.append(sample)
+            indices.append(index)
+            captions.append(caption)
+        tokens = tokenize(captions, self.context_length, truncate=True)
+        return Batch(
+            images[: len(samples)],
+            trim(tokens),
+            torch.tensor(indices, dtype=torch.int64),
+            torch.tensor([-1 if s.label is None else s.label for s in samples]).long(),
+            torch.tensor([sample.source for sample in samples]).long(),
+            [sample.captions for sample in samples] if self.seed is None else [],
+            bad,
+        )
 
+    def _look(self, sample: Sample, visit: Visit) -> tuple[str, np.ndarray]:
+        """A caption and the pixels (3, R, R) of a visit."""
+        config = self.config
+        if self.seed is None:
+            pixels = evaluation_pixels(sample.image, self.resolution, max_pixels=config.max_pixels)
+            return self._checked(sample, sample.captions[0]), pixels
+        rng = np.random.default_rng([self.seed, visit.epoch, visit.place])
+        caption = sample.captions[int(rng.integers(len(sample.captions)))]
+        pixels = training_pixels(
+            sample.image,
+            self.resolution,
+            rng,
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            scaled_decoding=config.scaled_decoding,
+            max_pixels=config.max_pixels,
+        )
+        return self._checked(sample, caption), pixels
 
-def _collate(items: list[_Read | tuple[str, str]]) -> Batch:
-    good = [item for item in items if isinstance(item, _Read)]
-    bad = [item for item in items if not isinstance(item, _Read)]
-    if not good:
-        none = torch.empty(0, dtype=torch.int64)
-        return Batch(torch.empty(0, 3, 1, 1, dtype=torch.uint8), none.view(0, 1), none, none, bad)
-    return Batch(
-        torch.from_numpy(np.stack([item.image for item in good])),
-        trim(torch.stack([item.tokens for item in good])),
-        torch.tensor([item.key for item in good]),
-        torch.tensor([item.label for item in good]),
-        bad,
-    )
+    def _checked(self, sample: Sample, caption: str) -> str:
+        if not caption.strip():
+            raise SampleError("empty caption", f"{sample.id}: an empty caption")
+        if not self.truncate and (length := len(encode(caption)) + 2) > self.context_length:
+            raise SampleError(
+                "long caption",
+                f"{sample.id}: a caption of {length} tokens is over the context of "
+                f"{self.context_length}",
+            )
+        return caption

@@ -3,33 +3,61 @@
     root[/split]/any/where/dog.jpg   root[/split]/any/where/dog.txt   (a caption a line)
 
 Pairs are keyed by path: a/1.jpg belongs to a/1.txt and never to b/1.txt. PASSL's
-`data/FOOD101/captions/` is such a tree.
+`data/FOOD101/captions/` is such a tree. Captions are read with their image.
 """
 
 import os
 from pathlib import Path
 
 from leanclip.config import DataConfig
-from leanclip.data.samples import Dataset, read_lines, split_folder
-from leanclip.errors import DataError
+from leanclip.data.samples import Dataset, Sample, Strings, read_lines, split_folder
+from leanclip.errors import DataError, SampleError
 from leanclip.images import SUFFIXES
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """Find every image under the folder and read its captions.
+    """Find every image under the folder.
 
     Raises:
-        DataError: no folder, no images, or an image whose captions are missing or empty.
+        DataError: no folder, no images, or more than `max_bad_share` of them without a caption
+            file, or with an empty one.
     """
-    folder = split_folder(config.root, config.split)
-    paths = find_images(folder)
-    missing = [path for path in paths if not path.with_suffix(".txt").is_file()]
-    if missing:
-        raise DataError(
-            f"{missing[0]}: has no caption file {missing[0].with_suffix('.txt').name} beside it "
-            f"({len(missing)} of {len(paths)} images have none); write one, or remove the image"
-        )
-    return Dataset(paths, captions=[_read_captions(path.with_suffix(".txt")) for path in paths])
+    paths = find_images(split_folder(config.root, config.split))
+    missing = [path for path in paths if not _has_captions(path)]
+    if len(missing) > config.max_bad_share * len(paths):
+        Pairs(missing)[0]  # raises what is wrong with it
+    return Pairs(paths)
+
+
+class Pairs(Dataset):
+    """Images with a caption file beside each."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = Strings(map(str, paths))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = Path(self.paths[index])
+        captions = path.with_suffix(".txt")
+        if not captions.is_file():
+            raise SampleError(
+                "missing caption",
+                f"{path}: has no caption file {captions.name} beside it; write one, or remove "
+                f"the image",
+            )
+        lines = read_lines(captions)
+        if not lines:
+            raise SampleError(
+                "empty caption",
+                f"{captions}: an empty caption file; write a caption a line, or remove the pair",
+            )
+        return Sample(str(path), path, lines)
+
+    def name(self, index: int) -> str:
+        """The image's path."""
+        return self.paths[index]
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -50,10 +78,8 @@ def find_images(folder: Path) -> list[Path]:
     return paths
 
 
-def _read_captions(path: Path) -> list[str]:
-    captions = read_lines(path)
-    if not captions:
-        raise DataError(
-            f"{path}: an empty caption file; write a caption a line, or remove the pair"
-        )
-    return captions
+def _has_captions(path: Path) -> bool:
+    try:
+        return path.with_suffix(".txt").stat().st_size > 0
+    except OSError:
+        return False

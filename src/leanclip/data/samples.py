@@ -1,45 +1,117 @@
 """What every layout gives: a data set of samples, each an image with its captions.
 
-A layout is a file beside this one with `open_dataset(config) -> Dataset`.
+A layout is a file beside this one with `open_dataset(config) -> Dataset`. A data set is copied
+into every process that reads it, so it keeps no Python object per sample.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
-from leanclip.errors import DataError
+import numpy as np
+
+from leanclip.data.order import shuffled
+from leanclip.errors import DataError, SampleError
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, not yet read, with every caption that fits it."""
+    """One image, not yet decoded, with every caption that fits it."""
 
     id: str  # names the sample in messages: its path
     image: Path | bytes
     captions: Sequence[str]
     label: int | None = None  # index into the data set's classes
+    source: int = 0  # which one of a mixture it is from
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A list of samples; class data has names of classes and templates for captions."""
+class Dataset(ABC):
+    """Samples by index; class data has names of classes, and templates for captions.
 
-    paths: Sequence[Path]
-    captions: Sequence[Sequence[str]] = ()  # of each sample; class data has none of its own
-    labels: Sequence[int] = ()
+    Attributes:
+        classes: names, by label; empty where the samples have captions of their own.
+        templates: captions of class data, with `{}` for the name.
+        about: what sets this data apart, for the words of a report.
+    """
+
     classes: Sequence[str] = ()
     templates: Sequence[str] = ()
-    about: str = ""  # what sets this data apart, for the words of a report
+    about: str = ""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many samples an epoch has."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """A sample, its image not yet decoded.
+
+        Raises:
+            SampleError: this one cannot be had.
+        """
+
+    def name(self, index: int) -> str:
+        """What a sample is called in messages, where it can be told without reading it."""
+        return f"sample {index}"
+
+    def visits(self, key: Sequence[int], start: int = 0) -> Iterator["int | Sample"]:
+        """What an epoch visits, in an order drawn by `key`, from position `start` of it.
+
+        Indices; samples themselves where a data set has no access by index.
+        """
+        return shuffled(len(self), key, start)
+
+
+class ImageFiles(Dataset):
+    """Class data in files."""
+
+    def __init__(
+        self,
+        paths: Iterable[Path],
+        labels: Sequence[int],
+        classes: Sequence[str],
+        templates: Sequence[str],
+    ) -> None:
+        self.paths = Strings(str(path) for path in paths)
+        self.labels = np.array(labels, np.int32)
+        self.classes, self.templates = classes, templates
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        path = self.paths[index]
-        if not self.classes:
-            return Sample(str(path), path, self.captions[index])
-        label = self.labels[index]
-        return Sample(str(path), path, fill(self.templates, self.classes[label]), label)
+        path, label = self.paths[index], int(self.labels[index])
+        return Sample(path, Path(path), fill(self.templates, self.classes[label]), label)
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return self.paths[index]
+
+
+class Strings(Sequence[str]):
+    """A list of strings in two arrays: processes share them, and no string is an object."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first, last = self._ends[index : index + 2]
+        return self._bytes[first:last].tobytes().decode("utf-8", "surrogateescape")
 
 
 def fill(templates: Sequence[str], name: str) -> list[str]:
@@ -82,12 +154,14 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, stripped, without empty ones.
 
     Raises:
-        DataError: the file is missing or not UTF-8.
+        SampleError: the file is missing or not UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise SampleError("missing file", f"{path}: no such file") from None
+    except OSError as error:
+        raise SampleError("unreadable file", f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text") from None
+        raise SampleError("caption not UTF-8", f"{path}: is not UTF-8 text") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

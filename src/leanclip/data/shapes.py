@@ -13,7 +13,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -89,7 +89,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     if config.split == "unseen":
         templates = config.templates or TEMPLATES
         unseen = folder.open_dataset(config.model_copy(update={"templates": templates}))
-        return replace(unseen, about="combinations of attributes that it never saw in training")
+        unseen.about = "combinations of attributes that it never saw in training"
+        return unseen
     return pairs.open_dataset(config.model_copy(update={"split": config.split or "train"}))
 
 

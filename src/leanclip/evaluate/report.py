@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from leanclip.data.loader import BadSamples, evaluation_batches
+from leanclip.data.loader import evaluation_batches
 from leanclip.data.samples import fill
+from leanclip.data.skipped import BadSamples
 from leanclip.errors import DataError
 from leanclip.evaluate.features import encode_images, encode_texts
 from leanclip.evaluate.retrieval import retrieval_metrics
@@ -65,11 +66,12 @@ class _Seen(NamedTuple):
     features: torch.Tensor  # (N, E), of unit length
     indices: list[int]  # in the data set
     labels: torch.Tensor  # (N,)
+    captions: list[Sequence[str]]
 
 
 def _encode_images(model: CLIP, task: Task, preprocess: Preprocess, report: Report) -> _Seen:
     bad = BadSamples(len(task.dataset), task.data.max_bad_share)
-    features, indices, labels = [], [], []
+    features, indices, labels, captions = [], [], [], []
     total = min(len(task.dataset), task.limit or len(task.dataset))
     done = 0
     batches = evaluation_batches(
@@ -84,16 +86,17 @@ def _encode_images(model: CLIP, task: Task, preprocess: Preprocess, report: Repo
         for batch in batches:
             for reason in bad.add(batch.bad):
                 log.warning("skipped: %s", reason)
+            report.bad |= {one.id: one.reason for one in batch.bad}
             if len(batch):
                 features.append(encode_images(model, batch, preprocess))
                 indices += batch.indices.tolist()
                 labels.append(batch.labels)
+                captions += batch.captions
             done += len(batch) + len(batch.bad)
             bar.update(done)
-    report.bad |= bad.reasons
     if not indices:
         raise DataError(f"evaluate.{task.name}: none of the images of {task.data.root} is readable")
-    return _Seen(torch.cat(features), indices, torch.cat(labels))
+    return _Seen(torch.cat(features), indices, torch.cat(labels), captions)
 
 
 def _zero_shot(model: CLIP, task: Task, seen: _Seen, report: Report) -> None:
@@ -126,18 +129,20 @@ def _zero_shot(model: CLIP, task: Task, seen: _Seen, report: Report) -> None:
 
 
 def _retrieval(model: CLIP, task: Task, seen: _Seen, report: Report) -> None:
-    samples = [task.dataset[index] for index in seen.indices]
-    captions = [caption for sample in samples for caption in sample.captions]
-    owners = [i for i, sample in enumerate(samples) for _ in sample.captions]
+    captions = [caption for several in seen.captions for caption in several]
+    owners = [i for i, several in enumerate(seen.captions) for _ in several]
     texts = encode_texts(model, captions, batch_size=task.batch_size)
     scores = seen.features @ texts.T  # (N, M)
     metrics = retrieval_metrics(scores, torch.tensor(owners))
     report.metrics |= metrics
     report.sentences.append(
         f"Among {len(captions)} captions, it finds one of an image's own first for "
-        f"{metrics['image_to_text_R@1']:.1%} of {len(samples)} images; among the images, it "
+        f"{metrics['image_to_text_R@1']:.1%} of {len(seen.indices)} images; among the images, it "
         f"finds a caption's own first for {metrics['text_to_image_R@1']:.1%}."
     )
-    report.examples = [(sample.image, sample.captions[0]) for sample in samples[:EXAMPLES]]
+    report.examples = [
+        (task.dataset[index].image, several[0])
+        for index, several in zip(seen.indices[:EXAMPLES], seen.captions, strict=False)
+    ]
     firsts = [owners.index(i) for i in range(len(report.examples))]
     report.similarity = scores[: len(firsts)][:, firsts].T

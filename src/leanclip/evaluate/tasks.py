@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanclip.config import Config, DataConfig, EvaluationData, load_config, parse, to_plain
+from leanclip.config import Config, DataConfig, EvaluationData, load_config
 from leanclip.data import LAYOUTS, Dataset, open_dataset
 from leanclip.errors import ConfigError
+from leanclip.settings import parse, to_plain
 from leanclip.weights import read_weights
 
 EVALUATION_SPLITS = {  # (layout, task) -> the split that is meant for it
@@ -120,11 +121,19 @@ def evaluation_config(
 def _evaluation_data(data: DataConfig, wanted: EvaluationData, task: str) -> DataConfig:
     """The `data` section with what an evaluation sets of its own."""
     layout = wanted.layout or data.layout
+    if layout == "mixture":
+        raise ConfigError(
+            f"evaluate.{task}.layout: data is a mixture; say a layout and a root to evaluate on"
+        )
     changes = {
         "layout": layout,
         "root": wanted.root or data.root,
         "split": wanted.split or EVALUATION_SPLITS.get((layout, task)),
         "templates": wanted.templates,
+        "class_names": wanted.class_names or data.class_names,
+        "sources": (),
+        "epoch_size": None,
+        "streaming": False,  # it is read in order, by index
     }
     return data.model_copy(update=changes)
 

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip.config import ModelConfig, parse
+from leanclip.config import ModelConfig
 from leanclip.model.resnet import ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
+from leanclip.settings import parse
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's bound on the temperature
 

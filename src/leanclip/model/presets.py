@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanclip.config import ModelConfig, parse, to_plain
+from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError
 from leanclip.model.clip import CLIP
+from leanclip.settings import parse, to_plain
 
 
 def _vit(

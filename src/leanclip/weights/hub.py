@@ -5,13 +5,11 @@ Nothing is fetched unless a name is given; a file that was fetched before is tak
 
 import os
 import re
-import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 
-from leanclip.errors import WeightsError
+from leanclip.errors import DataError, WeightsError
+from leanclip.fetch import cache_folder, digest, fetch
 from leanclip.tracking import ProgressBar
-from leanclip.weights.native import sha256
 
 # openai/CLIP, clip/clip.py: the SHA-256 of each file is a part of its address.
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -54,33 +52,20 @@ def locate(source: str | Path) -> Path:
 def _fetch_openai(name: str) -> Path:
     """The published file in the cache, fetched if it is not there; its SHA-256 is checked."""
     base = os.environ.get("LEANCLIP_OPENAI_URL", OPENAI_URL)
-    digest, _, file_name = OPENAI_FILES[name].partition("/")
-    cache = Path(os.environ.get("LEANCLIP_CACHE", Path.home() / ".cache" / "leanclip"))
-    path = cache / file_name
-    if path.is_file() and sha256(path) == digest:
+    checksum, _, file_name = OPENAI_FILES[name].partition("/")
+    path = cache_folder() / file_name
+    if path.is_file() and digest(path) == checksum:
         return path
-    part = path.with_suffix(".part")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(f"{base}/{OPENAI_FILES[name]}", timeout=60) as response,
-            part.open("wb") as file,
-        ):
-            total = int(response.headers.get("Content-Length", 0))
-            with ProgressBar(f"fetching {name}", total) as bar:
-                done = 0
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    done += len(chunk)
-                    bar.update(done)
-    except (OSError, HTTPException) as error:
-        part.unlink(missing_ok=True)
-        raise WeightsError(f"{name}: cannot be fetched from {base}: {error}") from None
-    if sha256(part) != digest:
-        part.unlink()
-        raise WeightsError(f"{name}: what was fetched from {base} differs from its checksum")
-    part.rename(path)
-    return path
+    with ProgressBar(f"fetching {name}", 1) as bar:
+        try:
+            return fetch(
+                f"{base}/{OPENAI_FILES[name]}",
+                path,
+                checksum=checksum,
+                progress=lambda done, total: bar.update(done, total=total),
+            )
+        except (DataError, OSError) as error:
+            raise WeightsError(f"{name}: {error}") from None
 
 
 def _fetch_hub(repository: str) -> Path:

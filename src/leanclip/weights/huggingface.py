@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from leanclip.config import ModelConfig, parse
+from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.images import CLIP_MEAN, CLIP_STD, Preprocess
+from leanclip.settings import parse
 from leanclip.tokenizer import END, START, merges, vocabulary
 from leanclip.weights.formats import read_safetensors
 from leanclip.weights.native import triple

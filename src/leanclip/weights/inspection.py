@@ -2,8 +2,9 @@
 
 from collections import Counter
 
-from leanclip.config import ModelConfig, parse, to_plain
+from leanclip.config import ModelConfig
 from leanclip.model.presets import PRESETS
+from leanclip.settings import parse, to_plain
 from leanclip.weights.weights import Weights
 
 

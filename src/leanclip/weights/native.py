@@ -4,7 +4,6 @@ The tensors have OpenAI's names; config.json holds the architecture with its act
 preprocessing, the tokeniser, where the weights came from, and the SHA-256 of the tensors' file.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,9 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from leanclip.config import ModelConfig, parse, to_plain
+from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
+from leanclip.fetch import digest
 from leanclip.images import Preprocess
+from leanclip.settings import parse, to_plain
 from leanclip.weights.formats import read_safetensors
 from leanclip.weights.weights import Weights
 
@@ -42,7 +43,7 @@ def save_weights(
         "preprocess": asdict(preprocess),
         "tokenizer": TOKENIZER,
         "provenance": provenance,
-        "sha256": sha256(file),
+        "sha256": digest(file),
     }
     (folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -68,9 +69,3 @@ def triple(values: Sequence[float]) -> tuple[float, float, float]:
     """Three numbers of a JSON file, for red, green and blue."""
     red, green, blue = (float(value) for value in values)
     return red, green, blue
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

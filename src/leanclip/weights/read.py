@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from leanclip.config import ModelConfig, parse
+from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.images import Preprocess
 from leanclip.model.presets import PRESETS, preset
+from leanclip.settings import parse
 from leanclip.strict_yaml import load_yaml
 from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.formats import read_safetensors, sniff

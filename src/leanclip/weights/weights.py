@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from leanclip.config import ModelConfig, parse, to_plain
+from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
+from leanclip.settings import parse, to_plain
 
 log = logging.getLogger("leanclip")
 

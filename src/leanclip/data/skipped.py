@@ -1,0 +1,68 @@
+"""Samples that cannot be used: named once, counted by kind, and fatal when there are too many."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from leanclip.errors import DataError, SampleError
+
+
+class Bad(NamedTuple):
+    """One sample that was skipped."""
+
+    id: str
+    kind: str  # a few words, the same for the same fault
+    reason: str  # one line that names the sample
+
+    @classmethod
+    def of(cls, name: str, error: SampleError) -> "Bad":
+        """What an error says of the sample called `name`."""
+        reason = " ".join(str(error).split())
+        return cls(name, error.kind, reason if name in reason else f"{name}: {reason}")
+
+
+class BadSamples:
+    """The samples of a data set that were skipped.
+
+    Args:
+        dataset_size: of how many samples.
+        max_share: the share of them that may be skipped.
+        path: a file of JSON lines to add each to; what it holds was skipped before.
+    """
+
+    def __init__(self, dataset_size: int, max_share: float, path: Path | None = None) -> None:
+        self.size, self.share, self.path = dataset_size, max_share, path
+        self.found: dict[str, str] = {}  # id -> kind
+        for line in path.read_text("utf-8").splitlines() if path and path.is_file() else ():
+            try:
+                facts = json.loads(line)
+            except ValueError:  # cut short by a crash
+                continue
+            self.found[facts["id"]] = facts["kind"]
+
+    def add(self, bad: Sequence[Bad]) -> list[str]:
+        """Note skipped samples; gives the reasons of those not seen before.
+
+        Raises:
+            DataError: more than the allowed share of the data set was skipped.
+        """
+        new = list({one.id: one for one in bad if one.id not in self.found}.values())
+        self.found |= {one.id: one.kind for one in new}
+        if new and self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(one._asdict()) + "\n" for one in new)
+        if new and len(self.found) > self.share * self.size:
+            where = f"; all are in {self.path}" if self.path else ""
+            raise DataError(
+                f"{new[-1].reason} (that makes {len(self.found)} bad of {self.size} samples: "
+                f"{self.summary()}; over data.max_bad_share={self.share:g}; mend them or raise "
+                f"the share{where})"
+            )
+        return [one.reason for one in new]
+
+    def summary(self) -> str:
+        """Counts by kind: "2 missing file, 1 damaged image"."""
+        counts = Counter(self.found.values())
+        return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
