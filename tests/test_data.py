@@ -6,20 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import make_pairs, noise_image
 
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset, shapes
-from leanclip.data.loader import (
-    Batch,
-    Position,
-    evaluation_batches,
-    training_batches,
-)
-from leanclip.data.skipped import Bad, BadSamples
 from leanclip.errors import DataError, SampleError
-from leanclip.images import Preprocess, normalize
 
 
 def config(root: Path, layout: str = "pairs", **more: object) -> DataConfig:
@@ -233,125 +224,3 @@ def test_finished_drawings_are_kept_and_others_are_not_touched(drawings: Path) -
         list(shapes.draw_dataset(drawings / "train"))
     with pytest.raises(DataError, match="leanclip data shapes"):
         open_dataset(config(drawings / "train", "shapes"))
-
-
-# --- the stream
-
-
-def stream(root: Path, count: int, start: Position = Position(), workers: int = 0) -> list:  # noqa: B008
-    settings = config(root, workers=workers)
-    batches = training_batches(
-        open_dataset(settings),
-        settings,
-        resolution=16,
-        context_length=12,
-        truncate=True,
-        batch_size=5,
-        seed=3,
-        start=start,
-    )
-    return list(itertools.islice(batches, count))
-
-
-def same(a: list[tuple[Batch, Position]], b: list[tuple[Batch, Position]]) -> bool:
-    return len(a) == len(b) and all(
-        p == q and torch.equal(x.images, y.images) and torch.equal(x.tokens, y.tokens)
-        for (x, p), (y, q) in zip(a, b, strict=True)
-    )
-
-
-def test_an_epoch_visits_each_sample_at_most_once_in_a_new_order(tmp_path: Path) -> None:
-    make_pairs(tmp_path / "p", 17)
-    found = stream(tmp_path / "p", 6)
-    epochs = [torch.cat([batch.indices for batch, _ in found[i : i + 3]]).tolist() for i in (0, 3)]
-    assert [len(set(e)) for e in epochs] == [15, 15]
-    assert epochs[0] != epochs[1]
-    assert [position for _, position in found[:4]] == [(0, 5), (0, 10), (1, 0), (1, 5)]
-
-
-def test_the_position_alone_rebuilds_the_stream(tmp_path: Path) -> None:
-    make_pairs(tmp_path / "p", 17)
-    whole = stream(tmp_path / "p", 8)
-    for done in range(1, 8):
-        rest = stream(tmp_path / "p", 8 - done, whole[done - 1][1])
-        assert same(rest, whole[done:])
-
-
-def test_the_number_of_workers_does_not_change_the_stream(tmp_path: Path) -> None:
-    make_pairs(tmp_path / "p", 17)
-    assert same(stream(tmp_path / "p", 7, workers=2), stream(tmp_path / "p", 7))
-
-
-def test_each_visit_draws_a_caption_and_a_crop(tmp_path: Path) -> None:
-    make_pairs(tmp_path / "p", 5)
-    found = stream(tmp_path / "p", 20)
-    captions = {tuple(row.tolist()) for batch, _ in found for row in batch.tokens[:, :6]}
-    assert len(captions) == 10  # both captions of each of the five
-    crops = {image.numpy().tobytes() for batch, _ in found for image in batch.images}
-    assert len(crops) > 50
-
-
-def test_unreadable_images_are_left_out_and_named(tmp_path: Path) -> None:
-    root = make_pairs(tmp_path / "p", 10)
-    (root / "003.png").write_bytes(b"no image")
-    found = stream(root, 4)
-    bad = [item for batch, _ in found for item in batch.bad]
-    assert {one.id for one in bad} == {str(root / "003.png")}
-    assert sorted(len(batch) for batch, _ in found) == [4, 4, 5, 5]
-
-
-def test_a_batch_of_nothing_readable(tmp_path: Path) -> None:
-    root = make_pairs(tmp_path / "p", 5)
-    for path in root.glob("*.png"):
-        path.write_bytes(b"no image")
-    ((batch, _),) = stream(root, 1)
-    assert (len(batch), len(batch.bad)) == (0, 5)
-
-
-def test_bad_samples_are_named_once_and_fatal_above_the_share(tmp_path: Path) -> None:
-    a, b, c = (Bad(name, "damaged image", f"{name}: broken") for name in "abc")
-    path = tmp_path / "skipped.jsonl"
-    bad = BadSamples(100, 0.02, path)
-    assert bad.add([a, b, a]) == ["a: broken", "b: broken"]
-    assert bad.add([a]) == []
-    with path.open("a") as file:
-        file.write('{"id": "cut sh')  # by a crash
-    again = BadSamples(100, 0.02, path)
-    assert again.add([a, b]) == []
-    assert again.summary() == "2 damaged image"
-    with pytest.raises(DataError, match=r"c: broken .*3 bad of 100 samples.*max_bad_share=0.02"):
-        again.add([c])
-
-
-def test_evaluation_reads_each_sample_once_in_order_and_as_the_reference(tmp_path: Path) -> None:
-    root = make_pairs(tmp_path / "p", 11)
-    settings = config(root)
-    dataset = open_dataset(settings)
-    found = list(
-        evaluation_batches(dataset, settings, resolution=16, context_length=12, batch_size=4)
-    )
-    assert torch.cat([batch.indices for batch in found]).tolist() == list(range(11))
-    preprocess = Preprocess(16)
-    pixels = normalize(torch.cat([b.images for b in found]), preprocess.mean, preprocess.std)
-    for i in range(11):
-        assert torch.equal(pixels[i], preprocess(dataset[i].image))
-
-
-def test_long_captions_are_cut_or_bad_samples(tmp_path: Path) -> None:
-    root = make_pairs(tmp_path / "p", 5)
-    (root / "000.txt").write_text("word " * 50)
-    settings = config(root)
-    for truncate in (True, False):
-        batch, _ = next(
-            training_batches(
-                open_dataset(settings),
-                settings,
-                resolution=16,
-                context_length=12,
-                truncate=truncate,
-                batch_size=5,
-                seed=0,
-            )
-        )
-        assert len(batch.bad) == (0 if truncate else 1)
-        assert all("000.png: a caption of 52 tokens" in one.reason for one in batch.bad)

@@ -299,10 +299,8 @@ def _is_due(
     return step == plan.steps or by_epoch or by_step
 
 
-def _counted(sources: list[int], batch: torch.Tensor | None) -> list[int]:
+def _counted(sources: list[int], batch: torch.Tensor) -> list[int]:
     """Samples by source, with those of a batch."""
-    if batch is None:
-        return sources
     more = torch.bincount(batch, minlength=len(sources))
     more[: len(sources)] += torch.tensor(sources, dtype=more.dtype)
     return more.tolist()

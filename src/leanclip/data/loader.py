@@ -55,7 +55,9 @@ class Batch:
     tokens: torch.Tensor  # (B, L) int64, cut to the longest caption
     indices: torch.Tensor  # (B,) int64, of the samples in their data set; -1 in a stream
     labels: torch.Tensor  # (B,) int64, of class data; -1 elsewhere
-    sources: torch.Tensor | None = None  # (B,) int64, which one of a mixture
+    sources: torch.Tensor = field(  # (B,) int64, which one of a mixture
+        default_factory=lambda: torch.empty(0, dtype=torch.int64)
+    )
     captions: list[Sequence[str]] = field(default_factory=list)  # all of them, in evaluation
     bad: list[Bad] = field(default_factory=list)
 
