@@ -77,13 +77,11 @@ class ProgressBar:
     Args:
         label: what is going on.
         total: steps until the end.
-        unit: what `rate` counts per second.
         completed: steps done before.
     """
 
-    def __init__(self, label: str, total: int, *, unit: str = "", completed: int = 0) -> None:
+    def __init__(self, label: str, total: int, *, completed: int = 0) -> None:
         console = Console(stderr=True)
-        self._unit = unit
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -107,6 +105,6 @@ class ProgressBar:
         """Move the bar to `done` steps, of a new total where one is given."""
         self._bar.update(self._task, completed=done, total=total)
 
-    def note(self, loss: float, rate: float) -> None:
-        """Show a loss, and how many units a second."""
-        self._bar.update(self._task, notes=f"loss {loss:.3f}  {rate:.0f} {self._unit}/s")
+    def note(self, text: str) -> None:
+        """Show a few words beside the bar."""
+        self._bar.update(self._task, notes=text)

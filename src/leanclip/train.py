@@ -35,6 +35,7 @@ from leanclip.weights import load_into, read_weights
 
 T = TypeVar("T")
 SKIPPED = "skipped.jsonl"  # in the run's folder
+MUCH_WAITING = 0.2  # share of the time from which waiting for data is worth a word
 log = logging.getLogger("leanclip")
 
 # Settings, or groups, that may differ between two starts of a run: they do not change its weights.
@@ -112,8 +113,11 @@ def summary(outcome: Outcome) -> str:
     if outcome.seconds:
         lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
     lines += report.sentences
+    skipped = BadSamples(0, 1, folder / SKIPPED)
+    if skipped.found:
+        lines.append(f"Training skipped {skipped.summary()}: see {skipped.path}")
     if report.bad:
-        lines.append(f"{len(report.bad)} images could not be read: see {folder}/evaluation.json")
+        lines.append(f"{len(report.bad)} samples could not be used: see {folder}/evaluation.json")
     if not report.sentences:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
     lines.append(f"Folder:   {folder}")
@@ -182,7 +186,7 @@ def _fit(
     )
     clock = _Clock(done.samples)
     began = time.perf_counter() - done.seconds
-    with ProgressBar("training", plan.steps, unit="images", completed=done.step) as bar:
+    with ProgressBar("training", plan.steps, completed=done.step) as bar:
         for step in range(done.step, plan.steps):
             batch, position = clock.waiting(lambda: next(stream))
             for reason in bad.add(batch.bad):
@@ -222,7 +226,11 @@ def _fit(
                     **clock.rates(done.samples),
                 }
                 metrics.write(done.step, line)
-                bar.note(line["train/loss"], line["train/samples_per_second"])
+                bar.note(
+                    f"loss {line['train/loss']:.3f}  "
+                    f"{line['train/samples_per_second']:.0f} images/s  "
+                    f"{line['train/data_wait_share']:.0%} waiting for data"
+                )
             bar.update(done.step)
             if plan.tasks and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
                 report = evaluate(model, plan.tasks, plan.preprocess)
@@ -236,6 +244,7 @@ def _fit(
                     plan.preprocess,
                     keep=config.checkpoint.keep,
                 )
+    clock.log_waiting()
     # A run that is taken up again after its last step has nothing left but to be measured.
     return report or evaluate(model, plan.tasks, plan.preprocess), done
 
@@ -328,6 +337,7 @@ class _Clock:
 
     def __init__(self, samples: int) -> None:
         self.samples, self.began, self.waited = samples, time.perf_counter(), 0.0
+        self.first_began, self.waited_before = self.began, 0.0
 
     def waiting(self, get: Callable[[], T]) -> T:
         """Call `get`, counting its time as waiting."""
@@ -343,5 +353,17 @@ class _Clock:
             "train/samples_per_second": (samples - self.samples) / seconds,
             "train/data_wait_share": self.waited / seconds,
         }
+        self.waited_before += self.waited
         self.samples, self.began, self.waited = samples, time.perf_counter(), 0.0
         return figures
+
+    def log_waiting(self) -> None:
+        """Say how much of the whole time went by waiting for data, where it is much."""
+        seconds = time.perf_counter() - self.first_began
+        share = (self.waited_before + self.waited) / seconds
+        if share > MUCH_WAITING and seconds > 10:
+            log.info(
+                "%.0f%% of the time was spent waiting for data: docs/data.md, Speed, says "
+                "what helps",
+                100 * share,
+            )
