@@ -1,6 +1,12 @@
-"""Which devices a run uses."""
+"""Which devices a run uses, and what its processes tell each other.
+
+One process and many are one code path: with one, everything here gives back what it got.
+
+Shapes: n rows of this rank, N rows of all ranks.
+"""
 
 import torch
+import torch.distributed as dist
 
 from leanclip.errors import ConfigError
 
@@ -28,3 +34,56 @@ def choose_device(name: str = "auto", num_gpus: int | None = None) -> torch.devi
         )
     use_cuda = wanted == 1 or (name == "auto" and num_gpus is None and found > 0)
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1) without a process group."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's value, on every rank."""
+    if rank_and_world_size()[1] == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """(n, ...) of each rank -> (N, ...) in the order of ranks, and each rank's n.
+
+    Ranks may have different n, or none; no gradient flows.
+    """
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
+        return rows, [len(rows)]
+    sizes = [rows.new_zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(sizes, sizes[0].new_tensor([len(rows)]))
+    counts = [int(size) for size in sizes]
+    longest = max(counts)
+    parts = [rows.new_empty(longest, *rows.shape[1:]) for _ in range(world_size)]
+    dist.all_gather(parts, _padded(rows, longest))
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), counts
+
+
+def sum_rows_back(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """(N, ...) of each rank -> (n, ...): this rank's rows of the sum over all ranks."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return rows
+    longest = max(sizes)
+    mine = rows.new_empty(longest, *rows.shape[1:])
+    dist.reduce_scatter(mine, [_padded(part, longest) for part in rows.split(sizes)])
+    return mine[: sizes[rank]]
+
+
+def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows with zeros after them; collectives want the same shape of all."""
+    if len(rows) == length:
+        return rows.contiguous()
+    padded = rows.new_zeros(length, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
