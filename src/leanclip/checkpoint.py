@@ -2,7 +2,7 @@
 
     run/checkpoints/step-00000600/
         model.safetensors     weights          config.json      architecture and preprocessing
-        training.safetensors  AdamW's moments and random states
+        training.safetensors  AdamW's moments, and the random states of every rank
         state.json            step, position in the data, what was counted
         manifest.json         size and SHA-256 of every file above; written last
 
@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from leanclip.distributed import gather_rows, rank_and_world_size
 from leanclip.fetch import digest
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
+from leanclip.tracking import write_text
 from leanclip.weights import load_into, read_weights, save_weights
 
 
@@ -49,21 +52,38 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint under `root`, then remove all but the `keep` newest; its folder."""
+    """Write a checkpoint under `root`, then remove all but the `keep` newest; its folder.
+
+    Called by every rank; rank 0 writes. The old ones go when the new one is verified.
+
+    Raises:
+        OSError: it could not be written; what was there is as it was.
+    """
     folder = root / f"step-{progress.step:08d}"
+    random_states = _random_states()
+    if rank_and_world_size()[0] > 0:
+        return folder
     temporary = root / f".{folder.name}.tmp"
     for stale in root.glob(".step-*.tmp"):
         shutil.rmtree(stale)
-    temporary.mkdir(parents=True)
-    save_weights(temporary, model.state_dict(), model.config, preprocess)
-    save_file(_training_tensors(model, optimizer), temporary / "training.safetensors")
-    (temporary / "state.json").write_text(json.dumps(vars(progress)))
-    _write_manifest(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        save_weights(temporary, model.state_dict(), model.config, preprocess)
+        tensors = _moments(model, optimizer) | random_states
+        save_file(tensors, temporary / "training.safetensors")
+        (temporary / "state.json").write_text(json.dumps(vars(progress)))
+        _write_manifest(temporary)
+        for problem in _problems(temporary):
+            raise OSError(f"{problem}, right after it was written")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{folder}: cannot be written: {error}") from None
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
     _sync(root)
-    for old in sorted(root.glob("step-*"))[:-keep]:
+    write_text(root / "latest", folder.name + "\n")
+    for old in _by_age(root)[keep:]:
         shutil.rmtree(old)
     return folder
 
@@ -82,16 +102,18 @@ def restore(folder: Path, model: CLIP, optimizer: torch.optim.Optimizer) -> Prog
         if state:
             # All of it: the fused AdamW keeps its count of steps on the device too.
             optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    rank = rank_and_world_size()[0]
+    if rank < len(tensors["random.cpu"]):  # a rank more than then goes on with its own seed
+        torch.set_rng_state(tensors["random.cpu"][rank])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"][rank])
     return Progress(**json.loads((folder / "state.json").read_text()))
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint under `root` that is whole, and why newer ones are not."""
     skipped = []
-    for folder in sorted(root.glob("step-*"), reverse=True):
+    for folder in _by_age(root):
         problem = next(_problems(folder), None)
         if problem is None:
             return folder, skipped
@@ -114,16 +136,36 @@ def _problems(folder: Path) -> Iterator[str]:
             yield f"{path}: differs from its checksum"
 
 
-def _training_tensors(model: CLIP, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {
+def _by_age(root: Path) -> list[Path]:
+    """The checkpoints, the newest first: by how far the data was read.
+
+    Steps would not do: a run that goes on with more ranks counts fewer of them.
+    """
+
+    def position(folder: Path) -> tuple[int, int, str]:
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            return state["epoch"], state["sample"], folder.name
+        except (OSError, ValueError, KeyError):
+            return -1, -1, folder.name
+
+    return sorted(root.glob("step-*"), key=position, reverse=True)
+
+
+def _moments(model: CLIP, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
         f"optimizer.{name}.{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
-    tensors["random.cpu"] = torch.get_rng_state()
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """The generators' states, a row for each rank."""
+    states = {"random.cpu": gather_rows(torch.get_rng_state()[None])[0]}
     if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    return tensors
+        states["random.cuda"] = gather_rows(torch.cuda.get_rng_state()[None])[0]
+    return states
 
 
 def _write_manifest(folder: Path) -> None:

@@ -5,6 +5,7 @@ line and exit code 2; `--debug`, anywhere in the command, shows the traceback.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Annotated
 
 import typer
 
+from leanclip.launch import is_rank, join_launch, launch, leave_launch
+
+log = logging.getLogger("leanclip")
 app = typer.Typer(
     help="Train, fine-tune, evaluate and use CLIP. Start with: make quickstart",
     no_args_is_help=True,
@@ -40,17 +44,19 @@ Arch = Annotated[
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted, 143 by SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     _show_log()
+    join_launch()
     from leanclip.errors import LeanclipError
 
     try:
-        app([word for word in _with_resume_value(words) if word != "--debug"])
+        app([word for word in _with_resume_value(words) if word != "--debug"], obj=words)
     except (LeanclipError, OSError) as error:
         if debug:
             raise
+        leave_launch(2)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
@@ -62,9 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @app.command(epilog="Example: leanclip train -c configs/quickstart.yaml -o train.epochs=2")
 def train(
+    context: typer.Context,
     config: ConfigFile = None,
     overrides: Overrides = None,
     num_gpus: NumGpus = None,
+    num_procs: Annotated[
+        int, typer.Option(min=1, help="Processes on the CPU, in place of GPUs.")
+    ] = 1,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Start again from the last checkpoint when a rank dies.")
+    ] = 0,
     load: Annotated[
         str | None, typer.Option(help="Weights to start from, with a fresh optimiser.")
     ] = None,
@@ -95,9 +108,10 @@ def train(
     """
     from leanclip import train as training
     from leanclip.config import load_config
-    from leanclip.distributed import choose_device
+    from leanclip.distributed import choose_device, process_group
     from leanclip.errors import ConfigError
     from leanclip.plan import describe, headline, make_plan
+    from leanclip.stopping import Stopped
 
     run = resume or None  # a bare --resume names no folder
     if config is None and run is None:
@@ -110,17 +124,30 @@ def train(
         load_partial=partial or None,
         output_dir=run or output_dir,
     )
-    device = choose_device(settings.device, num_gpus)
+    if num_procs > 1 and num_gpus:
+        raise ConfigError(
+            f"--num-procs {num_procs}: are processes on the CPU; leave --num-gpus out"
+        )
+    device = choose_device("cpu" if num_procs > 1 else settings.device, num_gpus)
     if evaluate_only:
-        outcome = training.evaluate_only(settings, device, load)
-    else:
-        plan = make_plan(settings, device)
+        print(training.summary(training.evaluate_only(settings, device, load)))
+        return
+    ranks = max(num_gpus or 1, num_procs)
+    if ranks > 1 and not is_rank() and not dry_run:
+        raise SystemExit(launch(context.obj, ranks=ranks, max_restarts=max_restarts))
+    with process_group(device):
+        plan = make_plan(settings, device, ranks=ranks)
         if dry_run:
             print(describe(plan))
             return
-        print(headline(plan), file=sys.stderr)
-        outcome = training.train(plan, must_resume=resume is not None)
-    print(training.summary(outcome))
+        log.info("%s", headline(plan))
+        try:
+            outcome = training.train(plan, must_resume=resume is not None)
+        except Stopped as stopped:
+            log.info("%s; the same command goes on from the checkpoint in %s", stopped, plan.folder)
+            raise SystemExit(leave_launch(stopped.code)) from None
+    if outcome is not None:
+        print(training.summary(outcome))
 
 
 @app.command(
@@ -251,6 +278,5 @@ def _show_log() -> None:
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
             print(prefix + record.getMessage(), file=sys.stderr)
 
-    log = logging.getLogger("leanclip")
     log.handlers = [ToStderr()]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)

@@ -87,6 +87,9 @@ class ModelConfig(Section):
     )
     pre_norm: bool = Field(default=True, description="LayerNorm before a ViT's first block")
     patch_bias: bool = Field(default=False, description="a bias in a ViT's patch embedding")
+    logit_bias: bool = Field(
+        default=False, description="a bias on the logits, for the loss siglip; starts at -10"
+    )
 
     @property
     def attention_heads(self) -> int:
@@ -259,6 +262,21 @@ class TrainConfig(Section):
 
     epochs: Positive = Field(default=10, description="passes over the training data")
     batch_size: Positive = Field(default=128, description="pairs per step and device")
+    micro_batches: Positive = Field(
+        default=1,
+        description="parts that a device's batch goes through the towers in, for less memory; "
+        "the gradients stay those of the whole batch",
+    )
+    loss: Literal["auto", "clip", "multi-positive", "siglip"] = Field(
+        default="auto",
+        description="auto: multi-positive for class data, clip elsewhere",
+    )
+    tiled_loss: bool = Field(
+        default=True, description="never hold the batch's whole matrix of logits"
+    )
+    max_skipped_steps: Positive = Field(
+        default=10, description="steps in a row that may be lost to non-finite gradients"
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="bf16: autocast; weights, loss and temperature stay float32"
     )

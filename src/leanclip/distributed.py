@@ -5,21 +5,31 @@ One process and many are one code path: with one, everything here gives back wha
 Shapes: n rows of this rank, N rows of all ranks.
 """
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 
 from leanclip.errors import ConfigError
 
+T = TypeVar("T")
+
 
 def choose_device(name: str = "auto", num_gpus: int | None = None) -> torch.device:
-    """The device of a run: "auto" is CUDA where there is a device, and the CPU elsewhere.
+    """The device of this process: "auto" is CUDA where there is a device, and the CPU elsewhere.
+
+    A rank takes the GPU of its number on this machine.
 
     Args:
         name: "auto", "cpu" or "cuda".
         num_gpus: as `--num-gpus`; 0 is the CPU, None is one device.
 
     Raises:
-        ConfigError: more devices are asked for than the machine has, or than are supported.
+        ConfigError: more devices are asked for than the machine has.
     """
     found = torch.cuda.device_count()
     wanted = num_gpus if num_gpus is not None else int(name == "cuda")
@@ -28,12 +38,25 @@ def choose_device(name: str = "auto", num_gpus: int | None = None) -> torch.devi
         instead = f"give --num-gpus {found}" if found else "leave --num-gpus out to use the CPU"
         asked = f"{wanted} GPU{' was' if wanted == 1 else 's were'} asked for"
         raise ConfigError(f"{asked}, this machine {has}; {instead}")
-    if wanted > 1:
-        raise ConfigError(
-            f"--num-gpus {wanted}: training on several devices is not built yet; use --num-gpus 1"
-        )
-    use_cuda = wanted == 1 or (name == "auto" and num_gpus is None and found > 0)
-    return torch.device("cuda" if use_cuda else "cpu")
+    if not (wanted or (name == "auto" and num_gpus is None and found > 0)):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the other ranks, where a launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=1))  # others wait for rank 0's tests
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -43,6 +66,27 @@ def rank_and_world_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        total([0])
+
+
+def total(counts: Sequence[int]) -> list[int]:
+    """The sums over the ranks of a few numbers that are on the CPU."""
+    return sum_over_ranks(torch.tensor(counts)).tolist()
+
+
+def everyones(value: T) -> list[T]:
+    """A small object of every rank, in the order of ranks."""
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return [value for value in values if value is not None]
+
+
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's value, on every rank."""
     if rank_and_world_size()[1] == 1:
@@ -50,6 +94,14 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total
+
+
+def mean_over_ranks_(values: Sequence[torch.Tensor]) -> None:
+    """Put the mean of every rank's values in their place."""
+    world_size = rank_and_world_size()[1]
+    for value in values if world_size > 1 else ():
+        dist.all_reduce(value)
+        value /= world_size
 
 
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

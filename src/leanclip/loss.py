@@ -150,7 +150,9 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: hidden by the decorator
+        ctx: Any, upstream: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         zimg, texts, scale, bias, mean_texts, rows, columns = ctx.saved_tensors
         to_images = torch.zeros_like(zimg)  # (n, E), of logits / scale
         to_texts = torch.zeros_like(texts)  # (N, E)

@@ -11,9 +11,11 @@ import torch
 from leanclip.config import Config
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.mixture import Mixture
+from leanclip.distributed import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import Task, open_tasks
 from leanclip.images import Preprocess
+from leanclip.loss import Kind
 from leanclip.model import CLIP
 from leanclip.optim import scaled_learning_rate
 from leanclip.settings import to_plain
@@ -30,7 +32,8 @@ class Plan:
     dataset: Dataset
     tasks: list[Task]
     preprocess: Preprocess
-    batch_size: int  # pairs per step over all devices
+    loss: Kind
+    batch_size: int  # pairs per step over all ranks
     steps_per_epoch: int
     steps: int
     peak_rate: float
@@ -42,8 +45,10 @@ class Plan:
         return Path(self.config.output_dir)
 
 
-def make_plan(config: Config, device: torch.device) -> Plan:
+def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     """Open the data and work out the steps and rates of a run.
+
+    `ranks` is how many processes there will be; where a launcher has started them, it knows.
 
     Raises:
         ConfigError: the model cannot hold the tokeniser's ids.
@@ -54,22 +59,39 @@ def make_plan(config: Config, device: torch.device) -> Plan:
             f"model.vocab_size: {config.model.vocab_size} is less than the {VOCAB_SIZE} ids of "
             f"the tokeniser; set it to {VOCAB_SIZE}"
         )
-    dataset = open_dataset(config.data)
-    batch_size = min(config.train.batch_size, len(dataset))
+    if (config.train.loss == "siglip") != config.model.logit_bias:
+        raise ConfigError("train.loss: siglip goes with model.logit_bias: true, and only with it")
+    rank, world_size = rank_and_world_size()
+    if rank > 0:
+        barrier()  # what the first rank prepares, such as an index, the others find
+    dataset, tasks = open_dataset(config.data), open_tasks(config)
+    if rank == 0:
+        barrier()
+    world_size = max(ranks, world_size)
+    batch_size = min(config.train.batch_size * world_size, len(dataset))
     steps_per_epoch = len(dataset) // batch_size
     steps = config.train.epochs * steps_per_epoch
     return Plan(
         config=config,
         device=device,
         dataset=dataset,
-        tasks=open_tasks(config),
+        tasks=tasks,
         preprocess=model_preprocess(config),
+        loss=_loss(config, dataset),
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         peak_rate=scaled_learning_rate(config.optimizer, batch_size),
         warmup=round(config.optimizer.warmup * steps),
     )
+
+
+def _loss(config: Config, dataset: Dataset) -> Kind:
+    """The loss that "auto" stands for: samples of one class are not each other's negatives."""
+    if config.train.loss != "auto":
+        return config.train.loss
+    sources = dataset.sources if isinstance(dataset, Mixture) else [dataset]
+    return "multi-positive" if any(source.classes for source in sources) else "clip"
 
 
 def model_preprocess(config: Config) -> Preprocess:
@@ -98,7 +120,7 @@ def headline(plan: Plan) -> str:
     return "\n".join(
         (
             f"model: {parameters:,} parameters, {config.model.image_resolution} px, "
-            f"{config.train.precision} on {plan.device.type}",
+            f"{config.train.precision} on {plan.device.type}, loss {plan.loss}",
             f"data: {_data_line(plan)}",
             f"steps: {plan.steps:,} = {config.train.epochs} epochs x {plan.steps_per_epoch} "
             f"batches of {plan.batch_size}{smaller}",

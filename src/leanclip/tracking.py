@@ -78,9 +78,12 @@ class ProgressBar:
         label: what is going on.
         total: steps until the end.
         completed: steps done before.
+        is_silent: show nothing, for all ranks but one.
     """
 
-    def __init__(self, label: str, total: int, *, completed: int = 0) -> None:
+    def __init__(
+        self, label: str, total: int, *, completed: int = 0, is_silent: bool = False
+    ) -> None:
         console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -89,7 +92,7 @@ class ProgressBar:
             TextColumn("{task.fields[notes]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=is_silent or not console.is_terminal,
             transient=True,
         )
         self._task = self._bar.add_task(label, total=total, completed=completed, notes="")

@@ -6,35 +6,39 @@ The run's folder holds config.yaml, metrics.jsonl, checkpoints/, evaluation.json
 The same command in the same folder goes on from the newest checkpoint.
 """
 
+import json
 import logging
-import math
+import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from leanclip import checkpoint
 from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
-from leanclip.data.skipped import BadSamples
+from leanclip.data.skipped import Bad, BadSamples
+from leanclip.distributed import barrier, everyones, rank_and_world_size, total
 from leanclip.errors import ConfigError, LeanclipError
 from leanclip.evaluate import Report, evaluate, open_tasks
-from leanclip.images import Preprocess, normalize
-from leanclip.loss import clip_loss
 from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
 from leanclip.plan import Plan, model_preprocess
 from leanclip.plots import run_pictures
 from leanclip.settings import differences, parse, to_plain
+from leanclip.step import over_ranks, train_step
+from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
 from leanclip.tracking import MetricsLog, ProgressBar, write_text
 from leanclip.weights import load_into, read_weights
 
 T = TypeVar("T")
 SKIPPED = "skipped.jsonl"  # in the run's folder
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 MUCH_WAITING = 0.2  # share of the time from which waiting for data is worth a word
 log = logging.getLogger("leanclip")
 
@@ -63,27 +67,43 @@ class Outcome:
     seconds: float  # of training, over all starts
 
 
-def train(plan: Plan, *, must_resume: bool = False) -> Outcome:
+def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     """Train to the end, from the newest checkpoint in the run's folder where there is one.
 
+    Every rank calls this; the first one gives the outcome.
+
     Raises:
+        Stopped: a signal asked for it; the checkpoint is written.
         ConfigError: the folder holds a run of another configuration; or `must_resume` and
             there is no checkpoint.
         DataError: more than the allowed share of the data is unreadable.
         WeightsError: the weights to start from do not fit the model.
     """
-    config = plan.config
+    config, rank = plan.config, rank_and_world_size()[0]
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
     optimizer = build_optimizer(model, config.optimizer)
+    torch.manual_seed(config.seed + rank)  # what is drawn in training differs by rank
     done = _start(plan, model, optimizer, must_resume)
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
-    metrics = MetricsLog(plan.folder, after_step=done.step)
+    barrier()
+    if rank == 0:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
+    metrics = MetricsLog(plan.folder, after_step=done.step) if rank == 0 else None
     try:
         report, done = _fit(plan, model, optimizer, done, metrics)
+    except Stopped as stopped:
+        _write_status(plan, "preempted", stopped=str(stopped))
+        raise
+    except LeanclipError as error:
+        _write_status(plan, "failed", reason=str(error))
+        raise
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
+    if rank > 0:
+        return None
+    _write_status(plan, "done", step=done.step)
     return _finish(plan.folder, report, done.seconds)
 
 
@@ -130,50 +150,20 @@ def summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def train_step(
-    model: CLIP,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    preprocess: Preprocess,
-    *,
-    rate: float,
-    precision: str = "fp32",
-    max_gradient_norm: float | None = None,
-) -> torch.Tensor:
-    """One step of the optimiser on one batch; gives the loss, still on the device.
-
-    A batch without a readable sample changes nothing; its loss is 0.
-    """
-    if len(batch) == 0:
-        return torch.zeros(())
-    device = model.logit_scale.device
-    tokens = batch.tokens.to(device, non_blocking=True)  # (B, L)
-    pixels = batch.images.to(device, non_blocking=True)  # (B, 3, R, R) uint8
-    pixels = normalize(pixels, preprocess.mean, preprocess.std)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        features = model(pixels, tokens)
-    loss = clip_loss(features.image, features.text, features.scale)
-    loss.backward()
-    if max_gradient_norm is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
-    model.clamp_logit_scale()
-    return loss.detach()
-
-
 def _fit(
     plan: Plan,
     model: CLIP,
     optimizer: torch.optim.Optimizer,
     done: checkpoint.Progress,
-    metrics: MetricsLog,
+    metrics: MetricsLog | None,
 ) -> tuple[Report, checkpoint.Progress]:
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
-    bad = BadSamples(len(plan.dataset), config.data.max_bad_share, plan.folder / SKIPPED)
+    rank, world_size = rank_and_world_size()
+    towers = over_ranks(model)
+    path = plan.folder / SKIPPED
+    bad = BadSamples(len(plan.dataset), config.data.max_bad_share, path, must_write=rank == 0)
+    troubles, result = _Troubles(plan), None
     stream = training_batches(
         plan.dataset,
         config.data,
@@ -183,49 +173,62 @@ def _fit(
         batch_size=plan.batch_size,
         seed=config.seed,
         start=Position(done.epoch, done.sample),
+        rank=rank,
+        world_size=world_size,
     )
     clock = _Clock(done.samples)
     began = time.perf_counter() - done.seconds
-    with ProgressBar("training", plan.steps, completed=done.step) as bar:
+    _write_status(plan, "running", step=done.step)
+    bar = ProgressBar("training", plan.steps, completed=done.step, is_silent=rank > 0)
+    with Signals() as signals, bar:
         for step in range(done.step, plan.steps):
             batch, position = clock.waiting(lambda: next(stream))
-            for reason in bad.add(batch.bad):
+            seen = _seen(batch, signals, len(config.data.sources))  # by all ranks
+            for reason in bad.add(seen.bad):
                 log.warning("skipped: %s", reason)
             rate = learning_rate(step, peak=plan.peak_rate, warmup=plan.warmup, steps=plan.steps)
-            loss = train_step(
-                model,
-                optimizer,
-                batch,
-                plan.preprocess,
-                rate=rate,
-                precision=config.train.precision,
-                max_gradient_norm=config.optimizer.max_gradient_norm,
-            )
+            if seen.samples:
+                result = train_step(
+                    model,
+                    optimizer,
+                    batch,
+                    plan.preprocess,
+                    rate=rate,
+                    settings=config.train,
+                    kind=plan.loss,
+                    max_gradient_norm=config.optimizer.max_gradient_norm,
+                    towers=towers,
+                )
+                troubles.note(step + 1, result.is_finite, batch)
             done = checkpoint.Progress(
                 step + 1,
                 *position,
-                done.samples + len(batch),
-                _counted(done.sources, batch.sources),
+                done.samples + seen.samples,
+                _added(done.sources, seen.sources),
                 time.perf_counter() - began,
             )
-            must_save = _is_due(
+            must_save = seen.must_save or _is_due(
                 done.step,
                 plan,
                 every_epochs=config.checkpoint.every_epochs,
                 every_steps=config.checkpoint.every_steps,
             )
             if must_save or _is_due(done.step, plan, every_steps=config.train.log_every):
+                troubles.raise_if_many()  # waits for the device
                 line = {
-                    "train/loss": _finite(loss.item(), done.step),  # waits for the device
+                    "train/loss": result.loss.item() if result else 0.0,
+                    "train/gradient_norm": result.gradient_norm.item() if result else 0.0,
                     "train/lr": rate,
                     "train/logit_scale": model.logit_scale.exp().item(),
                     "train/epoch": done.step / plan.steps_per_epoch,
                     "train/samples": done.samples,
                     "train/skipped": len(bad.found),
+                    "train/skipped_steps": troubles.count,
                     **_by_source(config.data, done.sources),
                     **clock.rates(done.samples),
                 }
-                metrics.write(done.step, line)
+                if metrics is not None:
+                    metrics.write(done.step, line)
                 bar.note(
                     f"loss {line['train/loss']:.3f}  "
                     f"{line['train/samples_per_second']:.0f} images/s  "
@@ -233,20 +236,76 @@ def _fit(
                 )
             bar.update(done.step)
             if plan.tasks and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
-                report = evaluate(model, plan.tasks, plan.preprocess)
-                metrics.write(done.step, {f"val/{k}": v for k, v in report.metrics.items()})
+                report = _evaluate(plan, model)
+                if metrics is not None:
+                    metrics.write(done.step, {f"val/{k}": v for k, v in report.metrics.items()})
             if must_save:
-                checkpoint.save(
-                    plan.folder / "checkpoints",
-                    done,
-                    model,
-                    optimizer,
-                    plan.preprocess,
-                    keep=config.checkpoint.keep,
-                )
+                _save(plan, done, model, optimizer)
+            if seen.stop:
+                raise Stopped(seen.stop)
     clock.log_waiting()
     # A run that is taken up again after its last step has nothing left but to be measured.
-    return report or evaluate(model, plan.tasks, plan.preprocess), done
+    return report or _evaluate(plan, model), done
+
+
+def _evaluate(plan: Plan, model: CLIP) -> Report:
+    """The report of the first rank; the others wait."""
+    is_first = rank_and_world_size()[0] == 0
+    report = evaluate(model, plan.tasks, plan.preprocess) if is_first else Report()
+    barrier()
+    return report
+
+
+def _save(
+    plan: Plan, done: checkpoint.Progress, model: CLIP, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write a checkpoint; one that cannot be written ends the run only after its last step."""
+    try:
+        checkpoint.save(
+            plan.folder / "checkpoints",
+            done,
+            model,
+            optimizer,
+            plan.preprocess,
+            keep=plan.config.checkpoint.keep,
+        )
+    except OSError as error:
+        if done.step == plan.steps:
+            raise
+        log.error(
+            "no checkpoint at step %d: %s; those before it are as they were", done.step, error
+        )
+        return
+    _write_status(plan, "running", step=done.step)
+
+
+def _write_status(plan: Plan, state: str, **facts: str | int) -> None:
+    """Write status.json into the run's folder, for schedulers."""
+    if rank_and_world_size()[0] == 0 and plan.folder.is_dir():
+        text = json.dumps({"state": state, "steps": plan.steps, "time": time.time(), **facts})
+        write_text(plan.folder / "status.json", text + "\n")
+
+
+class _Seen(NamedTuple):
+    """What all ranks have in a step, and what signals asked of any of them."""
+
+    samples: int
+    sources: list[int]  # samples by source, of a mixture
+    bad: list[Bad]
+    stop: int  # a signal's number, or 0
+    must_save: bool
+
+
+def _seen(batch: Batch, signals: Signals, sources: int) -> _Seen:
+    """Put together what each rank has; the one word that ranks change beside the gradients."""
+    by_source = torch.bincount(batch.sources, minlength=sources).tolist() if sources else []
+    asked = [signals.stop == number for number in STOPPING]
+    counts = [len(batch), len(batch.bad), signals.save, *asked, *by_source]
+    samples, bad, save, *rest = total([int(count) for count in counts])
+    signals.save = False
+    stop = next((n for n, is_asked in zip(STOPPING, rest, strict=False) if is_asked), 0)
+    every_bad = [one for part in everyones(batch.bad) for one in part] if bad else []
+    return _Seen(samples, rest[len(STOPPING) :], every_bad, stop, bool(save or stop))
 
 
 def _start(
@@ -260,6 +319,10 @@ def _start(
     if found is not None:
         _same_run(plan)
         done = checkpoint.restore(found, model, optimizer)
+        here = done.epoch * plan.steps_per_epoch + done.sample // plan.batch_size
+        if here != done.step:
+            log.info("the batch was of another size then: step %d is step %d now", done.step, here)
+            done = replace(done, step=here)
         more = " (so --load is not used)" if config.load else ""
         log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
         return done
@@ -275,7 +338,8 @@ def _start(
                 *(config.load, own.mean, own.std, plan.preprocess.mean, plan.preprocess.std),
             )
         log.info("starting from the weights of %s", config.load)
-    (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
+    if rank_and_world_size()[0] == 0:
+        (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
     return checkpoint.Progress(0, 0, 0, 0, [], 0.0)
 
 
@@ -308,11 +372,8 @@ def _is_due(
     return step == plan.steps or by_epoch or by_step
 
 
-def _counted(sources: list[int], batch: torch.Tensor) -> list[int]:
-    """Samples by source, with those of a batch."""
-    more = torch.bincount(batch, minlength=len(sources))
-    more[: len(sources)] += torch.tensor(sources, dtype=more.dtype)
-    return more.tolist()
+def _added(before: list[int], more: list[int]) -> list[int]:
+    return [a + b for a, b in zip_longest(before, more, fillvalue=0)]
 
 
 def _by_source(data: DataConfig, counts: list[int]) -> dict[str, float]:
@@ -323,13 +384,41 @@ def _by_source(data: DataConfig, counts: list[int]) -> dict[str, float]:
     }
 
 
-def _finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise LeanclipError(
-            f"the loss is {loss} at step {step}; lower optimizer.learning_rate, lengthen "
-            f"optimizer.warmup or set optimizer.max_gradient_norm, and start again"
-        )
-    return loss
+class _Troubles:
+    """Steps that were left out because their loss or gradients were not finite."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.count, self.in_a_row = plan, 0, 0
+        self._pending: list[tuple[int, torch.Tensor, list[int]]] = []
+
+    def note(self, step: int, is_finite: torch.Tensor, batch: Batch) -> None:
+        """Keep a step's flag, which is still on the device, with its samples."""
+        self._pending.append((step, is_finite, batch.indices.tolist()))
+
+    def raise_if_many(self) -> None:
+        """Look at the flags since the last time.
+
+        Raises:
+            LeanclipError: `train.max_skipped_steps` in a row were not finite.
+        """
+        for step, is_finite, indices in self._pending:
+            self.in_a_row = 0 if is_finite else self.in_a_row + 1
+            if is_finite:
+                continue
+            self.count += 1
+            names = [self.plan.dataset.name(index) for index in indices if index >= 0]
+            log.warning(
+                "step %d left out: its loss or gradients are not finite; its samples: %s",
+                *(step, ", ".join(names)),
+            )
+            allowed = self.plan.config.train.max_skipped_steps
+            if self.in_a_row >= (allowed if step < self.plan.steps else min(allowed, 3)):
+                raise LeanclipError(
+                    f"the loss or its gradients were not finite in {self.in_a_row} steps in a row, "
+                    f"to step {step}; lower optimizer.learning_rate, lengthen optimizer.warmup or "
+                    f"set optimizer.max_gradient_norm, and start again"
+                )
+        self._pending.clear()
 
 
 class _Clock:

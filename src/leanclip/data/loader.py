@@ -13,6 +13,7 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -56,6 +57,9 @@ class Batch:
     indices: torch.Tensor  # (B,) int64, of the samples in their data set; -1 in a stream
     labels: torch.Tensor  # (B,) int64, of class data; -1 elsewhere
     sources: torch.Tensor = field(  # (B,) int64, which one of a mixture
+        default_factory=lambda: torch.empty(0, dtype=torch.int64)
+    )
+    groups: torch.Tensor = field(  # (B,) int64, equal for the same caption or class
         default_factory=lambda: torch.empty(0, dtype=torch.int64)
     )
     captions: list[Sequence[str]] = field(default_factory=list)  # all of them, in evaluation
@@ -159,7 +163,8 @@ def _training_visits(
 def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None) -> Iterator[Batch]:
     """Have the reader read each list of visits, in this process or in `workers` others."""
     if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(8, max(1, len(os.sched_getaffinity(0)) // processes))
     reader.reading = torch.full((max(workers, 1), 2), -1).share_memory_()
     loader = DataLoader(
         reader,  # pyright: ignore[reportArgumentType]: a reader of lists of visits
@@ -197,6 +202,13 @@ def _death(error: RuntimeError, reader: "_Reader") -> Exception:
         f"{', '.join(names)}: the process that was reading it died; if it was the system that "
         f"ended it for want of memory, set data.workers lower; else take this sample out"
     )
+
+
+def _group(sample: Sample, tokens: torch.Tensor) -> int:
+    """A number that samples share which are of one class, or have the same caption."""
+    if sample.label is not None:
+        return sample.source << 32 | sample.label
+    return int.from_bytes(blake2b(tokens.numpy().tobytes(), digest_size=7).digest())
 
 
 def _as_it_is(batch: T) -> T:
@@ -250,6 +262,7 @@ class _Reader:
             torch.tensor(indices, dtype=torch.int64),
             torch.tensor([-1 if s.label is None else s.label for s in samples]).long(),
             torch.tensor([sample.source for sample in samples]).long(),
+            torch.tensor([_group(s, row) for s, row in zip(samples, tokens, strict=True)]).long(),
             [sample.captions for sample in samples] if self.seed is None else [],
             bad,
         )

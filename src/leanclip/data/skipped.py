@@ -30,10 +30,19 @@ class BadSamples:
         dataset_size: of how many samples.
         max_share: the share of them that may be skipped.
         path: a file of JSON lines to add each to; what it holds was skipped before.
+        must_write: whether to add to that file; of several ranks one does.
     """
 
-    def __init__(self, dataset_size: int, max_share: float, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        dataset_size: int,
+        max_share: float,
+        path: Path | None = None,
+        *,
+        must_write: bool = True,
+    ) -> None:
         self.size, self.share, self.path = dataset_size, max_share, path
+        self.must_write = must_write
         self.found: dict[str, str] = {}  # id -> kind
         for line in path.read_text("utf-8").splitlines() if path and path.is_file() else ():
             try:
@@ -50,7 +59,7 @@ class BadSamples:
         """
         new = list({one.id: one for one in bad if one.id not in self.found}.values())
         self.found |= {one.id: one.kind for one in new}
-        if new and self.path is not None:
+        if new and self.path is not None and self.must_write:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(one._asdict()) + "\n" for one in new)
         if new and len(self.found) > self.share * self.size:

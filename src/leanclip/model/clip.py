@@ -62,6 +62,10 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_bias = None
+        if config.logit_bias:  # SigLIP's start: arXiv 2303.15343, section 3.2
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         self._initialize_text()
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:

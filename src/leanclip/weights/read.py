@@ -46,11 +46,19 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
     try:
         if not path.is_dir():
             return _read_file(path, given)
-        checkpoints = sorted((path / "checkpoints").glob("step-*"))
-        return _read_folder(checkpoints[-1] if checkpoints else path, given)
+        return _read_folder(_newest_checkpoint(path) or path, given)
     except _ODD as error:  # what no reader foresaw in a stranger's file is still its fault
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{path}: cannot be read: {reason}") from error
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of a run's folder that `latest` names, or the one of the most steps."""
+    folder = run / "checkpoints"
+    found = sorted(folder.glob("step-*"))
+    latest = folder / "latest"
+    named = [path for path in found if latest.is_file() and path.name == latest.read_text().strip()]
+    return [*found, *named][-1] if found else None
 
 
 def read_architecture(arch: Architecture) -> ModelConfig:

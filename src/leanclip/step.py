@@ -1,0 +1,189 @@
+"""One step of training: features of the batch, the loss over all ranks, gradients, the update.
+
+    batch of this rank -> micro-batches -> towers -> loss over all ranks -> backward -> AdamW
+
+With several micro-batches the features are computed without a graph first, then the loss over all
+of them, then each micro-batch again with its features' gradients (GradCache, arXiv 2101.06983):
+the gradients are those of the whole batch, the memory that of one micro-batch.
+
+Shapes: n pairs of this rank, L tokens, R resolution, E embedding.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from leanclip.config import TrainConfig
+from leanclip.data.loader import Batch
+from leanclip.distributed import mean_over_ranks_, rank_and_world_size
+from leanclip.images import Preprocess, normalize
+from leanclip.loss import Kind, contrastive_loss
+from leanclip.model import CLIP
+from leanclip.tokenizer import END
+
+SCALARS = ("logit_scale", "logit_bias")  # of the loss, not of the towers
+
+
+class StepResult(NamedTuple):
+    """What a step came to, still on the device."""
+
+    loss: torch.Tensor  # (), over all ranks
+    gradient_norm: torch.Tensor  # () of all parameters, before clipping
+    is_finite: torch.Tensor  # () bool; where false, nothing was changed
+
+
+def over_ranks(model: CLIP) -> nn.Module:
+    """The towers with gradients averaged over the ranks; the model itself where there is one.
+
+    The scalars of the loss take no part: their gradients come from the loss, not from a forward
+    pass, and `train_step` averages them.
+    """
+    if rank_and_world_size()[1] == 1:
+        return model
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, SCALARS)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def train_step(
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    preprocess: Preprocess,
+    *,
+    rate: float,
+    settings: TrainConfig = TrainConfig(),  # noqa: B008, a constant
+    kind: Kind = "clip",
+    max_gradient_norm: float | None = None,
+    towers: nn.Module | None = None,
+) -> StepResult:
+    """One step of the optimiser on this rank's part of a batch.
+
+    A step whose loss or gradients are not finite changes nothing, on any rank.
+
+    Args:
+        model: both towers and the scalars of the loss.
+        optimizer: a fused AdamW of the model's parameters.
+        batch: this rank's part, perhaps empty; not all ranks' may be.
+        preprocess: mean and standard deviation of the pixels.
+        rate: the learning rate of this step.
+        settings: precision, micro-batches and how the loss is computed.
+        kind: which loss.
+        max_gradient_norm: the global norm to clip to.
+        towers: the model as `over_ranks` gives it; the model itself by default.
+    """
+    device = model.logit_scale.device
+    world_size = rank_and_world_size()[1]
+    towers = towers or model
+    groups = batch.groups.to(device) if kind == "multi-positive" else None
+    parts = _micro_batches(batch, settings.micro_batches)
+
+    def forward(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
+        tokens = part.tokens.to(device, non_blocking=True)  # (m, L)
+        pixels = normalize(pixels, preprocess.mean, preprocess.std)
+        dtype = torch.bfloat16 if settings.precision == "bf16" else None
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            features = towers(pixels, tokens)
+        return features.image[: part.size], features.text[: part.size]
+
+    def backward(zimg: torch.Tensor, ztxt: torch.Tensor) -> torch.Tensor:
+        loss = contrastive_loss(
+            zimg,
+            ztxt,
+            model.logit_scale.float().exp(),
+            kind=kind,
+            bias=model.logit_bias,
+            groups=groups,
+            is_tiled=settings.tiled_loss,
+        )
+        (loss * world_size).backward()  # the loss is over all ranks, gradients are averaged
+        return loss.detach()
+
+    if len(parts) == 1:
+        loss = backward(*forward(parts[0]))
+    else:
+        loss = _cached_backward(towers, parts, forward, backward)
+    mean_over_ranks_([p.grad for p in _scalars(model) if p.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if max_gradient_norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_gradient_norm, norm)
+    is_finite = torch.isfinite(loss + norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    # The fused AdamW leaves everything as it is where this is 1, without waiting for the device.
+    optimizer.found_inf = (~is_finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    optimizer.zero_grad()
+    model.clamp_logit_scale()
+    return StepResult(loss, norm, is_finite)
+
+
+class Part(NamedTuple):
+    """A micro-batch; images without pairs (beyond `size`) are there to be run, not counted."""
+
+    images: torch.Tensor  # (m, 3, R, R) uint8
+    tokens: torch.Tensor  # (m, L)
+    size: int
+
+
+def _micro_batches(batch: Batch, count: int) -> list[Part]:
+    """The batch in at most `count` parts of nearly the same size.
+
+    A rank without a pair runs a blank one, so that it takes its part in the sums over ranks.
+    """
+    if len(batch) == 0:
+        side = batch.images.shape[-1]
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        return [Part(blank, torch.full((1, 1), END), 0)]
+    images, tokens = (rows.tensor_split(count) for rows in (batch.images, batch.tokens))
+    return [Part(i, t, len(i)) for i, t in zip(images, tokens, strict=True) if len(i)]
+
+
+def _cached_backward(
+    towers: nn.Module,
+    parts: list[Part],
+    forward: Callable[[Part], tuple[torch.Tensor, torch.Tensor]],
+    backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Gradients of the loss over all parts, with the graph of one part at a time."""
+    states, features = [], []
+    with torch.no_grad():
+        for part in parts:
+            states.append(_random_state())
+            features.append(forward(part))
+    zimg, ztxt = (torch.cat(z).requires_grad_() for z in zip(*features, strict=True))  # (n, E)
+    loss = backward(zimg, ztxt)
+    assert zimg.grad is not None
+    assert ztxt.grad is not None
+    sizes = [part.size for part in parts]
+    gradients = zip(zimg.grad.split(sizes), ztxt.grad.split(sizes), strict=True)
+    after = _random_state()
+    for number, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
+        is_last = number + 1 == len(parts)
+        _set_random_state(state)  # dropped patches and activations are the same again
+        # DDP sums over the ranks with the last part.
+        is_ddp = isinstance(towers, DistributedDataParallel)
+        with towers.no_sync() if is_ddp and not is_last else nullcontext():
+            torch.autograd.backward(forward(part), gradient)
+    _set_random_state(after)
+    return loss
+
+
+def _scalars(model: CLIP) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if name in SCALARS]
+
+
+def _random_state() -> list[torch.Tensor]:
+    """The generators' states, of the CPU and of the GPU that is used."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
+
+
+def _set_random_state(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
