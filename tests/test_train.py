@@ -94,7 +94,7 @@ def test_bf16_keeps_weights_and_loss_in_float32() -> None:
 def test_gradients_are_clipped() -> None:
     model = CLIP(**TINY)
     norms = []
-    optimizer = torch.optim.SGD(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), fused=True)
     before = {name: p.clone() for name, p in model.named_parameters()}
     train_step(model, optimizer, batch_of(), Preprocess(32), rate=1.0, max_gradient_norm=0.01)
     for name, parameter in model.named_parameters():
