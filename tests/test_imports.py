@@ -11,7 +11,7 @@ SOURCE = PROJECT / "src" / "leanclip"
 # DESIGN.md, section 2: a module may import what stands in its own line or above it.
 LEVELS = (
     ("errors", "strict_yaml", "config"),
-    ("tokenizer", "images", "tracking"),
+    ("tokenizer", "decode", "images", "tracking"),
     ("data", "model"),
     ("distributed", "loss", "weights", "optim"),
     ("checkpoint", "evaluate"),
