@@ -29,7 +29,6 @@ __all__ = [
     "evaluation_pixels",
     "normalize",
     "open_image",
-    "random_crop",
     "to_array",
     "training_pixels",
 ]
@@ -170,19 +169,6 @@ def draw_box(
         h = min(height, max(1, round(width / ratio[0])))
         left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-def random_crop(
-    image: Image.Image,
-    resolution: int,
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Image.Image:
-    """The part that `draw_box` draws, resized by Pillow's bicubic."""
-    box = draw_box(*image.size, rng, scale=scale, ratio=ratio)
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
