@@ -107,6 +107,15 @@ class ProgressBar:
         """Move the bar to `done` steps, of a new total where one is given."""
         self._bar.update(self._task, completed=done, total=total)
 
+    def update_bytes(self, label: str, done: int, total: int) -> None:
+        """Move the bar by bytes, shown in millions; a total of 0 is unknown."""
+        self._bar.update(
+            self._task,
+            description=f"{label} (MB)",
+            completed=done // 10**6,
+            total=-(-total // 10**6) if total else None,
+        )
+
     def note(self, loss: float, rate: float) -> None:
         """Show a loss, and how many units a second."""
         self._bar.update(self._task, notes=f"loss {loss:.3f}  {rate:.0f} {self._unit}/s")
