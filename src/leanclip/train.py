@@ -46,6 +46,7 @@ FREE_SETTINGS = (
     "load_arch",
     "load_partial",
     "data.workers",
+    "data.cache_gigabytes",
     "data.max_bad_share",
     "train.log_every",
     "evaluate",
