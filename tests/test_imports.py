@@ -11,7 +11,7 @@ SOURCE = PROJECT / "src" / "leanclip"
 # DESIGN.md, section 2: a module may import what stands in its own line or above it.
 LEVELS = (
     ("errors", "strict_yaml", "settings", "config", "launch", "stopping"),
-    ("tokenizer", "images", "tracking", "fetch"),
+    ("tokenizer", "decode", "images", "tracking", "fetch"),
     ("data", "model"),
     ("distributed", "loss", "weights", "optim"),
     ("checkpoint", "evaluate"),

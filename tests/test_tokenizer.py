@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import reference_tokenizer
 import torch
 from conftest import DATA
 
@@ -27,6 +28,12 @@ def test_golden_ids() -> None:
         ids = tokenize(case["text"], truncate=True)[0].tolist()
         assert ids == case["ids"] + [0] * (77 - len(case["ids"])), case["text"]
         assert len(encode(case["text"])) + 2 == case["untruncated_length"], case["text"]
+
+
+def test_the_reference_gives_the_golden_ids_too() -> None:
+    for case in GOLDEN:
+        ids = reference_tokenizer.tokenize([case["text"]])[0].tolist()
+        assert ids == case["ids"] + [0] * (77 - len(case["ids"])), case["text"]
 
 
 def test_decoding_golden_ids_gives_the_cleaned_text() -> None:

@@ -127,7 +127,7 @@ def test_a_run_leaves_its_folder(command: Command, workplace: Path) -> None:
         torch.eye(2), torch.arange(2))}  # fmt: skip
     metrics = json.loads((run / "evaluation.json").read_text())["metrics"]
     assert metrics["image_to_text_R@1"] == evaluations[-1]["val/image_to_text_R@1"]
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == [
         "step-00000003",
         "step-00000006",
     ]

@@ -199,6 +199,39 @@ def shapes(
     print(f"{total} drawings in {root}: train and val with captions, unseen by class")
 
 
+@data.command(epilog="Example: leanclip data food101 data/food-101")
+def food101(
+    root: Annotated[Path, typer.Argument(help="The folder to make.")] = Path("data/food-101"),
+    archive: Annotated[
+        Path | None, typer.Option(help="A copy of food-101.tar.gz, in place of a download.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Where to download it; default: its own.")] = None,
+    checksum: Annotated[
+        str | None, typer.Option(help="MD5 or SHA-256 of another archive; none: do not check.")
+    ] = None,
+    keep_archive: Annotated[
+        bool, typer.Option("--keep-archive", help="Do not remove the archive that was downloaded.")
+    ] = False,
+) -> None:
+    """Download Food-101 and unpack it (5 GB, twice that while it is unpacked).
+
+    The same command goes on where it was interrupted.
+    """
+    from leanclip.data import food101_archive
+    from leanclip.tracking import ProgressBar
+
+    with ProgressBar("", 1) as bar:
+        is_new = food101_archive.get_food101(
+            root,
+            archive=archive,
+            url=url or food101_archive.URL,
+            checksum=None if checksum == "none" else checksum or food101_archive.MD5,
+            keep_archive=keep_archive,
+            progress=bar.update_bytes,
+        )
+    print(f"{root}: Food-101 {'is ready' if is_new else 'is there already, and was left alone'}")
+
+
 @app.command(epilog="Example: leanclip convert runs/quickstart quickstart-hf --to hf")
 def convert(
     source: Annotated[str, typer.Argument(help="Weights of any dialect.")],

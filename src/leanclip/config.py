@@ -236,6 +236,10 @@ class DataConfig(SourceConfig):
         description="processes that read images; 0: the training process itself; "
         "null: one per CPU core, at most 8",
     )
+    cache_gigabytes: Annotated[float, Field(gt=0)] = Field(
+        default=50,
+        description="disk for shards fetched by URL, 1e9 bytes each; the least used make room",
+    )
     max_bad_share: Fraction = Field(
         default=0.01,
         description="share of the data set that may be unusable before the run stops",

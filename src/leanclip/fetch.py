@@ -3,21 +3,33 @@
 URL -> path.part (goes on where it stopped) -> checksum -> path
 """
 
+import errno
+import fcntl
 import hashlib
 import logging
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from http.client import HTTPException
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from leanclip.errors import DataError
 
 log = logging.getLogger("leanclip")
 
-TRIES = 5  # of a transfer; the pause between two doubles from a second on
+TRIES = 5  # of a transfer that does not get on; the pause between two doubles from a second on
+_BUSY = (408, 425, 429)  # answers of 4xx that another time may differ
+
+
+class FetchError(DataError):
+    """A URL cannot be fetched; `status` is the server's answer where it gave one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def cache_folder() -> Path:
@@ -41,27 +53,35 @@ def fetch(
         path: where it shall be; `path` with `.part` holds what came so far.
         checksum: the file's MD5 or SHA-256 in hexadecimal, told apart by their length.
         progress: is called with bytes that are there and bytes in all (0: unknown).
-        tries: attempts before giving up; an answer of 4xx is not tried again.
-        pause: seconds after the first attempt; doubled after each.
+        tries: attempts in a row that bring nothing before giving up; a refusal (an answer of
+            4xx) is not tried again.
+        pause: seconds after the first of them; doubled after each.
 
     Raises:
-        DataError: it cannot be fetched, or differs from its checksum.
+        FetchError: it cannot be fetched.
+        DataError: it differs from its checksum, or there is no space for it.
     """
     if not url.startswith(("http://", "https://")):
         raise DataError(f"{url}: is not an http or https address")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    for attempt in range(tries):
+    failures, most = 0, _size(part)
+    while True:
         try:
             _transfer(url, part, progress)
             break
-        except (OSError, HTTPException) as error:
-            refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500
-            if refused or attempt + 1 == tries:
-                raise DataError(f"{url}: cannot be fetched: {error}") from None
+        except (OSError, HTTPException, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(f"{part}: no space is left for {url}; make some") from None
+            failures = 1 if _size(part) > most else failures + 1
+            most = max(most, _size(part))
+            status = error.code if isinstance(error, urllib.error.HTTPError) else None
+            refused = status is not None and 400 <= status < 500 and status not in _BUSY
+            if refused or failures >= tries or isinstance(error, InvalidURL | ValueError):
+                raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
             log.warning("%s: %s; trying again", url, error)
-            time.sleep(pause * 2**attempt)
-    if checksum is not None and digest(part, len(checksum)) != checksum:
+            time.sleep(pause * 2 ** (failures - 1))
+    if checksum is not None and digest(part, len(checksum)) != checksum.lower():
         part.unlink()
         raise DataError(f"{url}: what was fetched differs from its checksum {checksum}")
     part.rename(path)
@@ -74,9 +94,21 @@ def digest(path: Path, length: int = 64) -> str:
         return hashlib.file_digest(file, "md5" if length == 32 else "sha256").hexdigest()
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock that a file is, among all processes and threads of this machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # closing would not do: a process forked meanwhile holds the file open too
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
     """Add to `part` what it lacks."""
-    have = part.stat().st_size if part.is_file() else 0
+    have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=60)
@@ -90,6 +122,9 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
     with response:
         if response.status != 206:  # the server sends it from the start
             have = 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink()
+            raise OSError(f"the server sent another part than the one from byte {have} on")
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
         with part.open("ab" if have else "wb") as file:
@@ -99,3 +134,7 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
                 progress(have, total)
         if total and have < total:
             raise OSError(f"the connection ended after {have} of {total} bytes")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

@@ -1,25 +1,34 @@
 """CLIP's byte-pair encoding: text -> token ids, exactly as OpenAI's tokeniser gives them.
 
-    text -> clean -> words (pattern) -> bytes as characters -> merged symbols -> ids
+    text -> repaired, lower case -> chunks (white space) -> words (pattern) -> bytes -> ids
 
 `encode` and `decode` convert one text; `tokenize` makes the (B, L) array a model reads:
 start, ids, end, then zeros. The merge table is the one published with CLIP; see
 THIRD_PARTY_NOTICES.md.
+
+Two things make it fast. A chunk's ids are kept, and found again without the pattern, which never
+crosses white space. And ftfy, the most costly step by far, runs only on text that it may change.
 
 Shapes: B texts, L context length.
 """
 
 import gzip
 import html
+import re
+from array import array
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
+from heapq import heapify, heappop, heappush
 from importlib import resources
 from itertools import pairwise
+from unicodedata import is_normalized
 
 import ftfy
 import numpy as np
 import regex
 import torch
+from ftfy.badness import is_bad
+from ftfy.fixes import unescape_html
 
 from leanclip.errors import DataError
 
@@ -32,8 +41,24 @@ _WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
-_SPACES = regex.compile(r"\s+")
-_PLAIN = regex.compile(r"[ -%'-~]*")  # printable ASCII but `&`: neither ftfy nor html changes it
+
+# ASCII of which neither ftfy nor html changes more than the kind of its white space.
+_PLAIN = re.compile(r"[\t\n\f\r -%'-~]*")
+# What ftfy replaces one by one, apart from quotes: controls, ligatures, full and half widths, line
+# ends, surrogates. The first line end is also where ftfy divides a text.
+_REPLACED = re.compile(
+    "[\x00-\x08\n-\x1f\x7f-\x9f\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u2028\u2029"
+    "\u206a-\u206f\u3000\ud800-\udfff\ufb00-\ufb06\ufeff\uff01-\uffef\ufff9-\ufffc]"
+)
+# All that ftfy takes for signs of a wrong encoding has one of these.
+_SUSPECT = re.compile("[^\x00-\x7f–—’…]{2}|[\x80-\x9fÂÃÎÐØÙŒœ]")
+_SINGLE_QUOTES = re.compile("[\u02bc\u2018-\u201b]")
+_DOUBLE_QUOTES = re.compile("[\u201c-\u201f]")
+_SEGMENT = 1_000_000  # characters, the most that ftfy repairs in one piece
+
+_KEPT_CHUNKS = 1 << 16  # about 10 MB of English, and 30 MB of any text
+_KEPT_LENGTH = 32  # characters
+_GONE = -1  # in place of an id that was merged into the one at its left
 
 
 def tokenize(
@@ -46,23 +71,25 @@ def tokenize(
             With `truncate` the ids are cut and the last one is the end token.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    tokens = np.zeros((len(texts), context_length), dtype=np.int64)
-    for row, text in zip(tokens, texts, strict=True):
-        ids = [START, *encode(text), END]
-        if len(ids) > context_length:
+    start, end, size = _packed([START]), _packed([END]), 2 * context_length
+    rows = []
+    for text in texts:
+        row = start + _packed_ids(text) + end
+        if len(row) > size:
             if not truncate:
                 raise DataError(
-                    f"a caption of {len(ids)} tokens is over the context of {context_length}: "
-                    f"{text[:60]!r}…; shorten it or pass truncate=True"
+                    f"a caption of {len(row) // 2} tokens is over the context of "
+                    f"{context_length}: {text[:60]!r}…; shorten it or pass truncate=True"
                 )
-            ids = [*ids[: context_length - 1], END]
-        row[: len(ids)] = ids
-    return torch.from_numpy(tokens)
+            row = row[: size - 2] + end
+        rows.append(row.ljust(size, b"\0"))
+    tokens = np.frombuffer(b"".join(rows), dtype=np.uint16).reshape(len(rows), context_length)
+    return torch.from_numpy(tokens.astype(np.int64))
 
 
 def encode(text: str) -> list[int]:
     """Token ids of one text, without start and end tokens."""
-    return [token for word in _WORDS.findall(clean(text)) for token in _word_ids(word)]
+    return memoryview(_packed_ids(text)).cast("H").tolist()
 
 
 def decode(ids: Sequence[int] | np.ndarray | torch.Tensor) -> str:
@@ -84,67 +111,135 @@ def decode(ids: Sequence[int] | np.ndarray | torch.Tensor) -> str:
 def vocabulary() -> dict[str, int]:
     """The ids of all symbols, in the form of the field's vocab.json files."""
     table = _vocabulary()
-    return {symbol: token for symbol, token in table.ids.items() if token < START} | table.special
+    return {symbol: i for i, symbol in enumerate(table.symbols[:START])} | table.special
 
 
 def merges() -> list[str]:
     """The merge rules, the most frequent pair first: "i n"."""
-    return [" ".join(pair) for pair in _vocabulary().ranks]
+    symbols = _vocabulary().symbols
+    return [f"{symbols[left]} {symbols[right]}" for left, right in _vocabulary().merged]
 
 
 def clean(text: str) -> str:
     """Repaired, unescaped, with single spaces and in lower case: what the tokeniser reads."""
+    return " ".join(_chunks(text))
+
+
+def _packed_ids(text: str) -> bytes:
+    return b"".join(map(_ids_of_chunk.__getitem__, _chunks(text)))
+
+
+def _packed(ids: Sequence[int]) -> bytes:
+    """Ids of two bytes each: they join and pad faster than lists."""
+    return array("H", ids).tobytes()
+
+
+def _chunks(text: str) -> list[str]:
+    """The clean text at its white space.
+
+    Python's white space is Unicode's and the four separators from \\x1c, which ftfy removes.
+    """
     if not _PLAIN.fullmatch(text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return _SPACES.sub(" ", text.strip()).strip().lower()
+        text = html.unescape(html.unescape(_repair(text)))
+    return text.lower().split()
 
 
-@lru_cache(maxsize=1 << 16)
-def _word_ids(word: str) -> tuple[int, ...]:
-    """Ids of one word: its bytes, merged pair by pair in the order the table learned them."""
+def _repair(text: str) -> str:
+    """ftfy.fix_text, whose loop this is, without the steps that would change nothing.
+
+    Entities and quotes are repaired here; where there is more to do, ftfy does it all.
+    """
+    if len(text) > _SEGMENT:
+        return ftfy.fix_text(text)
+    fixed, before = text, None
+    while fixed != before:
+        before = fixed
+        if "&" in fixed and "<" not in text:  # ftfy takes `<` for a sign of HTML that is meant
+            fixed = unescape_html(fixed)
+        if _REPLACED.search(fixed) or (_SUSPECT.search(fixed) and is_bad(fixed)):
+            return ftfy.fix_text(text)
+        if not fixed.isascii():
+            fixed = _SINGLE_QUOTES.sub("'", _DOUBLE_QUOTES.sub('"', fixed))
+            if not is_normalized("NFC", fixed):
+                return ftfy.fix_text(text)
+    return fixed
+
+
+class _IdsOfChunk(dict[str, bytes]):
+    """The ids of chunks and words, packed; those not seen yet are computed when asked for."""
+
+    def __missing__(self, chunk: str) -> bytes:
+        letters = chunk.isascii() and chunk.isalpha()
+        words = [chunk] if letters else _WORDS.findall(chunk)
+        if words == [chunk]:
+            ids = _packed(_ids_of_word(chunk))
+        else:
+            ids = b"".join(map(self.__getitem__, words))
+        if len(chunk) <= _KEPT_LENGTH:
+            if len(self) >= _KEPT_CHUNKS:
+                self.clear()
+            self[chunk] = ids
+        return ids
+
+
+_ids_of_chunk = _IdsOfChunk()
+
+
+def _ids_of_word(word: str) -> list[int]:
     vocabulary = _vocabulary()
     if word in vocabulary.special:
-        return (vocabulary.special[word],)
-    letters = _characters_of_bytes()
-    symbols = [letters[byte] for byte in word.encode("utf-8")]
-    symbols[-1] += "</w>"
-    while len(symbols) > 1:
-        best = min(pairwise(symbols), key=vocabulary.rank)
-        if best not in vocabulary.ranks:
-            break
-        symbols = _merge(symbols, best)
-    return tuple(vocabulary.ids[symbol] for symbol in symbols)
+        return [vocabulary.special[word]]
+    if word.isascii() and (token := vocabulary.ids.get(word + "</w>")) is not None:
+        return [token]  # every symbol is what its own letters merge into
+    ids = [vocabulary.byte_ids[byte] for byte in word.encode("utf-8")]
+    ids[-1] += 256  # the same byte at the end of a word
+    return _merge(ids, vocabulary.merged)
 
 
-def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    merged, i = [], 0
-    while i < len(symbols):
-        if (symbols[i], symbols[i + 1] if i + 1 < len(symbols) else None) == pair:
-            merged.append(symbols[i] + symbols[i + 1])
-            i += 2
-        else:
-            merged.append(symbols[i])
-            i += 1
-    return merged
+def _merge(ids: list[int], merged: dict[tuple[int, int], int]) -> list[int]:
+    """The pairs merged one by one, first those learned first, from left to right.
+
+    A queue and links to the neighbours keep long words from taking quadratic time. No merge
+    gives rise to one that was learned before it, so the queue's order is that of whole sweeps.
+    """
+    left, right = list(range(-1, len(ids))), list(range(1, len(ids) + 1))
+    queue = [(merged[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in merged]
+    heapify(queue)
+    ids.append(_GONE)  # beyond both ends, as ids[-1] is also left of the first
+    while queue:
+        token, i = heappop(queue)
+        j = right[i]
+        if merged.get((ids[i], ids[j])) != token:
+            continue  # one of the two was merged since
+        ids[i], ids[j] = token, _GONE
+        right[i] = right[j]
+        left[right[i]] = i
+        for a, b in ((left[i], i), (i, right[i])):
+            new = merged.get((ids[a], ids[b]))
+            if new is not None:
+                heappush(queue, (new, a))
+    return [token for token in ids if token != _GONE]
 
 
 class _Vocabulary:
-    """The merge table: `ranks` of pairs, `ids` of symbols, and `symbols` of ids."""
+    """The merge table: `symbols` of ids and back, `merged` ids of pairs in the order learned."""
 
     def __init__(self) -> None:
         packed = resources.files("leanclip").joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
         lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : _MERGES + 1]
-        pairs = [tuple(line.split()) for line in lines]
-        letters = list(_characters_of_bytes().values())
-        self.symbols = [*letters, *(c + "</w>" for c in letters), *("".join(p) for p in pairs)]
+        letters = _characters_of_bytes()
+        self.byte_ids = {byte: i for i, byte in enumerate(letters)}
+        self.symbols = [*letters.values(), *(c + "</w>" for c in letters.values())]
+        first = len(self.symbols)
+        self.symbols += [line.replace(" ", "") for line in lines]
+        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        pairs = [line.split() for line in lines]
+        self.merged = {
+            (self.ids[a], self.ids[b]): first + rank for rank, (a, b) in enumerate(pairs)
+        }
         self.special = {"<|startoftext|>": START, "<|endoftext|>": END}
         self.symbols += [f"{text}</w>" for text in self.special]  # so that decode spaces them
-        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         assert len(self.symbols) == VOCAB_SIZE
-
-    def rank(self, pair: tuple[str, str]) -> int:
-        return self.ranks.get(pair, VOCAB_SIZE)
 
 
 @cache

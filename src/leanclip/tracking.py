@@ -111,3 +111,12 @@ class ProgressBar:
     def note(self, text: str) -> None:
         """Show a few words beside the bar."""
         self._bar.update(self._task, notes=text)
+
+    def update_bytes(self, label: str, done: int, total: int) -> None:
+        """Move the bar by bytes, shown in millions; a total of 0 is unknown."""
+        self._bar.update(
+            self._task,
+            description=f"{label} (MB)",
+            completed=done // 10**6,
+            total=-(-total // 10**6) if total else None,
+        )

@@ -50,6 +50,7 @@ FREE_SETTINGS = (
     "load_arch",
     "load_partial",
     "data.workers",
+    "data.cache_gigabytes",
     "data.max_bad_share",
     "train.log_every",
     "evaluate",

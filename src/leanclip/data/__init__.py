@@ -1,7 +1,7 @@
 """Data sets: one file per layout, the samples they give, and the loader that batches them."""
 
 from leanclip.config import DataConfig
-from leanclip.data import folder, food101, pairs, shapes
+from leanclip.data import folder, food101, pairs, shapes, shards
 from leanclip.data.mixture import Mixture
 from leanclip.data.samples import Dataset, Sample
 
@@ -10,6 +10,7 @@ LAYOUTS = {
     "food101": food101.open_dataset,
     "folder": folder.open_dataset,
     "pairs": pairs.open_dataset,
+    "shards": shards.open_dataset,
 }
 
 

@@ -7,9 +7,10 @@ root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.tx
 from pathlib import Path
 
 from leanclip.config import DataConfig
-from leanclip.data.samples import Dataset, ImageFiles, check_templates, read_lines, split_folder
+from leanclip.data.samples import Dataset, ImageFiles, check_templates, read_lines
 from leanclip.errors import DataError
 
+ROOT = "data/food-101"  # where `leanclip data food101` puts it
 # The one template that CLIP's authors publish for Food-101 (openai/CLIP, data/prompts.md).
 TEMPLATES = ("a photo of {}, a type of food.",)
 # Wordings for training, so that a caption is not one fixed sentence per class.
@@ -28,7 +29,12 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         DataError: no folder, a list is missing, empty or names an unknown class.
     """
-    root = split_folder(config.root, None)
+    if not Path(config.root).is_dir():
+        where = "" if config.root == ROOT else f" {config.root}"
+        raise DataError(
+            f"data.root: no such folder: {config.root} (get it with: leanclip data food101{where})"
+        )
+    root = Path(config.root)
     if not (root / "meta").is_dir():
         raise DataError(f"data.root: no folder meta in {root}: is it Food-101's unpacked archive?")
     split = config.split or "train"

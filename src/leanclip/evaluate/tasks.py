@@ -26,6 +26,7 @@ MEASURABLE = {  # what a layout's data allows
     "food101": ("zero_shot",),
     "folder": ("zero_shot",),
     "pairs": ("retrieval",),
+    "shards": ("retrieval",),
 }
 
 

@@ -1,0 +1,223 @@
+"""A path, bytes or a PIL image -> upright RGB pixels, or one line on why there are none.
+
+    open_image: source -> header: format, size -> limit on pixels -> Pillow -> the whole image
+    open_part:                                                    -> simplejpeg -> a part of it
+
+Pillow and simplejpeg both decode JPEG with libjpeg-turbo and give the same pixels; simplejpeg's
+are an array at once, and can be had at 1/2, 1/4 or 1/8 of the size for less. What it does not
+take (other formats, CMYK, damage of any kind) is Pillow's to decide. What an image becomes:
+
+    EXIF or XMP orientation    turned, as PIL.ImageOps.exif_transpose turns it
+    transparent parts          composited on white
+    16-bit greyscale           divided by 257, rounded
+    32-bit integers, floats    stretched: the least finite value is black, the greatest white
+    animations                 their first frame
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from leanclip.errors import SampleError
+
+Source = str | Path | bytes | Image.Image
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+# Names the decoders that may run: Pillow would otherwise hand EPS files to Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
+MAX_PIXELS = 178_956_970  # Pillow's own bound for "decompression bomb" errors
+
+# EXIF's orientations: flip the stored image, then swap its axes where that is needed.
+MIRRORED = (2, 3, 7, 8)  # left for right
+UPSIDE_DOWN = (3, 4, 6, 7)
+SWAPPED = (5, 6, 7, 8)
+
+
+def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The whole image, upright and in RGB; the head of this file says what becomes of what.
+
+    Raises:
+        SampleError: there is no such file, it is no image, it is damaged, or its header
+            declares more than `max_pixels` pixels.
+    """
+    with _opened(source, max_pixels) as (image, _):
+        return _upright_rgb(image)
+
+
+def open_part(
+    source: Source,
+    choose: Callable[[int, int], tuple[Box, int]],
+    *,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """A part of the upright image, (height, width, 3) uint8; it may be a view of a larger array.
+
+    `choose` is given the width and height of the upright image and answers with a box and
+    with 1, 2, 4 or 8: by how much a JPEG may be decoded smaller, which then gives that part
+    smaller. The box's edges move to multiples of that number, by half of it at most.
+
+    Raises:
+        SampleError: as `open_image`.
+    """
+    with _opened(source, max_pixels) as (image, file):
+        if file is None or not _is_plain_jpeg(image):
+            image = _upright_rgb(image)
+            return np.array(image.crop(choose(*image.size)[0]))
+        orientation = _orientation(image)
+        width, height = image.size
+        box, factor = choose(*((height, width) if orientation in SWAPPED else (width, height)))
+        pixels = _decode_jpeg(file, image.size, factor)
+        if pixels is None:
+            return np.array(_upright_rgb(image).crop(box))
+        left, top, right, bottom = _shrunk(_stored(box, image.size, orientation), factor)
+        return _turned(pixels[top:bottom, left:right], orientation)
+
+
+@contextmanager
+def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, BinaryIO | None]]:
+    """The image with only its header read, and its file; what fails within is a SampleError."""
+    name = source if isinstance(source, str | Path) else f"<{type(source).__name__}>"
+    try:
+        with warnings.catch_warnings(), _file(source) as file:
+            warnings.simplefilter("ignore")  # Pillow warns of bombs; max_pixels refuses them
+            if isinstance(source, Image.Image):
+                image = source
+            else:
+                assert file is not None
+                if not file.read(1):
+                    reason = "cannot be read as an image: it is empty"
+                    raise SampleError("empty file", f"{name}: {reason}")
+                image = Image.open(file, formats=FORMATS)  # from the start of the file
+            if not image.width * image.height:
+                raise ValueError("it has no pixels")
+            if image.width * image.height > max_pixels:
+                size = f"{image.width}x{image.height}"
+                reason = f"{size} pixels are over the limit of {max_pixels}"
+                raise SampleError("too many pixels", f"{name}: {reason}")
+            yield image, file
+    except SampleError:
+        raise
+    except FileNotFoundError:
+        raise SampleError("missing file", f"{name}: no such image") from None
+    except Exception as error:  # decoders raise many kinds on damaged files
+        kind, reason = _fault(error)
+        message = f"{name}: cannot be read as an image: {reason}"
+        raise SampleError(kind, message) from None
+
+
+def _file(source: Source) -> "BinaryIO | nullcontext[None]":
+    if isinstance(source, Image.Image):
+        return nullcontext()
+    return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+
+
+def _fault(error: Exception) -> tuple[str, str]:
+    """The kind of an error and what to say of it."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image", f"it is none of {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels", str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
+        return "unreadable file", str(error.strerror)
+    return "damaged image", str(error) or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's (or XMP's) 1 to 8; 1 where there is none or it is broken."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises many kinds on broken blocks; the pixels are still good
+        return 1
+    return int(orientation) if orientation in range(1, 9) else 1
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+
+
+def _decode_jpeg(file: BinaryIO, size: tuple[int, int], factor: int) -> np.ndarray | None:
+    """(height, width, 3) uint8 at 1/`factor` of the size; None where Pillow should decide."""
+    file.seek(0)
+    data = file.read()
+    try:
+        if simplejpeg.decode_jpeg_header(data)[1::-1] != size:  # no bomb that Pillow cannot see
+            return None
+        width, height = (-(-side // factor) for side in size)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=width, min_height=height)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (height, width, 3) else None
+
+
+def _stored(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """Where a box of the upright image lies in the stored one, whose size is given."""
+    left, top, right, bottom = box
+    if orientation in SWAPPED:
+        left, top, right, bottom = top, left, bottom, right
+    if orientation in MIRRORED:
+        left, right = size[0] - right, size[0] - left
+    if orientation in UPSIDE_DOWN:
+        top, bottom = size[1] - bottom, size[1] - top
+    return left, top, right, bottom
+
+
+def _shrunk(box: Box, factor: int) -> Box:
+    left, top, right, bottom = ((edge + factor // 2) // factor for edge in box)
+    return left, top, right, bottom
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of stored pixels (H, W, 3) that is upright."""
+    if orientation in MIRRORED:
+        pixels = pixels[:, ::-1]
+    if orientation in UPSIDE_DOWN:
+        pixels = pixels[::-1]
+    if orientation in SWAPPED:
+        pixels = pixels.transpose(1, 0, 2)
+    return pixels
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()  # TIFF turns itself while it loads, and then has no orientation any more
+    orientation = _orientation(image)
+    image = _rgb(image)
+    return image if orientation == 1 else Image.fromarray(_turned(np.asarray(image), orientation))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _from_16_bits(image).convert("RGB")
+    if image.mode in ("I", "F"):
+        return _stretched(np.asarray(image)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits -> 8; convert() would make all over 255 white."""
+    values = np.asarray(image).astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:  # PNG's: one value that is not to be seen
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _stretched(values: np.ndarray) -> Image.Image:
+    """Values of any range -> 0 to 255, from the least finite one to the greatest."""
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    grey = np.round((values - low) * (255 / (high - low) if high > low else 0))
+    return Image.fromarray(grey.astype(np.uint8))

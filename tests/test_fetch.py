@@ -1,0 +1,168 @@
+"""A download: whole or not at all, taken up where it broke, checked."""
+
+import errno
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from web import Server, serving
+
+from leanclip.errors import DataError
+from leanclip.fetch import FetchError, fetch, locked
+
+CONTENT = bytes(range(256)) * 4000
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "file").write_bytes(CONTENT)
+    with serving(folder) as server:
+        yield server
+
+
+def get(server: Server, path: Path, **more) -> Path:
+    return fetch(f"{server.url}/file", path, pause=0, **more)
+
+
+def test_a_file_comes_whole_and_its_progress_is_told(server: Server, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    path = tmp_path / "new" / "file"
+    get(server, path, progress=lambda done, total: told.append((done, total)))
+    assert path.read_bytes() == CONTENT
+    assert told[-1] == (len(CONTENT), len(CONTENT))
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_broken_transfer_goes_on_where_it_broke(server: Server, tmp_path: Path) -> None:
+    server.breaks = 2
+    get(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    half = len(CONTENT) // 2
+    ranges = [None, f"bytes={half}-", f"bytes={half + half // 2}-"]
+    assert server.asked == [("/file", wanted) for wanted in ranges]
+
+
+def test_a_transfer_that_gets_on_may_break_often(server: Server, tmp_path: Path) -> None:
+    server.breaks = 8
+    get(server, tmp_path / "file", tries=2)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert len(server.asked) == 9
+
+
+def test_one_that_does_not_get_on_is_given_up(server: Server, tmp_path: Path) -> None:
+    server.knows_ranges = False
+    server.breaks = 100
+    with pytest.raises(FetchError, match="connection ended after 512000 of 1024000 bytes"):
+        get(server, tmp_path / "file", tries=3)
+    assert not (tmp_path / "file").exists()
+    assert len(server.asked) == 3
+
+
+def test_another_run_takes_up_what_is_there(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(CONTENT[:1000])
+    get(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert server.asked == [("/file", "bytes=1000-")]
+
+
+def test_a_part_that_is_whole_is_only_renamed(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(CONTENT)
+    get(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert len(server.asked) == 1
+
+
+def test_a_part_longer_than_the_file_is_begun_anew(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(CONTENT + b"more")
+    get(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_server_that_ignores_ranges(server: Server, tmp_path: Path) -> None:
+    server.knows_ranges = False
+    server.breaks = 1
+    get(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_server_that_says_no_length(server: Server, tmp_path: Path) -> None:
+    server.says_length = False
+    get(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_refusal_is_not_tried_again(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match="404") as caught:
+        fetch(f"{server.url}/nothing", tmp_path / "file", pause=0)
+    assert caught.value.status == 404
+    assert len(server.asked) == 1
+    assert not list(tmp_path.glob("file*"))
+
+
+def test_a_busy_server_is_tried_again(server: Server, tmp_path: Path) -> None:
+    server.statuses = [503, 429, 500]
+    get(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    server.statuses = [503] * 9
+    with pytest.raises(FetchError, match="503"):
+        get(server, tmp_path / "other", tries=3)
+    assert server.statuses == [503] * 6
+
+
+@pytest.mark.parametrize("kind", ["md5", "sha256"])
+def test_checksums(server: Server, tmp_path: Path, kind: str) -> None:
+    right = hashlib.new(kind, CONTENT).hexdigest()
+    get(server, tmp_path / "file", checksum=right.upper())
+    wrong = right[:-1] + ("0" if right[-1] != "0" else "1")
+    with pytest.raises(DataError, match="differs from its checksum"):
+        get(server, tmp_path / "other", checksum=wrong)
+    assert not list(tmp_path.glob("other*"))
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "pipe:true", "/etc/passwd"])
+def test_other_addresses_are_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(DataError, match="is not an http or https address"):
+        fetch(url, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_address_that_makes_no_sense_is_not_tried_again(tmp_path: Path) -> None:
+    for url in ("http://127.0.0.1:port/x", "http://[::1/x", "http://127.0.0.1/a b"):
+        with pytest.raises(FetchError, match="cannot be fetched"):
+            fetch(url, tmp_path / "file", pause=1000)
+
+
+def test_a_full_disk_is_said_at_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(done: int, total: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(DataError, match=r"file\.part: no space is left"):
+        get(server, tmp_path / "file", progress=full)
+    assert len(server.asked) == 1
+
+
+def _add_one(path: Path) -> None:
+    for _ in range(50):
+        with locked(path.with_suffix(".lock")):
+            path.write_text(str(int(path.read_text()) + 1))
+
+
+def test_a_lock_holds_between_processes_and_is_not_inherited(tmp_path: Path) -> None:
+    path = tmp_path / "count"
+    path.write_text("0")
+    context = multiprocessing.get_context("fork")
+    with locked(path.with_suffix(".lock")):
+        started = [context.Process(target=_add_one, args=(path,)) for _ in range(3)]
+        for process in started:
+            process.start()
+        assert path.read_text() == "0"
+    for process in started:
+        process.join(30)
+    assert path.read_text() == "150"
