@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -91,6 +92,40 @@ def make_config(path: Path, **sections: Any) -> Path:
         values[name] = values[name] | section if both else section
     path.write_text(dump_yaml(values))
     return path
+
+
+def ranks_of(world_size: int, work: Callable[[int], object], folder: Path) -> list[Any]:
+    """What `work(rank)` gives in each of `world_size` processes of a gloo group."""
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def run(rank: int) -> None:
+        store = f"file://{folder}/store-{world_size}"
+        if world_size > 1:
+            torch.distributed.init_process_group(
+                "gloo", init_method=store, rank=rank, world_size=world_size
+            )
+        try:
+            queue.put((rank, work(rank), None))
+        except BaseException:
+            queue.put((rank, None, traceback.format_exc()))
+        if world_size > 1:
+            torch.distributed.destroy_process_group()
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    results = {}
+    for _ in processes:
+        rank, result, error = queue.get()
+        if error is not None:
+            for process in processes:
+                process.kill()
+            raise AssertionError(f"rank {rank}: {error}")
+        results[rank] = result
+    for process in processes:
+        process.join()
+    return [results[rank] for rank in range(world_size)]
 
 
 @pytest.fixture

@@ -58,7 +58,10 @@ def test_nothing_in_it_is_a_pickle(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 100, 20):
         write(tmp_path, step)
-    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000020", "step-00000100"]
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [
+        "step-00000020",
+        "step-00000100",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 import itertools
 import math
-import multiprocessing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import ranks_of
 from torch.nn import functional as F
 
 from leanclip import clip_loss
@@ -71,30 +69,6 @@ def test_gradients_by_finite_differences() -> None:
 
 
 # --- over ranks, in tiles
-
-
-def ranks_of(world_size: int, work: Callable[[int], object], folder: Path) -> list[Any]:
-    """What `work(rank)` gives in each of `world_size` processes of a gloo group."""
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-
-    def run(rank: int) -> None:
-        store = f"file://{folder}/store-{world_size}"
-        if world_size > 1:
-            torch.distributed.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=world_size
-            )
-        queue.put((rank, work(rank)))
-        if world_size > 1:
-            torch.distributed.destroy_process_group()
-
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    results = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return [results[rank] for rank in range(world_size)]
 
 
 KINDS: tuple[Kind, ...] = ("clip", "multi-positive", "siglip")

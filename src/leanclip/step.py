@@ -44,7 +44,9 @@ def over_ranks(model: CLIP) -> nn.Module:
     """
     if rank_and_world_size()[1] == 1:
         return model
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, SCALARS)
+    # By both names that DDP has for a parameter at the top: with its module before the dot, or not.
+    names = [prefix + name for name in SCALARS for prefix in ("", ".")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
