@@ -4,7 +4,7 @@ import io
 import warnings
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from leanclip.data.samples import Sample
 from leanclip.errors import SampleError
@@ -37,16 +37,23 @@ def open_header(data: bytes, *, max_pixels: int) -> Image.Image:
     Raises:
         SampleError: it is no image, or over `max_pixels`.
     """
+    if not data:
+        raise SampleError("empty file", "cannot be read as an image: it is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of bombs; max_pixels refuses them
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height <= max_pixels:
-            return image
-    except Exception:  # decoders raise many kinds; open_image says what is wrong
-        pass
-    open_image(data, max_pixels=max_pixels)
-    raise AssertionError("an image that open_image takes has a header")
+    except UnidentifiedImageError:  # its own message names an address in memory
+        reason = f"cannot be read as an image: it is none of {', '.join(FORMATS)}"
+        raise SampleError("not an image", reason) from None
+    except Image.DecompressionBombError as error:
+        raise SampleError("too many pixels", str(error)) from None
+    except Exception as error:  # decoders raise many kinds on damaged files
+        raise SampleError("damaged image", f"cannot be read as an image: {error}") from None
+    if image.width * image.height > max_pixels:
+        size = f"{image.width}x{image.height}"
+        raise SampleError("too many pixels", f"{size} pixels are over the limit of {max_pixels}")
+    return image
 
 
 def open_reduced(image: Image.Image, side: int, *, max_pixels: int) -> Image.Image:
