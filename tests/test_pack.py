@@ -98,6 +98,15 @@ def test_class_data_keeps_labels_and_names(tmp_path: Path) -> None:
         assert abs(int(pixels[0, 0, 0]) - 255 * label) < 10
 
 
+def test_templates_are_in_the_settings_that_are_printed(command: Command) -> None:
+    (Path("pets") / "cat").mkdir(parents=True)
+    noise_image(0).save("pets/cat/0.png")
+    done = command("data", "pack", "folder:pets", "packed", "-o", 'templates=["my {}"]')
+    assert done.returncode == 0, done.stderr
+    settings = load_yaml(done.stdout.split("\n\n")[1], where="stdout")
+    assert settings["data"] == {"layout": "shards", "root": "packed", "templates": ["my {}"]}
+
+
 def test_only_what_needs_it_is_encoded_again(tmp_path: Path) -> None:
     noise_image(0, (80, 60)).save(tmp_path / "a.jpg", quality=70)
     data = (tmp_path / "a.jpg").read_bytes()

@@ -66,8 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # Typer's for Ctrl-C
-            resumes = "; the same command goes on from the last checkpoint"
-            print(f"interrupted{resumes if words[0] == 'train' else ''}", file=sys.stderr)
+            resumes = {
+                "train": "; the same command goes on from the last checkpoint",
+                "pack": "; the same command goes on at the shards that are not finished",
+            }
+            command = words[1] if words[0] == "data" else words[0]
+            print(f"interrupted{resumes.get(command, '')}", file=sys.stderr)
         raise
 
 
@@ -220,7 +224,7 @@ def pack_(
             workers=workers,
             progress=lambda done, total: bar.update(done, total=total),
         )
-    print(summary(index, destination))
+    print(summary(index, destination, settings.templates or ()))
 
 
 @data.command(name="check", epilog="Example: leanclip data check shapes:data/shapes")
