@@ -9,11 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from leanclip.launch import is_rank, join_launch, launch, leave_launch
+
+if TYPE_CHECKING:
+    from leanclip.config import Config, DataConfig
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(
@@ -37,6 +40,14 @@ NumGpus = Annotated[
         "--num-gpus", min=0, help="GPUs of this machine; 0: the CPU. Default: one or CPU."
     ),
 ]
+DataSource = Annotated[
+    str, typer.Argument(metavar="SRC", help="LAYOUT:ROOT, or a config file (.yaml).")
+]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Option("-o", metavar="KEY=VALUE", help="Set one setting of data; may be repeated."),
+]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes; default: one per CPU core.")]
 Arch = Annotated[
     str | None,
     typer.Option(metavar="NAME|FILE", help="The architecture: a preset, or a JSON or YAML file."),
@@ -61,8 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # Typer's for Ctrl-C
-            resumes = "; the same command goes on from the last checkpoint"
-            print(f"interrupted{resumes if words[0] == 'train' else ''}", file=sys.stderr)
+            resumes = {
+                "train": "; the same command goes on from the last checkpoint",
+                "pack": "; the same command goes on at the shards that are not finished",
+            }
+            command = words[1] if words[0] == "data" else words[0]
+            print(f"interrupted{resumes.get(command, '')}", file=sys.stderr)
         raise
 
 
@@ -232,6 +247,112 @@ def food101(
     print(f"{root}: Food-101 {'is ready' if is_new else 'is there already, and was left alone'}")
 
 
+@data.command(
+    name="pack", epilog="Example: leanclip data pack pairs:data/my-photos data/my-photos-packed"
+)
+def pack_(
+    source: DataSource,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    split: Annotated[str | None, typer.Option(help="The part of the data to pack.")] = None,
+    side: Annotated[
+        int, typer.Option(min=16, max=8192, help="Short side in pixels; none is enlarged.")
+    ] = 256,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of the JPEGs.")] = 90,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
+    workers: Workers = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    overrides: DataOverrides = None,
+) -> None:
+    """Write any source as shards of small, shuffled JPEGs, from which training is fast.
+
+    The same command goes on where an earlier one was interrupted.
+    """
+    from leanclip.data.pack import pack, summary
+    from leanclip.tracking import ProgressBar
+
+    settings, _ = _data_settings(source, overrides or ())
+    if split is not None:
+        settings = settings.model_copy(update={"split": split})
+    with ProgressBar("packing", 1) as bar:
+        index = pack(
+            settings,
+            destination,
+            side=side,
+            quality=quality,
+            shard_size=shard_size,
+            seed=seed,
+            workers=workers,
+            progress=lambda done, total: bar.update(done, total=total),
+        )
+    print(summary(index, destination, settings.templates or ()))
+
+
+@data.command(name="check", epilog="Example: leanclip data check shapes:data/shapes")
+def check_(
+    source: DataSource,
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", help="A part to check; may be repeated.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="For false negatives; default: the config's, or 1024."),
+    ] = None,
+    max_problems: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of samples that may be unusable.")
+    ] = 0.01,
+    max_leakage: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of a split's images that may be in another; default: 0, and 0.01 nearly.",
+        ),
+    ] = None,
+    workers: Workers = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of check.json and pictures; default: runs/check-…")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overrides: DataOverrides = None,
+) -> None:
+    """Look at all the data before training: unusable, odd, duplicate, leaked.
+
+    Exit code 1 where there are problems above the thresholds.
+    """
+    import json
+
+    from leanclip.data.check import examples, open_parts, read_parts
+    from leanclip.data.check_text import check_text
+    from leanclip.data.findings import find, paired_images
+    from leanclip.evaluate.tasks import evaluation_data
+    from leanclip.plots import check_pictures
+    from leanclip.tracking import ProgressBar, write_text
+
+    settings, config = _data_settings(source, overrides or ())
+    more = evaluation_data(config) if config and not splits else []
+    parts = open_parts([settings, *more], splits or ())
+    with ProgressBar("reading", sum(len(part.dataset) for part in parts)) as bar:
+        read_parts(parts, workers=workers, progress=lambda done, total: bar.update(done))
+    findings = find(
+        parts,
+        batch_size=batch_size or (config.train.batch_size if config else 1024),
+        context_length=config.model.context_length if config else 77,
+        max_problems=max_problems,
+        max_leakage=max_leakage,
+    )
+    if out is None:
+        out = Path("runs") / f"check-{Path(settings.root or source).stem}"
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(findings.to_plain(), indent=2, ensure_ascii=False)
+    write_text(out / "check.json", text + "\n")
+    drawn = check_pictures(out, examples(parts), paired_images(parts, findings))
+    print(text if as_json else check_text(findings))
+    for path in (out / "check.json", *drawn):
+        print(path, file=sys.stderr if as_json else sys.stdout)
+    if findings.problems:
+        sys.exit(1)
+
+
 @app.command(epilog="Example: leanclip convert runs/quickstart quickstart-hf --to hf")
 def convert(
     source: Annotated[str, typer.Argument(help="Weights of any dialect.")],
@@ -292,6 +413,17 @@ def doctor() -> None:
     from leanclip.doctor import diagnose
 
     print(diagnose())
+
+
+def _data_settings(source: str, overrides: Sequence[str]) -> "tuple[DataConfig, Config | None]":
+    """The `data` section of LAYOUT:ROOT or of a config file, and the config if it is one."""
+    from leanclip.config import load_config
+    from leanclip.data import parse_source
+
+    if Path(source).suffix in (".yaml", ".yml"):
+        config = load_config(source, [f"data.{override}" for override in overrides])
+        return config.data, config
+    return parse_source(source, overrides), None
 
 
 def _with_resume_value(words: list[str]) -> list[str]:

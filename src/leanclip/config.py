@@ -394,14 +394,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a mapping of settings, found {kind(values)}")
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     values |= {key: value for key, value in settings.items() if value is not None}
     values.setdefault("output_dir", f"runs/{path.stem}")
     return parse(Config, values, where=str(path))
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set `key.path=value` in nested plain values; the value is read as YAML."""
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `key.path=value` in nested plain values; the value is read as YAML.
+
+    Raises:
+        ConfigError: it is not of that form, or not YAML.
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

@@ -48,6 +48,26 @@ def run_pictures(folder: Path, report: Report) -> list[Path]:
     return drawn
 
 
+def check_pictures(
+    folder: Path,
+    samples: Sequence[tuple[Source, str]],
+    duplicates: Sequence[tuple[Source, str]],
+) -> list[Path]:
+    """Draw what a check of data found: samples.png, and duplicates.png, where there are any."""
+    if find_spec("matplotlib") is None:
+        log.info("no pictures: matplotlib is missing; get it with: pip install matplotlib")
+        return []
+    drawn = []
+    for name, shown in (("samples", samples), ("duplicates", duplicates)):
+        path = folder / f"{name}.png"
+        path.unlink(missing_ok=True)  # of an earlier check
+        if shown:
+            images, titles = zip(*shown, strict=True)
+            image_grid(images, titles, path)
+            drawn.append(path)
+    return drawn
+
+
 def similarity_matrix(
     images: Sequence[Source], texts: Sequence[str], similarity: np.ndarray, path: Path
 ) -> None:

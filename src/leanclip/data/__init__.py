@@ -1,9 +1,13 @@
 """Data sets: one file per layout, the samples they give, and the loader that batches them."""
 
-from leanclip.config import DataConfig
+from collections.abc import Sequence
+
+from leanclip.config import DataConfig, apply_override
 from leanclip.data import folder, food101, pairs, shapes, shards
 from leanclip.data.mixture import Mixture
 from leanclip.data.samples import Dataset, Sample
+from leanclip.errors import ConfigError
+from leanclip.settings import parse
 
 LAYOUTS = {
     "shapes": shapes.open_dataset,
@@ -33,4 +37,31 @@ def open_dataset(config: DataConfig) -> Dataset:
     return Mixture([dataset], epoch_size=config.epoch_size) if config.epoch_size else dataset
 
 
-__all__ = ["LAYOUTS", "Dataset", "Sample", "open_dataset"]
+def split_source(words: str, *, option: str = "SRC") -> tuple[str, str]:
+    """`LAYOUT:ROOT` -> both.
+
+    Raises:
+        ConfigError: it is not of that form, or there is no such layout; it names `option`.
+    """
+    layout, colon, root = words.partition(":")
+    if not colon or layout not in LAYOUTS or not root:
+        raise ConfigError(
+            f"{option} {words}: not of the form LAYOUT:ROOT with a layout of: {', '.join(LAYOUTS)}"
+        )
+    return layout, root
+
+
+def parse_source(words: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """`LAYOUT:ROOT`, and `key=value` for other settings of `data` -> the section.
+
+    Raises:
+        ConfigError: not of that form, or a setting is wrong.
+    """
+    layout, root = split_source(words)
+    values = {"layout": layout, "root": root}
+    for override in overrides:
+        apply_override(values, override)
+    return parse(DataConfig, values, where=words)
+
+
+__all__ = ["LAYOUTS", "Dataset", "Sample", "open_dataset", "parse_source", "split_source"]

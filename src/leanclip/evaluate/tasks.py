@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from leanclip.config import Config, DataConfig, EvaluationData, load_config
-from leanclip.data import LAYOUTS, Dataset, open_dataset
+from leanclip.data import Dataset, open_dataset, split_source
 from leanclip.errors import ConfigError
 from leanclip.settings import parse, to_plain
 from leanclip.weights import read_weights
@@ -69,6 +69,13 @@ def open_tasks(config: Config) -> list[Task]:
     return tasks
 
 
+def evaluation_data(config: Config) -> list[DataConfig]:
+    """The data sets that `evaluate` names, as `data` sections."""
+    settings = config.evaluate
+    named = (("retrieval", settings.retrieval), ("zero_shot", settings.zero_shot))
+    return [_evaluation_data(config.data, wanted, name) for name, wanted in named if wanted]
+
+
 def evaluation_config(
     model: str,
     data_spec: str | None,
@@ -102,10 +109,10 @@ def evaluation_config(
             raise ConfigError("--data: say what to evaluate on, as LAYOUT:ROOT, or give -c CONFIG")
         if overrides:
             raise ConfigError("-o: changes the settings of a config; give one with -c CONFIG")
-        settings = _stored_config(model, *_parse_spec(data_spec), out, arch)
+        settings = _stored_config(model, *split_source(data_spec, option="--data"), out, arch)
     evaluate = to_plain(settings.evaluate)
     if data_spec is not None:
-        layout, root = _parse_spec(data_spec)
+        layout, root = split_source(data_spec, option="--data")
         allowed = MEASURABLE[layout] if task == "all" else TASKS[task]
         evaluate |= {name: {"layout": layout, "root": root} for name in allowed}
     else:
@@ -152,12 +159,3 @@ def _stored_config(model: str, layout: str, root: str, out: str, arch: str | Non
     values = {"model": to_plain(weights.model), "data": data, "load": model}
     values |= {"load_arch": arch, "output_dir": out}
     return parse(Config, values, where="leanclip eval")
-
-
-def _parse_spec(spec: str) -> tuple[str, str]:
-    layout, colon, root = spec.partition(":")
-    if not colon or layout not in LAYOUTS or not root:
-        raise ConfigError(
-            f"--data {spec}: not of the form LAYOUT:ROOT with a layout of: {', '.join(LAYOUTS)}"
-        )
-    return layout, root
