@@ -16,8 +16,9 @@ LEVELS = (
     ("distributed", "loss", "weights", "optim"),
     ("checkpoint", "evaluate"),
     ("plots", "plan", "step"),
+    ("outcome", "watching"),
     ("train", "inference"),
-    ("cli", "doctor"),
+    ("cli", "cli_data", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

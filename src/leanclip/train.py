@@ -6,15 +6,12 @@ The run's folder holds config.yaml, metrics.jsonl, checkpoints/, evaluation.json
 The same command in the same folder goes on from the newest checkpoint.
 """
 
-import json
 import logging
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -24,22 +21,20 @@ from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed import barrier, everyones, rank_and_world_size, total
 from leanclip.errors import ConfigError, LeanclipError
-from leanclip.evaluate import Report, evaluate, open_tasks
+from leanclip.evaluate import Report, evaluate
 from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
-from leanclip.plan import Plan, model_preprocess
-from leanclip.plots import run_pictures
+from leanclip.outcome import SKIPPED, Outcome, finish
+from leanclip.plan import Plan
 from leanclip.settings import differences, parse, to_plain
 from leanclip.step import over_ranks, train_step
 from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
 from leanclip.tracking import MetricsLog, ProgressBar, write_text
+from leanclip.watching import Clock, Troubles, write_status
 from leanclip.weights import load_into, read_weights
 
-T = TypeVar("T")
-SKIPPED = "skipped.jsonl"  # in the run's folder
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-MUCH_WAITING = 0.2  # share of the time from which waiting for data is worth a word
 log = logging.getLogger("leanclip")
 
 # Settings, or groups, that may differ between two starts of a run: they do not change its weights.
@@ -56,16 +51,6 @@ FREE_SETTINGS = (
     "evaluate",
     "checkpoint",
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run, or an evaluation of one, came to."""
-
-    folder: Path
-    report: Report
-    pictures: list[Path]
-    seconds: float  # of training, over all starts
 
 
 def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
@@ -94,61 +79,18 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     try:
         report, done = _fit(plan, model, optimizer, done, metrics)
     except Stopped as stopped:
-        _write_status(plan, "preempted", stopped=str(stopped))
+        write_status(plan, "preempted", stopped=str(stopped))
         raise
     except LeanclipError as error:
-        _write_status(plan, "failed", reason=str(error))
+        write_status(plan, "failed", reason=str(error))
         raise
     finally:
         if metrics is not None:
             metrics.close()
     if rank > 0:
         return None
-    _write_status(plan, "done", step=done.step)
-    return _finish(plan.folder, report, done.seconds)
-
-
-def evaluate_only(config: Config, device: torch.device, source: str | None = None) -> Outcome:
-    """Measure weights without training: of `source`, else of the run's folder, else `config.load`.
-
-    Raises:
-        ConfigError: the configuration names nothing to evaluate.
-        WeightsError: there are no weights, or they do not fit the model.
-    """
-    tasks = open_tasks(config)
-    if not tasks:
-        raise ConfigError("nothing to evaluate: set evaluate.zero_shot or evaluate.retrieval")
-    folder = Path(config.output_dir)
-    model = CLIP(**to_plain(config.model))
-    if source is None:
-        source = str(folder) if any(folder.glob("checkpoints/step-*")) else config.load
-    weights = read_weights(source or folder, arch=config.load_arch)
-    load_into(model, weights, partial=config.load_partial)
-    return _finish(folder, evaluate(model.to(device), tasks, model_preprocess(config)), 0.0)
-
-
-def summary(outcome: Outcome) -> str:
-    """A run in plain words: what it learned, where everything is, what to type next."""
-    folder, report = outcome.folder, outcome.report
-    lines = []
-    if outcome.seconds:
-        lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
-    lines += report.sentences
-    skipped = BadSamples(0, 1, folder / SKIPPED)
-    if skipped.found:
-        lines.append(f"Training skipped {skipped.summary()}: see {skipped.path}")
-    if report.bad:
-        lines.append(f"{len(report.bad)} samples could not be used: see {folder}/evaluation.json")
-    if not report.sentences:
-        lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
-    lines.append(f"Folder:   {folder}")
-    lines += [f"Picture:  {picture}" for picture in outcome.pictures]
-    if (folder / "config.yaml").is_file():
-        lines += [
-            f"Next:     leanclip eval --model {folder}",
-            f"          leanclip train -c YOUR.yaml --load {folder}     (fine-tune it)",
-        ]
-    return "\n".join(lines)
+    write_status(plan, "done", step=done.step)
+    return finish(plan.folder, report, done.seconds)
 
 
 def _fit(
@@ -164,7 +106,7 @@ def _fit(
     towers = over_ranks(model)
     path = plan.folder / SKIPPED
     bad = BadSamples(len(plan.dataset), config.data.max_bad_share, path, must_write=rank == 0)
-    troubles, result = _Troubles(plan), None
+    troubles, result = Troubles(plan), None
     stream = training_batches(
         plan.dataset,
         config.data,
@@ -177,9 +119,9 @@ def _fit(
         rank=rank,
         world_size=world_size,
     )
-    clock = _Clock(done.samples)
+    clock = Clock(done.samples)
     began = time.perf_counter() - done.seconds
-    _write_status(plan, "running", step=done.step)
+    write_status(plan, "running", step=done.step)
     bar = ProgressBar("training", plan.steps, completed=done.step, is_silent=rank > 0)
     with Signals() as signals, bar:
         for step in range(done.step, plan.steps):
@@ -277,14 +219,7 @@ def _save(
             "no checkpoint at step %d: %s; those before it are as they were", done.step, error
         )
         return
-    _write_status(plan, "running", step=done.step)
-
-
-def _write_status(plan: Plan, state: str, **facts: str | int) -> None:
-    """Write status.json into the run's folder, for schedulers."""
-    if rank_and_world_size()[0] == 0 and plan.folder.is_dir():
-        text = json.dumps({"state": state, "steps": plan.steps, "time": time.time(), **facts})
-        write_text(plan.folder / "status.json", text + "\n")
+    write_status(plan, "running", step=done.step)
 
 
 class _Seen(NamedTuple):
@@ -357,13 +292,6 @@ def _same_run(plan: Plan) -> None:
         )
 
 
-def _finish(folder: Path, report: Report, seconds: float) -> Outcome:
-    """Write evaluation.json and the pictures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write(folder)
-    return Outcome(folder, report, run_pictures(folder, report), seconds)
-
-
 def _is_due(
     step: int, plan: Plan, *, every_epochs: int | None = None, every_steps: int | None = None
 ) -> bool:
@@ -383,77 +311,3 @@ def _by_source(data: DataConfig, counts: list[int]) -> dict[str, float]:
         f"train/samples/{source.root}": counts[i] if i < len(counts) else 0
         for i, source in enumerate(data.sources)
     }
-
-
-class _Troubles:
-    """Steps that were left out because their loss or gradients were not finite."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.count, self.in_a_row = plan, 0, 0
-        self._pending: list[tuple[int, torch.Tensor, list[int]]] = []
-
-    def note(self, step: int, is_finite: torch.Tensor, batch: Batch) -> None:
-        """Keep a step's flag, which is still on the device, with its samples."""
-        self._pending.append((step, is_finite, batch.indices.tolist()))
-
-    def raise_if_many(self) -> None:
-        """Look at the flags since the last time.
-
-        Raises:
-            LeanclipError: `train.max_skipped_steps` in a row were not finite.
-        """
-        for step, is_finite, indices in self._pending:
-            self.in_a_row = 0 if is_finite else self.in_a_row + 1
-            if is_finite:
-                continue
-            self.count += 1
-            names = [self.plan.dataset.name(index) for index in indices if index >= 0]
-            log.warning(
-                "step %d left out: its loss or gradients are not finite; its samples: %s",
-                *(step, ", ".join(names)),
-            )
-            allowed = self.plan.config.train.max_skipped_steps
-            if self.in_a_row >= (allowed if step < self.plan.steps else min(allowed, 3)):
-                raise LeanclipError(
-                    f"the loss or its gradients were not finite in {self.in_a_row} steps in a row, "
-                    f"to step {step}; lower optimizer.learning_rate, lengthen optimizer.warmup or "
-                    f"set optimizer.max_gradient_norm, and start again"
-                )
-        self._pending.clear()
-
-
-class _Clock:
-    """Time since the last line of metrics: samples per second, share of it waiting for data."""
-
-    def __init__(self, samples: int) -> None:
-        self.samples, self.began, self.waited = samples, time.perf_counter(), 0.0
-        self.first_began, self.waited_before = self.began, 0.0
-
-    def waiting(self, get: Callable[[], T]) -> T:
-        """Call `get`, counting its time as waiting."""
-        began = time.perf_counter()
-        result = get()
-        self.waited += time.perf_counter() - began
-        return result
-
-    def rates(self, samples: int) -> dict[str, float]:
-        """The figures since the last call, which begins anew."""
-        seconds = time.perf_counter() - self.began
-        figures = {
-            "train/samples_per_second": (samples - self.samples) / seconds,
-            "train/data_wait_share": self.waited / seconds,
-        }
-        self.waited_before += self.waited
-        self.samples, self.began, self.waited = samples, time.perf_counter(), 0.0
-        return figures
-
-    def log_waiting(self) -> None:
-        """Say how much of the whole time went by waiting for data, where it is much."""
-        seconds = time.perf_counter() - self.first_began
-        share = (self.waited_before + self.waited) / seconds
-        if share > MUCH_WAITING and seconds > 10:
-            log.info(
-                "%.0f%% of the time was spent waiting for data: docs/data.md, Speed, says "
-                "what helps",
-                100 * share,
-            )

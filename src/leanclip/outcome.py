@@ -1,0 +1,78 @@
+"""What a run came to: figures, sentences and pictures in its folder, and what to type next."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from leanclip.config import Config
+from leanclip.data.skipped import BadSamples
+from leanclip.errors import ConfigError
+from leanclip.evaluate import Report, evaluate, open_tasks
+from leanclip.model import CLIP
+from leanclip.plan import model_preprocess
+from leanclip.plots import run_pictures
+from leanclip.settings import to_plain
+from leanclip.weights import load_into, read_weights
+
+SKIPPED = "skipped.jsonl"  # in the run's folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run, or an evaluation of one, came to."""
+
+    folder: Path
+    report: Report
+    pictures: list[Path]
+    seconds: float  # of training, over all starts
+
+
+def evaluate_only(config: Config, device: torch.device, source: str | None = None) -> Outcome:
+    """Measure weights without training: of `source`, else of the run's folder, else `config.load`.
+
+    Raises:
+        ConfigError: the configuration names nothing to evaluate.
+        WeightsError: there are no weights, or they do not fit the model.
+    """
+    tasks = open_tasks(config)
+    if not tasks:
+        raise ConfigError("nothing to evaluate: set evaluate.zero_shot or evaluate.retrieval")
+    folder = Path(config.output_dir)
+    model = CLIP(**to_plain(config.model))
+    if source is None:
+        source = str(folder) if any(folder.glob("checkpoints/step-*")) else config.load
+    weights = read_weights(source or folder, arch=config.load_arch)
+    load_into(model, weights, partial=config.load_partial)
+    return finish(folder, evaluate(model.to(device), tasks, model_preprocess(config)), 0.0)
+
+
+def summary(outcome: Outcome) -> str:
+    """A run in plain words: what it learned, where everything is, what to type next."""
+    folder, report = outcome.folder, outcome.report
+    lines = []
+    if outcome.seconds:
+        lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
+    lines += report.sentences
+    skipped = BadSamples(0, 1, folder / SKIPPED)
+    if skipped.found:
+        lines.append(f"Training skipped {skipped.summary()}: see {skipped.path}")
+    if report.bad:
+        lines.append(f"{len(report.bad)} samples could not be used: see {folder}/evaluation.json")
+    if not report.sentences:
+        lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
+    lines.append(f"Folder:   {folder}")
+    lines += [f"Picture:  {picture}" for picture in outcome.pictures]
+    if (folder / "config.yaml").is_file():
+        lines += [
+            f"Next:     leanclip eval --model {folder}",
+            f"          leanclip train -c YOUR.yaml --load {folder}     (fine-tune it)",
+        ]
+    return "\n".join(lines)
+
+
+def finish(folder: Path, report: Report, seconds: float) -> Outcome:
+    """Write evaluation.json and the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write(folder)
+    return Outcome(folder, report, run_pictures(folder, report), seconds)

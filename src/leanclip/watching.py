@@ -1,0 +1,100 @@
+"""What a run is watched by: its pace, the steps it had to leave out, and status.json."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from leanclip.data.loader import Batch
+from leanclip.distributed import rank_and_world_size
+from leanclip.errors import LeanclipError
+from leanclip.plan import Plan
+from leanclip.tracking import write_text
+
+T = TypeVar("T")
+MUCH_WAITING = 0.2  # share of the time from which waiting for data is worth a word
+log = logging.getLogger("leanclip")
+
+
+def write_status(plan: Plan, state: str, **facts: str | int) -> None:
+    """Write status.json into the run's folder, for schedulers."""
+    if rank_and_world_size()[0] == 0 and plan.folder.is_dir():
+        text = json.dumps({"state": state, "steps": plan.steps, "time": time.time(), **facts})
+        write_text(plan.folder / "status.json", text + "\n")
+
+
+class Troubles:
+    """Steps that were left out because their loss or gradients were not finite."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.count, self.in_a_row = plan, 0, 0
+        self._pending: list[tuple[int, torch.Tensor, list[int]]] = []
+
+    def note(self, step: int, is_finite: torch.Tensor, batch: Batch) -> None:
+        """Keep a step's flag, which is still on the device, with its samples."""
+        self._pending.append((step, is_finite, batch.indices.tolist()))
+
+    def raise_if_many(self) -> None:
+        """Look at the flags since the last time.
+
+        Raises:
+            LeanclipError: `train.max_skipped_steps` in a row were not finite.
+        """
+        for step, is_finite, indices in self._pending:
+            self.in_a_row = 0 if is_finite else self.in_a_row + 1
+            if is_finite:
+                continue
+            self.count += 1
+            names = [self.plan.dataset.name(index) for index in indices if index >= 0]
+            log.warning(
+                "step %d left out: its loss or gradients are not finite; its samples: %s",
+                *(step, ", ".join(names)),
+            )
+            allowed = self.plan.config.train.max_skipped_steps
+            if self.in_a_row >= (allowed if step < self.plan.steps else min(allowed, 3)):
+                raise LeanclipError(
+                    f"the loss or its gradients were not finite in {self.in_a_row} steps in a row, "
+                    f"to step {step}; lower optimizer.learning_rate, lengthen optimizer.warmup or "
+                    f"set optimizer.max_gradient_norm, and start again"
+                )
+        self._pending.clear()
+
+
+class Clock:
+    """Time since the last line of metrics: samples per second, share of it waiting for data."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples, self.began, self.waited = samples, time.perf_counter(), 0.0
+        self.first_began, self.waited_before = self.began, 0.0
+
+    def waiting(self, get: Callable[[], T]) -> T:
+        """Call `get`, counting its time as waiting."""
+        began = time.perf_counter()
+        result = get()
+        self.waited += time.perf_counter() - began
+        return result
+
+    def rates(self, samples: int) -> dict[str, float]:
+        """The figures since the last call, which begins anew."""
+        seconds = time.perf_counter() - self.began
+        figures = {
+            "train/samples_per_second": (samples - self.samples) / seconds,
+            "train/data_wait_share": self.waited / seconds,
+        }
+        self.waited_before += self.waited
+        self.samples, self.began, self.waited = samples, time.perf_counter(), 0.0
+        return figures
+
+    def log_waiting(self) -> None:
+        """Say how much of the whole time went by waiting for data, where it is much."""
+        seconds = time.perf_counter() - self.first_began
+        share = (self.waited_before + self.waited) / seconds
+        if share > MUCH_WAITING and seconds > 10:
+            log.info(
+                "%.0f%% of the time was spent waiting for data: docs/data.md, Speed, says "
+                "what helps",
+                100 * share,
+            )
