@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,7 @@ def test_parquet_of_paths_bytes_and_structs(tmp_path: Path) -> None:
 
 
 def test_parquet_in_parts_is_one_table(tmp_path: Path) -> None:
+    path = tmp_path
     for part, rows in enumerate((range(7), range(7, 20))):
         column = pa.array([f"text {i}" for i in rows]).dictionary_encode()
         table = pa.table({"path": [f"{i}.jpg" for i in rows], "text": column})
@@ -288,6 +290,13 @@ def test_what_is_no_table_is_refused(
     with pytest.raises(DataError, match=words) as caught:
         open_dataset(config(path, **more))
     assert "\n" not in str(caught.value)
+
+
+def test_without_pyarrow_parquet_is_refused_in_words(tmp_path: Path, monkeypatch) -> None:
+    parquet.write_table(pa.table({"image": ["a"], "text": ["b"]}), tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"needs pyarrow: pip install .*\.\[table\]"):
+        open_dataset(config(tmp_path / "a.parquet"))
 
 
 def test_splits_are_files_of_a_folder(tmp_path: Path) -> None:

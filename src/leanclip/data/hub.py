@@ -11,11 +11,9 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from leanclip.config import DataConfig
 from leanclip.data.columns import Meaning, check_count, choose_columns, class_names
@@ -142,15 +140,19 @@ class Stream(Dataset):
     def _once(self, key: Sequence[int], start: int) -> Iterator[Sample]:
         """Every row once."""
         first, skip = divmod(start, self.block)
-        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        rows = self.rows.shuffle(seed=seed, buffer_size=1)  # that is, only the order of files
-        rows = iter(rows.skip(first * self.block))
+        # Not by `datasets`' own shuffle: it reads files in threads, in whatever order they come.
+        files = self.rows.num_shards
+        rows = chain.from_iterable(
+            self.rows.shard(files, file) for file in shuffled(files, [*key, 0])
+        )
+        with _in_one_line(self.root):
+            next(islice(rows, first * self.block, first * self.block), None)
         for number in count(first):
             with _in_one_line(self.root):
                 block = list(islice(rows, self.block))
             if not block:
                 return
-            for place in shuffled(len(block), [*key, number], skip):
+            for place in shuffled(len(block), [*key, number + 1], skip):
                 yield self._sample(block[place])
             skip = 0
 
