@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from leanclip.config import DataConfig, apply_override
-from leanclip.data import folder, food101, pairs, shapes, shards
+from leanclip.data import folder, food101, hub, pairs, shapes, shards, table
 from leanclip.data.mixture import Mixture
 from leanclip.data.samples import Dataset, Sample
 from leanclip.errors import ConfigError
@@ -14,7 +14,9 @@ LAYOUTS = {
     "food101": food101.open_dataset,
     "folder": folder.open_dataset,
     "pairs": pairs.open_dataset,
+    "table": table.open_dataset,
     "shards": shards.open_dataset,
+    "hub": hub.open_dataset,
 }
 
 

@@ -270,6 +270,8 @@ class _Reader:
     def _look(self, sample: Sample, visit: Visit) -> tuple[str, np.ndarray]:
         """A caption and the pixels (3, R, R) of a visit."""
         config = self.config
+        if sample.error:
+            raise sample.error
         if self.seed is None:
             pixels = evaluation_pixels(sample.image, self.resolution, max_pixels=config.max_pixels)
             return self._checked(sample, sample.captions[0]), pixels

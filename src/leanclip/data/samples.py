@@ -25,6 +25,7 @@ class Sample:
     captions: Sequence[str]
     label: int | None = None  # index into the data set's classes
     source: int = 0  # which one of a mixture it is from
+    error: SampleError | None = None  # why it cannot be used: in a stream it keeps its place
 
 
 class Dataset(ABC):

@@ -1,0 +1,198 @@
+"""Rows of Parquet files, which are written once as Arrow's own format into the cache.
+
+Parquet packs many rows together; one of them costs as much as all. Arrow's file has them in
+batches of about 256 KB, read one at a time and not mapped: memory does not grow with the file.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leanclip.data.cached import cached
+from leanclip.data.columns import check_count, sorted_values
+from leanclip.errors import DataError, SampleError
+from leanclip.tracking import ProgressBar
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_BATCH = 1 << 18  # bytes
+
+
+class ParquetRows:
+    """The rows of some files of the same columns; each a mapping from column to value.
+
+    Raises:
+        DataError: pyarrow is missing, or a file is damaged, empty or of other columns.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        files = [_open(path) for path in paths]
+        self.schema = files[0].schema_arrow
+        self.columns = list(self.schema.names)
+        self.size = sum(file.metadata.num_rows for file in files)
+        if not self.size:
+            raise DataError(f"{paths[0]}: has no rows")
+        self.batch = self.size
+        self.arrow = Path()
+        self._opened: tuple[int, Any] = (0, None)
+
+    def use(self, columns: Sequence[str]) -> None:
+        """Have these columns ready; before rows are read.
+
+        Raises:
+            DataError: a file lacks one, or the cache folder has no room.
+        """
+        files = [_open(path) for path in self.paths]
+        size = sum(_bytes(file, columns) for file in files)
+        self.batch = max(1, min(4096, _BATCH * self.size // max(size, 1)))
+
+        def write(part: Path) -> None:
+            _write_arrow(self.paths, list(columns), self.batch, self.size, part)
+
+        kind = f"arrow-{','.join(columns)}-{self.batch}"
+        self.arrow = cached(self.paths, kind, write, size=size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Mapping[str, object]:
+        batch, row = divmod(index, self.batch)
+        try:
+            return self._file().get_batch(batch).slice(row, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            raise SampleError(
+                "caption not UTF-8", f"{self.name(index)}: is not UTF-8 text"
+            ) from None
+
+    def name(self, index: int) -> str:
+        """A row in messages; of several files, counted from the first one's."""
+        return f"{self.paths[0]} row {index + 1}"
+
+    def distinct(self, column: str) -> list[str]:
+        """The different values of a column.
+
+        Raises:
+            DataError: there are too many.
+        """
+        values: set[str] = set()
+        for path in self.paths:
+            for batch in _open(path).iter_batches(batch_size=1 << 16, columns=[column]):
+                found = batch.column(0).unique().to_pylist()
+                values.update(str(value) for value in found if value is not None)
+                check_count(values, column, str(path))
+        return sorted_values(values)
+
+    def label_names(self, column: str) -> list[str] | None:
+        """The names that Hugging Face's notes in the file give to a column of labels."""
+        try:
+            notes = json.loads((self.schema.metadata or {})[b"huggingface"])
+            names = notes["info"]["features"][column]["names"]
+        except (KeyError, TypeError, ValueError):
+            return None
+        return [str(name) for name in names]
+
+    def _file(self) -> Any:
+        import pyarrow
+
+        process, file = self._opened
+        if process != os.getpid():
+            file = pyarrow.ipc.open_file(pyarrow.OSFile(str(self.arrow)))
+            self._opened = os.getpid(), file
+        return file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": (0, None)}
+
+
+def _open(path: Path) -> Any:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(
+            f"{path}: reading Parquet needs pyarrow: pip install -c constraints.txt -e '.[table]'"
+        ) from None
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {_line(error)}") from None
+
+
+def _bytes(file: Any, columns: Sequence[str]) -> int:
+    """Of some columns, before Parquet packed them."""
+    total = 0
+    for group in range(file.metadata.num_row_groups):
+        row_group = file.metadata.row_group(group)
+        for i in range(row_group.num_columns):
+            column = row_group.column(i)
+            if column.path_in_schema.split(".")[0] in columns:
+                total += column.total_uncompressed_size
+    return total
+
+
+def _write_arrow(
+    paths: Sequence[Path], columns: list[str], rows: int, size: int, part: Path
+) -> None:
+    """Write the columns in batches of exactly `rows` rows, the last one smaller."""
+    import pyarrow
+
+    fields = [_open(paths[0]).schema_arrow.field(name) for name in columns]
+    schema = pyarrow.schema([_plain(field) for field in fields])
+    label = f"unpacking {paths[0].name}"
+    with (
+        ProgressBar(label, size) as bar,
+        pyarrow.OSFile(str(part), "wb") as sink,
+        pyarrow.ipc.new_file(sink, schema) as writer,
+    ):
+        done = 0
+        for batch in _even(_read(paths, columns, schema, rows), rows):
+            writer.write_batch(batch)
+            done += batch.num_rows
+            bar.update(done)
+
+
+def _plain(field: "pyarrow.Field") -> "pyarrow.Field":
+    """Without a dictionary of values (pandas' categories): Arrow's files take only one a file."""
+    import pyarrow
+
+    is_dictionary = pyarrow.types.is_dictionary(field.type)
+    return field.with_type(field.type.value_type) if is_dictionary else field
+
+
+def _read(
+    paths: Sequence[Path], columns: list[str], schema: "pyarrow.Schema", rows: int
+) -> Iterator["pyarrow.Table"]:
+    import pyarrow
+
+    for path in paths:
+        try:
+            for batch in _open(path).iter_batches(batch_size=16 * rows, columns=columns):
+                table = pyarrow.Table.from_batches([batch])
+                yield table.select(columns).cast(schema)
+        except (KeyError, pyarrow.ArrowException) as error:
+            raise DataError(
+                f"{path}: is damaged, or has other columns than {paths[0].name}: {_line(error)}"
+            ) from None
+
+
+def _even(tables: Iterator["pyarrow.Table"], rows: int) -> Iterator["pyarrow.RecordBatch"]:
+    """The same rows in batches of `rows`."""
+    import pyarrow
+
+    rest = None
+    for table in tables:
+        rest = table if rest is None else pyarrow.concat_tables([rest, table])
+        whole = rest.num_rows // rows * rows
+        for first in range(0, whole, rows):
+            yield from rest.slice(first, rows).combine_chunks().to_batches()
+        rest = rest.slice(whole)
+    if rest is not None and rest.num_rows:
+        yield from rest.combine_chunks().to_batches()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

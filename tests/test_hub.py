@@ -1,0 +1,255 @@
+"""The hub layout on data sets made here: saved, in files, in folders of images, and streamed."""
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+import torch
+from conftest import make_pairs, noise_image
+from pyarrow import parquet
+
+from leanclip.config import DataConfig
+from leanclip.data import open_dataset
+from leanclip.data.loader import Position, evaluation_batches, training_batches
+from leanclip.errors import DataError, SampleError
+
+
+@pytest.fixture(autouse=True)
+def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def config(root: Path | str, **more: object) -> DataConfig:
+    return DataConfig.model_validate({"layout": "hub", "root": str(root), "workers": 0} | more)
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    noise_image(seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_parts(folder: Path, sizes: tuple[int, ...] = (7, 6, 5, 5)) -> Path:
+    """Parquet as the hub has it: images in structs, several files of one split."""
+    folder.mkdir()
+    numbers = itertools.count()
+    for part, size in enumerate(sizes):
+        these = list(itertools.islice(numbers, size))
+        images = [{"bytes": png(i), "path": f"{i}.png"} for i in these]
+        table = pa.table({"image": images, "text": [f"text {i}" for i in these]})
+        parquet.write_table(table, folder / f"train-{part:05d}-of-{len(sizes):05d}.parquet")
+    return folder
+
+
+# --- on the disk
+
+
+def test_a_saved_data_set_with_images_and_labels(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "pixels": datasets.Image(),
+            "label": datasets.ClassLabel(names=["red_fox", "cat"]),
+            "other": datasets.Value("int64"),
+        }
+    )
+    rows = datasets.Dataset.from_dict(
+        {"pixels": [{"bytes": png(i), "path": None} for i in range(3)] + [None]}
+        | {"label": [1, 0, None, 1], "other": [0, 0, 0, 0]},
+        features=features,
+    )
+    rows.save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict({"val": rows}).save_to_disk(tmp_path / "dict")
+    for dataset in (
+        open_dataset(config(tmp_path / "plain")),
+        open_dataset(config(tmp_path / "dict", split="val", templates=("a photo of a {}.",))),
+    ):
+        assert dataset.classes == ["red fox", "cat"]
+        assert (dataset[0].image, dataset[0].label) == (png(0), 1)
+        assert dataset[1].captions == ["a photo of a red fox."]
+        for index, kind in ((2, "unknown class"), (3, "missing image")):
+            with pytest.raises(SampleError, match=f" row {index + 1}: ") as caught:
+                dataset[index]
+            assert caught.value.kind == kind
+    with pytest.raises(DataError, match=r"data\.split: .* has val, no train"):
+        open_dataset(config(tmp_path / "dict"))
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        noise_image(len(name)).save(tmp_path / "images" / name / "1.png")
+    dataset = open_dataset(config(tmp_path / "images"))
+    assert dataset.classes == ["cat", "dog"]
+    assert dataset[1].image == tmp_path / "images" / "dog" / "1.png"
+
+
+def test_a_folder_of_images_with_captions_streamed_or_not(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "images", 3)
+    lines = [{"file_name": f"{i:03d}.png", "text": f"text {i}"} for i in range(3)]
+    (root / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in root.glob("*.txt"):
+        path.unlink()
+    dataset = open_dataset(config(root))
+    expected = {(root / f"{i:03d}.png", f"text {i}") for i in range(3)}
+    assert {(dataset[i].image, dataset[i].captions[0]) for i in range(3)} == expected
+    stream = open_dataset(config(root, streaming=True, epoch_size=3))
+    samples: list[Any] = list(stream.visits((0, 0)))
+    assert {(sample.image, sample.captions[0]) for sample in samples} == expected
+
+
+def test_labels_without_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("image,label\nx.png,10\ny.png,9\n")
+    dataset = open_dataset(config(path))
+    assert (dataset.classes, dataset[0].label) == (["9", "10"], 1)
+    assert dataset[0].image == tmp_path / "x.png"
+    with pytest.raises(DataError, match=r"its classes have no names; set data\.class_names"):
+        open_dataset(config(path, streaming=True, epoch_size=2))
+
+
+def test_parquet_parts_by_index(tmp_path: Path) -> None:
+    settings = config(make_parts(tmp_path / "parts"))
+    dataset = open_dataset(settings)
+    assert [dataset[i].captions for i in range(len(dataset))] == [[f"text {i}"] for i in range(23)]
+    batches = evaluation_batches(dataset, settings, resolution=16, context_length=12, batch_size=10)
+    assert [len(batch) for batch in batches] == [10, 10, 3]
+
+
+# --- streaming
+
+
+def stream(root: Path, count: int, start: Position = Position(), **more: object) -> list[Any]:  # noqa: B008
+    settings = config(root, streaming=True, shuffle_buffer=4, **{"epoch_size": 23} | more)
+    batches = training_batches(
+        open_dataset(settings),
+        settings,
+        resolution=16,
+        context_length=12,
+        truncate=True,
+        batch_size=5,
+        seed=3,
+        start=start,
+    )
+    return [
+        (position, batch.tokens, batch.images, batch.bad)
+        for batch, position in itertools.islice(batches, count)
+    ]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(
+        (p, bad) == (q, worse) and torch.equal(t, u) and torch.equal(x, y)
+        for (p, t, x, bad), (q, u, y, worse) in zip(a, b, strict=True)
+    )
+
+
+def order(root: Path, key: tuple[int, ...], start: int = 0, **more: object) -> list[str]:
+    settings = config(root, streaming=True, shuffle_buffer=4, **{"epoch_size": 23} | more)
+    samples: list[Any] = list(open_dataset(settings).visits(key, start))
+    return [sample.captions[0] for sample in samples]
+
+
+def test_the_position_alone_rebuilds_the_stream(tmp_path: Path) -> None:
+    root = make_parts(tmp_path / "parts")
+    whole = stream(root, 7)
+    assert same(stream(root, 7, workers=2), whole)
+    for done in range(1, 7):
+        assert same(stream(root, 7 - done, whole[done - 1][0]), whole[done:])
+
+
+def test_each_epoch_of_a_stream_has_every_row_in_a_new_order(tmp_path: Path) -> None:
+    root = make_parts(tmp_path / "parts")
+    first, second = order(root, (0, 0)), order(root, (0, 1))
+    assert sorted(first) == sorted(second) == sorted(f"text {i}" for i in range(23))
+    assert first != second
+    assert first[:7] != [f"text {i}" for i in range(7)]
+    firsts = {order(root, (seed, 0))[0] for seed in range(8)}
+    assert len({int(name.split()[1]) // 7 for name in firsts}) > 1  # of different files
+
+
+def test_a_stream_shorter_than_its_epoch_starts_anew(tmp_path: Path) -> None:
+    root = make_parts(tmp_path / "parts", (3, 2))
+    whole = order(root, (0, 0), epoch_size=12)
+    assert len(whole) == 12
+    assert len(set(whole[:5])) == len(set(whole[5:10])) == 5
+    for start in range(12):
+        assert order(root, (0, 0), start, epoch_size=12) == whole[start:]
+
+
+def test_bad_rows_of_a_stream_keep_their_places(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "p", 10)
+    rows = [{"image": f"{i:03d}.png", "text": f"text {i}"} for i in range(10)]
+    rows[2]["text"] = " "
+    rows[5]["image"] = "gone.png"
+    path = root / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = stream(path, 4, epoch_size=10)
+    assert [position for position, *_ in found] == [(0, 5), (1, 0), (1, 5), (2, 0)]
+    bad = [one for *_, some in found for one in some]
+    assert sorted(one.kind for one in bad) == ["empty caption"] * 2 + ["missing file"] * 2
+    assert len({one.id for one in bad}) == 2  # the same names in the next epoch
+    assert same(stream(path, 2, Position(1, 0), epoch_size=10), found[2:])
+
+
+def test_a_stream_without_a_length_or_an_index(tmp_path: Path) -> None:
+    root = make_parts(tmp_path / "parts")
+    with pytest.raises(DataError, match=r"does not say how many rows .*set data\.epoch_size"):
+        open_dataset(config(root, streaming=True))
+    with pytest.raises(DataError, match=r"set data\.streaming: false to evaluate"):
+        open_dataset(config(root, streaming=True, epoch_size=5))[0]
+
+
+# --- what stops everything
+
+
+def test_what_cannot_be_opened_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 but no more")
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    wide = datasets.Dataset.from_dict({"a": [1], "b": [2]})
+    wide.save_to_disk(tmp_path / "wide")
+    for root, words in (
+        (tmp_path / "nowhere", "no such folder, and no id on the hub"),
+        (tmp_path / "empty", "cannot be read: "),
+        (tmp_path / "a.parquet", "cannot be read: "),
+        (tmp_path / "a.zip", "is none of .parquet"),
+        (tmp_path / "wide", r"no column of images found; .*\(columns: a, b\)"),
+        (make_parts(tmp_path / "parts", (1,)), None),
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            open_dataset(config(root, split=None if words else "nosuch"))
+        assert "\n" not in str(caught.value)
+        assert str(root) in str(caught.value)
+
+
+def test_an_id_without_a_network(tmp_path: Path) -> None:
+    code = (
+        "from leanclip.config import DataConfig; from leanclip.data import open_dataset\n"
+        "try: open_dataset(DataConfig(layout='hub', root='somebody/some-data:a-config'))\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("DataError data.root: somebody/some-data:a-config: cannot be read: ")
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_parts(tmp_path / "parts", (1,))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"hub needs datasets: pip install .*\.\[hub\]"):
+        open_dataset(config(root))
