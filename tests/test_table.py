@@ -360,7 +360,7 @@ def test_the_position_alone_rebuilds_the_stream(tmp_path: Path) -> None:
     whole = stream(path, 7)
     assert {(one.id, one.kind) for *_, bad in whole for one in bad} == {
         (str(tmp_path / "3.png"), "missing file"),
-        (str(tmp_path / "4.png"), "damaged image"),
+        (str(tmp_path / "4.png"), "not an image"),
     }
     assert same(stream(path, 7, workers=2), whole)
     for done in range(1, 7):
