@@ -18,6 +18,7 @@ from pyarrow import parquet
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.loader import Position, evaluation_batches, training_batches
+from leanclip.data.pack import pack
 from leanclip.errors import DataError, SampleError
 
 
@@ -190,14 +191,21 @@ def test_bad_rows_of_a_stream_keep_their_places(tmp_path: Path) -> None:
     rows = [{"image": f"{i:03d}.png", "text": f"text {i}"} for i in range(10)]
     rows[2]["text"] = " "
     rows[5]["image"] = "gone.png"
+    rows[8]["image"] = "http://a/b.png"
     path = root / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = stream(path, 4, epoch_size=10)
     assert [position for position, *_ in found] == [(0, 5), (1, 0), (1, 5), (2, 0)]
     bad = [one for *_, some in found for one in some]
-    assert sorted(one.kind for one in bad) == ["empty caption"] * 2 + ["missing file"] * 2
-    assert len({one.id for one in bad}) == 2  # the same names in the next epoch
+    expected = ["empty caption", "image at a URL", "missing file"]
+    assert sorted(one.kind for one in bad) == sorted(expected * 2)
+    assert len({one.id for one in bad}) == 3  # the same names in the next epoch
     assert same(stream(path, 2, Position(1, 0), epoch_size=10), found[2:])
+    source = config(path, streaming=True, epoch_size=10, max_bad_share=0.5)
+    assert pack(source, tmp_path / "packed", workers=0)["samples"] == 7
+    lines = (tmp_path / "packed" / "skipped.jsonl").read_text().splitlines()
+    kinds = sorted(json.loads(line)["kind"] for line in lines)
+    assert kinds == expected
 
 
 def test_a_stream_without_a_length_or_an_index(tmp_path: Path) -> None:

@@ -72,7 +72,9 @@ def pack(
     """
     if any(source.streaming for source in config.sources):
         raise DataError("data.sources: pack a source with streaming: true on its own")
-    dataset = open_dataset(config.model_copy(update={"epoch_size": None}))
+    if not config.streaming:  # a stream may not know its length but by this
+        config = config.model_copy(update={"epoch_size": None})
+    dataset = open_dataset(config)
     facts = {
         "format": 1,
         "source": _source(config),
@@ -196,6 +198,8 @@ class _ShardMaker:
         sample = None
         try:
             sample = visit if isinstance(visit, Sample) else self.dataset[visit]
+            if sample.error:
+                raise sample.error
             texts = self._texts(sample)
             data = image_bytes(sample)
             image = packed_image(data, self.side, self.quality, max_pixels=self.max_pixels)

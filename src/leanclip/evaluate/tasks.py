@@ -26,7 +26,9 @@ MEASURABLE = {  # what a layout's data allows
     "food101": ("zero_shot",),
     "folder": ("zero_shot",),
     "pairs": ("retrieval",),
+    "table": ("retrieval",),
     "shards": ("retrieval",),
+    "hub": ("retrieval",),
 }
 
 
