@@ -13,9 +13,15 @@ from PIL import Image, ImageEnhance
 from skimage import data as photographs
 
 from leanclip.data import parse_source
-from leanclip.data.check import ODD, RECORD, open_parts, read_parts
-from leanclip.data.duplicates import FINGERPRINT, NEIGHBOURS, exact_groups, fingerprint, near_pairs
-from leanclip.data.findings import Findings, expected_pairs, find
+from leanclip.data.preflight.check import ODD, RECORD, open_parts, read_parts
+from leanclip.data.preflight.duplicates import (
+    FINGERPRINT,
+    NEIGHBOURS,
+    exact_groups,
+    fingerprint,
+    near_pairs,
+)
+from leanclip.data.preflight.findings import Findings, expected_pairs, find
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

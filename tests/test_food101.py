@@ -15,7 +15,7 @@ from web import Server, serving
 
 from leanclip.config import DataConfig
 from leanclip.data import food101_archive, open_dataset
-from leanclip.data.food101_archive import get_food101
+from leanclip.data.sources.food101_archive import get_food101
 from leanclip.errors import DataError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

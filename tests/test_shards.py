@@ -18,11 +18,12 @@ from conftest import noise_image
 from web import Server, serving
 
 from leanclip.config import DataConfig
-from leanclip.data import Dataset, open_dataset, shard_cache
+from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import Position, training_batches
-from leanclip.data.shard_list import expand
 from leanclip.data.shards import Shards
-from leanclip.data.tar_index import build_index, shard_index
+from leanclip.data.sources import shard_cache
+from leanclip.data.sources.shard_list import expand
+from leanclip.data.sources.tar_index import build_index, shard_index
 from leanclip.errors import DataError, SampleError
 
 Members = Iterable[tuple[str, bytes | str | tarfile.TarInfo]]

@@ -188,7 +188,7 @@ def test_names_of_classes(tmp_path: Path) -> None:
 
 
 def test_captions_are_no_labels(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("leanclip.data.columns.MOST_CLASSES", 5)
+    monkeypatch.setattr("leanclip.data.sources.columns.MOST_CLASSES", 5)
     path = write(tmp_path / "a.csv", "image,label\n" + "".join(f"x.jpg,{i}\n" for i in range(6)))
     with pytest.raises(DataError, match="over 5 different values; if these are captions"):
         open_dataset(config(path))

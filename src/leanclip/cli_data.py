@@ -56,7 +56,7 @@ def food101(
 
     The same command goes on where it was interrupted.
     """
-    from leanclip.data import food101_archive
+    from leanclip.data.sources import food101_archive
     from leanclip.tracking import ProgressBar
 
     with ProgressBar("", 1) as bar:
@@ -145,9 +145,9 @@ def check_(
     """
     import json
 
-    from leanclip.data.check import examples, open_parts, read_parts
-    from leanclip.data.check_text import check_text
-    from leanclip.data.findings import find, paired_images
+    from leanclip.data.preflight.check import examples, open_parts, read_parts
+    from leanclip.data.preflight.findings import find, paired_images
+    from leanclip.data.preflight.text import check_text
     from leanclip.evaluate.tasks import evaluation_data
     from leanclip.plots import check_pictures
     from leanclip.tracking import ProgressBar, write_text

@@ -3,8 +3,8 @@
     user/name   user/name:config        on the hub
     a folder of save_to_disk, or what load_dataset reads: Parquet, CSV, a folder of images
 
-Its rows mean what a table's do: leanclip.data.columns. Images are not decoded by `datasets`. A
-stream is read in order, its files shuffled, and shuffled in blocks of `shuffle_buffer` samples.
+Its rows mean what a table's do: leanclip.data.sources.columns. Images are not decoded by
+`datasets`. A stream is read in order, its files shuffled, and shuffled in blocks of `shuffle_buffer` samples.
 """
 
 import re
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from leanclip.config import DataConfig
-from leanclip.data.columns import Meaning, check_count, choose_columns, class_names
 from leanclip.data.order import shuffled
 from leanclip.data.samples import Dataset, Sample
+from leanclip.data.sources.columns import Meaning, check_count, choose_columns, class_names
 from leanclip.errors import DataError, SampleError
 
 _SUFFIXES = {

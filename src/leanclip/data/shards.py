@@ -28,9 +28,14 @@ from leanclip.config import DataConfig
 from leanclip.data.folder import TEMPLATES
 from leanclip.data.order import shuffled
 from leanclip.data.samples import Dataset, Sample, Strings, check_templates, fill, read_lines
-from leanclip.data.shard_cache import fetched_note, fetched_path, fetched_shard, forget_failure
-from leanclip.data.shard_list import URLS, beside, find_shards, read_local, stated_sizes
-from leanclip.data.tar_index import PROBLEMS, index_path, shard_index
+from leanclip.data.sources.shard_cache import (
+    fetched_note,
+    fetched_path,
+    fetched_shard,
+    forget_failure,
+)
+from leanclip.data.sources.shard_list import URLS, beside, find_shards, read_local, stated_sizes
+from leanclip.data.sources.tar_index import PROBLEMS, index_path, shard_index
 from leanclip.errors import DataError, SampleError
 from leanclip.tracking import ProgressBar
 

@@ -10,10 +10,10 @@ captions, or the class. Paths are looked for when they are read, not before.
 from pathlib import Path
 
 from leanclip.config import DataConfig
-from leanclip.data.columns import Meaning, choose_columns, class_names
-from leanclip.data.parquet import ParquetRows
 from leanclip.data.samples import Dataset, Sample
-from leanclip.data.textrows import SUFFIXES, TextRows
+from leanclip.data.sources.columns import Meaning, choose_columns, class_names
+from leanclip.data.sources.parquet import ParquetRows
+from leanclip.data.sources.textrows import SUFFIXES, TextRows
 from leanclip.errors import DataError
 
 

@@ -21,14 +21,11 @@ TASKS: dict[str, tuple[str, ...]] = {  # by their names on the command line
     "retrieval": ("retrieval",),
     "all": ("retrieval", "zero_shot"),
 }
-MEASURABLE = {  # what a layout's data allows
+MEASURABLE = {  # what a layout's data allows; of the others the data itself says
     "shapes": ("retrieval", "zero_shot"),
     "food101": ("zero_shot",),
     "folder": ("zero_shot",),
     "pairs": ("retrieval",),
-    "table": ("retrieval",),
-    "shards": ("retrieval",),
-    "hub": ("retrieval",),
 }
 
 
@@ -59,9 +56,9 @@ def open_tasks(config: Config) -> list[Task]:
         dataset = open_dataset(data)
         if bool(dataset.classes) != (name == "zero_shot"):
             has, needs = (
-                ("no classes", "class data (layout folder, food101 or shapes)")
+                ("no classes", "class data (a folder, food101 or shapes, or labels in a table)")
                 if name == "zero_shot"
-                else ("classes, not captions", "captions (layout pairs or shapes)")
+                else ("classes, not captions", "captions (pairs or shapes, or a table's)")
             )
             raise ConfigError(
                 f"evaluate.{name}: {data.root} (layout {data.layout}) has {has}; name a data set "
@@ -115,7 +112,10 @@ def evaluation_config(
     evaluate = to_plain(settings.evaluate)
     if data_spec is not None:
         layout, root = split_source(data_spec, option="--data")
-        allowed = MEASURABLE[layout] if task == "all" else TASKS[task]
+        wanted = EvaluationData.model_validate({"layout": layout, "root": root})
+        allowed = TASKS[task]
+        if task == "all":
+            allowed = MEASURABLE.get(layout) or (_task_of(settings.data, wanted),)
         evaluate |= {name: {"layout": layout, "root": root} for name in allowed}
     else:
         allowed = tuple(name for name in TASKS[task] if evaluate[name] is not None)
@@ -126,6 +126,12 @@ def evaluation_config(
     evaluate |= {name: None for name in TASKS["all"] if name not in allowed}
     values = to_plain(settings) | {"evaluate": evaluate}
     return parse(Config, values, where="leanclip eval")
+
+
+def _task_of(data: DataConfig, wanted: EvaluationData) -> str:
+    """Zero-shot for class data, retrieval for captions."""
+    dataset = open_dataset(_evaluation_data(data, wanted, "zero_shot"))
+    return "zero_shot" if dataset.classes else "retrieval"
 
 
 def _evaluation_data(data: DataConfig, wanted: EvaluationData, task: str) -> DataConfig:

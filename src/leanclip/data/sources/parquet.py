@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanclip.data.cached import cached
-from leanclip.data.columns import check_count, sorted_values
+from leanclip.data.sources.cached import cached
+from leanclip.data.sources.columns import check_count, sorted_values
 from leanclip.errors import DataError, SampleError
 from leanclip.tracking import ProgressBar
 

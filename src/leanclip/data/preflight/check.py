@@ -20,8 +20,8 @@ from PIL import Image
 
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
-from leanclip.data.duplicates import FINGERPRINT, fingerprint
 from leanclip.data.parallel import Note, in_processes
+from leanclip.data.preflight.duplicates import FINGERPRINT, fingerprint
 from leanclip.data.reduced import image_bytes, is_turned, open_header, open_reduced
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad

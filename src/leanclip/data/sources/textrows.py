@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from leanclip.data.cached import cached
-from leanclip.data.columns import check_count, sorted_values
+from leanclip.data.sources.cached import cached
+from leanclip.data.sources.columns import check_count, sorted_values
 from leanclip.errors import DataError, SampleError
 from leanclip.tracking import ProgressBar
 
