@@ -14,7 +14,8 @@ from conftest import assert_refused, noise_image
 from web import Server, serving
 
 from leanclip.config import DataConfig
-from leanclip.data import food101_archive, open_dataset
+from leanclip.data import open_dataset
+from leanclip.data.sources import food101_archive
 from leanclip.data.sources.food101_archive import get_food101
 from leanclip.errors import DataError
 

@@ -16,8 +16,9 @@ from conftest import noise_image
 from pyarrow import parquet
 
 from leanclip.config import DataConfig
-from leanclip.data import Dataset, open_dataset, textrows
+from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import Position, training_batches
+from leanclip.data.sources import textrows
 from leanclip.errors import DataError, SampleError
 
 

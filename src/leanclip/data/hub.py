@@ -4,7 +4,8 @@
     a folder of save_to_disk, or what load_dataset reads: Parquet, CSV, a folder of images
 
 Its rows mean what a table's do: leanclip.data.sources.columns. Images are not decoded by
-`datasets`. A stream is read in order, its files shuffled, and shuffled in blocks of `shuffle_buffer` samples.
+`datasets`. A stream is read in order, its files shuffled, and shuffled in blocks of
+`shuffle_buffer` samples.
 """
 
 import re
