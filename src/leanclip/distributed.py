@@ -55,8 +55,19 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, timeout=timedelta(hours=1))  # others wait for rank 0's tests
     try:
         yield
-    finally:
+    except Exception:  # its traceback goes first; the others learn of it from its end
+        raise
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    if not dist.is_initialized():
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def rank_and_world_size() -> tuple[int, int]:
