@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from leanclip.errors import ConfigError
 
@@ -52,7 +53,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=1))  # others wait for rank 0's tests
+    timeout = timedelta(hours=1)  # others wait for rank 0's tests
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # The elastic launcher keeps its store over a restart; the addresses of then lead nowhere.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield
     except Exception:  # its traceback goes first; the others learn of it from its end
