@@ -104,9 +104,10 @@ def restore(folder: Path, model: CLIP, optimizer: torch.optim.Optimizer) -> Prog
             optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
     rank = rank_and_world_size()[0]
     if rank < len(tensors["random.cpu"]):  # a rank more than then goes on with its own seed
-        torch.set_rng_state(tensors["random.cpu"][rank])
+        # Clones: PyTorch reads a state from the beginning of its storage, not from the row's.
+        torch.set_rng_state(tensors["random.cpu"][rank].clone())
         if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"][rank])
+            torch.cuda.set_rng_state(tensors["random.cuda"][rank].clone())
     return Progress(**json.loads((folder / "state.json").read_text()))
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from leanclip.errors import ConfigError
 
@@ -52,11 +53,26 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=1))  # others wait for rank 0's tests
+    timeout = timedelta(hours=1)  # others wait for rank 0's tests
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # The elastic launcher keeps its store over a restart; the addresses of then lead nowhere.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield
-    finally:
+    except Exception:  # its traceback goes first; the others learn of it from its end
+        raise
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    if not dist.is_initialized():
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -78,7 +78,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     metrics = MetricsLog(plan.folder, after_step=done.step) if rank == 0 else None
     try:
         report, done = _fit(plan, model, optimizer, done, metrics)
-    except Stopped as stopped:
+    except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
         raise
     except LeanclipError as error:
