@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_pairs, noise_image
@@ -13,6 +14,7 @@ from leanclip.errors import DataError
 from leanclip.evaluate import evaluate, open_tasks, retrieval_metrics, zero_shot_metrics
 from leanclip.evaluate.features import encode_texts
 from leanclip.images import open_image
+from leanclip.plots import image_grid, similarity_matrix
 from leanclip.settings import parse
 from leanclip.tokenizer import tokenize
 
@@ -178,3 +180,10 @@ def test_pictures_of_a_report(tmp_path: Path) -> None:
         image = open_image(path)
         assert min(image.size) > 200
         assert len(image.resize((60, 60)).getcolors(3600) or ()) > 50
+
+
+def test_a_caption_is_drawn_as_it_stands(tmp_path: Path) -> None:
+    captions = ["it costs $5 \\frac and $x_{ more", "from $5 to $10", "a\x00b \ud800 \n c"]
+    image_grid([noise_image(i) for i in range(3)], captions, tmp_path / "grid.png")
+    similarity_matrix([noise_image(0)], captions, np.eye(3)[:, :1], tmp_path / "matrix.png")
+    assert (tmp_path / "grid.png").stat().st_size > 1000

@@ -108,7 +108,7 @@ def pack_(
             workers=workers,
             progress=lambda done, total: bar.update(done, total=total),
         )
-    print(summary(index, destination, settings.templates or ()))
+    print(summary(index, destination))
 
 
 @app.command(name="check", epilog="Example: leanclip data check shapes:data/shapes")
@@ -167,10 +167,10 @@ def check_(
     if out is None:
         out = Path("runs") / f"check-{Path(settings.root or source).stem}"
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(findings.to_plain(), indent=2, ensure_ascii=False)
+    text = json.dumps(findings.to_plain(), indent=2)
     write_text(out / "check.json", text + "\n")
     drawn = check_pictures(out, examples(parts), paired_images(parts, findings))
-    print(text if as_json else check_text(findings))
+    print(text if as_json else check_text(findings).encode("utf-8", "replace").decode())
     for path in (out / "check.json", *drawn):
         print(path, file=sys.stderr if as_json else sys.stdout)
     if findings.problems:

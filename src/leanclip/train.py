@@ -20,7 +20,7 @@ from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed import barrier, everyones, rank_and_world_size, total
-from leanclip.errors import ConfigError, LeanclipError
+from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluate import Report, evaluate
 from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
@@ -105,7 +105,7 @@ def _fit(
     rank, world_size = rank_and_world_size()
     towers = over_ranks(model)
     path = plan.folder / SKIPPED
-    bad = BadSamples(len(plan.dataset), config.data.max_bad_share, path, must_write=rank == 0)
+    bad = BadSamples(plan.dataset.distinct, config.data.max_bad_share, path, must_write=rank == 0)
     troubles, result = Troubles(plan), None
     stream = training_batches(
         plan.dataset,
@@ -149,6 +149,7 @@ def _fit(
                 done.samples + seen.samples,
                 _added(done.sources, seen.sources),
                 time.perf_counter() - began,
+                len(plan.dataset),
             )
             must_save = seen.must_save or _is_due(
                 done.step,
@@ -187,6 +188,8 @@ def _fit(
             if seen.stop:
                 raise Stopped(seen.stop)
     clock.log_waiting()
+    if done.samples == 0:
+        raise DataError(f"{plan.config.data.root}: not one sample could be used: {bad.summary()}")
     # A run that is taken up again after its last step has nothing left but to be measured.
     return report or _evaluate(plan, model), done
 
@@ -256,9 +259,15 @@ def _start(
         _same_run(plan)
         done = checkpoint.restore(found, model, optimizer)
         here = done.epoch * plan.steps_per_epoch + done.sample // plan.batch_size
-        if here != done.step:
+        if done.dataset_size not in (0, len(plan.dataset)):
+            log.warning(
+                "the data has %d samples an epoch, and had %d when the checkpoint was written: the "
+                "rest of this epoch is of another order, and may repeat or leave out samples",
+                *(len(plan.dataset), done.dataset_size),
+            )
+        elif here != done.step:
             log.info("the batch was of another size then: step %d is step %d now", done.step, here)
-            done = replace(done, step=here)
+        done = replace(done, step=here)
         more = " (so --load is not used)" if config.load else ""
         log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
         return done

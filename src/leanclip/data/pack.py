@@ -14,7 +14,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -115,11 +115,11 @@ def pack(
     return _finish(destination, dataset, facts, [records[number] for number in sorted(records)])
 
 
-def summary(index: dict[str, Any], destination: Path, templates: Sequence[str] = ()) -> str:
+def summary(index: dict[str, Any], destination: Path) -> str:
     """What was written, and the settings to train from it."""
     data: dict[str, Any] = {"layout": "shards", "root": str(destination)}
-    if (destination / "classes.txt").is_file() and templates:
-        data["templates"] = list(templates)
+    if index["templates"]:
+        data["templates"] = index["templates"]
     written = sum(shard["bytes"] for shard in index["shards"])
     read = index["source_bytes"]
     lines = [
@@ -321,6 +321,7 @@ def _finish(
     index = facts | {
         "samples": sum(record["samples"] for record in records),
         "skipped": len(skipped),
+        "templates": list(dataset.templates),
         "source_bytes": sum(record["read"] for record in records),
         "shards": [
             {key: record[key] for key in ("name", "samples", "bytes")} for record in records

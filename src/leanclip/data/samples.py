@@ -53,6 +53,11 @@ class Dataset(ABC):
             SampleError: this one cannot be had.
         """
 
+    @property
+    def distinct(self) -> int:
+        """How many different samples there are, whatever the size of an epoch."""
+        return len(self)
+
     def name(self, index: int) -> str:
         """What a sample is called in messages, where it can be told without reading it."""
         return f"sample {index}"
@@ -132,6 +137,18 @@ def check_templates(templates: Sequence[str], *, where: str) -> Sequence[str]:
         if "{}" not in template:
             raise DataError(f"{where}: the template {template!r} has no {{}} for the name")
     return templates
+
+
+def check_unicode(captions: Sequence[str], name: str) -> None:
+    """That captions, which JSON may spoil, are whole characters.
+
+    Raises:
+        SampleError: half a surrogate pair is in one.
+    """
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError:
+        raise SampleError("caption not UTF-8", f"{name}: half a character in a caption") from None
 
 
 def split_folder(root: str, split: str | None) -> Path:

@@ -27,7 +27,15 @@ import numpy as np
 from leanclip.config import DataConfig
 from leanclip.data.folder import TEMPLATES
 from leanclip.data.order import shuffled
-from leanclip.data.samples import Dataset, Sample, Strings, check_templates, fill, read_lines
+from leanclip.data.samples import (
+    Dataset,
+    Sample,
+    Strings,
+    check_templates,
+    check_unicode,
+    fill,
+    read_lines,
+)
 from leanclip.data.sources.shard_cache import (
     fetched_note,
     fetched_path,
@@ -229,13 +237,14 @@ class Shards(Dataset):
         captions = [caption for caption in captions if caption]
         if not captions:
             raise SampleError("empty caption", f"{name}: an empty caption")
+        check_unicode(captions, name)
         return captions, None
 
     def _label(self, opened: _Opened, row: np.void, name: str) -> int:
         if not row["cls"]:
             raise SampleError("missing label", f"{name}: there is no .cls of this name")
         text = _text(opened, row, "cls", name).strip()
-        if text.isdecimal() and int(text) < len(self.classes):
+        if text.isdecimal() and len(text) < 10 and int(text) < len(self.classes):
             return int(text)
         if text in self.classes:
             return self.classes.index(text)

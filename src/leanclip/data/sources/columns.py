@@ -9,7 +9,7 @@ from pathlib import Path
 
 from leanclip.config import DataConfig
 from leanclip.data.folder import TEMPLATES
-from leanclip.data.samples import Sample, check_templates, fill, read_lines
+from leanclip.data.samples import Sample, check_templates, check_unicode, fill, read_lines
 from leanclip.errors import DataError, SampleError
 
 # The names that are looked for, in this order and in any letter case, where a config has none.
@@ -211,8 +211,5 @@ def _captions(name: str, values: Iterable[object]) -> list[str]:
                 captions.append(text)
     if not captions:
         raise SampleError("empty caption", f"{name}: an empty caption")
-    try:
-        "".join(captions).encode()
-    except UnicodeEncodeError:
-        raise SampleError("caption not UTF-8", f"{name}: half a character in a caption") from None
+    check_unicode(captions, name)
     return captions
