@@ -174,6 +174,7 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         prefetch_factor=4 if workers else None,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
     )
     batches = iter(loader)
     if workers:  # PyTorch raises a worker's death wherever the program is just then

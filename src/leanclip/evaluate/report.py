@@ -50,13 +50,14 @@ def evaluate(model: CLIP, tasks: Sequence[Task], preprocess: Preprocess) -> Repo
     Raises:
         DataError: more than the allowed share of a data set is unreadable.
     """
-    report, was_training = Report(), model.training
+    report, training = Report(), [module for module in model.modules() if module.training]
     model.eval()  # a ResNet's BatchNorms use what they have learned
     for task in tasks:
         seen = _encode_images(model, task, preprocess, report)
         measure = _zero_shot if task.name == "zero_shot" else _retrieval
         measure(model, task, seen, report)
-    model.train(was_training)
+    for module in training:  # not a locked tower's BatchNorms
+        module.training = True
     return report
 
 
