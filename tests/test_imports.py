@@ -16,7 +16,7 @@ LEVELS = (
     ("distributed", "loss", "weights", "optim", "finetune"),
     ("checkpoint", "evaluate"),
     ("plots", "plan", "step"),
-    ("outcome", "watching"),
+    ("outcome", "watching", "best"),
     ("train", "inference"),
     ("cli", "cli_data", "doctor"),
 )

@@ -101,7 +101,7 @@ def save(
     _sync(root)
     write_text(root / "latest", folder.name + "\n")
     best = progress.best and f"step-{progress.best.step:08d}"
-    if best:
+    if best and (root / best).is_dir():
         write_text(root / "best", best + "\n")
     for old in _by_age(root)[keep:]:
         if old.name != best:
@@ -113,6 +113,15 @@ def progress_of(folder: Path) -> Progress:
     """How far the run of a checkpoint had come."""
     facts = json.loads((folder / "state.json").read_text())
     return Progress(**facts | {"best": Best(*facts["best"]) if facts.get("best") else None})
+
+
+def last_progress(root: Path) -> Progress | None:
+    """How far the run with these checkpoints has come, by what the newest says, unverified."""
+    newest_first = _by_age(root)
+    try:
+        return progress_of(newest_first[0]) if newest_first else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def restore(

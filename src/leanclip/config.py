@@ -393,6 +393,15 @@ class EvaluateConfig(Section):
         default=None, description="class data; null: not measured"
     )
     retrieval: EvaluationData | None = Field(default=None, description="pairs; null: not measured")
+    guard: EvaluationData | None = Field(
+        default=None,
+        description="what must not be forgotten, class data or pairs; measured before training too",
+    )
+    patience: Positive | None = Field(
+        default=None,
+        description="evaluations without a gain of checkpoint.best_metric that end the run; null: "
+        "it goes to its end",
+    )
 
 
 class CheckpointConfig(Section):
@@ -401,6 +410,11 @@ class CheckpointConfig(Section):
     every_epochs: Positive | None = Field(default=1, description="epochs between two")
     every_steps: Positive | None = Field(default=None, description="steps between two, besides")
     keep: Annotated[int, Field(ge=2)] = Field(default=2, description="newest ones that are kept")
+    best_metric: str | None = Field(
+        default=None,
+        description="a figure of the evaluations, such as zeroshot_top1; the checkpoint where it "
+        "was highest is kept besides",
+    )
 
 
 class Config(Section):
@@ -427,6 +441,15 @@ class Config(Section):
         default=False, description="with load: keys that are missing or left over are listed"
     )
     output_dir: str = Field(default="runs/run", description="the run's folder")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.evaluate.patience is not None:
+            if self.checkpoint.best_metric is None:
+                raise ValueError("evaluate.patience goes with checkpoint.best_metric; set it too")
+            if self.evaluate.every_epochs is None:
+                raise ValueError("evaluate.patience goes with evaluate.every_epochs; set it too")
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> Config:

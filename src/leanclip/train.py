@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from leanclip import checkpoint
+from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
 from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
@@ -82,8 +83,13 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     if rank == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
         write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
-    metrics = MetricsLog(plan.folder, after_step=done.step) if rank == 0 else None
+    after_step = done.step if found else -1
+    metrics = MetricsLog(plan.folder, after_step=after_step) if rank == 0 else None
     try:
+        if plan.guard is not None and not found:  # what there is to forget
+            done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
+            if metrics is not None:
+                metrics.write(0, by_evaluation(done.before))
         report, done = _fit(plan, model, optimizer, tuning, done, metrics)
     except Stopped as stopped:
         write_status(plan, "preempted", stopped=str(stopped))
@@ -133,6 +139,9 @@ def _fit(
     bar = ProgressBar("training", plan.steps, completed=done.step, is_silent=rank > 0)
     with Signals() as signals, bar:
         for step in range(done.step, plan.steps):
+            if has_stopped_gaining(plan, done.best):
+                log.info("ends at step %d: no gain after the best, %s", step, done.best)
+                break
             batch, position = clock.waiting(lambda: next(stream))
             seen = _seen(batch, signals, len(config.data.sources))  # by all ranks
             for reason in bad.add(seen.bad):
@@ -189,25 +198,29 @@ def _fit(
                     f"{line['train/data_wait_share']:.0%} waiting for data"
                 )
             bar.update(done.step)
-            if plan.tasks and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
-                report = _evaluate(plan, model, tuning)
+            measures = plan.tasks or plan.guard
+            if measures and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
+                report = _evaluate(plan, model, tuning, done.before)
                 if metrics is not None:
-                    metrics.write(done.step, {f"val/{k}": v for k, v in report.metrics.items()})
+                    metrics.write(done.step, by_evaluation(report.metrics))
+                done = replace(done, best=judged(plan, done.best, report.metrics, done.step))
+                must_save = must_save or is_news(plan, done.best)
             if must_save:
                 _save(plan, done, model, optimizer, tuning)
             if seen.stop:
                 raise Stopped(seen.stop)
     clock.log_waiting()
     # A run that is taken up again after its last step has nothing left but to be measured.
-    return report or _evaluate(plan, model, tuning), done
+    return report or _evaluate(plan, model, tuning, done.before), done
 
 
-def _evaluate(plan: Plan, model: CLIP, tuning: Tuning) -> Report:
-    """The report of the first rank; the others wait."""
-    is_first = rank_and_world_size()[0] == 0
-    with tuning.averaged():
-        report = evaluate(model, plan.tasks, plan.preprocess) if is_first else Report()
-    barrier()
+def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
+    """The report of the first rank; the others wait, and get its figures."""
+    report = Report()
+    if rank_and_world_size()[0] == 0:
+        with tuning.averaged():
+            report = evaluate(model, plan.tasks, plan.preprocess, guard=plan.guard, before=before)
+    report.metrics = everyones(report.metrics)[0]
     return report
 
 
