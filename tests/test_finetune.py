@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, assert_refused, ranks_of
+from conftest import PROJECT, TINY, assert_refused, ranks_of
 from safetensors.torch import load_file
 
 import leanclip
 from leanclip import CLIP, ConfigError, Preprocess, checkpoint
-from leanclip.config import FinetuneConfig, OptimizerConfig, TrainConfig
+from leanclip.config import FinetuneConfig, OptimizerConfig, TrainConfig, load_config
 from leanclip.data.loader import Batch
 from leanclip.evaluate import evaluate
 from leanclip.finetune import Tuning, group_of
 from leanclip.optim import build_optimizer
+from leanclip.settings import to_plain
 from leanclip.step import over_ranks, train_step
 from leanclip.tokenizer import tokenize
 from leanclip.tracking import read_metrics
@@ -361,6 +362,20 @@ def test_a_low_rank_run_is_read_and_goes_through_formats(command: Command, workp
     assert len(moved) == 16
     assert command("convert", "tuned", "tuned-hf", "--to", "hf").returncode == 0
     assert changed(leanclip.load("tuned-hf").model, state_of(model)) == set()
+
+
+# --- the configs
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs/finetune").glob("*.yaml")), ids=str)
+def test_a_config_is_read_and_opens_with_its_command(path: Path) -> None:
+    config = load_config(path)
+    with torch.device("meta"):
+        model = CLIP(**to_plain(config.model))
+    assert Tuning(model, config.finetune).factors
+    name = path.relative_to(PROJECT)
+    assert path.read_text().startswith(f"# leanclip train -c {name} --load ViT-B/32\n")
+    assert "not measured" in path.read_text()
 
 
 # --- mistakes
