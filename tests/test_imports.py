@@ -13,10 +13,10 @@ LEVELS = (
     ("errors", "strict_yaml", "settings", "config", "launch", "stopping"),
     ("tokenizer", "decode", "images", "tracking", "fetch"),
     ("data", "model"),
-    ("distributed", "loss", "weights", "optim"),
+    ("distributed", "loss", "weights", "optim", "finetune"),
     ("checkpoint", "evaluate"),
     ("plots", "plan", "step"),
-    ("outcome", "watching"),
+    ("outcome", "watching", "best"),
     ("train", "inference"),
     ("cli", "cli_data", "doctor"),
 )

@@ -56,7 +56,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     timeout = timedelta(hours=1)  # others wait for rank 0's tests
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     # The elastic launcher keeps its store over a restart; the addresses of then lead nowhere.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield

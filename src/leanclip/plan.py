@@ -13,7 +13,7 @@ from leanclip.data import Dataset, open_dataset
 from leanclip.data.mixture import Mixture
 from leanclip.distributed import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
-from leanclip.evaluate import Task, open_tasks
+from leanclip.evaluate import METRICS, Task, open_guard, open_tasks
 from leanclip.images import Preprocess
 from leanclip.loss import Kind
 from leanclip.model import CLIP
@@ -31,6 +31,7 @@ class Plan:
     device: torch.device
     dataset: Dataset
     tasks: list[Task]
+    guard: Task | None
     preprocess: Preprocess
     loss: Kind
     batch_size: int  # pairs per step over all ranks
@@ -51,7 +52,8 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     `ranks` is how many processes there will be; where a launcher has started them, it knows.
 
     Raises:
-        ConfigError: the model cannot hold the tokeniser's ids.
+        ConfigError: the model cannot hold the tokeniser's ids, or a setting does not go with
+            another or with the data.
         DataError: the data is missing, empty or not of its layout.
     """
     if config.model.vocab_size < VOCAB_SIZE:
@@ -64,9 +66,10 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     rank, world_size = rank_and_world_size()
     if rank > 0:
         barrier()  # what the first rank prepares, such as an index, the others find
-    dataset, tasks = open_dataset(config.data), open_tasks(config)
+    dataset, tasks, guard = open_dataset(config.data), open_tasks(config), open_guard(config)
     if rank == 0:
         barrier()
+    _check_best_metric(config, tasks, guard)
     world_size = max(ranks, world_size)
     batch_size = min(config.train.batch_size * world_size, len(dataset))
     steps_per_epoch = len(dataset) // batch_size
@@ -76,6 +79,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         device=device,
         dataset=dataset,
         tasks=tasks,
+        guard=guard,
         preprocess=model_preprocess(config),
         loss=_loss(config, dataset),
         batch_size=batch_size,
@@ -84,6 +88,15 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         peak_rate=scaled_learning_rate(config.optimizer, batch_size),
         warmup=round(config.optimizer.warmup * steps),
     )
+
+
+def _check_best_metric(config: Config, tasks: list[Task], guard: Task | None) -> None:
+    wanted = config.checkpoint.best_metric
+    known = [name for task in tasks for name in METRICS[task.name]]
+    known += [f"guard/{name}" for name in METRICS[guard.name]] if guard else []
+    if wanted is not None and wanted not in known:
+        there_are = f"there are: {', '.join(known)}" if known else "nothing is"
+        raise ConfigError(f"checkpoint.best_metric: {wanted} is not measured; {there_are}")
 
 
 def _loss(config: Config, dataset: Dataset) -> Kind:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MEASURED = ("val/", "guard/")  # names of metrics of evaluations
 log = logging.getLogger("leanclip")
 
 
@@ -103,15 +104,15 @@ def similarity_matrix(
 
 
 def curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Training loss, learning rate and temperature by step, and `val/` where there are two."""
+    """Training loss, learning rate and temperature by step, and evaluations where there are two."""
     charts: dict[str, list[str]] = {
         "loss": ["train/loss"],
         "learning rate": ["train/lr"],
         "logit scale": ["train/logit_scale"],
     }
-    evaluations = [line for line in lines if any(name.startswith("val/") for name in line)]
+    evaluations = [line for line in lines if any(name.startswith(MEASURED) for name in line)]
     if len(evaluations) > 1:
-        charts["evaluation"] = sorted(name for name in evaluations[-1] if name.startswith("val/"))
+        charts["evaluation"] = sorted(name for name in evaluations[-1] if name.startswith(MEASURED))
     figure = _figure(4 * len(charts), 3.4)
     for axes, (title, names) in zip(figure.subplots(1, len(charts)), charts.items(), strict=True):
         for name in names:

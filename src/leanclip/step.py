@@ -71,7 +71,7 @@ def train_step(
         optimizer: a fused AdamW of the model's parameters.
         batch: this rank's part, perhaps empty; not all ranks' may be.
         preprocess: mean and standard deviation of the pixels.
-        rate: the learning rate of this step.
+        rate: the learning rate of this step; a group's "factor" is on it.
         settings: precision, micro-batches and how the loss is computed.
         kind: which loss.
         max_gradient_norm: the global norm to clip to.
@@ -115,7 +115,7 @@ def train_step(
         nn.utils.clip_grads_with_norm_(model.parameters(), max_gradient_norm, norm)
     is_finite = torch.isfinite(loss + norm)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
     # The fused AdamW leaves everything as it is where this is 1, without waiting for the device.
     optimizer.found_inf = (~is_finite).float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
@@ -170,7 +170,9 @@ def _cached_backward(
         # DDP sums over the ranks with the last part.
         is_ddp = isinstance(towers, DistributedDataParallel)
         with towers.no_sync() if is_ddp and not is_last else nullcontext():
-            torch.autograd.backward(forward(part), gradient)
+            both = zip(forward(part), gradient, strict=True)
+            trained = [(z, dz) for z, dz in both if z.requires_grad]  # not of a locked tower
+            torch.autograd.backward([z for z, _ in trained], [dz for _, dz in trained])
     _set_random_state(after)
     return loss
 

@@ -11,17 +11,20 @@ import signal
 import time
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from leanclip import checkpoint
+from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
 from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed import barrier, everyones, rank_and_world_size, total
 from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluate import Report, evaluate
+from leanclip.finetune import Tuning
 from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
 from leanclip.outcome import SKIPPED, Outcome, finish
@@ -68,16 +71,26 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     config, rank = plan.config, rank_and_world_size()[0]
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
-    optimizer = build_optimizer(model, config.optimizer)
+    found = _checkpoint(plan, must_resume)
+    new = checkpoint.progress_of(found).new if found else _load(plan, model)
+    tuning = Tuning(model, config.finetune, new)
+    optimizer = build_optimizer(model, config.optimizer, tuning.factors)
     torch.manual_seed(config.seed + rank)  # what is drawn in training differs by rank
-    done = _start(plan, model, optimizer, must_resume)
+    done = checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new)
+    if found:
+        done = _same_place(plan, found, checkpoint.restore(found, model, optimizer, tuning))
     barrier()
     if rank == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
         write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
-    metrics = MetricsLog(plan.folder, after_step=done.step) if rank == 0 else None
+    after_step = done.step if found else -1
+    metrics = MetricsLog(plan.folder, after_step=after_step) if rank == 0 else None
     try:
-        report, done = _fit(plan, model, optimizer, done, metrics)
+        if plan.guard is not None and not found:  # what there is to forget
+            done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
+            if metrics is not None:
+                metrics.write(0, by_evaluation(done.before))
+        report, done = _fit(plan, model, optimizer, tuning, done, metrics)
     except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
         raise
@@ -97,6 +110,7 @@ def _fit(
     plan: Plan,
     model: CLIP,
     optimizer: torch.optim.Optimizer,
+    tuning: Tuning,
     done: checkpoint.Progress,
     metrics: MetricsLog | None,
 ) -> tuple[Report, checkpoint.Progress]:
@@ -125,6 +139,9 @@ def _fit(
     bar = ProgressBar("training", plan.steps, completed=done.step, is_silent=rank > 0)
     with Signals() as signals, bar:
         for step in range(done.step, plan.steps):
+            if has_stopped_gaining(plan, done.best):
+                log.info("ends at step %d: no gain after the best, %s", step, done.best)
+                break
             batch, position = clock.waiting(lambda: next(stream))
             seen = _seen(batch, signals, len(config.data.sources))  # by all ranks
             for reason in bad.add(seen.bad):
@@ -142,14 +159,17 @@ def _fit(
                     max_gradient_norm=config.optimizer.max_gradient_norm,
                     towers=towers,
                 )
+                tuning.after_step(result.is_finite)
                 troubles.note(step + 1, result.is_finite, batch)
-            done = checkpoint.Progress(
-                step + 1,
-                *position,
-                done.samples + seen.samples,
-                _added(done.sources, seen.sources),
-                time.perf_counter() - began,
-                len(plan.dataset),
+            done = replace(
+                done,
+                step=step + 1,
+                epoch=position.epoch,
+                sample=position.sample,
+                samples=done.samples + seen.samples,
+                sources=_added(done.sources, seen.sources),
+                seconds=time.perf_counter() - began,
+                dataset_size=len(plan.dataset),
             )
             must_save = seen.must_save or _is_due(
                 done.step,
@@ -179,31 +199,40 @@ def _fit(
                     f"{line['train/data_wait_share']:.0%} waiting for data"
                 )
             bar.update(done.step)
-            if plan.tasks and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
-                report = _evaluate(plan, model)
+            measures = plan.tasks or plan.guard
+            if measures and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
+                report = _evaluate(plan, model, tuning, done.before)
                 if metrics is not None:
-                    metrics.write(done.step, {f"val/{k}": v for k, v in report.metrics.items()})
+                    metrics.write(done.step, by_evaluation(report.metrics))
+                done = replace(done, best=judged(plan, done.best, report.metrics, done.step))
+                must_save = must_save or is_news(plan, done.best)
             if must_save:
-                _save(plan, done, model, optimizer)
+                _save(plan, done, model, optimizer, tuning)
             if seen.stop:
                 raise Stopped(seen.stop)
     clock.log_waiting()
     if done.samples == 0:
         raise DataError(f"{plan.config.data.root}: not one sample could be used: {bad.summary()}")
     # A run that is taken up again after its last step has nothing left but to be measured.
-    return report or _evaluate(plan, model), done
+    return report or _evaluate(plan, model, tuning, done.before), done
 
 
-def _evaluate(plan: Plan, model: CLIP) -> Report:
-    """The report of the first rank; the others wait."""
-    is_first = rank_and_world_size()[0] == 0
-    report = evaluate(model, plan.tasks, plan.preprocess) if is_first else Report()
-    barrier()
+def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
+    """The report of the first rank; the others wait, and get its figures."""
+    report = Report()
+    if rank_and_world_size()[0] == 0:
+        with tuning.averaged():
+            report = evaluate(model, plan.tasks, plan.preprocess, guard=plan.guard, before=before)
+    report.metrics = everyones(report.metrics)[0]
     return report
 
 
 def _save(
-    plan: Plan, done: checkpoint.Progress, model: CLIP, optimizer: torch.optim.Optimizer
+    plan: Plan,
+    done: checkpoint.Progress,
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    tuning: Tuning,
 ) -> None:
     """Write a checkpoint; one that cannot be written ends the run only after its last step."""
     try:
@@ -214,6 +243,7 @@ def _save(
             optimizer,
             plan.preprocess,
             keep=plan.config.checkpoint.keep,
+            tuning=tuning,
         )
     except OSError as error:
         if done.step == plan.steps:
@@ -247,35 +277,41 @@ def _seen(batch: Batch, signals: Signals, sources: int) -> _Seen:
     return _Seen(samples, rest[len(STOPPING) :], every_bad, stop, bool(save or stop))
 
 
-def _start(
-    plan: Plan, model: CLIP, optimizer: torch.optim.Optimizer, must_resume: bool
-) -> checkpoint.Progress:
-    """Bring the model to where it starts: a checkpoint of this folder, weights, or scratch."""
-    config = plan.config
+def _checkpoint(plan: Plan, must_resume: bool) -> Path | None:
+    """The checkpoint of the run's folder to go on from."""
     found, skipped = checkpoint.newest(plan.folder / "checkpoints")
     for reason in skipped:
         log.warning("checkpoint skipped: %s", reason)
     if found is not None:
         _same_run(plan)
-        done = checkpoint.restore(found, model, optimizer)
-        here = done.epoch * plan.steps_per_epoch + done.sample // plan.batch_size
-        if done.dataset_size not in (0, len(plan.dataset)):
-            log.warning(
-                "the data has %d samples an epoch, and had %d when the checkpoint was written: the "
-                "rest of this epoch is of another order, and may repeat or leave out samples",
-                *(len(plan.dataset), done.dataset_size),
-            )
-        elif here != done.step:
-            log.info("the batch was of another size then: step %d is step %d now", done.step, here)
-        done = replace(done, step=here)
-        more = " (so --load is not used)" if config.load else ""
-        log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
-        return done
-    if must_resume:
+    elif must_resume:
         raise ConfigError(f"--resume: no checkpoint in {plan.folder}; leave --resume out to begin")
+    return found
+
+
+def _same_place(plan: Plan, found: Path, done: checkpoint.Progress) -> checkpoint.Progress:
+    """A checkpoint's progress in steps of this run's batch."""
+    here = done.epoch * plan.steps_per_epoch + done.sample // plan.batch_size
+    if done.dataset_size not in (0, len(plan.dataset)):
+        log.warning(
+            "the data has %d samples an epoch, and had %d when the checkpoint was written: the "
+            "rest of this epoch is of another order, and may repeat or leave out samples",
+            *(len(plan.dataset), done.dataset_size),
+        )
+    elif here != done.step:
+        log.info("the batch was of another size then: step %d is step %d now", done.step, here)
+    done = replace(done, step=here)
+    more = " (so --load is not used)" if plan.config.load else ""
+    log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
+    return done
+
+
+def _load(plan: Plan, model: CLIP) -> list[str]:
+    """Bring the model to the weights of `config.load`, where there are; what they do not have."""
+    config, new = plan.config, []
     if config.load is not None:
         weights = read_weights(config.load, arch=config.load_arch)
-        load_into(model, weights, partial=config.load_partial)
+        new = load_into(model, weights, partial=config.load_partial)
         own = weights.preprocess
         if own and (own.mean, own.std) != (plan.preprocess.mean, plan.preprocess.std):
             log.warning(
@@ -283,9 +319,12 @@ def _start(
                 *(config.load, own.mean, own.std, plan.preprocess.mean, plan.preprocess.std),
             )
         log.info("starting from the weights of %s", config.load)
+    for name in ("lock_image", "lock_text", "lora_rank"):
+        if config.load is None and getattr(config.finetune, name) is not None:
+            raise ConfigError(f"finetune.{name}: keeps loaded weights as they are; give --load")
     if rank_and_world_size()[0] == 0:
         (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
-    return checkpoint.Progress(0, 0, 0, 0, [], 0.0)
+    return new
 
 
 def _same_run(plan: Plan) -> None:

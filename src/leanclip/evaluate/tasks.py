@@ -29,6 +29,14 @@ MEASURABLE = {  # what a layout's data allows; of the others the data itself say
 }
 
 
+METRICS = {  # what a task's figures are called
+    "retrieval": tuple(
+        f"{way}_R@{k}" for k in (1, 5, 10) for way in ("image_to_text", "text_to_image")
+    ),
+    "zero_shot": ("zeroshot_top1", "zeroshot_top5"),
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing to evaluate, opened: what to measure, on which data, by which settings."""
@@ -68,11 +76,27 @@ def open_tasks(config: Config) -> list[Task]:
     return tasks
 
 
+def open_guard(config: Config) -> Task | None:
+    """Open the data set that `evaluate.guard` names: zero-shot where it has classes.
+
+    Raises:
+        DataError: it is missing or empty.
+    """
+    wanted = config.evaluate.guard
+    if wanted is None:
+        return None
+    data = _guard_data(config, wanted)
+    dataset = open_dataset(data)
+    name = "zero_shot" if dataset.classes else "retrieval"
+    return Task(name, data, dataset, wanted.limit, config.evaluate.batch_size)
+
+
 def evaluation_data(config: Config) -> list[DataConfig]:
     """The data sets that `evaluate` names, as `data` sections."""
     settings = config.evaluate
     named = (("retrieval", settings.retrieval), ("zero_shot", settings.zero_shot))
-    return [_evaluation_data(config.data, wanted, name) for name, wanted in named if wanted]
+    found = [_evaluation_data(config.data, wanted, name) for name, wanted in named if wanted]
+    return [*found, _guard_data(config, settings.guard)] if settings.guard else found
 
 
 def evaluation_config(
@@ -124,6 +148,8 @@ def evaluation_config(
             f"--task {task}: {config} has no such evaluation; give --data LAYOUT:ROOT"
         )
     evaluate |= {name: None for name in TASKS["all"] if name not in allowed}
+    if data_spec is not None or task != "all":
+        evaluate["guard"] = None
     values = to_plain(settings) | {"evaluate": evaluate}
     return parse(Config, values, where="leanclip eval")
 
@@ -134,12 +160,15 @@ def _task_of(data: DataConfig, wanted: EvaluationData) -> str:
     return "zero_shot" if dataset.classes else "retrieval"
 
 
-def _evaluation_data(data: DataConfig, wanted: EvaluationData, task: str) -> DataConfig:
+def _evaluation_data(
+    data: DataConfig, wanted: EvaluationData, task: str, *, setting: str | None = None
+) -> DataConfig:
     """The `data` section with what an evaluation sets of its own."""
     layout = wanted.layout or data.layout
     if layout == "mixture":
         raise ConfigError(
-            f"evaluate.{task}.layout: data is a mixture; say a layout and a root to evaluate on"
+            f"evaluate.{setting or task}.layout: data is a mixture; say a layout and a root to "
+            f"evaluate on"
         )
     changes = {
         "layout": layout,
@@ -152,6 +181,13 @@ def _evaluation_data(data: DataConfig, wanted: EvaluationData, task: str) -> Dat
         "streaming": False,  # it is read in order, by index
     }
     return data.model_copy(update=changes)
+
+
+def _guard_data(config: Config, wanted: EvaluationData) -> DataConfig:
+    """The `data` section of the guard; of a layout that allows both, the zero-shot split."""
+    allowed = MEASURABLE.get(wanted.layout or config.data.layout, ())
+    task = "zero_shot" if "zero_shot" in allowed else "retrieval"
+    return _evaluation_data(config.data, wanted, task, setting="guard")
 
 
 def _stored_config(model: str, layout: str, root: str, out: str, arch: str | None) -> Config:
