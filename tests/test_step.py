@@ -74,7 +74,7 @@ def results_of(rank: int, world_size: int) -> list[tuple[float, dict[str, np.nda
     for kind, is_tiled, micro_batches, scale in CASES:
         model = model_of(kind, scale)
         optimizer = Recording(model.parameters(), lr=0.1, fused=True)
-        loss, _, is_finite = train_step(
+        loss, _, is_finite, _ = train_step(
             model,
             optimizer,
             batch,

@@ -288,6 +288,10 @@ class TrainConfig(Section):
         default=True, description="cut captions over the context; false: they are bad samples"
     )
     log_every: Positive = Field(default=10, description="steps between two lines of metrics.jsonl")
+    report_to: Literal["auto", "tensorboard", "wandb", "trackio"] | None = Field(
+        default="auto",
+        description="where metrics go beside metrics.jsonl; auto: tensorboard where installed",
+    )
 
 
 class OptimizerConfig(Section):

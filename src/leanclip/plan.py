@@ -21,6 +21,7 @@ from leanclip.optim import scaled_learning_rate
 from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
 from leanclip.tokenizer import VOCAB_SIZE
+from leanclip.tracking import check_tracker
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     `ranks` is how many processes there will be; where a launcher has started them, it knows.
 
     Raises:
-        ConfigError: the model cannot hold the tokeniser's ids.
+        ConfigError: the model cannot hold the tokeniser's ids, or a tracker is not installed.
         DataError: the data is missing, empty or not of its layout.
     """
     if config.model.vocab_size < VOCAB_SIZE:
@@ -61,6 +62,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         )
     if (config.train.loss == "siglip") != config.model.logit_bias:
         raise ConfigError("train.loss: siglip goes with model.logit_bias: true, and only with it")
+    check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:
         barrier()  # what the first rank prepares, such as an index, the others find

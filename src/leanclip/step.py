@@ -23,9 +23,8 @@ from leanclip.distributed import mean_over_ranks_, rank_and_world_size
 from leanclip.images import Preprocess, normalize
 from leanclip.loss import Kind, contrastive_loss
 from leanclip.model import CLIP
+from leanclip.norms import SCALARS, StepNorms, clip_, total_norm
 from leanclip.tokenizer import END
-
-SCALARS = ("logit_scale", "logit_bias")  # of the loss, not of the towers
 
 
 class StepResult(NamedTuple):
@@ -34,6 +33,7 @@ class StepResult(NamedTuple):
     loss: torch.Tensor  # (), over all ranks
     gradient_norm: torch.Tensor  # () of all parameters, before clipping
     is_finite: torch.Tensor  # () bool; where false, nothing was changed
+    norms: dict[str, torch.Tensor]  # by tower, as StepNorms says; empty unless asked for
 
 
 def over_ranks(model: CLIP) -> nn.Module:
@@ -61,6 +61,7 @@ def train_step(
     kind: Kind = "clip",
     max_gradient_norm: float | None = None,
     towers: nn.Module | None = None,
+    must_measure: bool = False,
 ) -> StepResult:
     """One step of the optimiser on this rank's part of a batch.
 
@@ -76,6 +77,7 @@ def train_step(
         kind: which loss.
         max_gradient_norm: the global norm to clip to.
         towers: the model as `over_ranks` gives it; the model itself by default.
+        must_measure: give the towers' norms, which takes a copy of the parameters.
     """
     device = model.logit_scale.device
     world_size = rank_and_world_size()[1]
@@ -110,9 +112,11 @@ def train_step(
     else:
         loss = _cached_backward(towers, parts, forward, backward)
     mean_over_ranks_([p.grad for p in _scalars(model) if p.grad is not None])
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = total_norm(gradients)
+    norms = StepNorms(model) if must_measure else None
     if max_gradient_norm is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), max_gradient_norm, norm)
+        clip_(gradients, norm, max_gradient_norm)
     is_finite = torch.isfinite(loss + norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -121,7 +125,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     model.clamp_logit_scale()
-    return StepResult(loss, norm, is_finite)
+    return StepResult(loss, norm, is_finite, norms.after_step() if norms else {})
 
 
 class Part(NamedTuple):

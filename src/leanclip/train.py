@@ -31,7 +31,14 @@ from leanclip.step import over_ranks, train_step
 from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
 from leanclip.tracking import MetricsLog, ProgressBar, write_text
-from leanclip.watching import Clock, Troubles, write_status
+from leanclip.watching import (
+    Clock,
+    LogLines,
+    Troubles,
+    in_words,
+    peak_memory,
+    write_status,
+)
 from leanclip.weights import load_into, read_weights
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -48,6 +55,7 @@ FREE_SETTINGS = (
     "data.cache_gigabytes",
     "data.max_bad_share",
     "train.log_every",
+    "train.report_to",
     "evaluate",
     "checkpoint",
 )
@@ -75,7 +83,9 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     if rank == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
         write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
-    metrics = MetricsLog(plan.folder, after_step=done.step) if rank == 0 else None
+    metrics = None
+    if rank == 0:
+        metrics = MetricsLog(plan.folder, after_step=done.step, report_to=config.train.report_to)
     try:
         report, done = _fit(plan, model, optimizer, done, metrics)
     except Stopped as stopped:
@@ -119,10 +129,11 @@ def _fit(
         rank=rank,
         world_size=world_size,
     )
-    clock = Clock(done.samples)
+    clock = Clock(plan, done.samples)
     began = time.perf_counter() - done.seconds
     write_status(plan, "running", step=done.step)
     bar = ProgressBar("training", plan.steps, completed=done.step, is_silent=rank > 0)
+    lines = LogLines(plan, done=done.step, is_silent=rank > 0 or bar.is_shown)
     with Signals() as signals, bar:
         for step in range(done.step, plan.steps):
             batch, position = clock.waiting(lambda: next(stream))
@@ -130,6 +141,13 @@ def _fit(
             for reason in bad.add(seen.bad):
                 log.warning("skipped: %s", reason)
             rate = learning_rate(step, peak=plan.peak_rate, warmup=plan.warmup, steps=plan.steps)
+            must_save = seen.must_save or _is_due(
+                step + 1,
+                plan,
+                every_epochs=config.checkpoint.every_epochs,
+                every_steps=config.checkpoint.every_steps,
+            )
+            must_log = must_save or _is_due(step + 1, plan, every_steps=config.train.log_every)
             if seen.samples:
                 result = train_step(
                     model,
@@ -141,7 +159,9 @@ def _fit(
                     kind=plan.loss,
                     max_gradient_norm=config.optimizer.max_gradient_norm,
                     towers=towers,
+                    must_measure=must_log,
                 )
+                clock.work.add(len(batch), batch.tokens.shape[1])
                 troubles.note(step + 1, result.is_finite, batch)
             done = checkpoint.Progress(
                 step + 1,
@@ -150,13 +170,7 @@ def _fit(
                 _added(done.sources, seen.sources),
                 time.perf_counter() - began,
             )
-            must_save = seen.must_save or _is_due(
-                done.step,
-                plan,
-                every_epochs=config.checkpoint.every_epochs,
-                every_steps=config.checkpoint.every_steps,
-            )
-            if must_save or _is_due(done.step, plan, every_steps=config.train.log_every):
+            if must_log:
                 troubles.raise_if_many()  # waits for the device
                 line = {
                     "train/loss": result.loss.item() if result else 0.0,
@@ -169,14 +183,14 @@ def _fit(
                     "train/skipped_steps": troubles.count,
                     **_by_source(config.data, done.sources),
                     **clock.rates(done.samples),
+                    "train/peak_memory_gb": peak_memory(plan.device),
                 }
+                for name, norm in (result.norms if result else {}).items():
+                    line[f"train/{name}"] = norm.item()
                 if metrics is not None:
                     metrics.write(done.step, line)
-                bar.note(
-                    f"loss {line['train/loss']:.3f}  "
-                    f"{line['train/samples_per_second']:.0f} images/s  "
-                    f"{line['train/data_wait_share']:.0%} waiting for data"
-                )
+                bar.note(in_words(line))
+                lines.note(done.step, line)
             bar.update(done.step)
             if plan.tasks and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
                 report = _evaluate(plan, model)
