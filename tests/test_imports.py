@@ -15,7 +15,7 @@ LEVELS = (
     ("data", "model"),
     ("distributed", "loss", "weights", "optim"),
     ("checkpoint", "evaluate"),
-    ("plots", "plan", "norms", "utilisation"),
+    ("plots", "plan", "norms", "loss_scale", "utilisation"),
     ("step",),
     ("outcome", "watching"),
     ("train", "inference"),

@@ -41,6 +41,7 @@ class Progress:
     samples: int  # trained on, all in all
     sources: list[int]  # the same by source, of a mixture
     seconds: float  # spent on training until here
+    loss_scale: list[float] | None = None  # of precision fp16
 
 
 def save(

@@ -281,8 +281,10 @@ class TrainConfig(Section):
     max_skipped_steps: Positive = Field(
         default=10, description="steps in a row that may be lost to non-finite gradients"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: autocast; weights, loss and temperature stay float32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="bf16, fp16: autocast; weights, loss and temperature stay float32; bf16 needs "
+        "no scaling of the loss",
     )
     truncate_captions: bool = Field(
         default=True, description="cut captions over the context; false: they are bad samples"

@@ -178,7 +178,7 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     both = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
     per_pair = both // 2
-    if plan.config.train.precision == "bf16":
+    if plan.config.train.precision != "fp32":
         per_pair //= 2
     logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient
     return 16 * model.parameter_count(), plan.batch_size * per_pair + logits

@@ -22,9 +22,12 @@ from leanclip.data.loader import Batch
 from leanclip.distributed import mean_over_ranks_, rank_and_world_size
 from leanclip.images import Preprocess, normalize
 from leanclip.loss import Kind, contrastive_loss
+from leanclip.loss_scale import LossScale
 from leanclip.model import CLIP
 from leanclip.norms import SCALARS, StepNorms, clip_, total_norm
 from leanclip.tokenizer import END
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp32: none
 
 
 class StepResult(NamedTuple):
@@ -62,6 +65,7 @@ def train_step(
     max_gradient_norm: float | None = None,
     towers: nn.Module | None = None,
     must_measure: bool = False,
+    loss_scale: LossScale | None = None,
 ) -> StepResult:
     """One step of the optimiser on this rank's part of a batch.
 
@@ -77,6 +81,7 @@ def train_step(
         kind: which loss.
         max_gradient_norm: the global norm to clip to.
         towers: the model as `over_ranks` gives it; the model itself by default.
+        loss_scale: of precision fp16; changed by the step.
         must_measure: give the towers' norms, which takes a copy of the parameters.
     """
     device = model.logit_scale.device
@@ -89,7 +94,7 @@ def train_step(
         pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
         tokens = part.tokens.to(device, non_blocking=True)  # (m, L)
         pixels = normalize(pixels, preprocess.mean, preprocess.std)
-        dtype = torch.bfloat16 if settings.precision == "bf16" else None
+        dtype = AUTOCAST.get(settings.precision)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             features = towers(pixels, tokens)
         return features.image[: part.size], features.text[: part.size]
@@ -104,7 +109,8 @@ def train_step(
             groups=groups,
             is_tiled=settings.tiled_loss,
         )
-        (loss * world_size).backward()  # the loss is over all ranks, gradients are averaged
+        factor = world_size if loss_scale is None else world_size * loss_scale.factor
+        (loss * factor).backward()  # the loss is over all ranks, gradients are averaged
         return loss.detach()
 
     if len(parts) == 1:
@@ -113,11 +119,15 @@ def train_step(
         loss = _cached_backward(towers, parts, forward, backward)
     mean_over_ranks_([p.grad for p in _scalars(model) if p.grad is not None])
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if loss_scale is not None:
+        loss_scale.unscale_(gradients)
     norm = total_norm(gradients)
     norms = StepNorms(model) if must_measure else None
     if max_gradient_norm is not None:
         clip_(gradients, norm, max_gradient_norm)
     is_finite = torch.isfinite(loss + norm)
+    if loss_scale is not None:
+        loss_scale.update(is_finite)
     for group in optimizer.param_groups:
         group["lr"] = rate
     # The fused AdamW leaves everything as it is where this is 1, without waiting for the device.

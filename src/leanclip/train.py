@@ -22,6 +22,7 @@ from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed import barrier, everyones, rank_and_world_size, total
 from leanclip.errors import ConfigError, LeanclipError
 from leanclip.evaluate import Report, evaluate
+from leanclip.loss_scale import LossScale
 from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
 from leanclip.outcome import SKIPPED, Outcome, finish
@@ -129,6 +130,8 @@ def _fit(
         rank=rank,
         world_size=world_size,
     )
+    is_fp16 = config.train.precision == "fp16"
+    loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
     clock = Clock(plan, done.samples)
     began = time.perf_counter() - done.seconds
     write_status(plan, "running", step=done.step)
@@ -160,6 +163,7 @@ def _fit(
                     max_gradient_norm=config.optimizer.max_gradient_norm,
                     towers=towers,
                     must_measure=must_log,
+                    loss_scale=loss_scale,
                 )
                 clock.work.add(len(batch), batch.tokens.shape[1])
                 troubles.note(step + 1, result.is_finite, batch)
@@ -185,6 +189,8 @@ def _fit(
                     **clock.rates(done.samples),
                     "train/peak_memory_gb": peak_memory(plan.device),
                 }
+                if loss_scale is not None:
+                    line["train/loss_scale"] = loss_scale.factor.item()
                 for name, norm in (result.norms if result else {}).items():
                     line[f"train/{name}"] = norm.item()
                 if metrics is not None:
@@ -197,6 +203,8 @@ def _fit(
                 if metrics is not None:
                     metrics.write(done.step, {f"val/{k}": v for k, v in report.metrics.items()})
             if must_save:
+                if loss_scale is not None:
+                    done = replace(done, loss_scale=loss_scale.state())
                 _save(plan, done, model, optimizer)
             if seen.stop:
                 raise Stopped(seen.stop)
