@@ -17,7 +17,8 @@ from leanclip import CLIP, Preprocess
 from leanclip.config import OptimizerConfig, TrainConfig
 from leanclip.loss_scale import INTERVAL, START, LossScale
 from leanclip.optim import build_optimizer
-from leanclip.step import over_ranks, train_step
+from leanclip.step import train_step
+from leanclip.towers import over_ranks
 from leanclip.tracking import read_metrics
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

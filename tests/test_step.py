@@ -15,8 +15,9 @@ from leanclip.data.loader import Batch
 from leanclip.images import normalize
 from leanclip.loss import Kind, clip_loss, multi_positive_loss, siglip_loss
 from leanclip.optim import build_optimizer
-from leanclip.step import over_ranks, train_step
+from leanclip.step import train_step
 from leanclip.tokenizer import tokenize
+from leanclip.towers import over_ranks
 
 KINDS: tuple[Kind, ...] = ("clip", "multi-positive", "siglip")
 PAIRS = 11  # divides by no number of ranks or micro-batches

@@ -286,6 +286,14 @@ class TrainConfig(Section):
         description="bf16, fp16: autocast; weights, loss and temperature stay float32; bf16 needs "
         "no scaling of the loss",
     )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="keep each block's input alone and compute the rest again: less memory, about "
+        "a third more time, the same gradients",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile both towers, which takes minutes at the start"
+    )
     truncate_captions: bool = Field(
         default=True, description="cut captions over the context; false: they are bad samples"
     )

@@ -21,6 +21,7 @@ from leanclip.optim import scaled_learning_rate
 from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
 from leanclip.tokenizer import VOCAB_SIZE
+from leanclip.towers import checkpoint_activations
 from leanclip.tracking import check_tracker
 
 
@@ -167,6 +168,8 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     kept: dict[int, torch.Tensor] = {}
     with torch.device("meta"):
         model = CLIP(**to_plain(plan.config.model))
+        if plan.config.train.checkpoint_activations:
+            checkpoint_activations(model)
         side, length = model.visual.input_resolution, model.context_length
         pixels = torch.empty(2, 3, side, side)  # a BatchNorm may refuse to train on one
         tokens = torch.empty(2, length, dtype=torch.int64)

@@ -10,12 +10,10 @@ Shapes: n pairs of this rank, L tokens, R resolution, E embedding.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from leanclip.config import TrainConfig
 from leanclip.data.loader import Batch
@@ -26,6 +24,7 @@ from leanclip.loss_scale import LossScale
 from leanclip.model import CLIP
 from leanclip.norms import SCALARS, StepNorms, clip_, total_norm
 from leanclip.tokenizer import END
+from leanclip.towers import still, summing
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp32: none
 
@@ -37,20 +36,6 @@ class StepResult(NamedTuple):
     gradient_norm: torch.Tensor  # () of all parameters, before clipping
     is_finite: torch.Tensor  # () bool; where false, nothing was changed
     norms: dict[str, torch.Tensor]  # by tower, as StepNorms says; empty unless asked for
-
-
-def over_ranks(model: CLIP) -> nn.Module:
-    """The towers with gradients averaged over the ranks; the model itself where there is one.
-
-    The scalars of the loss take no part: their gradients come from the loss, not from a forward
-    pass, and `train_step` averages them.
-    """
-    if rank_and_world_size()[1] == 1:
-        return model
-    # By both names that DDP has for a parameter at the top: with its module before the dot, or not.
-    names = [prefix + name for name in SCALARS for prefix in ("", ".")]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def train_step(
@@ -80,7 +65,7 @@ def train_step(
         settings: precision, micro-batches and how the loss is computed.
         kind: which loss.
         max_gradient_norm: the global norm to clip to.
-        towers: the model as `over_ranks` gives it; the model itself by default.
+        towers: the model as `prepare_towers` gives it; the model itself by default.
         loss_scale: of precision fp16; changed by the step.
         must_measure: give the towers' norms, which takes a copy of the parameters.
     """
@@ -181,9 +166,7 @@ def _cached_backward(
     for number, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
         is_last = number + 1 == len(parts)
         _set_random_state(state)  # dropped patches and activations are the same again
-        # DDP sums over the ranks with the last part.
-        is_ddp = isinstance(towers, DistributedDataParallel)
-        with towers.no_sync() if is_ddp and not is_last else nullcontext():
+        with still(towers), summing(towers, is_last=is_last):
             torch.autograd.backward(forward(part), gradient)
     _set_random_state(after)
     return loss

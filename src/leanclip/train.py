@@ -28,9 +28,10 @@ from leanclip.optim import build_optimizer, learning_rate
 from leanclip.outcome import SKIPPED, Outcome, finish
 from leanclip.plan import Plan
 from leanclip.settings import differences, parse, to_plain
-from leanclip.step import over_ranks, train_step
+from leanclip.step import train_step
 from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
+from leanclip.towers import prepare_towers
 from leanclip.tracking import MetricsLog, ProgressBar, write_text
 from leanclip.watching import (
     Clock,
@@ -57,6 +58,7 @@ FREE_SETTINGS = (
     "data.max_bad_share",
     "train.log_every",
     "train.report_to",
+    "train.checkpoint_activations",
     "evaluate",
     "checkpoint",
 )
@@ -114,7 +116,7 @@ def _fit(
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
     rank, world_size = rank_and_world_size()
-    towers = over_ranks(model)
+    towers = prepare_towers(model, config.train)
     path = plan.folder / SKIPPED
     bad = BadSamples(len(plan.dataset), config.data.max_bad_share, path, must_write=rank == 0)
     troubles, result = Troubles(plan), None
