@@ -19,8 +19,9 @@ from leanclip.evaluate import evaluate
 from leanclip.finetune import Tuning, group_of
 from leanclip.optim import build_optimizer
 from leanclip.settings import to_plain
-from leanclip.step import over_ranks, train_step
+from leanclip.step import train_step
 from leanclip.tokenizer import tokenize
+from leanclip.towers import over_ranks
 from leanclip.tracking import read_metrics
 from leanclip.weights import save_weights
 

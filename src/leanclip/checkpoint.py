@@ -56,6 +56,7 @@ class Progress:
     new: list[str] = field(default_factory=list)  # parameters that the loaded weights had not
     before: dict[str, float] = field(default_factory=dict)  # metrics before the first step
     best: Best | None = None
+    loss_scale: list[float] | None = None  # of precision fp16
 
 
 def save(

@@ -281,13 +281,27 @@ class TrainConfig(Section):
     max_skipped_steps: Positive = Field(
         default=10, description="steps in a row that may be lost to non-finite gradients"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: autocast; weights, loss and temperature stay float32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="bf16, fp16: autocast; weights, loss and temperature stay float32; bf16 needs "
+        "no scaling of the loss",
+    )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="keep each block's input alone and compute the rest again: less memory, about "
+        "a third more time, the same gradients",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile both towers, which takes minutes at the start"
     )
     truncate_captions: bool = Field(
         default=True, description="cut captions over the context; false: they are bad samples"
     )
     log_every: Positive = Field(default=10, description="steps between two lines of metrics.jsonl")
+    report_to: Literal["auto", "tensorboard", "wandb", "trackio"] | None = Field(
+        default="auto",
+        description="where metrics go beside metrics.jsonl; auto: tensorboard where installed",
+    )
 
 
 class OptimizerConfig(Section):

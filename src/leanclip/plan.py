@@ -21,6 +21,8 @@ from leanclip.optim import scaled_learning_rate
 from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
 from leanclip.tokenizer import VOCAB_SIZE
+from leanclip.towers import checkpoint_activations
+from leanclip.tracking import check_tracker
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     `ranks` is how many processes there will be; where a launcher has started them, it knows.
 
     Raises:
-        ConfigError: the model cannot hold the tokeniser's ids, or a setting does not go with
-            another or with the data.
+        ConfigError: the model cannot hold the tokeniser's ids, a setting does not go with another
+            or with the data, or a tracker is not installed.
         DataError: the data is missing, empty or not of its layout.
     """
     if config.model.vocab_size < VOCAB_SIZE:
@@ -63,6 +65,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         )
     if (config.train.loss == "siglip") != config.model.logit_bias:
         raise ConfigError("train.loss: siglip goes with model.logit_bias: true, and only with it")
+    check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:
         barrier()  # what the first rank prepares, such as an index, the others find
@@ -178,6 +181,8 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     kept: dict[int, torch.Tensor] = {}
     with torch.device("meta"):
         model = CLIP(**to_plain(plan.config.model))
+        if plan.config.train.checkpoint_activations:
+            checkpoint_activations(model)
         side, length = model.visual.input_resolution, model.context_length
         pixels = torch.empty(2, 3, side, side)  # a BatchNorm may refuse to train on one
         tokens = torch.empty(2, length, dtype=torch.int64)
@@ -189,7 +194,7 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     both = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
     per_pair = both // 2
-    if plan.config.train.precision == "bf16":
+    if plan.config.train.precision != "fp32":
         per_pair //= 2
     logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient
     return 16 * model.parameter_count(), plan.batch_size * per_pair + logits
