@@ -255,7 +255,8 @@ def _start(
     if found is not None:
         _same_run(plan)
         done = checkpoint.restore(found, model, optimizer)
-        here = done.epoch * plan.steps_per_epoch + done.sample // plan.batch_size
+        left = (len(plan.dataset) - done.sample) // plan.batch_size  # whole batches of this epoch
+        here = (done.epoch + 1) * plan.steps_per_epoch - left
         if here != done.step:
             log.info("the batch was of another size then: step %d is step %d now", done.step, here)
             done = replace(done, step=here)
