@@ -6,6 +6,7 @@ line and exit code 2; `--debug`, anywhere in the command, shows the traceback.
 
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from leanclip import cli_data
-from leanclip.launch import end_with_another, is_rank, join_launch, launch, leave, rank
+from leanclip.launch import (
+    code_without_another,
+    end_rank,
+    is_rank,
+    join_launch,
+    launch,
+    leave,
+    rank,
+)
 
 if TYPE_CHECKING:
     from leanclip.config import Config
@@ -48,10 +57,27 @@ Arch = Annotated[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted, 143 by SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
     _show_log()
+    if not is_rank():
+        _run(words)
+        return
+    try:
+        _run(words)
+    except SystemExit as end:
+        end_rank(int(end.code or 0))
+    except Exception as error:
+        from leanclip.distributed import is_lost_rank
+
+        if is_lost_rank(error) and "--debug" not in words:
+            end_rank(code_without_another())
+        traceback.print_exc()
+        end_rank(1)
+
+
+def _run(words: list[str]) -> None:
     from leanclip.errors import LeanclipError
 
+    debug = "--debug" in words
     try:
         app([word for word in _with_resume_value(words) if word != "--debug"], obj=words)
     except (LeanclipError, OSError) as error:
@@ -69,14 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if end.code in (130, 143):
             leave(end.code)
         raise
-    except Exception as error:
-        if debug or not is_rank():
-            raise
-        from leanclip.distributed import is_lost_rank
-
-        if not is_lost_rank(error):
-            raise
-        end_with_another()
 
 
 @app.command(epilog="Example: leanclip train -c configs/quickstart.yaml -o train.epochs=2")
@@ -163,7 +181,7 @@ def _train(
 ) -> None:
     """Train, or what is asked for in its place, as one of the ranks or alone."""
     from leanclip import outcome as outcomes
-    from leanclip.distributed import choose_device, process_group
+    from leanclip.distributed import choose_device, join_group
     from leanclip.plan import describe, headline, make_plan
     from leanclip.stopping import Stopped
     from leanclip.train import train as start
@@ -173,19 +191,19 @@ def _train(
         if rank() == 0:
             print(outcomes.summary(outcomes.evaluate_only(settings, device, load)))
         return
-    with process_group(device):
-        plan = make_plan(settings, device, ranks=ranks)
-        if dry_run:
-            if rank() == 0:
-                print(describe(plan))
-            return
-        log.info("%s", headline(plan))
-        try:
-            outcome = start(plan, must_resume=must_resume)
-        except Stopped as stopped:
-            if stopped.code != 130:  # of Ctrl-C `main` speaks
-                log.info("%s; the same command goes on from its last checkpoint", stopped)
-            raise SystemExit(stopped.code) from None
+    join_group(device)
+    plan = make_plan(settings, device, ranks=ranks)
+    if dry_run:
+        if rank() == 0:
+            print(describe(plan))
+        return
+    log.info("%s", headline(plan))
+    try:
+        outcome = start(plan, must_resume=must_resume)
+    except Stopped as stopped:
+        if stopped.code != 130:  # of Ctrl-C `main` speaks
+            log.info("%s; the same command goes on from its last checkpoint", stopped)
+        raise SystemExit(stopped.code) from None
     if outcome is not None:
         print(outcomes.summary(outcome))
 

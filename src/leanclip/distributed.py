@@ -6,8 +6,7 @@ Shapes: n rows of this rank, N rows of all ranks.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -44,11 +43,13 @@ def choose_device(name: str = "auto", num_gpus: int | None = None) -> torch.devi
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other ranks, where a launcher started several."""
+def join_group(device: torch.device) -> None:
+    """Join the other ranks, where a launcher started several; the end of the process leaves them.
+
+    PyTorch's `destroy_process_group` may wait for ever, holding Python's lock, for a thread of
+    gloo that waits for that lock to let go of its last tensor.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -58,14 +59,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     # The elastic launcher keeps its store over a restart; the addresses of then lead nowhere.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    try:
-        yield
-    except Exception:  # its traceback goes first; the others learn of it from its end
-        raise
-    except BaseException:
-        dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
 
 
 def is_lost_rank(error: Exception) -> bool:

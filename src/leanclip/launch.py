@@ -102,14 +102,21 @@ def leave(code: int, words: str = "") -> NoReturn:
     sys.exit(0 if folder else code)
 
 
-def end_with_another() -> NoReturn:
-    """End this rank because another is gone; that one may have something to say first."""
+def end_rank(code: int) -> NoReturn:
+    """End this rank without waiting for what PyTorch has running in it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def code_without_another() -> int:
+    """What to exit with when another rank is gone; that one may have something to say first."""
     for _ in range(30):
         if _is_over():
-            sys.exit(0)
+            return 0
         time.sleep(0.1)
     print(f"rank {rank()}: another rank is gone", file=sys.stderr)
-    sys.exit(1)
+    return 1
 
 
 def _is_over() -> bool:

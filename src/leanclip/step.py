@@ -98,7 +98,7 @@ def train_step(
         (loss * factor).backward()  # the loss is over all ranks, gradients are averaged
         return loss.detach()
 
-    if len(parts) == 1:
+    if settings.micro_batches == 1:  # not by what is left of the batch: ranks must do the same
         loss = backward(*forward(parts[0]))
     else:
         loss = _cached_backward(towers, parts, forward, backward)

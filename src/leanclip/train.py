@@ -316,7 +316,8 @@ def _checkpoint(plan: Plan, must_resume: bool) -> Path | None:
 
 def _same_place(plan: Plan, found: Path, done: checkpoint.Progress) -> checkpoint.Progress:
     """A checkpoint's progress in steps of this run's batch."""
-    here = done.epoch * plan.steps_per_epoch + done.sample // plan.batch_size
+    left = max(0, len(plan.dataset) - done.sample) // plan.batch_size  # whole ones of this epoch
+    here = (done.epoch + 1) * plan.steps_per_epoch - left
     if done.dataset_size not in (0, len(plan.dataset)):
         log.warning(
             "the data has %d samples an epoch, and had %d when the checkpoint was written: the "
