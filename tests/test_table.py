@@ -18,6 +18,7 @@ from pyarrow import parquet
 from leanclip.config import DataConfig
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import Position, training_batches
+from leanclip.data.skipped import Bad
 from leanclip.data.sources import textrows
 from leanclip.errors import DataError, SampleError
 
@@ -186,6 +187,17 @@ def test_names_of_classes(tmp_path: Path) -> None:
     names.write_text("fox\nfox\n")
     with pytest.raises(DataError, match=r"names\.txt: the names of classes"):
         open_dataset(config(path, label_column="kind", class_names=str(names)))
+
+
+def test_an_image_in_base64_is_one_bad_row_of_a_short_reason(tmp_path: Path) -> None:
+    long = "A" * 5000
+    path = write(tmp_path / "a.csv", f"image,caption\n{long},one\nx.png,two\n")
+    dataset = open_dataset(config(path))
+    with pytest.raises(SampleError, match=r"path of 5000 characters \(base64 is not read\)") as e:
+        dataset[0]
+    assert e.value.kind == "malformed row"
+    bad = Bad.of(long, SampleError("kind", long))
+    assert (len(bad.id), len(bad.reason)) == (300, 300)
 
 
 def test_captions_are_no_labels(tmp_path: Path, monkeypatch) -> None:
