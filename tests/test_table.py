@@ -200,6 +200,29 @@ def test_an_image_in_base64_is_one_bad_row_of_a_short_reason(tmp_path: Path) -> 
     assert (len(bad.id), len(bad.reason)) == (300, 300)
 
 
+@pytest.mark.parametrize("suffix", [".rows", ".labels", ".arrow"])
+@pytest.mark.parametrize("keep", [0, 9])
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, cache: Path, suffix: str, keep: int) -> None:
+    path = write(tmp_path / "a.csv", "image,label\n" + "x.png,a\ny.png,b\n" * 9)
+    if suffix == ".arrow":
+        path = tmp_path / "a.parquet"
+        parquet.write_table(
+            pa.table({"image": ["x.png", "y.png"] * 9, "label": ["a", "b"] * 9}), path
+        )
+
+    def labels() -> list[object]:
+        dataset = open_dataset(config(path))
+        return [dataset.classes, [dataset[i].label for i in range(len(dataset))]]
+
+    expected = [["a", "b"], [0, 1] * 9]
+    assert labels() == expected
+    (kept,) = (cache / "tables").glob(f"*{suffix}")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:keep])
+    assert labels() == expected
+    assert kept.read_bytes() == whole
+
+
 def test_captions_are_no_labels(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("leanclip.data.sources.columns.MOST_CLASSES", 5)
     path = write(tmp_path / "a.csv", "image,label\n" + "".join(f"x.jpg,{i}\n" for i in range(6)))
