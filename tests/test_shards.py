@@ -312,6 +312,19 @@ def test_a_shard_is_looked_through_once(tmp_path: Path, cache: Path) -> None:
     assert len(open_dataset(config(root))) == 17
 
 
+@pytest.mark.parametrize("count", [2, 2000])
+@pytest.mark.parametrize("keep", [0, 5, 200])
+def test_a_damaged_index_is_made_anew(tmp_path: Path, cache: Path, count: int, keep: int) -> None:
+    members = ((f"{i:05d}.{e}", "x") for i in range(count) for e in ("png", "txt"))
+    path = make_tar(tmp_path / "a.tar", members)
+    assert len(shard_index(path)) == count
+    (kept,) = (cache / "shards").glob("*.npy")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:keep])
+    assert len(shard_index(path)) == count
+    assert kept.read_bytes() == whole
+
+
 def test_an_index_keeps_no_object_per_sample(tmp_path: Path) -> None:
     make_tar(
         tmp_path / "a.tar", ((f"{i:05d}.{e}", "x") for i in range(2000) for e in ("png", "txt"))

@@ -386,11 +386,24 @@ class EvaluationData(Section):
 
     layout: Layout | None = Field(default=None, description="null: data.layout")
     root: str | None = Field(default=None, description="null: data.root")
-    split: str | None = Field(default=None, description="null: the layout's own for evaluation")
+    split: str | None = Field(
+        default=None,
+        description="null: the layout's own for evaluation; of data's root: val, valid, "
+        "validation, test or dev, the first there is, if training uses another split",
+    )
     templates: tuple[str, ...] | None = Field(
         default=None, description="prompts, averaged per class; null: the layout's own"
     )
-    class_names: str | None = Field(default=None, description="null: data.class_names")
+    class_names: str | None = Field(
+        default=None, description="null: data.class_names, if layout and root are data's"
+    )
+    image_column: str | None = Field(default=None, description="null: as class_names")
+    caption_column: str | tuple[str, ...] | None = Field(
+        default=None, description="null: as class_names, unless label_column is set"
+    )
+    label_column: str | None = Field(
+        default=None, description="null: as class_names, unless caption_column is set"
+    )
     limit: Positive | None = Field(
         default=None, description="use this many samples, from the start"
     )

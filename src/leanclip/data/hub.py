@@ -185,6 +185,11 @@ def _load(config: DataConfig) -> Any:
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(root))
         if isinstance(saved, datasets.Dataset):
+            if config.split not in (None, str(saved.split)):
+                raise DataError(
+                    f"data.split: {root} is one saved data set (split {saved.split}), with no "
+                    f"{split}; set data.split to null"
+                )
             return saved
         if split not in saved:
             raise DataError(f"data.split: {root} has {', '.join(map(str, saved))}, no {split}")
@@ -192,6 +197,8 @@ def _load(config: DataConfig) -> Any:
     if root.is_file():
         if root.suffix.lower() not in _SUFFIXES:
             raise DataError(f"data.root: {root} is none of {' '.join(_SUFFIXES)}")
+        if split != "train":
+            raise DataError(f"data.split: {root} is a file; a split is a file in a folder")
         kind = _SUFFIXES[root.suffix.lower()]
         files = {split: str(root)}
         return datasets.load_dataset(

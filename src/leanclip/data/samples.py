@@ -183,3 +183,40 @@ def read_lines(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise SampleError("caption not UTF-8", f"{path}: is not UTF-8 text") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_class_names(path: Path) -> list[str]:
+    """A class's name a line, by label: `class_names_in` of a file.
+
+    Raises:
+        DataError: there is no such file, it cannot be read, or does not hold such lines.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"data.class_names: no such file: {path}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return class_names_in(content, where=str(path))
+
+
+def class_names_in(content: bytes, *, where: str) -> list[str]:
+    """The lines of a file of class names, stripped; the number of a line is its label.
+
+    Raises:
+        DataError: it is empty, not UTF-8, or has a blank line before others.
+    """
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: is not UTF-8 text") from None
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise DataError(f"{where}: is empty; write a class's name a line, in the order of labels")
+    if "" in lines:
+        raise DataError(
+            f"{where}: line {lines.index('') + 1} is blank, and a line's number is its label; "
+            f"write a name there, or remove the line"
+        )
+    return lines

@@ -33,8 +33,9 @@ from leanclip.data.samples import (
     Strings,
     check_templates,
     check_unicode,
+    class_names_in,
     fill,
-    read_lines,
+    read_class_names,
 )
 from leanclip.data.sources.shard_cache import (
     fetched_note,
@@ -310,16 +311,13 @@ def _classes(shard: str, config: DataConfig) -> Sequence[str]:
     if config.caption_column is not None:
         return ()
     if config.class_names is not None:
-        if not Path(config.class_names).is_file():
-            raise DataError(f"data.class_names: no such file: {config.class_names}")
-        return read_lines(Path(config.class_names))
+        return read_class_names(Path(config.class_names))
     places = [beside(shard, "classes.txt")]
     if config.split is not None:
         places.append(str(Path(config.root) / "classes.txt"))
     for place in places:
         if (content := _read(place)) is not None:
-            lines = content.decode("utf-8-sig", "replace").splitlines()
-            return [line.strip() for line in lines if line.strip()]
+            return class_names_in(content, where=place)
     return ()
 
 

@@ -54,7 +54,7 @@ class ParquetRows:
             _write_arrow(self.paths, list(columns), self.batch, self.size, part)
 
         kind = f"arrow-{','.join(columns)}-{self.batch}"
-        self.arrow = cached(self.paths, kind, write, size=size)
+        self.arrow = cached(self.paths, kind, write, is_whole=_is_arrow, size=size)
 
     def __len__(self) -> int:
         return self.size
@@ -153,6 +153,14 @@ def _write_arrow(
             writer.write_batch(batch)
             done += batch.num_rows
             bar.update(done)
+
+
+def _is_arrow(path: Path) -> bool:
+    """Whether a file is whole; ValueError of pyarrow if not."""
+    import pyarrow
+
+    with pyarrow.OSFile(str(path), "rb") as file:
+        return pyarrow.ipc.open_file(file).num_record_batches > 0
 
 
 def _plain(field: "pyarrow.Field") -> "pyarrow.Field":
