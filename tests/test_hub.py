@@ -86,7 +86,9 @@ def test_a_saved_data_set_with_images_and_labels(tmp_path: Path) -> None:
 
 
 def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    rows = datasets.Dataset.from_dict({"image": ["x.png"], "text": ["a"]}, split="validation")
+    rows = datasets.Dataset.from_dict(
+        {"image": ["x.png"], "text": ["a"]}, split=datasets.Split.VALIDATION
+    )
     rows.save_to_disk(tmp_path / "saved")
     for split in (None, "validation"):
         assert len(open_dataset(config(tmp_path / "saved", split=split))) == 1
