@@ -18,8 +18,9 @@ from pyarrow import parquet
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.loader import Position, evaluation_batches, training_batches
+from leanclip.data.mixture import Mixture
 from leanclip.data.pack import pack
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import ConfigError, DataError, SampleError
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,9 @@ def test_a_saved_data_set_with_images_and_labels(tmp_path: Path) -> None:
 
 
 def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    rows = datasets.Dataset.from_dict({"image": ["x.png"], "text": ["a"]}, split="validation")
+    rows = datasets.Dataset.from_dict(
+        {"image": ["x.png"], "text": ["a"]}, split=datasets.Split.VALIDATION
+    )
     rows.save_to_disk(tmp_path / "saved")
     for split in (None, "validation"):
         assert len(open_dataset(config(tmp_path / "saved", split=split))) == 1
@@ -227,6 +230,21 @@ def test_a_stream_without_a_length_or_an_index(tmp_path: Path) -> None:
         open_dataset(config(root, streaming=True))
     with pytest.raises(DataError, match=r"set data\.streaming: false to evaluate"):
         open_dataset(config(root, streaming=True, epoch_size=5))[0]
+
+
+def test_a_stream_in_a_mixture_has_a_size_of_its_own(tmp_path: Path) -> None:
+    pairs = {"layout": "pairs", "root": str(make_pairs(tmp_path / "p", 20))}
+    streamed = {"layout": "hub", "root": str(make_parts(tmp_path / "parts"))}
+    streamed |= {"streaming": True, "epoch_size": 60}
+    dataset = open_dataset(config("", layout="mixture", sources=(pairs, streamed)))
+    assert isinstance(dataset, Mixture)
+    assert (len(dataset), dataset.shares.tolist()) == (80, [0.25, 0.75])
+    visits = list(itertools.islice(dataset.visits((0, 0)), 80))
+    came = [visit for visit in visits if not isinstance(visit, int)]
+    assert 40 < len(came) < 75
+    assert {sample.source for sample in came} == {1}
+    with pytest.raises(ConfigError, match="epoch_size goes with streaming: true only"):
+        open_dataset(config("", layout="mixture", sources=(pairs | {"epoch_size": 3}, streamed)))
 
 
 # --- what stops everything

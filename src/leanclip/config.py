@@ -198,6 +198,9 @@ class MixedSource(SourceConfig):
     weight: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="its part of the samples, to the others'; null: its size"
     )
+    epoch_size: Positive | None = Field(
+        default=None, description="of a stream: samples that count as its size"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "MixedSource":

@@ -70,7 +70,7 @@ def pack(
         DataError: more than `data.max_bad_share` is unusable; the destination holds something
             else; a process died; a mixture has a source that is read as a stream.
     """
-    if any(source.streaming for source in config.sources):
+    if config.sources and (config.streaming or any(s.streaming for s in config.sources)):
         raise DataError("data.sources: pack a source with streaming: true on its own")
     if not config.streaming:  # a stream may not know its length but by this
         config = config.model_copy(update={"epoch_size": None})

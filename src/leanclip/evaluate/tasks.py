@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanclip.config import Config, DataConfig, EvaluationData, SourceConfig, load_config
-from leanclip.data import Dataset, open_dataset, split_source
+from leanclip.config import Config, DataConfig, EvaluationData, load_config
+from leanclip.data import Dataset, open_dataset, source_configs, split_source
 from leanclip.data.splits import find_splits
 from leanclip.errors import ConfigError
 from leanclip.settings import parse, to_plain
@@ -200,13 +200,13 @@ def _guard_data(config: Config, wanted: EvaluationData) -> DataConfig:
     return _evaluation_data(config.data, wanted, task, setting="guard")
 
 
-def _trained(data: DataConfig, layout: str, root: str) -> SourceConfig | None:
+def _trained(data: DataConfig, layout: str, root: str) -> DataConfig | None:
     """What training reads of a root, if it does."""
-    sources = (data, *data.sources)
+    sources = (data, *source_configs(data))
     return next((one for one in sources if (one.layout, one.root) == (layout, root)), None)
 
 
-def _held_out(trained: SourceConfig) -> str | None:
+def _held_out(trained: DataConfig) -> str | None:
     """A split of training's root that training does not use; else the one that it uses."""
     used = trained.split or ("train" if trained.layout in ("table", "hub") else None)
     found = () if used is None else find_splits(trained)
@@ -222,7 +222,7 @@ def _is_training(data: DataConfig, wanted: EvaluationData, chosen: DataConfig) -
     return wanted.root is None or trained.split is not None
 
 
-def _columns(wanted: EvaluationData, trained: SourceConfig | None) -> dict[str, Any]:
+def _columns(wanted: EvaluationData, trained: DataConfig | None) -> dict[str, Any]:
     """What columns and labels mean: as the evaluation says, else as for training's root."""
     names = ("class_names", "image_column", "caption_column", "label_column")
     given = {name: getattr(wanted, name) for name in names}
