@@ -26,10 +26,10 @@ from PIL import Image
 from skimage import data as photographs
 
 from leanclip.data import open_dataset, parse_source, reduced
-from leanclip.data.check import open_parts, read_parts
-from leanclip.data.findings import find
 from leanclip.data.loader import training_batches
 from leanclip.data.pack import pack
+from leanclip.data.preflight.check import open_parts, read_parts
+from leanclip.data.preflight.findings import find
 from leanclip.images import open_image
 
 COUNT, SIZE, SIDE = 300, (2000, 1500), 256

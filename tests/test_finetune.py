@@ -21,8 +21,9 @@ from leanclip.model.lora import ADAPTED
 from leanclip.optim import build_optimizer
 from leanclip.plan import make_plan, memory_estimate
 from leanclip.settings import to_plain
-from leanclip.step import over_ranks, train_step
+from leanclip.step import train_step
 from leanclip.tokenizer import tokenize
+from leanclip.towers import over_ranks
 from leanclip.tracking import read_metrics
 from leanclip.weights import save_weights
 

@@ -84,6 +84,19 @@ def test_a_saved_data_set_with_images_and_labels(tmp_path: Path) -> None:
         open_dataset(config(tmp_path / "dict"))
 
 
+def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"image": ["x.png"], "text": ["a"]}, split="validation")
+    rows.save_to_disk(tmp_path / "saved")
+    for split in (None, "validation"):
+        assert len(open_dataset(config(tmp_path / "saved", split=split))) == 1
+    with pytest.raises(DataError, match=r"data\.split: .*split validation\), with no train"):
+        open_dataset(config(tmp_path / "saved", split="train"))
+    (tmp_path / "a.csv").write_text("image,text\nx.png,a\n")
+    assert len(open_dataset(config(tmp_path / "a.csv", split="train"))) == 1
+    with pytest.raises(DataError, match=r"data\.split: .*a\.csv is a file"):
+        open_dataset(config(tmp_path / "a.csv", split="val"))
+
+
 def test_a_folder_of_images(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)

@@ -61,8 +61,13 @@ def make_stream(root: Path) -> dict[str, object]:
         ]
         table = datasets.Dataset.from_list(rows)
         table.to_parquet(root / f"parquet/train-0000{shard}-of-00003.parquet")
-    values = {"layout": "hub", "root": str(root / "parquet"), "streaming": True}
-    return values | {"epoch_size": COUNT, "shuffle_buffer": 5}
+    return {
+        "layout": "hub",
+        "root": str(root / "parquet"),
+        "streaming": True,
+        "epoch_size": COUNT,
+        "shuffle_buffer": 5,
+    }
 
 
 def make_mixture(root: Path) -> dict[str, object]:

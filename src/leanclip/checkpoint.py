@@ -52,9 +52,11 @@ class Progress:
     samples: int  # trained on, all in all
     sources: list[int]  # the same by source, of a mixture
     seconds: float  # spent on training until here
+    dataset_size: int = 0  # samples of an epoch
     new: list[str] = field(default_factory=list)  # parameters that the loaded weights had not
     before: dict[str, float] = field(default_factory=dict)  # metrics before the first step
     best: Best | None = None
+    loss_scale: list[float] | None = None  # of precision fp16
 
 
 def save(
@@ -143,9 +145,10 @@ def restore(
             optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
     rank = rank_and_world_size()[0]
     if rank < len(tensors["random.cpu"]):  # a rank more than then goes on with its own seed
-        torch.set_rng_state(tensors["random.cpu"][rank])
+        # Clones: PyTorch reads a state from the beginning of its storage, not from the row's.
+        torch.set_rng_state(tensors["random.cpu"][rank].clone())
         if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"][rank])
+            torch.cuda.set_rng_state(tensors["random.cuda"][rank].clone())
     return progress_of(folder)
 
 

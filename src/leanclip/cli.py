@@ -5,16 +5,27 @@ line and exit code 2; `--debug`, anywhere in the command, shows the traceback.
 """
 
 import logging
-import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from leanclip import cli_data
-from leanclip.launch import is_rank, join_launch, launch, leave_launch
+from leanclip.launch import (
+    code_without_another,
+    end_rank,
+    is_rank,
+    join_launch,
+    launch,
+    leave,
+    rank,
+)
+
+if TYPE_CHECKING:
+    from leanclip.config import Config
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(
@@ -46,27 +57,43 @@ Arch = Annotated[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted, 143 by SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
     _show_log()
-    join_launch()
+    if not is_rank():
+        _run(words)
+        return
+    try:
+        _run(words)
+    except SystemExit as end:
+        end_rank(int(end.code or 0))
+    except Exception as error:
+        from leanclip.distributed import is_lost_rank
+
+        if is_lost_rank(error) and "--debug" not in words:
+            end_rank(code_without_another())
+        traceback.print_exc()
+        end_rank(1)
+
+
+def _run(words: list[str]) -> None:
     from leanclip.errors import LeanclipError
 
+    debug = "--debug" in words
     try:
         app([word for word in _with_resume_value(words) if word != "--debug"], obj=words)
     except (LeanclipError, OSError) as error:
         if debug:
             raise
-        leave_launch(2)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        leave(2, f"error: {' '.join(str(error).split())}")
     except SystemExit as end:
-        if end.code == 130:  # Typer's for Ctrl-C
+        if end.code == 130 and not is_rank():  # Ctrl-C; for ranks the launcher speaks
             resumes = {
                 "train": "; the same command goes on from the last checkpoint",
                 "pack": "; the same command goes on at the shards that are not finished",
             }
             command = words[1] if words[0] == "data" else words[0]
             print(f"interrupted{resumes.get(command, '')}", file=sys.stderr)
+        if end.code in (130, 143):
+            leave(end.code)
         raise
 
 
@@ -110,48 +137,73 @@ def train(
     The same command in the same output folder goes on from the newest checkpoint. What a run
     starts from, in this order: a run in the output folder, --resume, --load, scratch.
     """
-    from leanclip import outcome as outcomes
     from leanclip.config import load_config
-    from leanclip.distributed import choose_device, process_group
     from leanclip.errors import ConfigError
-    from leanclip.plan import describe, headline, make_plan
-    from leanclip.stopping import Stopped
-    from leanclip.train import train as start
+    from leanclip.stopping import nothing_to_save
 
     run = resume or None  # a bare --resume names no folder
     if config is None and run is None:
         raise ConfigError("-c: give a config file, for example -c configs/quickstart.yaml")
-    settings = load_config(
-        config or Path(run or "") / "config.yaml",
-        overrides or (),
-        load=load,
-        load_arch=arch,
-        load_partial=partial or None,
-        output_dir=run or output_dir,
-    )
     if num_procs > 1 and num_gpus:
         raise ConfigError(
             f"--num-procs {num_procs}: are processes on the CPU; leave --num-gpus out"
         )
-    device = choose_device("cpu" if num_procs > 1 else settings.device, num_gpus)
-    if evaluate_only:
-        print(outcomes.summary(outcomes.evaluate_only(settings, device, load)))
-        return
-    ranks = max(num_gpus or 1, num_procs)
-    if ranks > 1 and not is_rank() and not dry_run:
-        raise SystemExit(launch(context.obj, ranks=ranks, max_restarts=max_restarts))
-    with process_group(device):
-        plan = make_plan(settings, device, ranks=ranks)
-        if dry_run:
-            print(describe(plan))
+    with nothing_to_save():
+        join_launch()
+        settings = load_config(
+            config or Path(run or "") / "config.yaml",
+            overrides or (),
+            load=load,
+            load_arch=arch,
+            load_partial=partial or None,
+            output_dir=run or output_dir,
+            device="cpu" if num_procs > 1 else None,
+        )
+        ranks = max(num_gpus or 1, num_procs)
+        if ranks == 1 or is_rank() or dry_run or evaluate_only:
+            _train(settings, num_gpus, ranks, resume is not None, dry_run, evaluate_only, load)
             return
-        log.info("%s", headline(plan))
-        try:
-            outcome = start(plan, must_resume=resume is not None)
-        except Stopped as stopped:
-            if stopped.code != 130:  # of Ctrl-C `main` speaks
-                log.info("%s; the same command goes on from its last checkpoint", stopped)
-            raise SystemExit(leave_launch(stopped.code)) from None
+    if num_gpus:
+        from leanclip.distributed import choose_device
+
+        choose_device(settings.device, num_gpus)  # one word here, not one of each rank
+    raise SystemExit(launch(context.obj, ranks=ranks, max_restarts=max_restarts))
+
+
+def _train(
+    settings: "Config",
+    num_gpus: int | None,
+    ranks: int,
+    must_resume: bool,
+    dry_run: bool,
+    evaluate_only: bool,
+    load: str | None,
+) -> None:
+    """Train, or what is asked for in its place, as one of the ranks or alone."""
+    from leanclip import outcome as outcomes
+    from leanclip.distributed import choose_device, join_group
+    from leanclip.plan import describe, headline, make_plan
+    from leanclip.stopping import Stopped
+    from leanclip.train import train as start
+
+    device = choose_device(settings.device, num_gpus)
+    if evaluate_only:
+        if rank() == 0:
+            print(outcomes.summary(outcomes.evaluate_only(settings, device, load)))
+        return
+    join_group(device)
+    plan = make_plan(settings, device, ranks=ranks)
+    if dry_run:
+        if rank() == 0:
+            print(describe(plan))
+        return
+    log.info("%s", headline(plan))
+    try:
+        outcome = start(plan, must_resume=must_resume)
+    except Stopped as stopped:
+        if stopped.code != 130:  # of Ctrl-C `main` speaks
+            log.info("%s; the same command goes on from its last checkpoint", stopped)
+        raise SystemExit(stopped.code) from None
     if outcome is not None:
         print(outcomes.summary(outcome))
 
@@ -186,7 +238,8 @@ def evaluate(
         model, data_spec, task, config=config, arch=arch, overrides=overrides or (), out=out
     )
     device = choose_device(settings.device, num_gpus)
-    print(summary(evaluate_only(settings, device, model)))
+    if rank() == 0:
+        print(summary(evaluate_only(settings, device, model)))
 
 
 @app.command(epilog="Example: leanclip convert runs/quickstart quickstart-hf --to hf")
@@ -290,4 +343,4 @@ def _show_log() -> None:
             print(prefix + record.getMessage(), file=sys.stderr)
 
     log.handlers = [ToStderr()]
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)

@@ -281,13 +281,27 @@ class TrainConfig(Section):
     max_skipped_steps: Positive = Field(
         default=10, description="steps in a row that may be lost to non-finite gradients"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: autocast; weights, loss and temperature stay float32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="bf16, fp16: autocast; weights, loss and temperature stay float32; bf16 needs "
+        "no scaling of the loss",
+    )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="keep each block's input alone and compute the rest again: less memory, about "
+        "a third more time, the same gradients",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile both towers, which takes minutes at the start"
     )
     truncate_captions: bool = Field(
         default=True, description="cut captions over the context; false: they are bad samples"
     )
     log_every: Positive = Field(default=10, description="steps between two lines of metrics.jsonl")
+    report_to: Literal["auto", "tensorboard", "wandb", "trackio"] | None = Field(
+        default="auto",
+        description="where metrics go beside metrics.jsonl; auto: tensorboard where installed",
+    )
 
 
 class OptimizerConfig(Section):
@@ -372,11 +386,24 @@ class EvaluationData(Section):
 
     layout: Layout | None = Field(default=None, description="null: data.layout")
     root: str | None = Field(default=None, description="null: data.root")
-    split: str | None = Field(default=None, description="null: the layout's own for evaluation")
+    split: str | None = Field(
+        default=None,
+        description="null: the layout's own for evaluation; of data's root: val, valid, "
+        "validation, test or dev, the first there is, if training uses another split",
+    )
     templates: tuple[str, ...] | None = Field(
         default=None, description="prompts, averaged per class; null: the layout's own"
     )
-    class_names: str | None = Field(default=None, description="null: data.class_names")
+    class_names: str | None = Field(
+        default=None, description="null: data.class_names, if layout and root are data's"
+    )
+    image_column: str | None = Field(default=None, description="null: as class_names")
+    caption_column: str | tuple[str, ...] | None = Field(
+        default=None, description="null: as class_names, unless label_column is set"
+    )
+    label_column: str | None = Field(
+        default=None, description="null: as class_names, unless caption_column is set"
+    )
     limit: Positive | None = Field(
         default=None, description="use this many samples, from the start"
     )

@@ -6,13 +6,13 @@ Shapes: n rows of this rank, N rows of all ranks.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from leanclip.errors import ConfigError
 
@@ -43,20 +43,29 @@ def choose_device(name: str = "auto", num_gpus: int | None = None) -> torch.devi
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other ranks, where a launcher started several."""
+def join_group(device: torch.device) -> None:
+    """Join the other ranks, where a launcher started several; the end of the process leaves them.
+
+    PyTorch's `destroy_process_group` may wait for ever, holding Python's lock, for a thread of
+    gloo that waits for that lock to let go of its last tensor.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=1))  # others wait for rank 0's tests
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    timeout = timedelta(hours=1)  # others wait for rank 0's tests
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # The elastic launcher keeps its store over a restart; the addresses of then lead nowhere.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    if not dist.is_initialized():
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -3,10 +3,11 @@
     leanclip train --num-gpus 8 -> this process -> torch.distributed.run --standalone -> 8 ranks
 
 This process hands signals on to the ranks themselves, not to PyTorch's elastic launcher, which
-would end them. In a folder that they share, each rank leaves its process id, and rank 0 the exit
-code that it would have had alone: the launcher's own says no more than "failed".
+would end them. In a folder that they share, each rank leaves its process id, and the first one
+that ends on purpose the exit code of the job: the launcher's own says no more than "failed".
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -16,14 +17,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
+from typing import NoReturn
 
 FOLDER = "LEANCLIP_LAUNCH_FOLDER"  # in the environment of ranks that were started here
+PARENT = "LEANCLIP_LAUNCH_PARENT"  # the process that they end with
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RANK = "from leanclip.cli import main; main()"
 
 
 def is_rank() -> bool:
     """Whether this process is one of several that a launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank() -> int:
+    """The number of this process among those of its launcher; 0 of one alone."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def launch(words: Sequence[str], *, ranks: int, max_restarts: int = 0) -> int:
@@ -33,8 +42,10 @@ def launch(words: Sequence[str], *, ranks: int, max_restarts: int = 0) -> int:
     """
     with TemporaryDirectory(prefix="leanclip-") as folder:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {FOLDER: folder}
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        environment |= {FOLDER: folder, PARENT: str(os.getpid())}
         command = [sys.executable, "-m", "leanclip.launch", "--standalone"]
+        command += ["--local-addr=127.0.0.1"]  # the machine's own name may lead nowhere
         command += [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", "--no-python"]
         agent = subprocess.Popen(
             [*command, sys.executable, "-c", _RANK, *words],
@@ -46,6 +57,8 @@ def launch(words: Sequence[str], *, ranks: int, max_restarts: int = 0) -> int:
         def hand_on(number: int, _: FrameType | None) -> None:
             is_second = number == signal.SIGINT and signal.SIGINT in asked
             asked.append(number)
+            if number != signal.SIGUSR1:
+                (Path(folder) / "stop").touch()  # for ranks that are not there yet
             reached = _signal_ranks(Path(folder), signal.SIGKILL if is_second else number)
             if is_second or not reached:  # nothing to save yet, or no wish to wait
                 agent.kill()
@@ -61,27 +74,62 @@ def launch(words: Sequence[str], *, ranks: int, max_restarts: int = 0) -> int:
 
 
 def join_launch() -> None:
-    """Called by a rank when it starts: leaves its process id for signals."""
-    if folder := os.environ.get(FOLDER):
-        rank = os.environ["RANK"]
-        (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
-        if rank == "0":
-            (Path(folder) / "code").unlink(missing_ok=True)
+    """Called by a rank when it starts and answers signals: leaves its process id for them.
 
-
-def leave_launch(code: int) -> int:
-    """Called by a rank when it ends on purpose; gives the code that it should exit with.
-
-    A rank that stopped because it was asked to exits with 0, or it would be started again.
+    It ends here if the job has ended: a restart after another rank's mistake, or a late start.
     """
+    if folder := os.environ.get(FOLDER):
+        _end_with_parent()
+        (Path(folder) / f"{rank()}.pid").write_text(str(os.getpid()))
+        if _is_over():
+            sys.exit(0)
+
+
+def leave(code: int, words: str = "") -> NoReturn:
+    """End this process on purpose, with its last words.
+
+    Of the ranks that were started here, the first to end makes the job's code and has its words
+    printed; all exit with 0, or they would be started again.
+    """
+    if folder := os.environ.get(FOLDER):
+        try:
+            with (Path(folder) / "code").open("x") as file:
+                file.write(str(code))
+        except FileExistsError:
+            words = ""
+    if words:
+        print(words, file=sys.stderr)
+    sys.exit(0 if folder else code)
+
+
+def end_rank(code: int) -> NoReturn:
+    """End this rank without waiting for what PyTorch has running in it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def code_without_another() -> int:
+    """What to exit with when another rank is gone; that one may have something to say first."""
+    for _ in range(30):
+        if _is_over():
+            return 0
+        time.sleep(0.1)
+    print(f"rank {rank()}: another rank is gone", file=sys.stderr)
+    return 1
+
+
+def _is_over() -> bool:
+    """Whether the job has ended on purpose."""
     folder = os.environ.get(FOLDER)
-    if folder is None:
-        return code
-    if os.environ["RANK"] == "0":
-        (Path(folder) / "code").write_text(str(code))
-    elif code == 2:
-        time.sleep(3)  # all ranks have the same to say of a user's mistake; the first one says it
-    return 0 if code > 128 else code
+    return folder is not None and any((Path(folder) / name).exists() for name in ("code", "stop"))
+
+
+def _end_with_parent() -> None:
+    """Have the system kill this process when the one that started it is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[PARENT]):  # it went before this was asked
+        os._exit(1)
 
 
 def _signal_ranks(folder: Path, number: int) -> int:
@@ -98,6 +146,8 @@ def _signal_ranks(folder: Path, number: int) -> int:
 
 def _agent(arguments: list[str]) -> int:
     """PyTorch's launcher, without its own words on a rank that failed: the rank has said it."""
+    _end_with_parent()
+    os.environ[PARENT] = str(os.getpid())
     import logging
 
     from torch.distributed import run

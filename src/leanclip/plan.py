@@ -22,6 +22,8 @@ from leanclip.optim import scaled_learning_rate
 from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
 from leanclip.tokenizer import VOCAB_SIZE
+from leanclip.towers import checkpoint_activations
+from leanclip.tracking import check_tracker
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     `ranks` is how many processes there will be; where a launcher has started them, it knows.
 
     Raises:
-        ConfigError: the model cannot hold the tokeniser's ids, or a setting does not go with
-            another or with the data.
+        ConfigError: the model cannot hold the tokeniser's ids, a setting does not go with another
+            or with the data, or a tracker is not installed.
         DataError: the data is missing, empty or not of its layout.
     """
     if config.model.vocab_size < VOCAB_SIZE:
@@ -64,6 +66,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         )
     if (config.train.loss == "siglip") != config.model.logit_bias:
         raise ConfigError("train.loss: siglip goes with model.logit_bias: true, and only with it")
+    check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:
         barrier()  # what the first rank prepares, such as an index, the others find
@@ -183,13 +186,15 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     with torch.device("meta"):
         model = CLIP(**to_plain(plan.config.model))
         tuning = Tuning(model, plan.config.finetune)
+    if plan.config.train.checkpoint_activations:
+        checkpoint_activations(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = 4 * model.parameter_count() + 12 * trained
     weights += sum(4 * mean.numel() for mean in tuning.average.values())
     of_two, of_three = _kept_by_autograd(model, 2), _kept_by_autograd(model, 3)
     per_pair = of_three - of_two
     always = of_two - 2 * per_pair
-    if plan.config.train.precision == "bf16":
+    if plan.config.train.precision != "fp32":
         per_pair //= 2
     logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient
     return weights, always + plan.batch_size * per_pair + logits

@@ -88,7 +88,7 @@ def similarity_matrix(
     for (row, column), value in np.ndenumerate(similarity):
         ink = "black" if value > middle else "white"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=10, color=ink)
-    axes.set_yticks(range(rows), [textwrap.fill(text, 36) for text in texts])
+    axes.set_yticks(range(rows), [_words(text, 36) for text in texts])
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     for column, image in enumerate(images):
@@ -138,8 +138,14 @@ def image_grid(images: Sequence[Source], captions: Sequence[str], path: Path) ->
         axes.axis("off")
     for axes, image, caption in zip(grid, images, captions, strict=False):
         axes.imshow(open_image(image))
-        axes.set_title(textwrap.fill(caption, 28), fontsize=8)
+        axes.set_title(_words(caption, 28), fontsize=8)
     figure.savefig(path)
+
+
+def _words(text: str, width: int) -> str:
+    """A caption as it stands, in lines: a dollar sign is no formula, a control no character."""
+    printable = "".join(c if c.isprintable() else " " for c in text[:500])
+    return textwrap.fill(printable, width).replace("$", r"\$")
 
 
 def _figure(

@@ -1,10 +1,15 @@
 """Stop or save when a signal asks for it, at the edge of a step, on all ranks together.
 
 SIGTERM, SIGINT -> save and stop   SIGUSR1 -> save and go on   a second SIGINT -> end at once
+
+Before the first step there is nothing to save: SIGTERM and SIGINT end at once.
 """
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 
@@ -18,6 +23,22 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.code = 128 + number
+
+
+@contextmanager
+def nothing_to_save() -> Iterator[None]:
+    """Until the loop begins: SIGTERM and SIGINT raise SystemExit, SIGUSR1 is ignored."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    answers = {signal.SIGINT: end, signal.SIGTERM: end, signal.SIGUSR1: signal.SIG_IGN}
+    before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Signals:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
+from threading import Thread
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -174,6 +175,7 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         prefetch_factor=4 if workers else None,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_end_with_parent_only,
         generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
     )
     batches = iter(loader)
@@ -187,6 +189,23 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         except RuntimeError as error:
             raise _death(error, reader) from error
         yield batch
+
+
+def _end_with_parent_only(_: int) -> None:
+    """In a worker: signals to a whole group of processes are for the training process to answer.
+
+    The one that it ends by is its parent's SIGTERM.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            continue
+        os._exit(0)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _death(error: RuntimeError, reader: "_Reader") -> Exception:
