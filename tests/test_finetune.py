@@ -17,7 +17,9 @@ from leanclip.config import FinetuneConfig, OptimizerConfig, TrainConfig, load_c
 from leanclip.data.loader import Batch
 from leanclip.evaluate import evaluate
 from leanclip.finetune import Tuning, group_of
+from leanclip.model.lora import ADAPTED
 from leanclip.optim import build_optimizer
+from leanclip.plan import make_plan, memory_estimate
 from leanclip.settings import to_plain
 from leanclip.step import train_step
 from leanclip.tokenizer import tokenize
@@ -363,6 +365,33 @@ def test_a_low_rank_run_is_read_and_goes_through_formats(command: Command, workp
     assert len(moved) == 16
     assert command("convert", "tuned", "tuned-hf", "--to", "hf").returncode == 0
     assert changed(leanclip.load("tuned-hf").model, state_of(model)) == set()
+
+
+# --- memory
+
+
+def test_memory_is_estimated_for_what_is_trained(workplace: Path) -> None:
+    def estimate(*overrides: str) -> tuple[int, int]:
+        return memory_estimate(
+            make_plan(load_config("config.yaml", overrides), torch.device("cpu"))
+        )
+
+    everything, activations = estimate()
+    locked = estimate("finetune.lock_image=all")
+    image = sum(p.numel() for p in CLIP(**TINY).visual.parameters())
+    assert everything - locked[0] == 12 * image  # no gradients, no moments
+    assert locked[1] < 0.7 * activations
+    mean = estimate("finetune.ema_decay=0.9")
+    assert mean == (everything + 4 * CLIP(**TINY).parameter_count(), activations)
+    adapted = sum(p.numel() for n, p in CLIP(**TINY).named_parameters() if n.endswith(ADAPTED))
+    low_rank = estimate("finetune.lora_rank=2")
+    assert low_rank[0] == 4 * CLIP(**TINY).parameter_count() + 16 * 4096
+    of_four, of_eight = (
+        estimate("finetune.lora_rank=2", f"train.batch_size={n}")[1] - 16 * n * n for n in (4, 8)
+    )
+    always = 2 * of_four - of_eight  # the sums, once whatever the batch, with their parts
+    first = 2 * 96 * 32  # of each tower's first block: its input has no gradient to pass on
+    assert 4 * (adapted - first) <= always <= 4 * (adapted + 3 * 4096)
 
 
 # --- the configs

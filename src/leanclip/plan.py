@@ -14,6 +14,7 @@ from leanclip.data.mixture import Mixture
 from leanclip.distributed import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import METRICS, Task, open_guard, open_tasks
+from leanclip.finetune import Tuning
 from leanclip.images import Preprocess
 from leanclip.loss import Kind
 from leanclip.model import CLIP
@@ -176,25 +177,39 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     """Bytes for weights with gradients and AdamW's moments, and for a batch's activations.
 
     Activations are counted, not guessed: the model runs on the meta device, where nothing is
-    computed, and the tensors that autograd keeps are added up.
+    computed, and the tensors that autograd keeps are added up; the sums of low-rank updates are
+    among them, once whatever the batch.
+
+    Raises:
+        ConfigError: the settings of `finetune` do not fit the model.
     """
-    kept: dict[int, torch.Tensor] = {}
     with torch.device("meta"):
         model = CLIP(**to_plain(plan.config.model))
-        if plan.config.train.checkpoint_activations:
-            checkpoint_activations(model)
-        side, length = model.visual.input_resolution, model.context_length
-        pixels = torch.empty(2, 3, side, side)  # a BatchNorm may refuse to train on one
-        tokens = torch.empty(2, length, dtype=torch.int64)
+        tuning = Tuning(model, plan.config.finetune)
+    if plan.config.train.checkpoint_activations:
+        checkpoint_activations(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = 4 * model.parameter_count() + 12 * trained
+    weights += sum(4 * mean.numel() for mean in tuning.average.values())
+    of_two, of_three = _kept_by_autograd(model, 2), _kept_by_autograd(model, 3)
+    per_pair = of_three - of_two
+    always = of_two - 2 * per_pair
+    if plan.config.train.precision != "fp32":
+        per_pair //= 2
+    logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient
+    return weights, always + plan.batch_size * per_pair + logits
+
+
+def _kept_by_autograd(model: CLIP, pairs: int) -> int:
+    """Bytes that a forward pass of a model on the meta device keeps, besides its parameters."""
+    kept: dict[int, torch.Tensor] = {}
+    side, length = model.visual.input_resolution, model.context_length
+    pixels = torch.empty(pairs, 3, side, side, device="meta")
+    tokens = torch.empty(pairs, length, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor), lambda kept: kept
     ):
         features = model(pixels, tokens)
     del features
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    both = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
-    per_pair = both // 2
-    if plan.config.train.precision != "fp32":
-        per_pair //= 2
-    logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient
-    return 16 * model.parameter_count(), plan.batch_size * per_pair + logits
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)

@@ -1,6 +1,6 @@
 """The forgetting guard: what a model could do before fine-tuning, and what is left of it.
 
-metrics before, metrics after -> "On ROOT it went from a to b while ... rose from c to d"
+metrics before, metrics after -> "On ROOT it fell from a to b while ... rose from c to d"
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,10 +24,9 @@ def comparison(
     if PREFIX + name not in before:
         return f"On {guard.data.root} (the guard) {_WORDS[name]} is {now:.1%}."
     then = before[PREFIX + name]
-    sentence = f"On {guard.data.root} (the guard) {_WORDS[name]} went {_change(then, now)}"
+    sentence = f"On {guard.data.root} (the guard) {_WORDS[name]} {_change(then, now)}"
     gains = [
-        f"{_WORDS[metric]} on {task.data.root} {_verb(before[metric], after[metric])} "
-        f"{_change(before[metric], after[metric])}"
+        f"{_WORDS[metric]} on {task.data.root} {_change(before[metric], after[metric])}"
         for task in tasks
         if (metric := HEADLINES[task.name]) in before
     ]
@@ -35,8 +34,7 @@ def comparison(
 
 
 def _change(then: float, now: float) -> str:
-    return f"from {then:.1%} to {now:.1%} ({100 * (now - then):+.1f} points)"
-
-
-def _verb(then: float, now: float) -> str:
-    return "rose" if now > then else "fell" if now < then else "stayed"
+    if now == then:
+        return f"stayed at {now:.1%}"
+    verb = "rose" if now > then else "fell"
+    return f"{verb} from {then:.1%} to {now:.1%} ({100 * (now - then):+.1f} points)"
