@@ -4,8 +4,10 @@ metrics.jsonl is always written, TensorBoard's files where it is installed.
 """
 
 import json
+import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+log = logging.getLogger("leanclip")
 
 
 class MetricsLog:
@@ -38,7 +42,13 @@ class MetricsLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note the metrics of a step."""
+        """Note the metrics of a step; a full disk is worth a warning, not the run."""
+        try:
+            self._write(step, metrics)
+        except OSError as error:  # what is in the file's buffer goes with the next line
+            log.warning("metrics of step %d are not written: %s", step, error)
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -47,9 +57,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with suppress(OSError):  # said before
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
 
 def write_text(path: Path, text: str) -> None:
