@@ -74,8 +74,8 @@ class Forked:
         self,
         *words: str,
         folder: Path,
+        environment: dict[str, str] | None = None,
         before: Callable[[], object] = lambda: None,
-        **environment: str,
     ) -> None:
         self.folder = folder
         number = len(list(folder.glob("*.said")))
@@ -87,7 +87,7 @@ class Forked:
 
             os.setsid()
             sys.stdout = sys.stderr = self._file.open("w", buffering=1)
-            os.environ.update(environment)
+            os.environ.update(environment or {})
             before()
             main(words)
 
@@ -129,19 +129,11 @@ def fork_ranks(world_size: int, *words: str, folder: Path) -> list[Forked]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    return [
-        Forked(
-            *(*words, "--num-gpus", "0"),
-            folder=folder,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-            **sizes,
-        )
-        for rank in range(world_size)
-    ]
+    shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = (*words, "--num-gpus", "0")
+    numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    return [Forked(*words, folder=folder, environment=shared | number) for number in numbers]
 
 
 def weights_hash(run: Path) -> str:

@@ -83,7 +83,9 @@ def save(
     temporary.rename(folder)
     _sync(root)
     write_text(root / "latest", folder.name + "\n")
-    for old in _by_age(root)[keep:]:
+    found = _by_age(root)
+    place = found.index(folder)
+    for old in (*found[:place], *found[place + keep :]):  # one ahead was damaged and passed over
         shutil.rmtree(old)
     return folder
 
