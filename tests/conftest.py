@@ -1,11 +1,15 @@
 """What the tests share: tiny models, small folders of data, and the command line as a process."""
 
 import contextlib
+import hashlib
 import io
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +27,7 @@ from leanclip.strict_yaml import dump_yaml
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
 DATA = Path(__file__).parent / "data"
 PROJECT = Path(__file__).parent.parent
 
@@ -51,6 +56,90 @@ def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         timeout=600,
         check=False,
     )
+
+
+class Forked:
+    """`leanclip` as a process that is forked off this one, for it imports torch once and for all.
+
+    It has a session of its own; what it prints goes to a file.
+
+    Args:
+        words: of the command line.
+        folder: where the file is put.
+        environment: more of it.
+        before: called in the process first.
+    """
+
+    def __init__(
+        self,
+        *words: str,
+        folder: Path,
+        environment: dict[str, str] | None = None,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.folder = folder
+        number = len(list(folder.glob("*.said")))
+        self._file = folder / f"{number}.said"
+        self._file.touch()
+
+        def work() -> None:
+            from leanclip.cli import main
+
+            os.setsid()
+            sys.stdout = sys.stderr = self._file.open("w", buffering=1)
+            os.environ.update(environment or {})
+            before()
+            main(words)
+
+        self._process = multiprocessing.get_context("fork").Process(target=work)
+        self._process.start()
+        self.pid = self._process.pid or 0
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def send_all(self, number: int) -> None:
+        """Send a signal to its whole group, as a terminal and some schedulers do."""
+        os.killpg(self.pid, number)
+
+    def until(self, is_so: Callable[[], object]) -> None:
+        """Wait until something is so, while it runs."""
+        deadline = time.monotonic() + 120
+        while not is_so():
+            assert self._process.is_alive(), f"it ended: {self.said()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    def code(self) -> int:
+        """Wait for its end; the exit code, or the signal that it was ended by, below 0."""
+        self._process.join(120)
+        if self._process.exitcode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f"it does not end: {self.said()}")
+        return self._process.exitcode
+
+    def said(self) -> str:
+        """What it printed."""
+        return self._file.read_text()
+
+
+def fork_ranks(world_size: int, *words: str, folder: Path) -> list[Forked]:
+    """The ranks of a job, as an outer launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = (*words, "--num-gpus", "0")
+    numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    return [Forked(*words, folder=folder, environment=shared | number) for number in numbers]
+
+
+def weights_hash(run: Path) -> str:
+    """SHA-256 of the newest checkpoint's weights."""
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -138,7 +227,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def command(workplace: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def command(workplace: Path) -> Command:
     """`command("train", "-c", ...)` in the workplace, as `run_cli` but in this process.
 
     A process of its own takes seconds to import torch; the tests that are about processes

@@ -29,6 +29,10 @@ def write(root: Path, step: int, *, keep: int = 2) -> tuple[Path, CLIP, torch.op
     return folder, model, optimizer
 
 
+def names_in(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("step-*"))
+
+
 def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
     folder, model, optimizer = write(tmp_path, 7)
     drawn = torch.randn(3)
@@ -56,12 +60,18 @@ def test_nothing_in_it_is_a_pickle(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (5, 100, 20):
+    for step in (5, 20, 100):
         write(tmp_path, step)
-    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [
-        "step-00000020",
-        "step-00000100",
-    ]
+    assert names_in(tmp_path) == ["step-00000020", "step-00000100"]
+
+
+def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        folder, *_ = write(tmp_path, step, keep=3)
+    (folder / "model.safetensors").write_bytes(b"")
+    write(tmp_path, 2)  # the run went on from 1
+    assert names_in(tmp_path) == ["step-00000001", "step-00000002"]
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000002", [])
 
 
 @pytest.mark.parametrize(

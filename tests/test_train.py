@@ -1,6 +1,5 @@
 """Training through the command line: its folder, its resumption, its refusals."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -8,12 +7,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, assert_refused, make_config, make_pairs, noise_image, run_cli
+from conftest import (
+    PROJECT,
+    TINY,
+    Command,
+    assert_refused,
+    make_config,
+    make_pairs,
+    noise_image,
+    run_cli,
+    weights_hash,
+)
 from torch.nn import functional as F
 
 from leanclip import CLIP, Preprocess
@@ -27,13 +35,6 @@ from leanclip.step import train_step
 from leanclip.strict_yaml import load_yaml
 from leanclip.tokenizer import tokenize
 from leanclip.tracking import read_metrics
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def weights_hash(run: Path) -> str:
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
 
 
 def batch_of(n: int = 6) -> Batch:

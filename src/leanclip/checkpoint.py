@@ -105,7 +105,9 @@ def save(
     best = progress.best and f"step-{progress.best.step:08d}"
     if best and (root / best).is_dir():
         write_text(root / "best", best + "\n")
-    for old in _by_age(root)[keep:]:
+    found = _by_age(root)
+    place = found.index(folder)
+    for old in (*found[:place], *found[place + keep :]):  # one ahead was damaged and passed over
         if old.name != best:
             shutil.rmtree(old)
     return folder

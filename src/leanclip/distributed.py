@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from leanclip.errors import ConfigError
@@ -57,7 +58,7 @@ def join_group(device: torch.device) -> None:
     timeout = timedelta(hours=1)  # others wait for rank 0's tests
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     # The elastic launcher keeps its store over a restart; the addresses of then lead nowhere.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # pyright: ignore[reportPrivateImportUsage]
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

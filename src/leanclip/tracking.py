@@ -5,9 +5,11 @@ metrics.jsonl is always written. A tracker is imported only where it is chosen: 
 """
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +40,9 @@ def check_tracker(report_to: str | None) -> None:
         )
 
 
+log = logging.getLogger("leanclip")
+
+
 class MetricsLog:
     """Appends to `metrics.jsonl` in a run's folder, one JSON object a line.
 
@@ -55,7 +60,13 @@ class MetricsLog:
         self._tracker = _open_tracker(report_to, folder, after_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note the metrics of a step."""
+        """Note the metrics of a step; a full disk is worth a warning, not the run."""
+        try:
+            self._write(step, metrics)
+        except OSError as error:  # what is in the file's buffer goes with the next line
+            log.warning("metrics of step %d are not written: %s", step, error)
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
         self._file.flush()
         if self._tracker is not None:
@@ -63,9 +74,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close all."""
-        self._file.close()
-        if self._tracker is not None:
-            self._tracker.close()
+        with suppress(OSError):  # said before
+            self._file.close()
+            if self._tracker is not None:
+                self._tracker.close()
 
 
 class _Tracker(Protocol):

@@ -29,7 +29,10 @@ def write_status(plan: Plan, state: str, **facts: str | int) -> None:
     """Write status.json into the run's folder, for schedulers."""
     if rank_and_world_size()[0] == 0 and plan.folder.is_dir():
         text = json.dumps({"state": state, "steps": plan.steps, "time": time.time(), **facts})
-        write_text(plan.folder / "status.json", text + "\n")
+        try:
+            write_text(plan.folder / "status.json", text + "\n")
+        except OSError as error:
+            log.warning("status.json does not say %s: %s", state, error)
 
 
 class Troubles:

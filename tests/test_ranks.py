@@ -1,0 +1,223 @@
+"""Several ranks through the command line: the same run as one process makes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import (
+    PROJECT,
+    Command,
+    Forked,
+    assert_refused,
+    fork_ranks,
+    run_cli,
+    weights_hash,
+)
+
+from leanclip import checkpoint
+from leanclip.config import load_config
+from leanclip.data import open_dataset
+from leanclip.data.loader import Position, training_batches
+from leanclip.tracking import read_metrics
+
+OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_share=0.2")
+LONG = ("-o", "train.epochs=20", "-o", "evaluate.retrieval=null", "-o", "checkpoint.every_steps=9")
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
+
+
+def batch_of(world_size: int) -> tuple[str, str]:
+    """The option that makes a global batch of 4."""
+    return "-o", f"train.batch_size={4 // world_size}"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batches"), [(2, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
+def test_ranks_reach_the_losses_of_one(
+    command: Command, workplace: Path, world_size: int, micro_batches: int
+) -> None:
+    (workplace / "data" / "003.png").write_bytes(b"no image")
+    options = (*OPTIONS, "-o", "evaluate.retrieval=null")
+    command(*options, "--output-dir", "one")
+    more = (*batch_of(world_size), "-o", f"train.micro_batches={micro_batches}")
+    ranks = fork_ranks(world_size, *options, *more, "--output-dir", "many", folder=workplace)
+    assert [rank.code() for rank in ranks] == [0] * world_size
+    one, many = losses(workplace / "one"), losses(workplace / "many")
+    assert len(one) == 12
+    assert many == pytest.approx(one, abs=1e-4)
+    assert [rank.said() for rank in ranks[1:]] == [""] * (world_size - 1)
+    assert ranks[0].said().count("skipped: data/003.png") == 1
+    (skipped,) = (workplace / "many/skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["id"].endswith("003.png")
+
+
+def test_the_command_starts_ranks_that_speak_as_one(command: Command, workplace: Path) -> None:
+    command(*OPTIONS, "--output-dir", "one")
+    done = run_cli(
+        *OPTIONS, *batch_of(2), "--num-procs", "2", "--output-dir", "two",
+        "-o", "optimizer.reference_batch=1024", "-o", "optimizer.learning_rate=0.256",
+        cwd=workplace,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert losses(workplace / "two") == pytest.approx(losses(workplace / "one"), abs=1e-4)
+    lines = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["model", "data", "steps", "rates", "folder"]
+    assert "peak learning rate 0.001 = 0.256 x batch 4 / reference batch 1024" in lines[3]
+    assert done.stdout.count("Folder:   two") == 1
+
+
+@pytest.mark.slow
+def test_an_outer_torchrun_starts_the_same_ranks(command: Command, workplace: Path) -> None:
+    command(*OPTIONS, "--output-dir", "one")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            PROJECT / "tools/train.py", *OPTIONS[1:], *batch_of(2), "--num-gpus", "0",
+            "--output-dir", "two",
+        ],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert losses(workplace / "two") == pytest.approx(losses(workplace / "one"), abs=1e-4)
+    assert done.stdout.count("Folder:   two") == 1
+
+
+def test_a_mistake_is_said_once(workplace: Path) -> None:
+    done = run_cli(
+        *OPTIONS, "-o", "data.root=nowhere", "--num-procs", "2", "--max-restarts", "3",
+        cwd=workplace,
+    )  # fmt: skip
+    assert_refused(done, "data.root: no such folder: nowhere")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(child)
+        for path in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in path.read_text().split()
+    ]
+
+
+def launched(*options: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """A job of two ranks that has made some steps; its ranks' process ids."""
+    process = subprocess.Popen(
+        [
+            sys.executable, "-c", "from leanclip.cli import main; main()", *OPTIONS, *LONG,
+            *batch_of(2), "--num-procs", "2", "--output-dir", "two", *options,
+        ],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while len(losses(Path("two"))) < 12:
+        assert process.poll() is None
+    (agent,) = children(process.pid)
+    return process, children(agent)
+
+
+def test_a_dead_rank_is_started_again(workplace: Path) -> None:
+    process, ranks = launched("--max-restarts", "1")
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "going on from two/checkpoints/step-" in errors
+    options = (*OPTIONS, *LONG, *batch_of(2), "--output-dir", "whole")
+    assert [rank.code() for rank in fork_ranks(2, *options, folder=workplace)] == [0, 0]
+    assert weights_hash(workplace / "two") == weights_hash(workplace / "whole")
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_job(workplace: Path) -> None:
+    process, ranks = launched()
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    said = errors.splitlines()[5:]  # after the headline
+    assert said == ["rank 1 ended by signal 9"]
+
+
+@pytest.mark.slow
+def test_ranks_end_with_their_launcher(workplace: Path) -> None:
+    process, ranks = launched()
+    process.kill()
+    process.communicate(timeout=120)  # its end closes stderr, and so does that of its ranks
+    for rank in ranks:
+        path = Path(f"/proc/{rank}/stat")
+        assert not path.exists() or path.read_text().split()[2] == "Z"
+
+
+def test_a_fault_on_one_rank_is_said_before_others_miss_it(workplace: Path) -> None:
+    options = (*OPTIONS, *LONG, *batch_of(2), "--output-dir", "two", "-o", "data.workers=1")
+    first, second = fork_ranks(2, *options, folder=workplace)
+    second.until(lambda: children(second.pid) and len(losses(Path("two"))) >= 3)
+    os.kill(children(second.pid)[0], signal.SIGKILL)  # what reads its data
+    assert second.code() == 2
+    assert "the process that was reading it died" in second.said()
+    assert first.code() == 1
+    assert first.said().splitlines()[-1] == "rank 0: another rank is gone"
+    assert "Traceback" not in first.said() + second.said()
+
+
+# --- another number of ranks
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_goes_on_with_the_next_sample(
+    workplace: Path, before: int, after: int
+) -> None:
+    def start(world_size: int) -> list[Forked]:
+        # Batches of 2 a rank: 3 steps of two ranks or 6 of one make an epoch.
+        options = (*OPTIONS, *LONG, "-o", "train.batch_size=2", "--output-dir", "run")
+        return fork_ranks(world_size, *options, folder=workplace)
+
+    run = workplace / "run"
+    ranks = start(before)
+    ranks[0].until(lambda: len(losses(run)) >= 4)
+    ranks[-1].send(signal.SIGTERM)
+    assert [rank.code() for rank in ranks] == [143] * before
+    found, _ = checkpoint.newest(run / "checkpoints")
+    assert found is not None
+    stopped = json.loads((found / "state.json").read_text())
+    assert [rank.code() for rank in start(after)] == [0] * after
+    found, skipped = checkpoint.newest(run / "checkpoints")
+    assert found is not None
+    assert skipped == []
+    ended = json.loads((found / "state.json").read_text())
+    assert ended["step"] == 20 * 12 // (2 * after)
+    assert ended["epoch"] == 20
+    # What two ranks leave out at an epoch's end where one had stopped in the middle of a batch.
+    assert ended["samples"] == 20 * 12 - stopped["sample"] % (2 * after)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (3, 5), (5, 3)])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_no_sample_of_an_epoch_is_repeated(
+    workplace: Path, before: int, after: int, batches: int
+) -> None:
+    config = load_config("config.yaml")
+    dataset = open_dataset(config.data)
+
+    def stream(batch_size: int, start: Position):
+        return training_batches(
+            dataset, config.data, resolution=32, context_length=24, truncate=True,
+            batch_size=batch_size, seed=0, start=start,
+        )  # fmt: skip
+
+    seen: list[int] = []
+    position = Position()
+    first = stream(before, position)
+    for _ in range(batches):
+        batch, position = next(first)
+        seen += batch.indices.tolist()
+    for batch, following in stream(after, position):
+        if position.epoch == 0:
+            seen += batch.indices.tolist()
+        if following.epoch > 0:
+            break
+    assert len(set(seen)) == len(seen) > 12 - max(before, after)

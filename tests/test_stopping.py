@@ -1,0 +1,142 @@
+"""Signals: training stops or saves at the edge of a step, on all ranks, and goes on to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Command, Forked, fork_ranks, weights_hash
+
+from leanclip import checkpoint
+from leanclip.tracking import read_metrics
+
+OPTIONS = (
+    "train", "-c", "config.yaml", "-o", "train.epochs=15", "-o", "evaluate.retrieval=null",
+    "-o", "checkpoint.every_epochs=null", "-o", "checkpoint.every_steps=20",
+)  # fmt: skip
+SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
+
+
+@pytest.fixture
+def whole(command: Command, workplace: Path) -> str:
+    """The weights of the run that nothing stopped."""
+    command(*OPTIONS, "--output-dir", "whole")
+    return weights_hash(workplace / "whole")
+
+
+def state_of(run: Path) -> str:
+    return json.loads((run / "status.json").read_text())["state"]
+
+
+def assert_stopped_at_an_edge(run: Path) -> None:
+    """The newest checkpoint is of the last step that was made."""
+    found, skipped = checkpoint.newest(run / "checkpoints")
+    assert found is not None
+    assert skipped == []
+    step = json.loads((found / "state.json").read_text())["step"]
+    assert 5 <= step < 45
+    assert step == read_metrics(run)[-1]["step"]
+    assert state_of(run) == "preempted"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "to_all"),
+    [(signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True)],
+)
+def test_a_signal_stops_at_a_steps_edge(
+    command: Command, workplace: Path, whole: str, number: int, code: int, to_all: bool
+) -> None:
+    run = workplace / "run"
+    options = (*OPTIONS, "--output-dir", "run", "-o", "data.workers=1")
+    process = Forked(*options, folder=workplace)
+    process.until(lambda: len(read_metrics(run)) >= 5)
+    (process.send_all if to_all else process.send)(number)
+    assert process.code() == code
+    assert "the same command goes on from" in process.said()
+    assert "Traceback" not in process.said()
+    assert_stopped_at_an_edge(run)
+    done = command(*options)
+    assert "going on from run/checkpoints/step-" in done.stderr
+    assert weights_hash(run) == whole
+    assert state_of(run) == "done"
+
+
+def test_sigusr1_saves_and_goes_on(workplace: Path, whole: str) -> None:
+    run = workplace / "run"
+    process = Forked(*OPTIONS, "--output-dir", "run", "-o", "data.workers=1", folder=workplace)
+    process.until(lambda: len(read_metrics(run)) >= 5)
+    process.send_all(signal.SIGUSR1)
+    process.until(lambda: list(run.glob("checkpoints/step-*")))
+    (first, *_) = sorted(run.glob("checkpoints/step-*"))
+    assert 5 <= int(first.name[-8:]) < 20
+    assert process.code() == 0
+    assert weights_hash(run) == whole
+
+
+def test_a_second_ctrl_c_ends_at_once(workplace: Path) -> None:
+    run = workplace / "run"
+    options = ("-o", "train.batch_size=12", "-o", "train.epochs=100000")
+    process = Forked(*OPTIONS, *options, "--output-dir", "run", folder=workplace)
+    process.until(lambda: len(read_metrics(run)) >= 5)
+    os.kill(process.pid, signal.SIGSTOP)  # both arrive before the step's edge
+    process.send(signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    process.send(signal.SIGINT)
+    assert process.code() == 130
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_before_the_first_step_ends(workplace: Path, number: int, code: int) -> None:
+    os.mkfifo(workplace / "wait.yaml")  # it waits to read its configuration
+    process = Forked("train", "-c", "wait.yaml", "--output-dir", "run", folder=workplace)
+    with (workplace / "wait.yaml").open("w"):  # open: it has begun to read
+        process.send(signal.SIGUSR1)
+        process.send(number)
+        assert process.code() == code
+    assert not (workplace / "run").exists()
+    assert "Traceback" not in process.said()
+
+
+def test_a_signal_to_one_rank_stops_all(workplace: Path) -> None:
+    options = (*OPTIONS, "-o", "train.batch_size=2")
+    assert [r.code() for r in fork_ranks(2, *options, "--output-dir", "w", folder=workplace)] == [
+        0,
+        0,
+    ]
+    run = workplace / "run"
+    ranks = fork_ranks(2, *options, "--output-dir", "run", folder=workplace)
+    ranks[0].until(lambda: len(read_metrics(run)) >= 5)
+    ranks[1].send(signal.SIGTERM)
+    assert [rank.code() for rank in ranks] == [143, 143]
+    assert_stopped_at_an_edge(run)
+    ranks = fork_ranks(2, *options, "--output-dir", "run", folder=workplace)
+    assert [rank.code() for rank in ranks] == [0, 0]
+    assert "going on from run/checkpoints/step-" in ranks[0].said()
+    assert ranks[1].said() == ""
+    assert weights_hash(run) == weights_hash(workplace / "w")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [SIGNALS[0], pytest.param(*SIGNALS[1], marks=pytest.mark.slow)]
+)
+def test_a_signal_to_the_launcher_stops_all_ranks(workplace: Path, number: int, code: int) -> None:
+    run = workplace / "run"
+    process = subprocess.Popen(
+        [
+            sys.executable, "-c", "from leanclip.cli import main; main()",
+            *OPTIONS, "--output-dir", "run", "-o", "train.batch_size=2", "--num-procs", "2",
+            "-o", "train.epochs=1000", "--max-restarts", "1",
+        ],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while len(read_metrics(run)) < 5:
+        assert process.poll() is None
+    os.killpg(process.pid, number)  # a terminal's group: the ranks are in others
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert errors.count("the same command goes on from") == 1
+    assert errors.count("Traceback") == 0
+    assert_stopped_at_an_edge(run)
