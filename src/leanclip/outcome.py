@@ -13,7 +13,7 @@ from leanclip.model import CLIP
 from leanclip.plan import model_preprocess
 from leanclip.plots import run_pictures
 from leanclip.settings import to_plain
-from leanclip.weights import load_into, read_weights
+from leanclip.weights import SHARDS, load_into, read_weights
 
 SKIPPED = "skipped.jsonl"  # in the run's folder
 
@@ -63,7 +63,9 @@ def summary(outcome: Outcome) -> str:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
     lines.append(f"Folder:   {folder}")
     lines += [f"Picture:  {picture}" for picture in outcome.pictures]
-    if (folder / "config.yaml").is_file():
+    if any(folder.glob(f"checkpoints/step-*/{SHARDS}")):
+        lines.append(f"Next:     leanclip merge {folder} OUT     (its weights are in shards)")
+    elif (folder / "config.yaml").is_file():
         lines += [
             f"Next:     leanclip eval --model {folder}",
             f"          leanclip train -c YOUR.yaml --load {folder}     (fine-tune it)",

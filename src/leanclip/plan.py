@@ -63,6 +63,14 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         )
     if (config.train.loss == "siglip") != config.model.logit_bias:
         raise ConfigError("train.loss: siglip goes with model.logit_bias: true, and only with it")
+    is_resnet, settings = isinstance(config.model.vision_layers, tuple), config.train
+    if settings.compile and (
+        settings.sharding == "fsdp" or (is_resnet and settings.checkpoint_activations)
+    ):
+        raise ConfigError(
+            "train.compile: does not go with train.sharding fsdp, nor with "
+            "train.checkpoint_activations of a ResNet; leave one of them out"
+        )
     check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:

@@ -11,9 +11,11 @@ import signal
 import time
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from leanclip import checkpoint
 from leanclip.config import Config, DataConfig
@@ -28,6 +30,7 @@ from leanclip.optim import build_optimizer, learning_rate
 from leanclip.outcome import SKIPPED, Outcome, finish
 from leanclip.plan import Plan
 from leanclip.settings import differences, parse, to_plain
+from leanclip.sharded import whole
 from leanclip.step import train_step
 from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
@@ -79,9 +82,15 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     config, rank = plan.config, rank_and_world_size()[0]
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
+    found = _checkpoint(plan, must_resume)
+    if found is None:
+        _load(plan, model)
+    towers = prepare_towers(model, config.train)
     optimizer = build_optimizer(model, config.optimizer)
     torch.manual_seed(config.seed + rank)  # what is drawn in training differs by rank
-    done = _start(plan, model, optimizer, must_resume)
+    done = checkpoint.Progress(0, 0, 0, 0, [], 0.0)
+    if found is not None:
+        done = _same_place(plan, found, checkpoint.restore(found, model, optimizer))
     barrier()
     if rank == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +99,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     if rank == 0:
         metrics = MetricsLog(plan.folder, after_step=done.step, report_to=config.train.report_to)
     try:
-        report, done = _fit(plan, model, optimizer, done, metrics)
+        report, done = _fit(plan, model, towers, optimizer, done, metrics)
     except Stopped as stopped:
         write_status(plan, "preempted", stopped=str(stopped))
         raise
@@ -109,6 +118,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
 def _fit(
     plan: Plan,
     model: CLIP,
+    towers: nn.Module,
     optimizer: torch.optim.Optimizer,
     done: checkpoint.Progress,
     metrics: MetricsLog | None,
@@ -116,7 +126,6 @@ def _fit(
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
     rank, world_size = rank_and_world_size()
-    towers = prepare_towers(model, config.train)
     path = plan.folder / SKIPPED
     bad = BadSamples(len(plan.dataset), config.data.max_bad_share, path, must_write=rank == 0)
     troubles, result = Troubles(plan), None
@@ -217,7 +226,7 @@ def _fit(
 
 def _evaluate(plan: Plan, model: CLIP) -> Report:
     """The report of the first rank; the others wait."""
-    is_first = rank_and_world_size()[0] == 0
+    is_first, model = rank_and_world_size()[0] == 0, whole(model)
     report = evaluate(model, plan.tasks, plan.preprocess) if is_first else Report()
     barrier()
     return report
@@ -268,26 +277,32 @@ def _seen(batch: Batch, signals: Signals, sources: int) -> _Seen:
     return _Seen(samples, rest[len(STOPPING) :], every_bad, stop, bool(save or stop))
 
 
-def _start(
-    plan: Plan, model: CLIP, optimizer: torch.optim.Optimizer, must_resume: bool
-) -> checkpoint.Progress:
-    """Bring the model to where it starts: a checkpoint of this folder, weights, or scratch."""
-    config = plan.config
+def _checkpoint(plan: Plan, must_resume: bool) -> Path | None:
+    """The checkpoint of the run's folder to go on from."""
     found, skipped = checkpoint.newest(plan.folder / "checkpoints")
     for reason in skipped:
         log.warning("checkpoint skipped: %s", reason)
     if found is not None:
         _same_run(plan)
-        done = checkpoint.restore(found, model, optimizer)
-        here = done.epoch * plan.steps_per_epoch + done.sample // plan.batch_size
-        if here != done.step:
-            log.info("the batch was of another size then: step %d is step %d now", done.step, here)
-            done = replace(done, step=here)
-        more = " (so --load is not used)" if config.load else ""
-        log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
-        return done
-    if must_resume:
+    elif must_resume:
         raise ConfigError(f"--resume: no checkpoint in {plan.folder}; leave --resume out to begin")
+    return found
+
+
+def _same_place(plan: Plan, found: Path, done: checkpoint.Progress) -> checkpoint.Progress:
+    """A checkpoint's progress in steps of this run's batch."""
+    here = done.epoch * plan.steps_per_epoch + done.sample // plan.batch_size
+    if here != done.step:
+        log.info("the batch was of another size then: step %d is step %d now", done.step, here)
+        done = replace(done, step=here)
+    more = " (so --load is not used)" if plan.config.load else ""
+    log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
+    return done
+
+
+def _load(plan: Plan, model: CLIP) -> None:
+    """Bring the model to the weights of `config.load`, where there are."""
+    config = plan.config
     if config.load is not None:
         weights = read_weights(config.load, arch=config.load_arch)
         load_into(model, weights, partial=config.load_partial)
@@ -300,7 +315,6 @@ def _start(
         log.info("starting from the weights of %s", config.load)
     if rank_and_world_size()[0] == 0:
         (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
-    return checkpoint.Progress(0, 0, 0, 0, [], 0.0)
 
 
 def _same_run(plan: Plan) -> None:
