@@ -6,10 +6,12 @@
                               weights above are a mean or merged, the model's own beside
         state.json            step, position in the data, what was counted
         manifest.json         size and SHA-256 of every file above; written last
+        shards/               with train.sharding fsdp: weights and moments, a file a rank
 
 A checkpoint is written to a temporary folder, synced, and renamed: a folder with the name of a
-step is complete. Nothing in it is a pickle. The folder is also a folder of weights that
-`leanclip.load` and `--load` take. `latest` names the last one, `best` the one of the best metric.
+step is complete. Nothing in it is a pickle, but one file of shards/ (shard_files.py). The folder is
+also a folder of weights that `leanclip.load` and `--load` take. `latest` names the last one, `best`
+the one of the best metric.
 """
 
 import json
@@ -24,13 +26,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from leanclip.distributed import gather_rows, rank_and_world_size
+from leanclip.distributed import gather_rows, rank_and_world_size, together
+from leanclip.errors import WeightsError
 from leanclip.fetch import digest
 from leanclip.finetune import Tuning
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
+from leanclip.sharded import is_sharded, placed_as
 from leanclip.tracking import write_text
-from leanclip.weights import load_into, read_weights, save_weights
+from leanclip.weights import SHARDS, describe_weights, load_into, read_weights, save_weights
 
 
 class Best(NamedTuple):
@@ -71,31 +75,45 @@ def save(
 ) -> Path:
     """Write a checkpoint under `root`, then remove all but the `keep` newest; its folder.
 
-    Called by every rank; rank 0 writes. The old ones go when the new one is verified; the one
-    that `progress.best` names stays.
+    Called by every rank; rank 0 writes, or each its own shards. The old ones go when the new one
+    is verified; the one that `progress.best` names stays.
 
     Raises:
         OSError: it could not be written; what was there is as it was.
     """
     folder = root / f"step-{progress.step:08d}"
-    random_states = _random_states()
-    if rank_and_world_size()[0] > 0:
-        return folder
     temporary = root / f".{folder.name}.tmp"
-    for stale in root.glob(".step-*.tmp"):
-        shutil.rmtree(stale)
+    random_states = _random_states()
+    rank, has_shards = rank_and_world_size()[0], is_sharded(model)
+    if rank > 0 and not has_shards:
+        return folder
     try:
-        temporary.mkdir(parents=True)
-        weights = tuning.weights() if tuning else model.state_dict()
-        save_weights(temporary, weights, model.config, preprocess)
-        tensors = _moments(model, optimizer) | random_states | (tuning.state() if tuning else {})
+        problem = _begin(temporary) if rank == 0 else ""
+        if has_shards:
+            together(problem=problem)  # the other ranks write into that folder too
+            from leanclip.shard_files import save_shards
+
+            save_shards(temporary / SHARDS, model, optimizer)
+        elif problem:
+            raise OSError(problem)
+        if rank > 0:
+            return folder
+        if has_shards:
+            describe_weights(temporary, model.config, preprocess)
+            tensors = random_states
+        else:
+            weights = tuning.weights() if tuning else model.state_dict()
+            save_weights(temporary, weights, model.config, preprocess)
+            tensors = _moments(model, optimizer) | random_states
+            tensors |= tuning.state() if tuning else {}
         save_file(tensors, temporary / "training.safetensors")
         (temporary / "state.json").write_text(json.dumps(vars(progress)))
         _write_manifest(temporary)
         for problem in _problems(temporary):
             raise OSError(f"{problem}, right after it was written")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{folder}: cannot be written: {error}") from None
     if folder.exists():
         shutil.rmtree(folder)
@@ -137,14 +155,21 @@ def restore(
         WeightsError: the checkpoint is of another model.
     """
     tensors = load_file(folder / "training.safetensors")
-    if tuning is None or not tuning.restore(tensors):
+    if (folder / SHARDS).is_dir():
+        from leanclip.shard_files import load_shards
+
+        load_shards(folder / SHARDS, model, optimizer)
+    elif is_sharded(model):
+        own, weights = model.state_dict(), read_weights(folder)
+        model.load_state_dict({k: placed_as(v, own[k]) for k, v in weights.tensors.items()})
+    elif tuning is None or not tuning.restore(tensors):
         load_into(model, read_weights(folder))
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if state:
             # All of it: the fused AdamW keeps its count of steps on the device too.
-            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+            optimizer.state[parameter] = {k: placed_as(v, parameter) for k, v in state.items()}
     rank = rank_and_world_size()[0]
     if rank < len(tensors["random.cpu"]):  # a rank more than then goes on with its own seed
         # Clones: PyTorch reads a state from the beginning of its storage, not from the row's.
@@ -152,6 +177,42 @@ def restore(
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"][rank].clone())
     return progress_of(folder)
+
+
+def merge(source: Path, destination: Path) -> Path:
+    """Write a sharded checkpoint, or a run's newest, as a normal one; the folder it was read from.
+
+    Raises:
+        WeightsError: there is no such checkpoint, it is damaged, or not sharded.
+        OSError: the destination is there already, or cannot be written.
+    """
+    from leanclip.shard_files import read_shards
+
+    folder = source
+    if (source / "checkpoints").is_dir():
+        folder = newest(source / "checkpoints")[0] or source
+    for problem in _problems(folder):
+        raise WeightsError(f"{problem}; name a run's folder or one of its checkpoints")
+    if not (folder / SHARDS).is_dir():
+        raise WeightsError(f"{folder}: is not in shards; it can be used as it is")
+    if destination.exists():
+        raise OSError(f"{destination}: is there already; name another folder")
+    temporary = destination.with_name(f".{destination.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = read_shards(folder / SHARDS)
+    config = json.loads((folder / "config.json").read_text())
+    weights = {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}
+    save_file(weights, temporary / "model.safetensors", {"format": "pt"})
+    config["sha256"] = digest(temporary / "model.safetensors")
+    (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    moments = {k: t for k, t in tensors.items() if k.startswith("optimizer.")}
+    random_states = load_file(folder / "training.safetensors")
+    save_file(moments | random_states, temporary / "training.safetensors")
+    shutil.copyfile(folder / "state.json", temporary / "state.json")
+    _write_manifest(temporary)
+    temporary.rename(destination)
+    return folder
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -163,6 +224,17 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
             return folder, skipped
         skipped.append(problem)
     return None, skipped
+
+
+def _begin(temporary: Path) -> str:
+    """Make an empty folder to write in, sweeping what killed runs left; what went wrong."""
+    try:
+        for stale in temporary.parent.glob(".step-*.tmp"):
+            shutil.rmtree(stale)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _problems(folder: Path) -> Iterator[str]:
@@ -214,14 +286,14 @@ def _random_states() -> dict[str, torch.Tensor]:
 
 
 def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = {
-        path.name: {"size": path.stat().st_size, "sha256": digest(path)}
-        for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest(path)}
+        for path in files
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
-    for path in folder.iterdir():
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:

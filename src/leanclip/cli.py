@@ -278,6 +278,17 @@ def interpolate(
     print(f"{weights.source} -> {out}")
 
 
+@app.command(epilog="Example: leanclip merge runs/big merged")
+def merge(
+    source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    destination: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Write a checkpoint in shards (train.sharding fsdp) as a normal one, for every use."""
+    from leanclip.checkpoint import merge as merge_shards
+
+    print(f"{merge_shards(source, destination)} -> {destination}")
+
+
 @app.command(epilog="Example: leanclip inspect runs/quickstart")
 def inspect(
     source: Annotated[str, typer.Argument(help="Weights of any dialect.")],

@@ -289,6 +289,11 @@ class TrainConfig(Section):
         description="bf16, fp16: autocast; weights, loss and temperature stay float32; bf16 needs "
         "no scaling of the loss",
     )
+    sharding: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="of several ranks: ddp, each holds all weights; fsdp, each its part of them, "
+        "of gradients and of moments",
+    )
     checkpoint_activations: bool = Field(
         default=False,
         description="keep each block's input alone and compute the rest again: less memory, about "

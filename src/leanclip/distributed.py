@@ -97,6 +97,17 @@ def everyones(value: T) -> list[T]:
     return [value for value in values if value is not None]
 
 
+def together(*, problem: str) -> None:
+    """Every rank says what went wrong, or nothing; all go on, or none.
+
+    Raises:
+        OSError: one of them had a problem.
+    """
+    for found in everyones(problem):
+        if found:
+            raise OSError(found)
+
+
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's value, on every rank."""
     if rank_and_world_size()[1] == 1:

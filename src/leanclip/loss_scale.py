@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from leanclip.norms import local
+
 START, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
 
@@ -30,7 +32,7 @@ class LossScale:
         """Divide gradients of the scaled loss by the factor."""
         inverse = self.factor.reciprocal()
         for gradient in gradients:
-            gradient.mul_(inverse)
+            local(gradient).mul_(inverse)
 
     def update(self, is_finite: torch.Tensor) -> None:
         """Halve the factor after a step that was not finite, double it after 2000 that were."""

@@ -4,21 +4,24 @@ model -> parameters by tower -> norm of gradients, of parameters, of what a step
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from leanclip.distributed import sum_over_ranks
 from leanclip.model import CLIP
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SCALARS = ("logit_scale", "logit_bias")  # of the loss, not of the towers
 
 
 def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The norm () of all of them together, the same on every rank."""
-    sharded = [tensor.to_local() for tensor in tensors if isinstance(tensor, DTensor)]
-    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    sharded = [tensor.to_local() for tensor in tensors if is_shard(tensor)]
+    whole = [tensor for tensor in tensors if not is_shard(tensor)]
     norm = nn.utils.get_total_norm(whole)
     if not sharded:
         return norm
@@ -32,8 +35,8 @@ def clip_(gradients: Sequence[torch.Tensor], norm: torch.Tensor, most: float) ->
     As `torch.nn.utils.clip_grads_with_norm_`, which does not mix sharded and whole ones.
     """
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
-    local = [_local(gradient) for gradient in gradients]
-    torch._foreach_mul_(local, factor)  # pyright: ignore[reportPrivateImportUsage]
+    shards = [local(gradient) for gradient in gradients]
+    torch._foreach_mul_(shards, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class StepNorms:
@@ -63,12 +66,17 @@ class StepNorms:
             norms[f"parameter_norm/{tower}"] = total_norm(parameters)
             before = self._before[tower]
             for old, parameter in zip(before, parameters, strict=True):
-                _local(old).sub_(_local(parameter))
+                local(old).sub_(local(parameter))
             norms[f"update_norm/{tower}"] = total_norm(before)
         self._before.clear()
         return norms
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of it, or all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def is_shard(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
+    """Whether this rank holds a part of it alone; without DTensor's import, which is slow."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of it, or all of it."""
+    return tensor.to_local() if is_shard(tensor) else tensor

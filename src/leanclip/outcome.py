@@ -14,7 +14,7 @@ from leanclip.model import CLIP
 from leanclip.plan import model_preprocess
 from leanclip.plots import run_pictures
 from leanclip.settings import to_plain
-from leanclip.weights import load_into, read_weights
+from leanclip.weights import SHARDS, load_into, read_weights
 
 SKIPPED = "skipped.jsonl"  # in the run's folder
 
@@ -72,7 +72,9 @@ def summary(outcome: Outcome) -> str:
         path = folder / "checkpoints" / f"step-{best.step:08d}"
         lines.append(f"Best:     {path}     ({best.metric} {best.value:.1%})")
     lines += [f"Picture:  {picture}" for picture in outcome.pictures]
-    if (folder / "config.yaml").is_file():
+    if any(folder.glob(f"checkpoints/step-*/{SHARDS}")):
+        lines.append(f"Next:     leanclip merge {folder} OUT     (its weights are in shards)")
+    elif (folder / "config.yaml").is_file():
         lines += [
             f"Next:     leanclip eval --model {folder}",
             f"          leanclip train -c YOUR.yaml --load {folder}     (fine-tune it)",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config import Config
+from leanclip.config import Config, FinetuneConfig
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.mixture import Mixture
 from leanclip.distributed import barrier, rank_and_world_size
@@ -59,13 +59,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
             or with the data, or a tracker is not installed.
         DataError: the data is missing, empty or not of its layout.
     """
-    if config.model.vocab_size < VOCAB_SIZE:
-        raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is less than the {VOCAB_SIZE} ids of "
-            f"the tokeniser; set it to {VOCAB_SIZE}"
-        )
-    if (config.train.loss == "siglip") != config.model.logit_bias:
-        raise ConfigError("train.loss: siglip goes with model.logit_bias: true, and only with it")
+    _check_together(config)
     check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:
@@ -101,6 +95,27 @@ def _check_best_metric(config: Config, tasks: list[Task], guard: Task | None) ->
     if wanted is not None and wanted not in known:
         there_are = f"there are: {', '.join(known)}" if known else "nothing is"
         raise ConfigError(f"checkpoint.best_metric: {wanted} is not measured; {there_are}")
+
+
+def _check_together(config: Config) -> None:
+    """Refuse settings that do not go with each other."""
+    if config.model.vocab_size < VOCAB_SIZE:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is less than the {VOCAB_SIZE} ids of "
+            f"the tokeniser; set it to {VOCAB_SIZE}"
+        )
+    if (config.train.loss == "siglip") != config.model.logit_bias:
+        raise ConfigError("train.loss: siglip goes with model.logit_bias: true, and only with it")
+    is_resnet, settings = isinstance(config.model.vision_layers, tuple), config.train
+    if settings.compile and (
+        settings.sharding == "fsdp" or (is_resnet and settings.checkpoint_activations)
+    ):
+        raise ConfigError(
+            "train.compile: does not go with train.sharding fsdp, nor with "
+            "train.checkpoint_activations of a ResNet; leave one of them out"
+        )
+    if settings.sharding == "fsdp" and config.finetune != FinetuneConfig():
+        raise ConfigError("train.sharding: fsdp does not go with the settings of finetune yet")
 
 
 def _loss(config: Config, dataset: Dataset) -> Kind:

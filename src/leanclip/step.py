@@ -23,6 +23,7 @@ from leanclip.loss import Kind, contrastive_loss
 from leanclip.loss_scale import LossScale
 from leanclip.model import CLIP
 from leanclip.norms import SCALARS, StepNorms, clip_, total_norm
+from leanclip.sharded import is_sharded
 from leanclip.tokenizer import END
 from leanclip.towers import still, summing
 
@@ -73,7 +74,8 @@ def train_step(
     world_size = rank_and_world_size()[1]
     towers = towers or model
     groups = batch.groups.to(device) if kind == "multi-positive" else None
-    parts = _micro_batches(batch, settings.micro_batches)
+    # FSDP brings a block's parameters together for all ranks at once: all run it as often.
+    parts = _micro_batches(batch, settings.micro_batches, is_exact=is_sharded(model))
 
     def forward(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
@@ -131,17 +133,17 @@ class Part(NamedTuple):
     size: int
 
 
-def _micro_batches(batch: Batch, count: int) -> list[Part]:
-    """The batch in at most `count` parts of nearly the same size.
+def _micro_batches(batch: Batch, count: int, *, is_exact: bool) -> list[Part]:
+    """The batch in at most `count` parts of nearly the same size, or in as many with blank ones.
 
     A rank without a pair runs a blank one, so that it takes its part in the sums over ranks.
     """
-    if len(batch) == 0:
-        side = batch.images.shape[-1]
-        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-        return [Part(blank, torch.full((1, 1), END), 0)]
     images, tokens = (rows.tensor_split(count) for rows in (batch.images, batch.tokens))
-    return [Part(i, t, len(i)) for i, t in zip(images, tokens, strict=True) if len(i)]
+    parts = [Part(i, t, len(i)) for i, t in zip(images, tokens, strict=True) if len(i)]
+    side = batch.images.shape[-1]
+    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    least = count if is_exact else 1
+    return parts + [Part(blank, torch.full((1, 1), END), 0)] * (least - len(parts))
 
 
 def _cached_backward(

@@ -20,6 +20,7 @@ from leanclip.model import CLIP
 from leanclip.model.resnet import Bottleneck
 from leanclip.model.transformer import Block
 from leanclip.norms import SCALARS
+from leanclip.sharded import is_sharded, shard_model
 
 
 def prepare_towers(model: CLIP, settings: TrainConfig) -> nn.Module:
@@ -28,7 +29,7 @@ def prepare_towers(model: CLIP, settings: TrainConfig) -> nn.Module:
         checkpoint_activations(model)
     if settings.compile:
         compile_towers(model)
-    return over_ranks(model)
+    return over_ranks(model, settings.sharding)
 
 
 def checkpoint_activations(model: CLIP) -> None:
@@ -67,13 +68,21 @@ def still(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def over_ranks(model: CLIP) -> nn.Module:
+def over_ranks(model: CLIP, sharding: str = "ddp") -> nn.Module:
     """The towers with gradients averaged over the ranks; the model itself where there is one.
 
     The scalars of the loss take no part: their gradients come from the loss, not from a forward
     pass, and `train_step` averages them.
+
+    Args:
+        model: whole; with "fsdp" its parameters are replaced by shards, before an optimiser is
+            made of them.
+        sharding: "ddp" or "fsdp".
     """
     if rank_and_world_size()[1] == 1:
+        return model
+    if sharding == "fsdp":
+        shard_model(model, _blocks(model))
         return model
     # By both names that DDP has for a parameter at the top: with its module before the dot, or not.
     names = [prefix + name for name in SCALARS for prefix in ("", ".")]
@@ -83,8 +92,13 @@ def over_ranks(model: CLIP) -> nn.Module:
 
 def summing(towers: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
     """Around forward and backward of a micro-batch: ranks sum their gradients with the last."""
-    if isinstance(towers, DistributedDataParallel) and not is_last:
-        return towers.no_sync()
+    if isinstance(towers, DistributedDataParallel):
+        return nullcontext() if is_last else towers.no_sync()
+    if is_sharded(towers):
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(towers, FSDPModule)
+        towers.set_requires_gradient_sync(is_last)
     return nullcontext()
 
 

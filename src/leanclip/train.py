@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from leanclip import checkpoint
 from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
@@ -31,6 +32,7 @@ from leanclip.optim import build_optimizer, learning_rate
 from leanclip.outcome import SKIPPED, Outcome, finish
 from leanclip.plan import Plan
 from leanclip.settings import differences, parse, to_plain
+from leanclip.sharded import whole
 from leanclip.step import train_step
 from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
@@ -85,6 +87,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     found = _checkpoint(plan, must_resume)
     new = checkpoint.progress_of(found).new if found else _load(plan, model)
     tuning = Tuning(model, config.finetune, new)
+    towers = prepare_towers(model, config.train)
     optimizer = build_optimizer(model, config.optimizer, tuning.factors)
     torch.manual_seed(config.seed + rank)  # what is drawn in training differs by rank
     done = checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new)
@@ -104,7 +107,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
             done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
             if metrics is not None:
                 metrics.write(0, by_evaluation(done.before))
-        report, done = _fit(plan, model, optimizer, tuning, done, metrics)
+        report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics)
     except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
         raise
@@ -123,6 +126,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
 def _fit(
     plan: Plan,
     model: CLIP,
+    towers: nn.Module,
     optimizer: torch.optim.Optimizer,
     tuning: Tuning,
     done: checkpoint.Progress,
@@ -131,7 +135,6 @@ def _fit(
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
     rank, world_size = rank_and_world_size()
-    towers = prepare_towers(model, config.train)
     path = plan.folder / SKIPPED
     bad = BadSamples(plan.dataset.distinct, config.data.max_bad_share, path, must_write=rank == 0)
     troubles, result = Troubles(plan), None
@@ -244,7 +247,7 @@ def _fit(
 
 def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
     """The report of the first rank; the others wait, and get its figures."""
-    report = Report()
+    report, model = Report(), whole(model)
     if rank_and_world_size()[0] == 0:
         with tuning.averaged():
             report = evaluate(model, plan.tasks, plan.preprocess, guard=plan.guard, before=before)

@@ -21,6 +21,7 @@ from leanclip.weights.formats import read_safetensors
 from leanclip.weights.weights import Weights
 
 FORMAT = "leanclip"
+SHARDS = "shards"  # in place of model.safetensors, where several ranks hold the weights
 TOKENIZER = "CLIP byte-pair encoding, 49408 ids"
 
 
@@ -37,13 +38,25 @@ def save_weights(
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
     )
+    describe_weights(folder, model, preprocess, provenance=provenance, sha256=digest(file))
+
+
+def describe_weights(
+    folder: Path,
+    model: ModelConfig,
+    preprocess: Preprocess,
+    *,
+    provenance: str = "trained with leanclip",
+    sha256: str | None = None,
+) -> None:
+    """Write `config.json` alone; without a digest, of weights that are in shards beside it."""
     facts = {
         "format": FORMAT,
         "model": to_plain(model),
         "preprocess": asdict(preprocess),
         "tokenizer": TOKENIZER,
         "provenance": provenance,
-        "sha256": digest(file),
+        "sha256": sha256,
     }
     (folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -52,8 +65,12 @@ def read_folder(folder: Path, facts: dict, arch: ModelConfig | None) -> Weights:
     """Read a folder whose config.json holds `facts`; `arch` wins over them.
 
     Raises:
-        WeightsError: a file is missing or damaged.
+        WeightsError: a file is missing or damaged, or the weights are in shards.
     """
+    if (folder / SHARDS).is_dir():
+        raise WeightsError(
+            f"{folder}: its weights are in shards; merge them with: leanclip merge {folder} OUT"
+        )
     tensors, _ = read_safetensors(folder / "model.safetensors")
     try:
         model = arch or parse(ModelConfig, facts["model"], where="model")
