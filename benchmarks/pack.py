@@ -4,7 +4,8 @@
 
 300 photographs of 2000 x 1500 at quality 90, parts of scikit-image's, enlarged. Images a second by
 all CPU cores: `pack` to a short side of 256, with images decoded small (leanclip) and decoded whole
-(as Pillow's resize alone), in turn; `check`; best of three rounds, processes' start included.
+(as Pillow's resize alone), in turn; `check`; best of three rounds, processes' start included. Then
+the loader's speed in one process, from the photographs and from what they were packed to.
 Then grey levels, mean over all pixels, of the photographs as they are (not enlarged, so sharper) at
 a short side of 64: what decoding small changes before JPEG at quality 90 encodes the result, and
 what that encoding changes itself.
@@ -24,10 +25,11 @@ import simplejpeg
 from PIL import Image
 from skimage import data as photographs
 
-from leanclip.data import parse_source, reduced
-from leanclip.data.check import open_parts, read_parts
-from leanclip.data.findings import find
+from leanclip.data import open_dataset, parse_source, reduced
+from leanclip.data.loader import training_batches
 from leanclip.data.pack import pack
+from leanclip.data.preflight.check import open_parts, read_parts
+from leanclip.data.preflight.findings import find
 from leanclip.images import open_image
 
 COUNT, SIZE, SIDE = 300, (2000, 1500), 256
@@ -55,15 +57,42 @@ def main() -> None:
             read_parts(parts)
             find(parts, batch_size=1024, context_length=77)
             seconds["check"].append(time.perf_counter() - started)
+        training = training_speed(root, Path(folder) / "packed")
         result = {
             "cores": len(os.sched_getaffinity(0)),
             "commit": commit(),
             "images": COUNT,
             "size": SIZE,
             "images_per_second": {name: COUNT / min(times) for name, times in seconds.items()},
+            "training_images_per_second": training,
             "grey_levels": grey_levels(),
         }
     print(json.dumps(result, indent=2))
+
+
+def training_speed(root: Path, packed: Path) -> dict[str, float]:
+    """Images a second of processor time that the loader reads in one process, batches of 50."""
+    source = parse_source(f"pairs:{root}", ["workers=0"])
+    pack(source, packed, side=SIDE, shard_size=25)
+    shards = parse_source(f"shards:{packed}", ["workers=0"])
+    seconds: dict[str, list[float]] = {"from the photographs": [], "from packed shards": []}
+    for _ in range(3):
+        for name, settings in zip(seconds, (source, shards), strict=True):
+            stream = training_batches(
+                open_dataset(settings),
+                settings,
+                resolution=224,
+                context_length=77,
+                truncate=True,
+                batch_size=50,
+                seed=0,
+            )
+            next(stream)
+            started = time.process_time()
+            for _ in range(5):
+                next(stream)
+            seconds[name].append(time.process_time() - started)
+    return {name: 250 / min(times) for name, times in seconds.items()}
 
 
 def write_photographs(root: Path) -> None:

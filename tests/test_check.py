@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,15 @@ from PIL import Image, ImageEnhance
 from skimage import data as photographs
 
 from leanclip.data import parse_source
-from leanclip.data.check import ODD, RECORD, open_parts, read_parts
-from leanclip.data.duplicates import FINGERPRINT, NEIGHBOURS, exact_groups, fingerprint, near_pairs
-from leanclip.data.findings import Findings, expected_pairs, find
+from leanclip.data.preflight.check import ODD, RECORD, open_parts, read_parts
+from leanclip.data.preflight.duplicates import (
+    FINGERPRINT,
+    NEIGHBOURS,
+    exact_groups,
+    fingerprint,
+    near_pairs,
+)
+from leanclip.data.preflight.findings import Findings, expected_pairs, find
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -215,6 +222,24 @@ def test_classes_are_counted(tmp_path: Path) -> None:
     part = checked(f"folder:{tmp_path / 'pets'}", batch=4).values["parts"]["all"]
     assert part["classes"]["counts"] == {"cat": 3, "dog": 1}
     assert part["false_negatives"]["expected_pairs"] == pytest.approx(6)
+
+
+def test_parts_of_one_name_are_all_kept_and_split_by_files(tmp_path: Path) -> None:
+    roots = [make_pairs(tmp_path / where / "food", 1) for where in "abc"]
+    parts = open_parts([parse_source(f"pairs:{root}") for root in (*roots, roots[1])])
+    assert [part.name for part in parts] == ["all", "food/all", "food/all (2)"]
+    assert [part.config.root for part in parts] == list(map(str, roots))
+    for split in ("train", "test"):
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        (tmp_path / "tables" / f"{split}.csv").write_text("image,caption\nx.png,a\n")
+        (tmp_path / "shards" / split).mkdir(parents=True)
+        with tarfile.open(tmp_path / "shards" / split / "0.tar", "w") as tar:
+            tar.add(roots[0] / "000.png", "0.png")
+            tar.add(roots[0] / "000.txt", "0.txt")
+    for source in ("table:tables", "shards:shards"):
+        layout, root = source.split(":")
+        parts = open_parts([parse_source(f"{layout}:{tmp_path / root}")])
+        assert [part.name for part in parts] == ["train", "test"]
 
 
 def test_the_command_prints_writes_and_exits(command: Command) -> None:

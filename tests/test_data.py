@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,71 @@ def test_folder_of_classes(tmp_path: Path) -> None:
         open_dataset(config(tmp_path, "folder", split="train", templates=("a cat",)))
     with pytest.raises(DataError, match="no class folders"):
         open_dataset(config(tmp_path / "train" / "dog", "folder"))
+
+
+def test_an_empty_class_folder_is_a_class_and_hidden_names_are_passed_over(tmp_path: Path) -> None:
+    for name in ("ant", "bee", ".git"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match="no images found"):
+        open_dataset(config(tmp_path, "folder"))
+    for path in ("bee/1.png", "bee/.hidden.png", ".git/2.png"):
+        noise_image(1).save(tmp_path / path)
+    (tmp_path / "bee" / ".trash").mkdir()
+    noise_image(2).save(tmp_path / "bee" / ".trash" / "3.png")
+    dataset = open_dataset(config(tmp_path, "folder"))
+    assert dataset.classes == ["ant", "bee"]
+    assert [(dataset[i].id, dataset[i].label) for i in range(len(dataset))] == [
+        (str(tmp_path / "bee" / "1.png"), 1)
+    ]
+
+
+def test_linked_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "elsewhere", 2)
+    root = make_pairs(tmp_path / "root", 1)
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(root)
+    dataset = open_dataset(config(root))
+    assert [dataset[i].id for i in range(len(dataset))] == [
+        str(root / name) for name in ("000.png", "linked/000.png", "linked/001.png")
+    ]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch) -> None:
+    root = make_pairs(tmp_path / "root", 1)
+    monkeypatch.chdir(root)
+    for _ in range(20):  # to a path that is too long for the system
+        Path("d" * 250).mkdir()
+        os.chdir("d" * 250)
+    with pytest.raises(DataError, match="d: cannot be read: File name too long"):
+        open_dataset(config(root))
+
+
+def test_a_file_of_class_names_has_no_gaps(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / "c" / name).mkdir(parents=True)
+        noise_image(1).save(tmp_path / "c" / name / "1.png")
+    names = tmp_path / "names.txt"
+    settings = config(tmp_path / "c", "folder", class_names=str(names))
+    with pytest.raises(DataError, match=r"data\.class_names: no such file: .*names\.txt"):
+        open_dataset(settings)
+    names.write_text(" Ant \nBee\n\n\n")
+    assert open_dataset(settings).classes == ["Ant", "Bee"]
+    for content, words in (
+        (b"\n \n", "is empty; write a class's name a line"),
+        (b"Ant\n\nBee\n", "line 2 is blank"),
+        (b"\xff\xfe", "is not UTF-8"),
+    ):
+        names.write_bytes(content)
+        for layout in ("folder", "table", "shards"):
+            if layout == "folder":
+                root = tmp_path / "c"
+            elif layout == "table":
+                (root := tmp_path / "a.csv").write_text("image,label\nx.png,1\n")
+            else:
+                with tarfile.open(root := tmp_path / "0.tar", "w") as tar:
+                    tar.add(tmp_path / "c/ant/1.png", "0.png")
+            with pytest.raises(DataError, match=words):
+                open_dataset(config(root, layout, class_names=str(names)))
 
 
 # --- shapes

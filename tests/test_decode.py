@@ -1,6 +1,7 @@
 """The image files that people really have: each is read as one would expect, or refused by kind."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +300,11 @@ def test_an_image_without_pixels_is_refused() -> None:
 def test_thin_images(size: tuple[int, int]) -> None:
     for kind in ("JPEG", "PNG", "GIF"):
         assert rgb(encoded(noise_image(1, size), kind)).shape == (size[1], size[0], 3)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", Path("/dev/zero"), tmp_path):
+        with pytest.raises(SampleError, match="cannot be read as an image") as caught:
+            open_image(path)
+        assert caught.value.kind == "unreadable file"

@@ -81,6 +81,7 @@ def test_settings_named_in_documents_exist() -> None:
     known = set(paths(Config))
     for document in DOCUMENTS:
         for name in re.findall(
-            r"`((?:data|train|optimizer|evaluate|checkpoint|model)\.\w+)[`:=]", document.read_text()
+            r"`((?:data|train|optimizer|evaluate|checkpoint|model|finetune)\.\w+)[`:=]",
+            document.read_text(),
         ):
             assert name in known or Path(name).suffix == ".safetensors", f"{document.name}: {name}"

@@ -1,7 +1,11 @@
 """Metrics on matrices that a reader can check by hand, and evaluation as a whole."""
 
+import json
+import tarfile
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_pairs, noise_image
@@ -9,10 +13,12 @@ from torch.nn import functional as F
 
 from leanclip import CLIP, ConfigError, Preprocess, build_classifier, recall_at_k
 from leanclip.config import Config
+from leanclip.data import Dataset
 from leanclip.errors import DataError
 from leanclip.evaluate import evaluate, open_tasks, retrieval_metrics, zero_shot_metrics
 from leanclip.evaluate.features import encode_texts
 from leanclip.images import open_image
+from leanclip.plots import image_grid, similarity_matrix
 from leanclip.settings import parse
 from leanclip.tokenizer import tokenize
 
@@ -161,6 +167,84 @@ def test_a_task_that_the_data_does_not_allow(tmp_path: Path) -> None:
         open_tasks(settings(make_classes(tmp_path / "c"), "folder", retrieval={}))
 
 
+def test_columns_of_training_bind_only_evaluations_on_its_root(tmp_path: Path) -> None:
+    noise_image(0).save(tmp_path / "0.png")
+    (tmp_path / "a.csv").write_text("file,words,kind,note\n0.png,a fox,fox,a note\n")
+    (tmp_path / "b.csv").write_text("image,caption,class\n0.png,a cow,cow\n")
+    data = {"layout": "table", "root": str(tmp_path / "a.csv")}
+    data |= {"image_column": "file", "caption_column": "words"}
+    names = tmp_path / "names.txt"
+    names.write_text("cow\n")
+
+    def opened(name: str, **wanted: str) -> Dataset:
+        values = {"model": TINY, "data": data, "evaluate": {name: wanted}}
+        (task,) = open_tasks(parse(Config, values, where="test"))
+        return task.dataset
+
+    other = str(tmp_path / "b.csv")
+    assert opened("retrieval")[0].captions == ["a fox"]
+    assert opened("retrieval", caption_column="note")[0].captions == ["a note"]
+    assert opened("zero_shot", label_column="kind").classes == ["fox"]
+    assert opened("retrieval", root=other)[0].captions == ["a cow"]
+    assert opened("zero_shot", root=other, label_column="class").classes == ["cow"]
+    data = {"layout": "folder", "root": str(make_classes(tmp_path / "c"))}
+    data |= {"class_names": str(names)}  # of other classes than the table's
+    names.write_text("Ant\nBee\nCow\n")
+    assert opened("zero_shot").classes == ["Ant", "Bee", "Cow"]
+    values = {"layout": "table", "root": other, "label_column": "class"}
+    assert opened("zero_shot", **values).classes == ["cow"]
+
+
+@pytest.mark.parametrize("layout", ["pairs", "folder", "table", "shards", "hub"])
+def test_evaluation_takes_a_split_that_training_does_not(
+    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEANCLIP_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "d"
+    for split, count in (("train", 3), ("test", 2)):
+        make_split(root, layout, split, count)
+    task = "zero_shot" if layout == "folder" else "retrieval"
+    data = {"layout": layout, "root": str(root), "split": "train", "workers": 0}
+
+    def size() -> int:
+        values = {"model": TINY, "data": data, "evaluate": {task: {}}}
+        (opened,) = open_tasks(parse(Config, values, where="test"))
+        return len(opened.dataset)
+
+    assert (size(), caplog.messages) == (2, [])
+    if layout in ("table", "hub"):
+        data["split"] = None  # is train
+        assert (size(), caplog.messages) == (2, [])
+    data |= {"root": str(root := tmp_path / "only"), "split": "train"}
+    make_split(root, layout, "train", 3)
+    assert size() == 3
+    assert caplog.messages == [f"evaluate.{task}: measures on the data that training uses"]
+
+
+def make_split(root: Path, layout: str, split: str, count: int) -> None:
+    folder = root / split
+    if layout == "pairs":
+        make_pairs(folder, count)
+    elif layout == "folder":
+        (folder / "ant").mkdir(parents=True)
+        for i in range(count):
+            noise_image(i).save(folder / "ant" / f"{i}.png")
+    elif layout == "table":
+        root.mkdir(exist_ok=True)
+        (root / f"{split}.csv").write_text("image,caption\n" + "x.png,a\n" * count)
+    elif layout == "shards":
+        pairs = make_pairs(root / f"{split}-pairs", count)
+        folder.mkdir()
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for path in sorted(pairs.iterdir()):
+                tar.add(path, path.name)
+    else:
+        rows = datasets.Dataset.from_dict({"image": ["x.png"] * count, "text": ["a"] * count})
+        rows.save_to_disk(folder)
+        splits = sorted(path.name for path in root.iterdir() if path.is_dir())
+        (root / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+
+
 def test_pictures_of_a_report(tmp_path: Path) -> None:
     from leanclip.plots import run_pictures
 
@@ -178,3 +262,10 @@ def test_pictures_of_a_report(tmp_path: Path) -> None:
         image = open_image(path)
         assert min(image.size) > 200
         assert len(image.resize((60, 60)).getcolors(3600) or ()) > 50
+
+
+def test_a_caption_is_drawn_as_it_stands(tmp_path: Path) -> None:
+    captions = ["it costs $5 \\frac and $x_{ more", "from $5 to $10", "a\x00b \ud800 \n c"]
+    image_grid([noise_image(i) for i in range(3)], captions, tmp_path / "grid.png")
+    similarity_matrix([noise_image(0)], captions, np.eye(3)[:, :1], tmp_path / "matrix.png")
+    assert (tmp_path / "grid.png").stat().st_size > 1000

@@ -14,8 +14,9 @@ from conftest import assert_refused, noise_image
 from web import Server, serving
 
 from leanclip.config import DataConfig
-from leanclip.data import food101_archive, open_dataset
-from leanclip.data.food101_archive import get_food101
+from leanclip.data import open_dataset
+from leanclip.data.sources import food101_archive
+from leanclip.data.sources.food101_archive import get_food101
 from leanclip.errors import DataError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -129,7 +130,7 @@ def test_a_local_archive_is_kept(tmp_path: Path, command: Run, mode: str) -> Non
 
 def test_another_archive_is_refused(archive: Path, command: Run, workplace: Path) -> None:
     done = command("data", "food101", "food", "--archive", str(archive))
-    assert_refused(done, md5(archive), food101_archive.MD5, "remove it and run this again")
+    assert_refused(done, md5(archive), food101_archive.MD5, "give another --archive, or")
     done = command("data", "food101", "food", "--archive", "nowhere.tar.gz")
     assert_refused(done, "--archive: no such file: nowhere.tar.gz")
     done = command("data", "food101", "data", "--archive", str(archive))
@@ -176,10 +177,18 @@ def test_damaged_archives_say_what_to_do(archive: Path, tmp_path: Path) -> None:
     for name, what in damaged.items():
         path = tmp_path / "a.tar.gz"
         path.write_bytes(what)
-        with pytest.raises(DataError, match=r"a\.tar\.gz: is cut short or damaged .*; remove it"):
+        with pytest.raises(DataError, match=r"a\.tar\.gz: is cut short .*; give another --arch"):
             get_food101(tmp_path / "food", archive=path, checksum=None)
         assert not (tmp_path / "food").exists(), name
         assert not list(tmp_path.glob(".*")), name
+
+
+def test_a_fetched_archive_that_is_damaged_is_to_be_removed(tmp_path: Path) -> None:
+    (tmp_path / "food-101.tar.gz").write_bytes(b"<html>")  # of an earlier download
+    with pytest.raises(DataError, match=r"is cut short .*; remove it and run this again"):
+        get_food101(tmp_path / "food", checksum=None)
+    with pytest.raises(DataError, match="another archive; remove it and run this again"):
+        get_food101(tmp_path / "food")
 
 
 def test_an_archive_of_something_else(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from pyarrow import parquet
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.loader import Position, evaluation_batches, training_batches
-from leanclip.errors import DataError, SampleError
+from leanclip.data.mixture import Mixture
+from leanclip.data.pack import pack
+from leanclip.errors import ConfigError, DataError, SampleError
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +83,21 @@ def test_a_saved_data_set_with_images_and_labels(tmp_path: Path) -> None:
             assert caught.value.kind == kind
     with pytest.raises(DataError, match=r"data\.split: .* has val, no train"):
         open_dataset(config(tmp_path / "dict"))
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict(
+        {"image": ["x.png"], "text": ["a"]}, split=datasets.Split.VALIDATION
+    )
+    rows.save_to_disk(tmp_path / "saved")
+    for split in (None, "validation"):
+        assert len(open_dataset(config(tmp_path / "saved", split=split))) == 1
+    with pytest.raises(DataError, match=r"data\.split: .*split validation\), with no train"):
+        open_dataset(config(tmp_path / "saved", split="train"))
+    (tmp_path / "a.csv").write_text("image,text\nx.png,a\n")
+    assert len(open_dataset(config(tmp_path / "a.csv", split="train"))) == 1
+    with pytest.raises(DataError, match=r"data\.split: .*a\.csv is a file"):
+        open_dataset(config(tmp_path / "a.csv", split="val"))
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
@@ -190,14 +207,21 @@ def test_bad_rows_of_a_stream_keep_their_places(tmp_path: Path) -> None:
     rows = [{"image": f"{i:03d}.png", "text": f"text {i}"} for i in range(10)]
     rows[2]["text"] = " "
     rows[5]["image"] = "gone.png"
+    rows[8]["image"] = "http://a/b.png"
     path = root / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = stream(path, 4, epoch_size=10)
     assert [position for position, *_ in found] == [(0, 5), (1, 0), (1, 5), (2, 0)]
     bad = [one for *_, some in found for one in some]
-    assert sorted(one.kind for one in bad) == ["empty caption"] * 2 + ["missing file"] * 2
-    assert len({one.id for one in bad}) == 2  # the same names in the next epoch
+    expected = ["empty caption", "image at a URL", "missing file"]
+    assert sorted(one.kind for one in bad) == sorted(expected * 2)
+    assert len({one.id for one in bad}) == 3  # the same names in the next epoch
     assert same(stream(path, 2, Position(1, 0), epoch_size=10), found[2:])
+    source = config(path, streaming=True, epoch_size=10, max_bad_share=0.5)
+    assert pack(source, tmp_path / "packed", workers=0)["samples"] == 7
+    lines = (tmp_path / "packed" / "skipped.jsonl").read_text().splitlines()
+    kinds = sorted(json.loads(line)["kind"] for line in lines)
+    assert kinds == expected
 
 
 def test_a_stream_without_a_length_or_an_index(tmp_path: Path) -> None:
@@ -206,6 +230,21 @@ def test_a_stream_without_a_length_or_an_index(tmp_path: Path) -> None:
         open_dataset(config(root, streaming=True))
     with pytest.raises(DataError, match=r"set data\.streaming: false to evaluate"):
         open_dataset(config(root, streaming=True, epoch_size=5))[0]
+
+
+def test_a_stream_in_a_mixture_has_a_size_of_its_own(tmp_path: Path) -> None:
+    pairs = {"layout": "pairs", "root": str(make_pairs(tmp_path / "p", 20))}
+    streamed = {"layout": "hub", "root": str(make_parts(tmp_path / "parts"))}
+    streamed |= {"streaming": True, "epoch_size": 60}
+    dataset = open_dataset(config("", layout="mixture", sources=(pairs, streamed)))
+    assert isinstance(dataset, Mixture)
+    assert (len(dataset), dataset.shares.tolist()) == (80, [0.25, 0.75])
+    visits = list(itertools.islice(dataset.visits((0, 0)), 80))
+    came = [visit for visit in visits if not isinstance(visit, int)]
+    assert 40 < len(came) < 75
+    assert {sample.source for sample in came} == {1}
+    with pytest.raises(ConfigError, match="epoch_size goes with streaming: true only"):
+        open_dataset(config("", layout="mixture", sources=(pairs | {"epoch_size": 3}, streamed)))
 
 
 # --- what stops everything

@@ -23,7 +23,7 @@ from leanclip.data.mixture import Mixture
 from leanclip.data.order import SMALL, permuted, shuffled
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad, BadSamples
-from leanclip.errors import DataError
+from leanclip.errors import ConfigError, DataError
 from leanclip.images import Preprocess, normalize
 
 
@@ -314,6 +314,45 @@ def test_mixtures_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             DataConfig.model_validate(values)
+
+
+def test_sources_inherit_what_they_do_not_set(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "classes" / split / "ant").mkdir(parents=True)
+        noise_image(1).save(tmp_path / "classes" / split / "ant" / f"{split}.png")
+    make_pairs(tmp_path / "pairs" / "val", 2)
+    (tmp_path / "a.csv").write_text("image,note,caption\nx.png,a note,a caption\n")
+    (tmp_path / "pairs" / "t").mkdir()
+    (tmp_path / "pairs" / "t" / "val.csv").write_text((tmp_path / "a.csv").read_text())
+    sources = [
+        {"layout": layout, "root": str(tmp_path / root)}
+        for layout, root in (("folder", "classes"), ("pairs", "pairs"), ("table", "pairs/t"))
+    ]
+    sources.append(sources[0] | {"split": "train", "templates": ("{}?",)})
+    top = {"split": "val", "templates": ("{}!",), "caption_column": "note"}
+    dataset = open_dataset(config(tmp_path, "mixture", sources=tuple(sources), **top))
+    captions = [dataset[i].captions[0] for i in range(len(dataset))]
+    assert captions == ["ant!", "picture number 0", "picture number 1", "a note", "ant?"]
+    with pytest.raises(ConfigError, match=r"data\.streaming: .* layout folder or pairs or table"):
+        open_dataset(config(tmp_path, "mixture", sources=tuple(sources), streaming=True))
+
+
+@pytest.mark.parametrize(
+    ("layout", "setting"),
+    [
+        ("pairs", {"templates": ("a {}",)}),
+        ("pairs", {"class_names": "x.txt"}),
+        ("food101", {"class_names": "x.txt"}),
+        ("folder", {"caption_column": "text"}),
+        ("folder", {"label_column": "text"}),
+        ("shards", {"image_column": "image"}),
+        ("table", {"streaming": True}),
+    ],
+)
+def test_settings_that_a_layout_has_no_use_for_are_refused(layout: str, setting: dict) -> None:
+    (name,) = setting
+    with pytest.raises(ConfigError, match=rf"data\.{name}: is of no use with layout {layout}, "):
+        open_dataset(config(Path("nowhere"), layout, **setting))
 
 
 # --- what goes wrong in a worker

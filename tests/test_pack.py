@@ -98,6 +98,19 @@ def test_class_data_keeps_labels_and_names(tmp_path: Path) -> None:
         assert abs(int(pixels[0, 0, 0]) - 255 * label) < 10
 
 
+def test_names_of_classes_are_packed_on_one_line(tmp_path: Path) -> None:
+    noise_image(0).save(tmp_path / "0.png")
+    path = tmp_path / "a.csv"
+    path.write_text('image,label\n0.png,"red\n fox"\n0.png,cat\n')
+    source = DataConfig(layout="table", root=str(path), workers=0)
+    pack(source, tmp_path / "packed")
+    assert (tmp_path / "packed" / "classes.txt").read_text() == "cat\nred fox\n"
+    assert {b"cat", b"red fox"} <= set(members(tmp_path / "packed").values())
+    path.write_text('image,label\n0.png," "\n0.png,cat\n')
+    with pytest.raises(DataError, match="a class has no name"):
+        pack(source, tmp_path / "again")
+
+
 def test_templates_are_in_the_settings_that_are_printed(command: Command) -> None:
     (Path("pets") / "cat").mkdir(parents=True)
     noise_image(0).save("pets/cat/0.png")

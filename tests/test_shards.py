@@ -18,11 +18,12 @@ from conftest import noise_image
 from web import Server, serving
 
 from leanclip.config import DataConfig
-from leanclip.data import Dataset, open_dataset, shard_cache
+from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import Position, training_batches
-from leanclip.data.shard_list import expand
 from leanclip.data.shards import Shards
-from leanclip.data.tar_index import build_index, shard_index
+from leanclip.data.sources import shard_cache
+from leanclip.data.sources.shard_list import expand
+from leanclip.data.sources.tar_index import build_index, shard_index
 from leanclip.errors import DataError, SampleError
 
 Members = Iterable[tuple[str, bytes | str | tarfile.TarInfo]]
@@ -309,6 +310,19 @@ def test_a_shard_is_looked_through_once(tmp_path: Path, cache: Path) -> None:
     time.sleep(0.01)
     make_tar(root / "00000.tar", [("1.png", b"1"), ("1.txt", "one")])
     assert len(open_dataset(config(root))) == 17
+
+
+@pytest.mark.parametrize("count", [2, 2000])
+@pytest.mark.parametrize("keep", [0, 5, 200])
+def test_a_damaged_index_is_made_anew(tmp_path: Path, cache: Path, count: int, keep: int) -> None:
+    members = ((f"{i:05d}.{e}", "x") for i in range(count) for e in ("png", "txt"))
+    path = make_tar(tmp_path / "a.tar", members)
+    assert len(shard_index(path)) == count
+    (kept,) = (cache / "shards").glob("*.npy")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:keep])
+    assert len(shard_index(path)) == count
+    assert kept.read_bytes() == whole
 
 
 def test_an_index_keeps_no_object_per_sample(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from leanclip.data.loader import Batch
 from leanclip.images import normalize
 from leanclip.loss import Kind, clip_loss, multi_positive_loss, siglip_loss
 from leanclip.optim import build_optimizer
-from leanclip.step import over_ranks, train_step
+from leanclip.step import train_step
 from leanclip.tokenizer import tokenize
+from leanclip.towers import over_ranks
 
 KINDS: tuple[Kind, ...] = ("clip", "multi-positive", "siglip")
 PAIRS = 11  # divides by no number of ranks or micro-batches
@@ -74,7 +75,7 @@ def results_of(rank: int, world_size: int) -> list[tuple[float, dict[str, np.nda
     for kind, is_tiled, micro_batches, scale in CASES:
         model = model_of(kind, scale)
         optimizer = Recording(model.parameters(), lr=0.1, fused=True)
-        loss, _, is_finite = train_step(
+        loss, _, is_finite, _ = train_step(
             model,
             optimizer,
             batch,

@@ -16,8 +16,10 @@ from conftest import noise_image
 from pyarrow import parquet
 
 from leanclip.config import DataConfig
-from leanclip.data import Dataset, open_dataset, textrows
+from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import Position, training_batches
+from leanclip.data.skipped import Bad
+from leanclip.data.sources import textrows
 from leanclip.errors import DataError, SampleError
 
 
@@ -187,8 +189,42 @@ def test_names_of_classes(tmp_path: Path) -> None:
         open_dataset(config(path, label_column="kind", class_names=str(names)))
 
 
+def test_an_image_in_base64_is_one_bad_row_of_a_short_reason(tmp_path: Path) -> None:
+    long = "A" * 5000
+    path = write(tmp_path / "a.csv", f"image,caption\n{long},one\nx.png,two\n")
+    dataset = open_dataset(config(path))
+    with pytest.raises(SampleError, match=r"path of 5000 characters \(base64 is not read\)") as e:
+        dataset[0]
+    assert e.value.kind == "malformed row"
+    bad = Bad.of(long, SampleError("kind", long))
+    assert (len(bad.id), len(bad.reason)) == (300, 300)
+
+
+@pytest.mark.parametrize("suffix", [".rows", ".labels", ".arrow"])
+@pytest.mark.parametrize("keep", [0, 9])
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, cache: Path, suffix: str, keep: int) -> None:
+    path = write(tmp_path / "a.csv", "image,label\n" + "x.png,a\ny.png,b\n" * 9)
+    if suffix == ".arrow":
+        path = tmp_path / "a.parquet"
+        parquet.write_table(
+            pa.table({"image": ["x.png", "y.png"] * 9, "label": ["a", "b"] * 9}), path
+        )
+
+    def labels() -> list[object]:
+        dataset = open_dataset(config(path))
+        return [dataset.classes, [dataset[i].label for i in range(len(dataset))]]
+
+    expected = [["a", "b"], [0, 1] * 9]
+    assert labels() == expected
+    (kept,) = (cache / "tables").glob(f"*{suffix}")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:keep])
+    assert labels() == expected
+    assert kept.read_bytes() == whole
+
+
 def test_captions_are_no_labels(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("leanclip.data.columns.MOST_CLASSES", 5)
+    monkeypatch.setattr("leanclip.data.sources.columns.MOST_CLASSES", 5)
     path = write(tmp_path / "a.csv", "image,label\n" + "".join(f"x.jpg,{i}\n" for i in range(6)))
     with pytest.raises(DataError, match="over 5 different values; if these are captions"):
         open_dataset(config(path))
@@ -360,7 +396,7 @@ def test_the_position_alone_rebuilds_the_stream(tmp_path: Path) -> None:
     whole = stream(path, 7)
     assert {(one.id, one.kind) for *_, bad in whole for one in bad} == {
         (str(tmp_path / "3.png"), "missing file"),
-        (str(tmp_path / "4.png"), "damaged image"),
+        (str(tmp_path / "4.png"), "not an image"),
     }
     assert same(stream(path, 7, workers=2), whole)
     for done in range(1, 7):

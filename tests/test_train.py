@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -417,3 +418,26 @@ def test_a_data_set_smaller_than_a_batch_is_one_batch(tmp_path: Path, monkeypatc
     path = make_config(tmp_path / "c.yaml", train={"batch_size": 64})
     plan = make_plan(load_config(path), torch.device("cpu"))
     assert (plan.batch_size, plan.steps_per_epoch, plan.steps) == (3, 1, 2)
+
+
+def test_data_of_nothing_usable_ends_the_run_whatever_the_epoch(
+    command: Command, workplace: Path
+) -> None:
+    for path in (workplace / "data").glob("*.png"):
+        path.write_bytes(b"no image")
+    done = command("train", "-c", "config.yaml", "-o", "data.epoch_size=2000")
+    assert_refused(done, "not an image", "bad of 12 samples")
+    anyway = ("-o", "data.max_bad_share=1", "-o", "evaluate.retrieval=null")
+    done = command("train", "-c", "config.yaml", *anyway)
+    assert_refused(done, "not one sample could be used", "12 not an image")
+
+
+def test_other_data_than_before_is_said(command: Command, workplace: Path) -> None:
+    limited = ("-o", "checkpoint.every_steps=1", "-o", "checkpoint.keep=9")
+    assert command("train", "-c", "config.yaml", *limited).returncode == 0
+    for folder in sorted((workplace / "runs/config/checkpoints").glob("step-*"))[2:]:
+        shutil.rmtree(folder)
+    make_pairs(workplace / "data/more", 8)
+    done = command("train", "-c", "config.yaml", *limited)
+    assert done.returncode == 0
+    assert "the data has 20 samples an epoch, and had 12" in done.stderr

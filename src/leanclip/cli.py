@@ -257,6 +257,27 @@ def convert(
     print(f"{weights.source} ({weights.dialect}) -> {destination} ({to})")
 
 
+@app.command(
+    epilog="Example: leanclip interpolate ViT-B-32.pt runs/food101 --alpha 0.5 --out runs/between"
+)
+def interpolate(
+    first: Annotated[str, typer.Argument(help="Weights of any dialect, such as those loaded.")],
+    second: Annotated[str, typer.Argument(help="Weights of any dialect, such as those tuned.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of the second; 0 is the first alone.")
+    ] = 0.5,
+    arch: Arch = None,
+) -> None:
+    """Write weights between two others: (1 - alpha) * first + alpha * second, in float32."""
+    from leanclip.weights import interpolate as between
+    from leanclip.weights import read_weights, write_weights
+
+    weights = between(read_weights(first, arch=arch), read_weights(second, arch=arch), alpha)
+    write_weights(weights, out, "leanclip", provenance=str(weights.source))
+    print(f"{weights.source} -> {out}")
+
+
 @app.command(epilog="Example: leanclip inspect runs/quickstart")
 def inspect(
     source: Annotated[str, typer.Argument(help="Weights of any dialect.")],

@@ -56,7 +56,7 @@ def food101(
 
     The same command goes on where it was interrupted.
     """
-    from leanclip.data import food101_archive
+    from leanclip.data.sources import food101_archive
     from leanclip.tracking import ProgressBar
 
     with ProgressBar("", 1) as bar:
@@ -108,7 +108,7 @@ def pack_(
             workers=workers,
             progress=lambda done, total: bar.update(done, total=total),
         )
-    print(summary(index, destination, settings.templates or ()))
+    print(summary(index, destination))
 
 
 @app.command(name="check", epilog="Example: leanclip data check shapes:data/shapes")
@@ -145,9 +145,9 @@ def check_(
     """
     import json
 
-    from leanclip.data.check import examples, open_parts, read_parts
-    from leanclip.data.check_text import check_text
-    from leanclip.data.findings import find, paired_images
+    from leanclip.data.preflight.check import examples, open_parts, read_parts
+    from leanclip.data.preflight.findings import find, paired_images
+    from leanclip.data.preflight.text import check_text
     from leanclip.evaluate.tasks import evaluation_data
     from leanclip.plots import check_pictures
     from leanclip.tracking import ProgressBar, write_text
@@ -167,10 +167,10 @@ def check_(
     if out is None:
         out = Path("runs") / f"check-{Path(settings.root or source).stem}"
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(findings.to_plain(), indent=2, ensure_ascii=False)
+    text = json.dumps(findings.to_plain(), indent=2)
     write_text(out / "check.json", text + "\n")
     drawn = check_pictures(out, examples(parts), paired_images(parts, findings))
-    print(text if as_json else check_text(findings))
+    print(text if as_json else check_text(findings).encode("utf-8", "replace").decode())
     for path in (out / "check.json", *drawn):
         print(path, file=sys.stderr if as_json else sys.stdout)
     if findings.problems:

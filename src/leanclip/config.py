@@ -198,6 +198,9 @@ class MixedSource(SourceConfig):
     weight: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="its part of the samples, to the others'; null: its size"
     )
+    epoch_size: Positive | None = Field(
+        default=None, description="of a stream: samples that count as its size"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "MixedSource":
@@ -281,13 +284,27 @@ class TrainConfig(Section):
     max_skipped_steps: Positive = Field(
         default=10, description="steps in a row that may be lost to non-finite gradients"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: autocast; weights, loss and temperature stay float32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="bf16, fp16: autocast; weights, loss and temperature stay float32; bf16 needs "
+        "no scaling of the loss",
+    )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="keep each block's input alone and compute the rest again: less memory, about "
+        "a third more time, the same gradients",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile both towers, which takes minutes at the start"
     )
     truncate_captions: bool = Field(
         default=True, description="cut captions over the context; false: they are bad samples"
     )
     log_every: Positive = Field(default=10, description="steps between two lines of metrics.jsonl")
+    report_to: Literal["auto", "tensorboard", "wandb", "trackio"] | None = Field(
+        default="auto",
+        description="where metrics go beside metrics.jsonl; auto: tensorboard where installed",
+    )
 
 
 class OptimizerConfig(Section):
@@ -314,16 +331,82 @@ class OptimizerConfig(Section):
     )
 
 
+Lock = Literal["all"] | Annotated[int, Field(gt=0)] | None
+
+
+class FinetuneConfig(Section):
+    """What is different in training that starts from weights: docs/finetune.md. All off here.
+
+    The groups of a tower, from the lowest: the stem with its embeddings, each block, and the
+    last norm with the projection.
+    """
+
+    lock_image: Lock = Field(
+        default=None, description='lowest groups of the image tower that stay as loaded, or "all"'
+    )
+    lock_text: Lock = Field(
+        default=None, description='lowest groups of the text tower that stay as loaded, or "all"'
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="a group's rate is this much of that of the group above it"
+    )
+    new_rate_factor: Annotated[float, Field(gt=0)] = Field(
+        default=1.0,
+        description="on the rate of parameters that weights loaded with --partial did not have",
+    )
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of a ViT's patches that training leaves out, by chance"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="a step's mean of the weights is this much of the mean before; the mean is "
+        "evaluated and written",
+    )
+    lora_rank: Positive | None = Field(
+        default=None, description="rank of the only updates of the weights (LoRA); null: of all"
+    )
+    lora_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="low-rank updates count alpha / rank; null: alpha is the rank"
+    )
+
+    @field_validator("lock_image", "lock_text", mode="before")
+    @classmethod
+    def _all_or_a_number(cls, value: Any) -> Any:
+        """One message in place of one for each kind."""
+        if value not in (None, "all") and not (type(value) is int and value > 0):
+            raise ValueError(f'should be a number of groups, "all" or null, found {kind(value)}')
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "FinetuneConfig":
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError("lora_alpha goes with lora_rank, which is not set")
+        return self
+
+
 class EvaluationData(Section):
     """A data set to evaluate on; what is not given is as in `data`."""
 
     layout: Layout | None = Field(default=None, description="null: data.layout")
     root: str | None = Field(default=None, description="null: data.root")
-    split: str | None = Field(default=None, description="null: the layout's own for evaluation")
+    split: str | None = Field(
+        default=None,
+        description="null: the layout's own for evaluation; of data's root: val, valid, "
+        "validation, test or dev, the first there is, if training uses another split",
+    )
     templates: tuple[str, ...] | None = Field(
         default=None, description="prompts, averaged per class; null: the layout's own"
     )
-    class_names: str | None = Field(default=None, description="null: data.class_names")
+    class_names: str | None = Field(
+        default=None, description="null: data.class_names, if layout and root are data's"
+    )
+    image_column: str | None = Field(default=None, description="null: as class_names")
+    caption_column: str | tuple[str, ...] | None = Field(
+        default=None, description="null: as class_names, unless label_column is set"
+    )
+    label_column: str | None = Field(
+        default=None, description="null: as class_names, unless caption_column is set"
+    )
     limit: Positive | None = Field(
         default=None, description="use this many samples, from the start"
     )
@@ -340,6 +423,15 @@ class EvaluateConfig(Section):
         default=None, description="class data; null: not measured"
     )
     retrieval: EvaluationData | None = Field(default=None, description="pairs; null: not measured")
+    guard: EvaluationData | None = Field(
+        default=None,
+        description="what must not be forgotten, class data or pairs; measured before training too",
+    )
+    patience: Positive | None = Field(
+        default=None,
+        description="evaluations without a gain of checkpoint.best_metric that end the run; null: "
+        "it goes to its end",
+    )
 
 
 class CheckpointConfig(Section):
@@ -348,6 +440,11 @@ class CheckpointConfig(Section):
     every_epochs: Positive | None = Field(default=1, description="epochs between two")
     every_steps: Positive | None = Field(default=None, description="steps between two, besides")
     keep: Annotated[int, Field(ge=2)] = Field(default=2, description="newest ones that are kept")
+    best_metric: str | None = Field(
+        default=None,
+        description="a figure of the evaluations, such as zeroshot_top1; the checkpoint where it "
+        "was highest is kept besides",
+    )
 
 
 class Config(Section):
@@ -357,6 +454,7 @@ class Config(Section):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of weights, order and crops")
@@ -373,6 +471,15 @@ class Config(Section):
         default=False, description="with load: keys that are missing or left over are listed"
     )
     output_dir: str = Field(default="runs/run", description="the run's folder")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.evaluate.patience is not None:
+            if self.checkpoint.best_metric is None:
+                raise ValueError("evaluate.patience goes with checkpoint.best_metric; set it too")
+            if self.evaluate.every_epochs is None:
+                raise ValueError("evaluate.patience goes with evaluate.every_epochs; set it too")
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> Config:

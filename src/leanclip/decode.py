@@ -14,7 +14,10 @@ take (other formats, CMYK, damage of any kind) is Pillow's to decide. What an im
     animations                 their first frame
 """
 
+import errno
 import io
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -113,10 +116,24 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, Bina
         raise SampleError(kind, message) from None
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading, and nothing else: a pipe would be waited for, a device not end.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    # Without waiting for a pipe's other end.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Is not a regular file")
+    return file
+
+
 def _file(source: Source) -> "BinaryIO | nullcontext[None]":
     if isinstance(source, Image.Image):
         return nullcontext()
-    return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+    return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
 
 
 def _fault(error: Exception) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """The optimiser's parameter groups, and its rates as pure functions of the step."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -8,10 +9,15 @@ from torch import nn
 from leanclip.config import OptimizerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; the learning rate is set before every step from `learning_rate`."""
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, factors: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW; the learning rate is set before every step from `learning_rate`.
+
+    `factors` are those of `parameter_groups`.
+    """
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, factors),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -19,17 +25,25 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices decay; vectors, scalars and positional embeddings do not."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+def parameter_groups(
+    model: nn.Module, weight_decay: float, factors: Mapping[str, float] | None = None
+) -> list[dict]:
+    """Two groups for each factor: matrices decay; vectors, scalars and positions do not.
+
+    `factors` are on the rate, by a parameter's name; 1 where there is none. A group holds its
+    own as "factor".
+    """
+    factors = factors or {}
+    found: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_kept = parameter.ndim <= 1 or name.endswith("positional_embedding")
-            (kept if is_kept else decayed).append(parameter)
+            decayed_and_kept = found.setdefault(factors.get(name, 1.0), ([], []))
+            decayed_and_kept[is_kept].append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "factor": factor}
+        for factor, both in found.items()
+        for parameters, decay in zip(both, (weight_decay, 0.0), strict=True)
     ]
 
 

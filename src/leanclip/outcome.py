@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
+from leanclip import checkpoint
 from leanclip.config import Config
 from leanclip.data.skipped import BadSamples
 from leanclip.errors import ConfigError
-from leanclip.evaluate import Report, evaluate, open_tasks
+from leanclip.evaluate import Report, evaluate, open_guard, open_tasks
 from leanclip.model import CLIP
 from leanclip.plan import model_preprocess
 from leanclip.plots import run_pictures
@@ -35,8 +36,8 @@ def evaluate_only(config: Config, device: torch.device, source: str | None = Non
         ConfigError: the configuration names nothing to evaluate.
         WeightsError: there are no weights, or they do not fit the model.
     """
-    tasks = open_tasks(config)
-    if not tasks:
+    tasks, guard = open_tasks(config), open_guard(config)
+    if not tasks and guard is None:
         raise ConfigError("nothing to evaluate: set evaluate.zero_shot or evaluate.retrieval")
     folder = Path(config.output_dir)
     model = CLIP(**to_plain(config.model))
@@ -44,7 +45,11 @@ def evaluate_only(config: Config, device: torch.device, source: str | None = Non
         source = str(folder) if any(folder.glob("checkpoints/step-*")) else config.load
     weights = read_weights(source or folder, arch=config.load_arch)
     load_into(model, weights, partial=config.load_partial)
-    return finish(folder, evaluate(model.to(device), tasks, model_preprocess(config)), 0.0)
+    progress = checkpoint.last_progress(Path(source or folder) / "checkpoints")
+    before = progress.before if progress else {}
+    preprocess = model_preprocess(config)
+    report = evaluate(model.to(device), tasks, preprocess, guard=guard, before=before)
+    return finish(folder, report, 0.0)
 
 
 def summary(outcome: Outcome) -> str:
@@ -62,6 +67,10 @@ def summary(outcome: Outcome) -> str:
     if not report.sentences:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
     lines.append(f"Folder:   {folder}")
+    progress = checkpoint.last_progress(folder / "checkpoints")
+    if progress is not None and (best := progress.best) is not None:
+        path = folder / "checkpoints" / f"step-{best.step:08d}"
+        lines.append(f"Best:     {path}     ({best.metric} {best.value:.1%})")
     lines += [f"Picture:  {picture}" for picture in outcome.pictures]
     if (folder / "config.yaml").is_file():
         lines += [

@@ -13,7 +13,8 @@ from leanclip.data import Dataset, open_dataset
 from leanclip.data.mixture import Mixture
 from leanclip.distributed import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
-from leanclip.evaluate import Task, open_tasks
+from leanclip.evaluate import METRICS, Task, open_guard, open_tasks
+from leanclip.finetune import Tuning
 from leanclip.images import Preprocess
 from leanclip.loss import Kind
 from leanclip.model import CLIP
@@ -21,6 +22,8 @@ from leanclip.optim import scaled_learning_rate
 from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
 from leanclip.tokenizer import VOCAB_SIZE
+from leanclip.towers import checkpoint_activations
+from leanclip.tracking import check_tracker
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Plan:
     device: torch.device
     dataset: Dataset
     tasks: list[Task]
+    guard: Task | None
     preprocess: Preprocess
     loss: Kind
     batch_size: int  # pairs per step over all ranks
@@ -51,7 +55,8 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     `ranks` is how many processes there will be; where a launcher has started them, it knows.
 
     Raises:
-        ConfigError: the model cannot hold the tokeniser's ids.
+        ConfigError: the model cannot hold the tokeniser's ids, a setting does not go with another
+            or with the data, or a tracker is not installed.
         DataError: the data is missing, empty or not of its layout.
     """
     if config.model.vocab_size < VOCAB_SIZE:
@@ -61,12 +66,14 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         )
     if (config.train.loss == "siglip") != config.model.logit_bias:
         raise ConfigError("train.loss: siglip goes with model.logit_bias: true, and only with it")
+    check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:
         barrier()  # what the first rank prepares, such as an index, the others find
-    dataset, tasks = open_dataset(config.data), open_tasks(config)
+    dataset, tasks, guard = open_dataset(config.data), open_tasks(config), open_guard(config)
     if rank == 0:
         barrier()
+    _check_best_metric(config, tasks, guard)
     world_size = max(ranks, world_size)
     batch_size = min(config.train.batch_size * world_size, len(dataset))
     steps_per_epoch = len(dataset) // batch_size
@@ -76,6 +83,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         device=device,
         dataset=dataset,
         tasks=tasks,
+        guard=guard,
         preprocess=model_preprocess(config),
         loss=_loss(config, dataset),
         batch_size=batch_size,
@@ -84,6 +92,15 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         peak_rate=scaled_learning_rate(config.optimizer, batch_size),
         warmup=round(config.optimizer.warmup * steps),
     )
+
+
+def _check_best_metric(config: Config, tasks: list[Task], guard: Task | None) -> None:
+    wanted = config.checkpoint.best_metric
+    known = [name for task in tasks for name in METRICS[task.name]]
+    known += [f"guard/{name}" for name in METRICS[guard.name]] if guard else []
+    if wanted is not None and wanted not in known:
+        there_are = f"there are: {', '.join(known)}" if known else "nothing is"
+        raise ConfigError(f"checkpoint.best_metric: {wanted} is not measured; {there_are}")
 
 
 def _loss(config: Config, dataset: Dataset) -> Kind:
@@ -160,23 +177,39 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     """Bytes for weights with gradients and AdamW's moments, and for a batch's activations.
 
     Activations are counted, not guessed: the model runs on the meta device, where nothing is
-    computed, and the tensors that autograd keeps are added up.
+    computed, and the tensors that autograd keeps are added up; the sums of low-rank updates are
+    among them, once whatever the batch.
+
+    Raises:
+        ConfigError: the settings of `finetune` do not fit the model.
     """
-    kept: dict[int, torch.Tensor] = {}
     with torch.device("meta"):
         model = CLIP(**to_plain(plan.config.model))
-        side, length = model.visual.input_resolution, model.context_length
-        pixels = torch.empty(2, 3, side, side)  # a BatchNorm may refuse to train on one
-        tokens = torch.empty(2, length, dtype=torch.int64)
+        tuning = Tuning(model, plan.config.finetune)
+    if plan.config.train.checkpoint_activations:
+        checkpoint_activations(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = 4 * model.parameter_count() + 12 * trained
+    weights += sum(4 * mean.numel() for mean in tuning.average.values())
+    of_two, of_three = _kept_by_autograd(model, 2), _kept_by_autograd(model, 3)
+    per_pair = of_three - of_two
+    always = of_two - 2 * per_pair
+    if plan.config.train.precision != "fp32":
+        per_pair //= 2
+    logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient
+    return weights, always + plan.batch_size * per_pair + logits
+
+
+def _kept_by_autograd(model: CLIP, pairs: int) -> int:
+    """Bytes that a forward pass of a model on the meta device keeps, besides its parameters."""
+    kept: dict[int, torch.Tensor] = {}
+    side, length = model.visual.input_resolution, model.context_length
+    pixels = torch.empty(pairs, 3, side, side, device="meta")
+    tokens = torch.empty(pairs, length, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor), lambda kept: kept
     ):
         features = model(pixels, tokens)
     del features
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    both = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
-    per_pair = both // 2
-    if plan.config.train.precision == "bf16":
-        per_pair //= 2
-    logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient
-    return 16 * model.parameter_count(), plan.batch_size * per_pair + logits
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)

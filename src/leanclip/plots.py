@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MEASURED = ("val/", "guard/")  # names of metrics of evaluations
 log = logging.getLogger("leanclip")
 
 
@@ -87,7 +88,7 @@ def similarity_matrix(
     for (row, column), value in np.ndenumerate(similarity):
         ink = "black" if value > middle else "white"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=10, color=ink)
-    axes.set_yticks(range(rows), [textwrap.fill(text, 36) for text in texts])
+    axes.set_yticks(range(rows), [_words(text, 36) for text in texts])
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     for column, image in enumerate(images):
@@ -103,15 +104,15 @@ def similarity_matrix(
 
 
 def curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Training loss, learning rate and temperature by step, and `val/` where there are two."""
+    """Training loss, learning rate and temperature by step, and evaluations where there are two."""
     charts: dict[str, list[str]] = {
         "loss": ["train/loss"],
         "learning rate": ["train/lr"],
         "logit scale": ["train/logit_scale"],
     }
-    evaluations = [line for line in lines if any(name.startswith("val/") for name in line)]
+    evaluations = [line for line in lines if any(name.startswith(MEASURED) for name in line)]
     if len(evaluations) > 1:
-        charts["evaluation"] = sorted(name for name in evaluations[-1] if name.startswith("val/"))
+        charts["evaluation"] = sorted(name for name in evaluations[-1] if name.startswith(MEASURED))
     figure = _figure(4 * len(charts), 3.4)
     for axes, (title, names) in zip(figure.subplots(1, len(charts)), charts.items(), strict=True):
         for name in names:
@@ -137,8 +138,14 @@ def image_grid(images: Sequence[Source], captions: Sequence[str], path: Path) ->
         axes.axis("off")
     for axes, image, caption in zip(grid, images, captions, strict=False):
         axes.imshow(open_image(image))
-        axes.set_title(textwrap.fill(caption, 28), fontsize=8)
+        axes.set_title(_words(caption, 28), fontsize=8)
     figure.savefig(path)
+
+
+def _words(text: str, width: int) -> str:
+    """A caption as it stands, in lines: a dollar sign is no formula, a control no character."""
+    printable = "".join(c if c.isprintable() else " " for c in text[:500])
+    return textwrap.fill(printable, width).replace("$", r"\$")
 
 
 def _figure(

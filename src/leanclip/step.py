@@ -10,22 +10,23 @@ Shapes: n pairs of this rank, L tokens, R resolution, E embedding.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from leanclip.config import TrainConfig
 from leanclip.data.loader import Batch
 from leanclip.distributed import mean_over_ranks_, rank_and_world_size
 from leanclip.images import Preprocess, normalize
 from leanclip.loss import Kind, contrastive_loss
+from leanclip.loss_scale import LossScale
 from leanclip.model import CLIP
+from leanclip.norms import SCALARS, StepNorms, clip_, total_norm
 from leanclip.tokenizer import END
+from leanclip.towers import still, summing
 
-SCALARS = ("logit_scale", "logit_bias")  # of the loss, not of the towers
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp32: none
 
 
 class StepResult(NamedTuple):
@@ -34,20 +35,7 @@ class StepResult(NamedTuple):
     loss: torch.Tensor  # (), over all ranks
     gradient_norm: torch.Tensor  # () of all parameters, before clipping
     is_finite: torch.Tensor  # () bool; where false, nothing was changed
-
-
-def over_ranks(model: CLIP) -> nn.Module:
-    """The towers with gradients averaged over the ranks; the model itself where there is one.
-
-    The scalars of the loss take no part: their gradients come from the loss, not from a forward
-    pass, and `train_step` averages them.
-    """
-    if rank_and_world_size()[1] == 1:
-        return model
-    # By both names that DDP has for a parameter at the top: with its module before the dot, or not.
-    names = [prefix + name for name in SCALARS for prefix in ("", ".")]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    norms: dict[str, torch.Tensor]  # by tower, as StepNorms says; empty unless asked for
 
 
 def train_step(
@@ -61,6 +49,8 @@ def train_step(
     kind: Kind = "clip",
     max_gradient_norm: float | None = None,
     towers: nn.Module | None = None,
+    must_measure: bool = False,
+    loss_scale: LossScale | None = None,
 ) -> StepResult:
     """One step of the optimiser on this rank's part of a batch.
 
@@ -71,11 +61,13 @@ def train_step(
         optimizer: a fused AdamW of the model's parameters.
         batch: this rank's part, perhaps empty; not all ranks' may be.
         preprocess: mean and standard deviation of the pixels.
-        rate: the learning rate of this step.
+        rate: the learning rate of this step; a group's "factor" is on it.
         settings: precision, micro-batches and how the loss is computed.
         kind: which loss.
         max_gradient_norm: the global norm to clip to.
-        towers: the model as `over_ranks` gives it; the model itself by default.
+        towers: the model as `prepare_towers` gives it; the model itself by default.
+        loss_scale: of precision fp16; changed by the step.
+        must_measure: give the towers' norms, which takes a copy of the parameters.
     """
     device = model.logit_scale.device
     world_size = rank_and_world_size()[1]
@@ -87,7 +79,7 @@ def train_step(
         pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
         tokens = part.tokens.to(device, non_blocking=True)  # (m, L)
         pixels = normalize(pixels, preprocess.mean, preprocess.std)
-        dtype = torch.bfloat16 if settings.precision == "bf16" else None
+        dtype = AUTOCAST.get(settings.precision)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             features = towers(pixels, tokens)
         return features.image[: part.size], features.text[: part.size]
@@ -102,7 +94,8 @@ def train_step(
             groups=groups,
             is_tiled=settings.tiled_loss,
         )
-        (loss * world_size).backward()  # the loss is over all ranks, gradients are averaged
+        factor = world_size if loss_scale is None else world_size * loss_scale.factor
+        (loss * factor).backward()  # the loss is over all ranks, gradients are averaged
         return loss.detach()
 
     if settings.micro_batches == 1:  # not by what is left of the batch: ranks must do the same
@@ -110,18 +103,24 @@ def train_step(
     else:
         loss = _cached_backward(towers, parts, forward, backward)
     mean_over_ranks_([p.grad for p in _scalars(model) if p.grad is not None])
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if loss_scale is not None:
+        loss_scale.unscale_(gradients)
+    norm = total_norm(gradients)
+    norms = StepNorms(model) if must_measure else None
     if max_gradient_norm is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), max_gradient_norm, norm)
+        clip_(gradients, norm, max_gradient_norm)
     is_finite = torch.isfinite(loss + norm)
+    if loss_scale is not None:
+        loss_scale.update(is_finite)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
     # The fused AdamW leaves everything as it is where this is 1, without waiting for the device.
     optimizer.found_inf = (~is_finite).float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
     optimizer.zero_grad()
     model.clamp_logit_scale()
-    return StepResult(loss, norm, is_finite)
+    return StepResult(loss, norm, is_finite, norms.after_step() if norms else {})
 
 
 class Part(NamedTuple):
@@ -167,10 +166,10 @@ def _cached_backward(
     for number, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
         is_last = number + 1 == len(parts)
         _set_random_state(state)  # dropped patches and activations are the same again
-        # DDP sums over the ranks with the last part.
-        is_ddp = isinstance(towers, DistributedDataParallel)
-        with towers.no_sync() if is_ddp and not is_last else nullcontext():
-            torch.autograd.backward(forward(part), gradient)
+        with still(towers), summing(towers, is_last=is_last):
+            both = zip(forward(part), gradient, strict=True)
+            trained = [(z, dz) for z, dz in both if z.requires_grad]  # not of a locked tower
+            torch.autograd.backward([z for z, _ in trained], [dz for _, dz in trained])
     _set_random_state(after)
     return loss
 

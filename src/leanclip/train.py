@@ -11,27 +11,39 @@ import signal
 import time
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from leanclip import checkpoint
+from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
 from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed import barrier, everyones, rank_and_world_size, total
-from leanclip.errors import ConfigError, LeanclipError
+from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluate import Report, evaluate
+from leanclip.finetune import Tuning
+from leanclip.loss_scale import LossScale
 from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
 from leanclip.outcome import SKIPPED, Outcome, finish
 from leanclip.plan import Plan
 from leanclip.settings import differences, parse, to_plain
-from leanclip.step import over_ranks, train_step
+from leanclip.step import train_step
 from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
+from leanclip.towers import prepare_towers
 from leanclip.tracking import MetricsLog, ProgressBar, write_text
-from leanclip.watching import Clock, Troubles, write_status
+from leanclip.watching import (
+    Clock,
+    LogLines,
+    Troubles,
+    in_words,
+    peak_memory,
+    write_status,
+)
 from leanclip.weights import load_into, read_weights
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -48,6 +60,8 @@ FREE_SETTINGS = (
     "data.cache_gigabytes",
     "data.max_bad_share",
     "train.log_every",
+    "train.report_to",
+    "train.checkpoint_activations",
     "evaluate",
     "checkpoint",
 )
@@ -68,16 +82,29 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     config, rank = plan.config, rank_and_world_size()[0]
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
-    optimizer = build_optimizer(model, config.optimizer)
+    found = _checkpoint(plan, must_resume)
+    new = checkpoint.progress_of(found).new if found else _load(plan, model)
+    tuning = Tuning(model, config.finetune, new)
+    optimizer = build_optimizer(model, config.optimizer, tuning.factors)
     torch.manual_seed(config.seed + rank)  # what is drawn in training differs by rank
-    done = _start(plan, model, optimizer, must_resume)
+    done = checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new)
+    if found:
+        done = _same_place(plan, found, checkpoint.restore(found, model, optimizer, tuning))
     barrier()
     if rank == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
         write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
-    metrics = MetricsLog(plan.folder, after_step=done.step) if rank == 0 else None
+    metrics = None
+    if rank == 0:
+        after_step = done.step if found else -1
+        report_to = config.train.report_to
+        metrics = MetricsLog(plan.folder, after_step=after_step, report_to=report_to)
     try:
-        report, done = _fit(plan, model, optimizer, done, metrics)
+        if plan.guard is not None and not found:  # what there is to forget
+            done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
+            if metrics is not None:
+                metrics.write(0, by_evaluation(done.before))
+        report, done = _fit(plan, model, optimizer, tuning, done, metrics)
     except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
         raise
@@ -97,15 +124,16 @@ def _fit(
     plan: Plan,
     model: CLIP,
     optimizer: torch.optim.Optimizer,
+    tuning: Tuning,
     done: checkpoint.Progress,
     metrics: MetricsLog | None,
 ) -> tuple[Report, checkpoint.Progress]:
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
     rank, world_size = rank_and_world_size()
-    towers = over_ranks(model)
+    towers = prepare_towers(model, config.train)
     path = plan.folder / SKIPPED
-    bad = BadSamples(len(plan.dataset), config.data.max_bad_share, path, must_write=rank == 0)
+    bad = BadSamples(plan.dataset.distinct, config.data.max_bad_share, path, must_write=rank == 0)
     troubles, result = Troubles(plan), None
     stream = training_batches(
         plan.dataset,
@@ -119,17 +147,30 @@ def _fit(
         rank=rank,
         world_size=world_size,
     )
-    clock = Clock(done.samples)
+    is_fp16 = config.train.precision == "fp16"
+    loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
+    clock = Clock(plan, done.samples)
     began = time.perf_counter() - done.seconds
     write_status(plan, "running", step=done.step)
     bar = ProgressBar("training", plan.steps, completed=done.step, is_silent=rank > 0)
+    lines = LogLines(plan, done=done.step, is_silent=rank > 0 or bar.is_shown)
     with Signals() as signals, bar:
         for step in range(done.step, plan.steps):
+            if has_stopped_gaining(plan, done.best):
+                log.info("ends at step %d: no gain after the best, %s", step, done.best)
+                break
             batch, position = clock.waiting(lambda: next(stream))
             seen = _seen(batch, signals, len(config.data.sources))  # by all ranks
             for reason in bad.add(seen.bad):
                 log.warning("skipped: %s", reason)
             rate = learning_rate(step, peak=plan.peak_rate, warmup=plan.warmup, steps=plan.steps)
+            must_save = seen.must_save or _is_due(
+                step + 1,
+                plan,
+                every_epochs=config.checkpoint.every_epochs,
+                every_steps=config.checkpoint.every_steps,
+            )
+            must_log = must_save or _is_due(step + 1, plan, every_steps=config.train.log_every)
             if seen.samples:
                 result = train_step(
                     model,
@@ -141,22 +182,23 @@ def _fit(
                     kind=plan.loss,
                     max_gradient_norm=config.optimizer.max_gradient_norm,
                     towers=towers,
+                    must_measure=must_log,
+                    loss_scale=loss_scale,
                 )
+                tuning.after_step(result.is_finite)
+                clock.work.add(len(batch), batch.tokens.shape[1])
                 troubles.note(step + 1, result.is_finite, batch)
-            done = checkpoint.Progress(
-                step + 1,
-                *position,
-                done.samples + seen.samples,
-                _added(done.sources, seen.sources),
-                time.perf_counter() - began,
+            done = replace(
+                done,
+                step=step + 1,
+                epoch=position.epoch,
+                sample=position.sample,
+                samples=done.samples + seen.samples,
+                sources=_added(done.sources, seen.sources),
+                seconds=time.perf_counter() - began,
+                dataset_size=len(plan.dataset),
             )
-            must_save = seen.must_save or _is_due(
-                done.step,
-                plan,
-                every_epochs=config.checkpoint.every_epochs,
-                every_steps=config.checkpoint.every_steps,
-            )
-            if must_save or _is_due(done.step, plan, every_steps=config.train.log_every):
+            if must_log:
                 troubles.raise_if_many()  # waits for the device
                 line = {
                     "train/loss": result.loss.item() if result else 0.0,
@@ -169,38 +211,53 @@ def _fit(
                     "train/skipped_steps": troubles.count,
                     **_by_source(config.data, done.sources),
                     **clock.rates(done.samples),
+                    "train/peak_memory_gb": peak_memory(plan.device),
                 }
+                if loss_scale is not None:
+                    line["train/loss_scale"] = loss_scale.factor.item()
+                for name, norm in (result.norms if result else {}).items():
+                    line[f"train/{name}"] = norm.item()
                 if metrics is not None:
                     metrics.write(done.step, line)
-                bar.note(
-                    f"loss {line['train/loss']:.3f}  "
-                    f"{line['train/samples_per_second']:.0f} images/s  "
-                    f"{line['train/data_wait_share']:.0%} waiting for data"
-                )
+                bar.note(in_words(line))
+                lines.note(done.step, line)
             bar.update(done.step)
-            if plan.tasks and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
-                report = _evaluate(plan, model)
+            measures = plan.tasks or plan.guard
+            if measures and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
+                report = _evaluate(plan, model, tuning, done.before)
                 if metrics is not None:
-                    metrics.write(done.step, {f"val/{k}": v for k, v in report.metrics.items()})
+                    metrics.write(done.step, by_evaluation(report.metrics))
+                done = replace(done, best=judged(plan, done.best, report.metrics, done.step))
+                must_save = must_save or is_news(plan, done.best)
             if must_save:
-                _save(plan, done, model, optimizer)
+                if loss_scale is not None:
+                    done = replace(done, loss_scale=loss_scale.state())
+                _save(plan, done, model, optimizer, tuning)
             if seen.stop:
                 raise Stopped(seen.stop)
     clock.log_waiting()
+    if done.samples == 0:
+        raise DataError(f"{plan.config.data.root}: not one sample could be used: {bad.summary()}")
     # A run that is taken up again after its last step has nothing left but to be measured.
-    return report or _evaluate(plan, model), done
+    return report or _evaluate(plan, model, tuning, done.before), done
 
 
-def _evaluate(plan: Plan, model: CLIP) -> Report:
-    """The report of the first rank; the others wait."""
-    is_first = rank_and_world_size()[0] == 0
-    report = evaluate(model, plan.tasks, plan.preprocess) if is_first else Report()
-    barrier()
+def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
+    """The report of the first rank; the others wait, and get its figures."""
+    report = Report()
+    if rank_and_world_size()[0] == 0:
+        with tuning.averaged():
+            report = evaluate(model, plan.tasks, plan.preprocess, guard=plan.guard, before=before)
+    report.metrics = everyones(report.metrics)[0]
     return report
 
 
 def _save(
-    plan: Plan, done: checkpoint.Progress, model: CLIP, optimizer: torch.optim.Optimizer
+    plan: Plan,
+    done: checkpoint.Progress,
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    tuning: Tuning,
 ) -> None:
     """Write a checkpoint; one that cannot be written ends the run only after its last step."""
     try:
@@ -211,6 +268,7 @@ def _save(
             optimizer,
             plan.preprocess,
             keep=plan.config.checkpoint.keep,
+            tuning=tuning,
         )
     except OSError as error:
         if done.step == plan.steps:
@@ -244,30 +302,42 @@ def _seen(batch: Batch, signals: Signals, sources: int) -> _Seen:
     return _Seen(samples, rest[len(STOPPING) :], every_bad, stop, bool(save or stop))
 
 
-def _start(
-    plan: Plan, model: CLIP, optimizer: torch.optim.Optimizer, must_resume: bool
-) -> checkpoint.Progress:
-    """Bring the model to where it starts: a checkpoint of this folder, weights, or scratch."""
-    config = plan.config
+def _checkpoint(plan: Plan, must_resume: bool) -> Path | None:
+    """The checkpoint of the run's folder to go on from."""
     found, skipped = checkpoint.newest(plan.folder / "checkpoints")
     for reason in skipped:
         log.warning("checkpoint skipped: %s", reason)
     if found is not None:
         _same_run(plan)
-        done = checkpoint.restore(found, model, optimizer)
-        left = (len(plan.dataset) - done.sample) // plan.batch_size  # whole batches of this epoch
-        here = (done.epoch + 1) * plan.steps_per_epoch - left
-        if here != done.step:
-            log.info("the batch was of another size then: step %d is step %d now", done.step, here)
-            done = replace(done, step=here)
-        more = " (so --load is not used)" if config.load else ""
-        log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
-        return done
-    if must_resume:
+    elif must_resume:
         raise ConfigError(f"--resume: no checkpoint in {plan.folder}; leave --resume out to begin")
+    return found
+
+
+def _same_place(plan: Plan, found: Path, done: checkpoint.Progress) -> checkpoint.Progress:
+    """A checkpoint's progress in steps of this run's batch."""
+    left = max(0, len(plan.dataset) - done.sample) // plan.batch_size  # whole ones of this epoch
+    here = (done.epoch + 1) * plan.steps_per_epoch - left
+    if done.dataset_size not in (0, len(plan.dataset)):
+        log.warning(
+            "the data has %d samples an epoch, and had %d when the checkpoint was written: the "
+            "rest of this epoch is of another order, and may repeat or leave out samples",
+            *(len(plan.dataset), done.dataset_size),
+        )
+    elif here != done.step:
+        log.info("the batch was of another size then: step %d is step %d now", done.step, here)
+    done = replace(done, step=here)
+    more = " (so --load is not used)" if plan.config.load else ""
+    log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
+    return done
+
+
+def _load(plan: Plan, model: CLIP) -> list[str]:
+    """Bring the model to the weights of `config.load`, where there are; what they do not have."""
+    config, new = plan.config, []
     if config.load is not None:
         weights = read_weights(config.load, arch=config.load_arch)
-        load_into(model, weights, partial=config.load_partial)
+        new = load_into(model, weights, partial=config.load_partial)
         own = weights.preprocess
         if own and (own.mean, own.std) != (plan.preprocess.mean, plan.preprocess.std):
             log.warning(
@@ -275,9 +345,12 @@ def _start(
                 *(config.load, own.mean, own.std, plan.preprocess.mean, plan.preprocess.std),
             )
         log.info("starting from the weights of %s", config.load)
+    for name in ("lock_image", "lock_text", "lora_rank"):
+        if config.load is None and getattr(config.finetune, name) is not None:
+            raise ConfigError(f"finetune.{name}: keeps loaded weights as they are; give --load")
     if rank_and_world_size()[0] == 0:
         (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
-    return checkpoint.Progress(0, 0, 0, 0, [], 0.0)
+    return new
 
 
 def _same_run(plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from leanclip.config import DataConfig, apply_override
+from leanclip.config import DataConfig, MixedSource, SourceConfig, apply_override
 from leanclip.data import folder, food101, hub, pairs, shapes, shards, table
 from leanclip.data.mixture import Mixture
 from leanclip.data.samples import Dataset, Sample
@@ -20,23 +20,70 @@ LAYOUTS = {
 }
 
 
+# Settings that only some layouts have a use for; elsewhere they are refused.
+TAKEN_BY = {
+    "templates": ("shapes", "food101", "folder", "table", "shards", "hub"),
+    "class_names": ("folder", "table", "shards", "hub"),
+    "image_column": ("table", "hub"),
+    "caption_column": ("table", "shards", "hub"),
+    "label_column": ("table", "hub"),
+    "streaming": ("hub",),
+}
+INHERITED = (*TAKEN_BY, "split", "allow_urls")  # of a mixture, by sources that do not set them
+
+
 def open_dataset(config: DataConfig) -> Dataset:
     """The data set that a `data` section describes.
 
     Raises:
         DataError: it is missing, empty or not of its layout.
+        ConfigError: it sets what its layout has no use for.
     """
     if config.layout == "mixture":
-        opened = [
-            open_dataset(
-                config.model_copy(update=dict(source) | {"sources": (), "epoch_size": None})
-            )
-            for source in config.sources
-        ]
+        _check_settings(config, [source.layout for source in config.sources])
+        opened = [open_dataset(source) for source in source_configs(config)]
         weights = [source.weight for source in config.sources if source.weight is not None]
         return Mixture(opened, weights, config.epoch_size)
+    _check_settings(config, [config.layout])
     dataset = LAYOUTS[config.layout](config)
     return Mixture([dataset], epoch_size=config.epoch_size) if config.epoch_size else dataset
+
+
+def source_configs(config: DataConfig) -> list[DataConfig]:
+    """The sources of a mixture, each as a `data` section; none of another layout.
+
+    Raises:
+        ConfigError: a source that is no stream has an epoch_size.
+    """
+    return [_source_config(config, source) for source in config.sources]
+
+
+def _source_config(mixture: DataConfig, source: MixedSource) -> DataConfig:
+    """The `data` section of one source of a mixture."""
+    own = {name: getattr(source, name) for name in SourceConfig.model_fields}
+    for name in INHERITED:
+        is_free = own[name] == SourceConfig.model_fields[name].default
+        if is_free and source.layout in TAKEN_BY.get(name, LAYOUTS):
+            own[name] = getattr(mixture, name)
+    if source.caption_column is not None:  # which of the two there is says what the data is
+        own["label_column"] = source.label_column
+    if source.label_column is not None:
+        own["caption_column"] = None
+    if source.epoch_size is not None and not own["streaming"]:
+        raise ConfigError(f"data.sources: {source.root}: epoch_size goes with streaming: true only")
+    own |= {"sources": (), "epoch_size": source.epoch_size}
+    return mixture.model_copy(update=own)
+
+
+def _check_settings(config: DataConfig, layouts: Sequence[str]) -> None:
+    """Refuse settings that none of the layouts has a use for."""
+    for name, takers in TAKEN_BY.items():
+        is_set = getattr(config, name) != SourceConfig.model_fields[name].default
+        if is_set and not set(takers) & set(layouts):
+            raise ConfigError(
+                f"data.{name}: is of no use with layout {' or '.join(dict.fromkeys(layouts))}, "
+                f"only with {', '.join(takers)}; remove it"
+            )
 
 
 def split_source(words: str, *, option: str = "SRC") -> tuple[str, str]:
@@ -66,4 +113,12 @@ def parse_source(words: str, overrides: Sequence[str] = ()) -> DataConfig:
     return parse(DataConfig, values, where=words)
 
 
-__all__ = ["LAYOUTS", "Dataset", "Sample", "open_dataset", "parse_source", "split_source"]
+__all__ = [
+    "LAYOUTS",
+    "Dataset",
+    "Sample",
+    "open_dataset",
+    "parse_source",
+    "source_configs",
+    "split_source",
+]

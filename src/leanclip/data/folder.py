@@ -3,15 +3,22 @@
     root[/split]/<class>/*.jpg
     root/classes.txt, or data.class_names   (optional: `folder<TAB>name` or `name` a line)
 
-Without names a class is called as its folder, with spaces for underscores.
+Without names a class is called as its folder, with spaces for underscores. A folder without
+images is a class all the same; names that begin with a dot are passed over.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from leanclip.config import DataConfig
-from leanclip.data.pairs import find_images
-from leanclip.data.samples import Dataset, ImageFiles, check_templates, read_lines, split_folder
+from leanclip.data.pairs import list_images, no_images
+from leanclip.data.samples import (
+    Dataset,
+    ImageFiles,
+    check_templates,
+    read_class_names,
+    split_folder,
+)
 from leanclip.errors import DataError
 
 TEMPLATES = ("a photo of a {}.",)
@@ -24,17 +31,23 @@ def open_dataset(config: DataConfig) -> Dataset:
         DataError: no folder, no classes, no images, or a class without a name.
     """
     folder = split_folder(config.root, config.split)
-    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    try:
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
+    folders = [path for path in inside if path.is_dir()]
     if not folders:
         raise DataError(f"{folder}: no class folders found in it")
-    names = _names(Path(config.class_names or Path(config.root) / "classes.txt"), folders)
-    if config.class_names is not None and not names:
-        raise DataError(f"data.class_names: no such file: {config.class_names}")
+    names, path = {}, Path(config.class_names or Path(config.root) / "classes.txt")
+    if config.class_names is not None or path.is_file():
+        names = _names(path, folders)
     paths, labels = [], []
     for label, class_folder in enumerate(folders):
-        found = find_images(class_folder)
+        found = list_images(class_folder)
         paths += found
         labels += [label] * len(found)
+    if not paths:
+        raise no_images(folder)
     return ImageFiles(
         paths,
         labels,
@@ -44,10 +57,8 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def _names(path: Path, folders: Sequence[Path]) -> dict[str, str]:
-    """Names by folder, from a file of them where there is one."""
-    if not path.is_file():
-        return {}
-    lines = read_lines(path)
+    """Names by folder, from a file of them."""
+    lines = read_class_names(path)
     pairs = [line.split("\t") for line in lines]
     if all(len(pair) == 1 for pair in pairs) and len(lines) == len(folders):
         return {folder.name: line for folder, line in zip(folders, lines, strict=True)}

@@ -3,8 +3,9 @@
     user/name   user/name:config        on the hub
     a folder of save_to_disk, or what load_dataset reads: Parquet, CSV, a folder of images
 
-Its rows mean what a table's do: leanclip.data.columns. Images are not decoded by `datasets`. A
-stream is read in order, its files shuffled, and shuffled in blocks of `shuffle_buffer` samples.
+Its rows mean what a table's do: leanclip.data.sources.columns. Images are not decoded by
+`datasets`. A stream is read in order, its files shuffled, and shuffled in blocks of
+`shuffle_buffer` samples.
 """
 
 import re
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from leanclip.config import DataConfig
-from leanclip.data.columns import Meaning, check_count, choose_columns, class_names
 from leanclip.data.order import shuffled
 from leanclip.data.samples import Dataset, Sample
+from leanclip.data.sources.columns import Meaning, check_count, choose_columns, class_names
 from leanclip.errors import DataError, SampleError
 
 _SUFFIXES = {
@@ -184,6 +185,11 @@ def _load(config: DataConfig) -> Any:
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(root))
         if isinstance(saved, datasets.Dataset):
+            if config.split not in (None, str(saved.split)):
+                raise DataError(
+                    f"data.split: {root} is one saved data set (split {saved.split}), with no "
+                    f"{split}; set data.split to null"
+                )
             return saved
         if split not in saved:
             raise DataError(f"data.split: {root} has {', '.join(map(str, saved))}, no {split}")
@@ -191,6 +197,8 @@ def _load(config: DataConfig) -> Any:
     if root.is_file():
         if root.suffix.lower() not in _SUFFIXES:
             raise DataError(f"data.root: {root} is none of {' '.join(_SUFFIXES)}")
+        if split != "train":
+            raise DataError(f"data.split: {root} is a file; a split is a file in a folder")
         kind = _SUFFIXES[root.suffix.lower()]
         files = {split: str(root)}
         return datasets.load_dataset(

@@ -176,6 +176,7 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_end_with_parent_only,
+        generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
     )
     batches = iter(loader)
     if workers:  # PyTorch raises a worker's death wherever the program is just then

@@ -45,6 +45,11 @@ class Mixture(Dataset):
         sample = self.sources[source][index - int(self.firsts[source])]
         return replace(sample, source=source)
 
+    @property
+    def distinct(self) -> int:
+        """The samples of all sources."""
+        return int(self.firsts[-1])
+
     def name(self, index: int) -> str:
         """As its source names it."""
         source = self._source_of(index)

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -70,9 +70,13 @@ def pack(
         DataError: more than `data.max_bad_share` is unusable; the destination holds something
             else; a process died; a mixture has a source that is read as a stream.
     """
-    if any(source.streaming for source in config.sources):
+    if config.sources and (config.streaming or any(s.streaming for s in config.sources)):
         raise DataError("data.sources: pack a source with streaming: true on its own")
-    dataset = open_dataset(config.model_copy(update={"epoch_size": None}))
+    if not config.streaming:  # a stream may not know its length but by this
+        config = config.model_copy(update={"epoch_size": None})
+    dataset = open_dataset(config)
+    if not all(map(_one_line, dataset.classes)):
+        raise DataError(f"{config.root}: a class has no name; give names in data.class_names")
     facts = {
         "format": 1,
         "source": _source(config),
@@ -113,11 +117,11 @@ def pack(
     return _finish(destination, dataset, facts, [records[number] for number in sorted(records)])
 
 
-def summary(index: dict[str, Any], destination: Path, templates: Sequence[str] = ()) -> str:
+def summary(index: dict[str, Any], destination: Path) -> str:
     """What was written, and the settings to train from it."""
     data: dict[str, Any] = {"layout": "shards", "root": str(destination)}
-    if (destination / "classes.txt").is_file() and templates:
-        data["templates"] = list(templates)
+    if index["templates"]:
+        data["templates"] = index["templates"]
     written = sum(shard["bytes"] for shard in index["shards"])
     read = index["source_bytes"]
     lines = [
@@ -196,6 +200,8 @@ class _ShardMaker:
         sample = None
         try:
             sample = visit if isinstance(visit, Sample) else self.dataset[visit]
+            if sample.error:
+                raise sample.error
             texts = self._texts(sample)
             data = image_bytes(sample)
             image = packed_image(data, self.side, self.quality, max_pixels=self.max_pixels)
@@ -213,7 +219,7 @@ class _ShardMaker:
     def _texts(self, sample: Sample) -> dict[str, bytes]:
         """The members beside the image, by suffix."""
         if self.dataset.classes and sample.label is not None:
-            name = self.dataset.classes[sample.label]
+            name = _one_line(self.dataset.classes[sample.label])
             return {"txt": name.encode(), "cls": str(sample.label).encode()}
         captions = [caption for caption in sample.captions if caption.strip()]
         if not captions:
@@ -221,6 +227,11 @@ class _ShardMaker:
         if len(captions) == 1 and len(captions[0].splitlines()) == 1:
             return {"txt": captions[0].encode()}
         return {"json": json.dumps({"captions": captions}, ensure_ascii=False).encode()}
+
+
+def _one_line(name: str) -> str:
+    """A class's name with single spaces in it."""
+    return " ".join(name.split())
 
 
 def _source(config: DataConfig) -> dict[str, Any]:
@@ -308,7 +319,9 @@ def _finish(
 ) -> dict[str, Any]:
     """Write what stands beside the shards, the index last, and remove the records."""
     if dataset.classes:
-        write_text(destination / "classes.txt", "".join(f"{n}\n" for n in dataset.classes))
+        write_text(
+            destination / "classes.txt", "".join(f"{_one_line(n)}\n" for n in dataset.classes)
+        )
     skipped = [one for record in records for one in record["skipped"]]
     (destination / "skipped.jsonl").unlink(missing_ok=True)
     if skipped:  # in the order of the shards, whichever was done first
@@ -317,6 +330,7 @@ def _finish(
     index = facts | {
         "samples": sum(record["samples"] for record in records),
         "skipped": len(skipped),
+        "templates": list(dataset.templates),
         "source_bytes": sum(record["read"] for record in records),
         "shards": [
             {key: record[key] for key in ("name", "samples", "bytes")} for record in records

@@ -2,11 +2,11 @@
 
 import io
 import warnings
-from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from leanclip.data.samples import Sample
+from leanclip.decode import open_regular
 from leanclip.errors import SampleError
 from leanclip.images import FORMATS, open_image
 
@@ -22,8 +22,9 @@ def image_bytes(sample: Sample) -> bytes:
     if isinstance(sample.image, bytes):
         return sample.image
     try:
-        return Path(sample.image).read_bytes()
-    except FileNotFoundError:
+        with open_regular(sample.image) as file:
+            return file.read()
+    except (FileNotFoundError, ValueError):  # or no name that a file can have
         raise SampleError("missing file", f"{sample.image}: no such image") from None
     except OSError as error:
         raise SampleError(

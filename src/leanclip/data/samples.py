@@ -53,6 +53,11 @@ class Dataset(ABC):
             SampleError: this one cannot be had.
         """
 
+    @property
+    def distinct(self) -> int:
+        """How many different samples there are, whatever the size of an epoch."""
+        return len(self)
+
     def name(self, index: int) -> str:
         """What a sample is called in messages, where it can be told without reading it."""
         return f"sample {index}"
@@ -134,6 +139,18 @@ def check_templates(templates: Sequence[str], *, where: str) -> Sequence[str]:
     return templates
 
 
+def check_unicode(captions: Sequence[str], name: str) -> None:
+    """That captions, which JSON may spoil, are whole characters.
+
+    Raises:
+        SampleError: half a surrogate pair is in one.
+    """
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError:
+        raise SampleError("caption not UTF-8", f"{name}: half a character in a caption") from None
+
+
 def split_folder(root: str, split: str | None) -> Path:
     """The folder of a split: root/split, or root itself without one.
 
@@ -166,3 +183,40 @@ def read_lines(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise SampleError("caption not UTF-8", f"{path}: is not UTF-8 text") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_class_names(path: Path) -> list[str]:
+    """A class's name a line, by label: `class_names_in` of a file.
+
+    Raises:
+        DataError: there is no such file, it cannot be read, or does not hold such lines.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"data.class_names: no such file: {path}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return class_names_in(content, where=str(path))
+
+
+def class_names_in(content: bytes, *, where: str) -> list[str]:
+    """The lines of a file of class names, stripped; the number of a line is its label.
+
+    Raises:
+        DataError: it is empty, not UTF-8, or has a blank line before others.
+    """
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: is not UTF-8 text") from None
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise DataError(f"{where}: is empty; write a class's name a line, in the order of labels")
+    if "" in lines:
+        raise DataError(
+            f"{where}: line {lines.index('') + 1} is blank, and a line's number is its label; "
+            f"write a name there, or remove the line"
+        )
+    return lines

@@ -27,10 +27,24 @@ import numpy as np
 from leanclip.config import DataConfig
 from leanclip.data.folder import TEMPLATES
 from leanclip.data.order import shuffled
-from leanclip.data.samples import Dataset, Sample, Strings, check_templates, fill, read_lines
-from leanclip.data.shard_cache import fetched_note, fetched_path, fetched_shard, forget_failure
-from leanclip.data.shard_list import URLS, beside, find_shards, read_local, stated_sizes
-from leanclip.data.tar_index import PROBLEMS, index_path, shard_index
+from leanclip.data.samples import (
+    Dataset,
+    Sample,
+    Strings,
+    check_templates,
+    check_unicode,
+    class_names_in,
+    fill,
+    read_class_names,
+)
+from leanclip.data.sources.shard_cache import (
+    fetched_note,
+    fetched_path,
+    fetched_shard,
+    forget_failure,
+)
+from leanclip.data.sources.shard_list import URLS, beside, find_shards, read_local, stated_sizes
+from leanclip.data.sources.tar_index import PROBLEMS, index_path, shard_index
 from leanclip.errors import DataError, SampleError
 from leanclip.tracking import ProgressBar
 
@@ -224,13 +238,14 @@ class Shards(Dataset):
         captions = [caption for caption in captions if caption]
         if not captions:
             raise SampleError("empty caption", f"{name}: an empty caption")
+        check_unicode(captions, name)
         return captions, None
 
     def _label(self, opened: _Opened, row: np.void, name: str) -> int:
         if not row["cls"]:
             raise SampleError("missing label", f"{name}: there is no .cls of this name")
         text = _text(opened, row, "cls", name).strip()
-        if text.isdecimal() and int(text) < len(self.classes):
+        if text.isdecimal() and len(text) < 10 and int(text) < len(self.classes):
             return int(text)
         if text in self.classes:
             return self.classes.index(text)
@@ -296,16 +311,13 @@ def _classes(shard: str, config: DataConfig) -> Sequence[str]:
     if config.caption_column is not None:
         return ()
     if config.class_names is not None:
-        if not Path(config.class_names).is_file():
-            raise DataError(f"data.class_names: no such file: {config.class_names}")
-        return read_lines(Path(config.class_names))
+        return read_class_names(Path(config.class_names))
     places = [beside(shard, "classes.txt")]
     if config.split is not None:
         places.append(str(Path(config.root) / "classes.txt"))
     for place in places:
         if (content := _read(place)) is not None:
-            lines = content.decode("utf-8-sig", "replace").splitlines()
-            return [line.strip() for line in lines if line.strip()]
+            return class_names_in(content, where=place)
     return ()
 
 

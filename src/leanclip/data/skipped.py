@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from leanclip.errors import DataError, SampleError
 
+LONGEST = 300  # characters of an id or a reason
+
 
 class Bad(NamedTuple):
     """One sample that was skipped."""
@@ -20,7 +22,14 @@ class Bad(NamedTuple):
     def of(cls, name: str, error: SampleError) -> "Bad":
         """What an error says of the sample called `name`."""
         reason = " ".join(str(error).split())
-        return cls(name, error.kind, reason if name in reason else f"{name}: {reason}")
+        reason = reason if name in reason else f"{name}: {reason}"
+        return cls(_short(name), error.kind, _short(reason))
+
+
+def _short(text: str) -> str:
+    """At most LONGEST characters, of the start and the end."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
 
 
 class BadSamples:

@@ -10,11 +10,13 @@ captions, or the class. Paths are looked for when they are read, not before.
 from pathlib import Path
 
 from leanclip.config import DataConfig
-from leanclip.data.columns import Meaning, choose_columns, class_names
-from leanclip.data.parquet import ParquetRows
 from leanclip.data.samples import Dataset, Sample
-from leanclip.data.textrows import SUFFIXES, TextRows
+from leanclip.data.sources.columns import Meaning, choose_columns, class_names
+from leanclip.data.sources.parquet import ParquetRows
+from leanclip.data.sources.textrows import SUFFIXES, TextRows
 from leanclip.errors import DataError
+
+_KNOWN = (*SUFFIXES, ".parquet")
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -54,34 +56,42 @@ class Table(Dataset):
         return self.rows.name(index)
 
 
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The tables of a split in a folder: one file, or Parquet in parts."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in _KNOWN
+        and (
+            path.stem == split
+            or (path.suffix.lower() == ".parquet" and path.stem.startswith(f"{split}-"))
+        )
+    )
+
+
 def _files(root: Path, split: str | None) -> list[Path]:
     """The file, or the Parquet files, of a split.
 
     Raises:
         DataError: there is none, or it is of another kind.
     """
-    known = (*SUFFIXES, ".parquet")
     if root.is_file():
         if split is not None:
             raise DataError(f"data.split: {root} is a file; a split is a file in a folder")
-        if root.suffix.lower() not in known:
+        if root.suffix.lower() not in _KNOWN:
             more = "; unpack it first" if root.suffix.lower() in (".gz", ".zip", ".xz") else ""
-            raise DataError(f"data.root: {root} is none of {' '.join(known)}{more}")
+            raise DataError(f"data.root: {root} is none of {' '.join(_KNOWN)}{more}")
         return [root]
     if not root.is_dir():
         raise DataError(f"data.root: no such table: {root}")
-    tables = sorted(path for path in root.iterdir() if path.suffix.lower() in known)
     wanted = split or "train"
-    found = [path for path in tables if path.stem == wanted]
-    parts = [
-        path
-        for path in tables
-        if path.suffix.lower() == ".parquet" and path.stem.startswith(f"{wanted}-")
-    ]
-    if len(found) + bool(parts) != 1:
-        names = ", ".join(path.name for path in tables[:8]) or "no tables"
+    found = split_files(root, wanted)
+    parts = [path for path in found if path.stem != wanted]
+    if len(found) - len(parts) + bool(parts) != 1:
+        tables = sorted(path.name for path in root.iterdir() if path.suffix.lower() in _KNOWN)
+        names = ", ".join(tables[:8]) or "no tables"
         raise DataError(
-            f"data.split: {root} should have one table {wanted} ({' '.join(known)}), or "
+            f"data.split: {root} should have one table {wanted} ({' '.join(_KNOWN)}), or "
             f"{wanted}-*.parquet; found: {names}"
         )
-    return found or parts
+    return found

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from leanclip.data.samples import fill
 from leanclip.data.skipped import BadSamples
 from leanclip.errors import DataError
 from leanclip.evaluate.features import encode_images, encode_texts
+from leanclip.evaluate.guard import PREFIX, comparison
 from leanclip.evaluate.retrieval import retrieval_metrics
 from leanclip.evaluate.tasks import Task
 from leanclip.evaluate.zero_shot import build_classifier, zero_shot_metrics
@@ -37,27 +38,56 @@ class Report:
     similarity: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))  # of the examples
     predictions: list[tuple[Path | bytes, str, str]] = field(default_factory=list)  # said, meant
     bad: dict[str, str] = field(default_factory=dict)  # id -> reason
+    before: dict[str, float] = field(default_factory=dict)  # figures before fine-tuning
 
     def write(self, folder: Path) -> None:
         """Write the figures and sentences to `evaluation.json` in an existing folder."""
         facts = {"metrics": self.metrics, "sentences": self.sentences, "bad": self.bad}
+        facts |= {"before": self.before} if self.before else {}
         (folder / "evaluation.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def evaluate(model: CLIP, tasks: Sequence[Task], preprocess: Preprocess) -> Report:
-    """Measure every task.
+def evaluate(
+    model: CLIP,
+    tasks: Sequence[Task],
+    preprocess: Preprocess,
+    *,
+    guard: Task | None = None,
+    before: Mapping[str, float] | None = None,
+) -> Report:
+    """Measure every task; the guard's figures are under `guard/`.
+
+    `before` are the figures before fine-tuning, which a sentence on the guard compares.
 
     Raises:
         DataError: more than the allowed share of a data set is unreadable.
     """
-    report, was_training = Report(), model.training
+    report, training = Report(), [module for module in model.modules() if module.training]
     model.eval()  # a ResNet's BatchNorms use what they have learned
     for task in tasks:
         seen = _encode_images(model, task, preprocess, report)
         measure = _zero_shot if task.name == "zero_shot" else _retrieval
         measure(model, task, seen, report)
-    model.train(was_training)
+    if guard is not None:
+        _measure_guard(model, guard, tasks, preprocess, before or {}, report)
+    for module in training:  # not a locked tower's BatchNorms
+        module.training = True
     return report
+
+
+def _measure_guard(
+    model: CLIP,
+    guard: Task,
+    tasks: Sequence[Task],
+    preprocess: Preprocess,
+    before: Mapping[str, float],
+    report: Report,
+) -> None:
+    own = evaluate(model, [guard], preprocess)
+    report.metrics |= {f"{PREFIX}{name}": value for name, value in own.metrics.items()}
+    report.bad |= own.bad
+    report.before = dict(before)
+    report.sentences.append(comparison(guard, tasks, before, report.metrics))
 
 
 class _Seen(NamedTuple):

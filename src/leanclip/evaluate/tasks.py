@@ -1,32 +1,44 @@
 """What to evaluate: from settings or from words on the command line to opened data sets."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from leanclip.config import Config, DataConfig, EvaluationData, load_config
-from leanclip.data import Dataset, open_dataset, split_source
+from leanclip.data import Dataset, open_dataset, source_configs, split_source
+from leanclip.data.splits import find_splits
 from leanclip.errors import ConfigError
 from leanclip.settings import parse, to_plain
 from leanclip.weights import read_weights
+
+log = logging.getLogger("leanclip")
 
 EVALUATION_SPLITS = {  # (layout, task) -> the split that is meant for it
     ("shapes", "zero_shot"): "unseen",
     ("shapes", "retrieval"): "val",
     ("food101", "zero_shot"): "test",
 }
+HELD_OUT = ("val", "valid", "validation", "test", "dev")  # the first there is, of training's root
 TASKS: dict[str, tuple[str, ...]] = {  # by their names on the command line
     "zeroshot": ("zero_shot",),
     "retrieval": ("retrieval",),
     "all": ("retrieval", "zero_shot"),
 }
-MEASURABLE = {  # what a layout's data allows
+MEASURABLE = {  # what a layout's data allows; of the others the data itself says
     "shapes": ("retrieval", "zero_shot"),
     "food101": ("zero_shot",),
     "folder": ("zero_shot",),
     "pairs": ("retrieval",),
-    "shards": ("retrieval",),
+}
+
+
+METRICS = {  # what a task's figures are called
+    "retrieval": tuple(
+        f"{way}_R@{k}" for k in (1, 5, 10) for way in ("image_to_text", "text_to_image")
+    ),
+    "zero_shot": ("zeroshot_top1", "zeroshot_top5"),
 }
 
 
@@ -55,11 +67,13 @@ def open_tasks(config: Config) -> list[Task]:
             continue
         data = _evaluation_data(config.data, wanted, name)
         dataset = open_dataset(data)
+        if _is_training(config.data, wanted, data):
+            log.warning("evaluate.%s: measures on the data that training uses", name)
         if bool(dataset.classes) != (name == "zero_shot"):
             has, needs = (
-                ("no classes", "class data (layout folder, food101 or shapes)")
+                ("no classes", "class data (a folder, food101 or shapes, or labels in a table)")
                 if name == "zero_shot"
-                else ("classes, not captions", "captions (layout pairs or shapes)")
+                else ("classes, not captions", "captions (pairs or shapes, or a table's)")
             )
             raise ConfigError(
                 f"evaluate.{name}: {data.root} (layout {data.layout}) has {has}; name a data set "
@@ -69,11 +83,27 @@ def open_tasks(config: Config) -> list[Task]:
     return tasks
 
 
+def open_guard(config: Config) -> Task | None:
+    """Open the data set that `evaluate.guard` names: zero-shot where it has classes.
+
+    Raises:
+        DataError: it is missing or empty.
+    """
+    wanted = config.evaluate.guard
+    if wanted is None:
+        return None
+    data = _guard_data(config, wanted)
+    dataset = open_dataset(data)
+    name = "zero_shot" if dataset.classes else "retrieval"
+    return Task(name, data, dataset, wanted.limit, config.evaluate.batch_size)
+
+
 def evaluation_data(config: Config) -> list[DataConfig]:
     """The data sets that `evaluate` names, as `data` sections."""
     settings = config.evaluate
     named = (("retrieval", settings.retrieval), ("zero_shot", settings.zero_shot))
-    return [_evaluation_data(config.data, wanted, name) for name, wanted in named if wanted]
+    found = [_evaluation_data(config.data, wanted, name) for name, wanted in named if wanted]
+    return [*found, _guard_data(config, settings.guard)] if settings.guard else found
 
 
 def evaluation_config(
@@ -113,7 +143,10 @@ def evaluation_config(
     evaluate = to_plain(settings.evaluate)
     if data_spec is not None:
         layout, root = split_source(data_spec, option="--data")
-        allowed = MEASURABLE[layout] if task == "all" else TASKS[task]
+        wanted = EvaluationData.model_validate({"layout": layout, "root": root})
+        allowed = TASKS[task]
+        if task == "all":
+            allowed = MEASURABLE.get(layout) or (_task_of(settings.data, wanted),)
         evaluate |= {name: {"layout": layout, "root": root} for name in allowed}
     else:
         allowed = tuple(name for name in TASKS[task] if evaluate[name] is not None)
@@ -122,28 +155,82 @@ def evaluation_config(
             f"--task {task}: {config} has no such evaluation; give --data LAYOUT:ROOT"
         )
     evaluate |= {name: None for name in TASKS["all"] if name not in allowed}
+    if data_spec is not None or task != "all":
+        evaluate["guard"] = None
     values = to_plain(settings) | {"evaluate": evaluate}
     return parse(Config, values, where="leanclip eval")
 
 
-def _evaluation_data(data: DataConfig, wanted: EvaluationData, task: str) -> DataConfig:
+def _task_of(data: DataConfig, wanted: EvaluationData) -> str:
+    """Zero-shot for class data, retrieval for captions."""
+    dataset = open_dataset(_evaluation_data(data, wanted, "zero_shot"))
+    return "zero_shot" if dataset.classes else "retrieval"
+
+
+def _evaluation_data(
+    data: DataConfig, wanted: EvaluationData, task: str, *, setting: str | None = None
+) -> DataConfig:
     """The `data` section with what an evaluation sets of its own."""
     layout = wanted.layout or data.layout
     if layout == "mixture":
         raise ConfigError(
-            f"evaluate.{task}.layout: data is a mixture; say a layout and a root to evaluate on"
+            f"evaluate.{setting or task}.layout: data is a mixture; say a layout and a root to "
+            f"evaluate on"
         )
+    root = wanted.root or data.root
+    trained = _trained(data, layout, root)
+    split = wanted.split or EVALUATION_SPLITS.get((layout, task))
     changes = {
         "layout": layout,
-        "root": wanted.root or data.root,
-        "split": wanted.split or EVALUATION_SPLITS.get((layout, task)),
+        "root": root,
+        "split": split or (_held_out(trained) if trained else None),
         "templates": wanted.templates,
-        "class_names": wanted.class_names or data.class_names,
+        **_columns(wanted, trained),
         "sources": (),
         "epoch_size": None,
         "streaming": False,  # it is read in order, by index
     }
     return data.model_copy(update=changes)
+
+
+def _guard_data(config: Config, wanted: EvaluationData) -> DataConfig:
+    """The `data` section of the guard; of a layout that allows both, the zero-shot split."""
+    allowed = MEASURABLE.get(wanted.layout or config.data.layout, ())
+    task = "zero_shot" if "zero_shot" in allowed else "retrieval"
+    return _evaluation_data(config.data, wanted, task, setting="guard")
+
+
+def _trained(data: DataConfig, layout: str, root: str) -> DataConfig | None:
+    """What training reads of a root, if it does."""
+    sources = (data, *source_configs(data))
+    return next((one for one in sources if (one.layout, one.root) == (layout, root)), None)
+
+
+def _held_out(trained: DataConfig) -> str | None:
+    """A split of training's root that training does not use; else the one that it uses."""
+    used = trained.split or ("train" if trained.layout in ("table", "hub") else None)
+    found = () if used is None else find_splits(trained)
+    return next((name for name in HELD_OUT if name in found and name != used), trained.split)
+
+
+def _is_training(data: DataConfig, wanted: EvaluationData, chosen: DataConfig) -> bool:
+    """Whether an evaluation that does not say so measures on what training uses."""
+    trained = _trained(data, chosen.layout, chosen.root)
+    if trained is None or trained.split != chosen.split or wanted.split is not None:
+        return False
+    # Of weights without a config, `data` is what shall be measured.
+    return wanted.root is None or trained.split is not None
+
+
+def _columns(wanted: EvaluationData, trained: DataConfig | None) -> dict[str, Any]:
+    """What columns and labels mean: as the evaluation says, else as for training's root."""
+    names = ("class_names", "image_column", "caption_column", "label_column")
+    given = {name: getattr(wanted, name) for name in names}
+    if trained is None:
+        return given
+    says_texts = wanted.caption_column is not None or wanted.label_column is not None
+    inherited = names[:2] if says_texts else names
+    return given | {name: getattr(trained, name) for name in inherited if given[name] is None}
 
 
 def _stored_config(model: str, layout: str, root: str, out: str, arch: str | None) -> Config:

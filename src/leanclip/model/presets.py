@@ -93,14 +93,14 @@ def preset(name: str) -> dict[str, Any]:
     return dict(PRESETS[name])
 
 
-def forward_gflops(config: ModelConfig) -> float:
-    """10⁹ FLOPs of one image and one caption of the whole context, forward.
+def forward_gflops(config: ModelConfig, length: int | None = None) -> float:
+    """10⁹ FLOPs of one image and one caption of `length` tokens (None: the context), forward.
 
     Matrix products, convolutions and attention are counted, a multiply-add as two, on the meta
     device, where nothing is computed. What the last block is spared for the tokens that are not
     read is not counted either; published counts include it.
     """
-    return _cost(config)[1]
+    return _cost(config, length)[1]
 
 
 def summaries() -> Iterator[dict[str, Any]]:
@@ -120,12 +120,12 @@ def summaries() -> Iterator[dict[str, Any]]:
         }
 
 
-def _cost(config: ModelConfig) -> tuple[int, float]:
+def _cost(config: ModelConfig, length: int | None = None) -> tuple[int, float]:
     """The number of parameters, and the GFLOPs of a forward pass."""
     with torch.device("meta"):
         model = CLIP(**to_plain(config)).eval()
         pixels = torch.empty(1, 3, config.image_resolution, config.image_resolution)
-        tokens = torch.empty(1, config.context_length, dtype=torch.int64)
+        tokens = torch.empty(1, length or config.context_length, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixels, tokens)
     return model.parameter_count(), counter.get_total_flops() / 1e9

@@ -1,16 +1,21 @@
 """The Vision Transformer tower of CLIP: normalised pixels -> image features.
 
-Shapes: B batch, R resolution, p patch size, P patches, D width, E embedding.
+Shapes: B batch, R resolution, p patch size, P patches, K patches kept, D width,
+E embedding.
 """
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from leanclip.model.transformer import Transformer
 
 
 class VisionTransformer(nn.Module):
     """ViT with a class token, as in OpenAI's CLIP (arXiv 2103.00020, section 2.4).
+
+    `patch_dropout` is the share of patches that it leaves out in training (arXiv 2212.00794);
+    which ones is drawn anew for every image, from the default generator.
 
     Args:
         input_resolution: side of the square image, in pixels.
@@ -47,6 +52,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.input_resolution = input_resolution
         self.pool, self.norm_after_pool = pool, norm_after_pool
+        self.patch_dropout = 0.0
         patches = (input_resolution // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=patch_bias)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
@@ -64,8 +70,19 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, P, D)
         first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # (B, 1, D)
         x = torch.cat([first, x], dim=1)  # (B, P+1, D)
-        x = self.ln_pre(x + self.positional_embedding)
+        x = x + self.positional_embedding
+        if self.training and self.patch_dropout:
+            x = self._drop_patches(x)  # (B, K+1, D)
+        x = self.ln_pre(x)
         return self._read(x) @ self.proj  # (B, E)
+
+    def _drop_patches(self, x: torch.Tensor) -> torch.Tensor:
+        """The class token and K patches drawn for each image: (B, P+1, D) -> (B, K+1, D)."""
+        images, patches = len(x), x.shape[1] - 1
+        kept = max(1, round(patches * (1 - self.patch_dropout)))
+        drawn = torch.rand(images, patches, device=x.device).topk(kept).indices  # (B, K)
+        places = F.pad(drawn + 1, (1, 0))  # (B, K+1), the class token's 0 first
+        return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """The blocks, the last LayerNorm and the pool: (B, P+1, D) -> (B, D)."""

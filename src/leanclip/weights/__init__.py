@@ -4,6 +4,7 @@ source -> read_weights -> Weights (tensors by OpenAI's names, architecture) -> l
 """
 
 from leanclip.weights.convert import DIALECTS, write_weights
+from leanclip.weights.interpolate import interpolate
 from leanclip.weights.native import save_weights
 from leanclip.weights.read import read_architecture, read_weights
 from leanclip.weights.weights import Weights, infer_architecture, load_into
@@ -12,6 +13,7 @@ __all__ = [
     "DIALECTS",
     "Weights",
     "infer_architecture",
+    "interpolate",
     "load_into",
     "read_architecture",
     "read_weights",

@@ -10,11 +10,14 @@ from leanclip.weights.weights import Weights, check_shapes
 DIALECTS = ("leanclip", "openai", "open_clip", "hf", "passl")
 
 
-def write_weights(weights: Weights, destination: Path, dialect: str) -> None:
+def write_weights(
+    weights: Weights, destination: Path, dialect: str, *, provenance: str | None = None
+) -> None:
     """Write weights as they are, to the bit, under another system's names.
 
     `openai` and `passl` are files, the others folders; see docs/checkpoints.md for what each
-    holds. Tensors keep their type.
+    holds. Tensors keep their type. leanclip's own format holds a line on where they came from,
+    `provenance`; by default the source that was converted.
 
     Raises:
         WeightsError: the dialect cannot hold the model, the architecture is not known, or there
@@ -38,10 +41,8 @@ def write_weights(weights: Weights, destination: Path, dialect: str) -> None:
     match dialect:
         case "leanclip":
             destination.mkdir(parents=True, exist_ok=True)
-            provenance = f"converted from {weights.dialect}: {weights.source.name}"
-            native.save_weights(
-                destination, weights.tensors, model, preprocess, provenance=provenance
-            )
+            origin = provenance or f"converted from {weights.dialect}: {weights.source.name}"
+            native.save_weights(destination, weights.tensors, model, preprocess, provenance=origin)
         case "openai":
             openai.write(destination, weights, model)
         case "open_clip":

@@ -51,8 +51,8 @@ class Weights:
     others: tuple[str, ...] = ()  # what the source holds besides tensors of the model
 
 
-def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> None:
-    """Copy the tensors into a model, each to its parameter's type.
+def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[str]:
+    """Copy the tensors into a model, each to its parameter's type; the keys that are missing.
 
     Positional embeddings of another size are fitted, and the log says so: a vision tower's by
     bicubic antialiased resizing of the grid, a text tower's by cutting, or by keeping the
@@ -105,6 +105,7 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> None:
     for note in weights.notes:
         log.warning("%s: %s", weights.source, note)
     model.load_state_dict(given, strict=not partial)
+    return problems["keys are missing"]
 
 
 def infer_architecture(

@@ -9,9 +9,10 @@ Shapes: N images, C captions.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +21,12 @@ from PIL import Image
 
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
-from leanclip.data.duplicates import FINGERPRINT, fingerprint
 from leanclip.data.parallel import Note, in_processes
+from leanclip.data.preflight.duplicates import FINGERPRINT, fingerprint
 from leanclip.data.reduced import image_bytes, is_turned, open_header, open_reduced
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad
+from leanclip.data.splits import find_splits
 from leanclip.errors import ConfigError, SampleError
 from leanclip.tokenizer import encode
 
@@ -50,9 +52,6 @@ RECORD = np.dtype(
 CAPTION = np.dtype(
     [("text", np.uint64), ("index", np.int64), ("tokens", np.int32), ("length", np.int32)]
 )
-
-SPLITS = {"shapes": ("train", "val", "unseen"), "food101": ("train", "test")}
-FOLDERS = ("train", "val", "valid", "validation", "dev", "test")  # names that mean splits
 
 _CHUNK = 64  # samples that a process reads at a time
 _SUFFIXES = {
@@ -99,10 +98,10 @@ def open_parts(configs: Sequence[DataConfig], splits: Sequence[str] = ()) -> lis
         config = config.model_copy(update={"epoch_size": None, "max_bad_share": 1.0})
         for split in splits or _own_splits(config):
             name = split or "all"
-            if name in wanted and _same_data(wanted[name], config):
+            part = config.model_copy(update={"split": split})
+            if any(_same_data(other, part) for other in wanted.values()):
                 continue
-            name = name if name not in wanted else f"{Path(config.root).name}/{name}"
-            wanted[name] = config.model_copy(update={"split": split})
+            wanted[_free_name(name, config, wanted)] = part
     return [
         Part(name, config, open_dataset(config), np.empty(0, RECORD), np.empty(0, CAPTION), [])
         for name, config in wanted.items()
@@ -166,19 +165,21 @@ def _first_caption(dataset: Dataset, sample: Sample) -> str:
 
 
 def _own_splits(config: DataConfig) -> Sequence[str | None]:
-    """The split that is set, or all that the layout or the names of folders tell of."""
+    """The split that is set, or all that the layout or the names of folders and files tell of."""
     if config.split is not None or config.layout == "mixture":
         return (config.split,)
-    if config.layout in SPLITS:
-        return SPLITS[config.layout]
-    root = Path(config.root)
-    if config.layout in ("pairs", "folder"):
-        return [name for name in FOLDERS if (root / name).is_dir()] or (None,)
-    return (None,)
+    return find_splits(config) or (None,)
+
+
+def _free_name(name: str, config: DataConfig, taken: Container[str]) -> str:
+    """`name`, with the root's name before it and a number after it where it is taken."""
+    longer = f"{Path(config.root).name}/{name}"
+    numbered = (f"{longer} ({number})" for number in count(2))
+    return next(one for one in chain([name, longer], numbered) if one not in taken)
 
 
 def _same_data(a: DataConfig, b: DataConfig) -> bool:
-    return (a.layout, a.root, a.sources) == (b.layout, b.root, b.sources)
+    return (a.layout, a.root, a.split, a.sources) == (b.layout, b.root, b.split, b.sources)
 
 
 class _Reader:

@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from leanclip.data.shard_list import shard_name
+from leanclip.data.sources.shard_list import shard_name
 from leanclip.errors import DataError, SampleError
 from leanclip.fetch import FetchError, cache_folder, fetch, locked
 

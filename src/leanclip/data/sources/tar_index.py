@@ -52,14 +52,27 @@ def shard_index(path: Path, identity: str | None = None) -> np.ndarray:
         OSError: it cannot be read.
     """
     kept = index_path(path, identity)
-    if not kept.is_file():
-        with locked(kept.with_suffix(".lock")):
-            if not kept.is_file():
-                index = build_index(path)
-                part = kept.with_suffix(f".{os.getpid()}.npy")
-                np.save(part, index)
-                part.replace(kept)
-    return np.load(kept, mmap_mode="r") if kept.stat().st_size > 1 << 16 else np.load(kept)
+    if (index := _load(kept)) is not None:
+        return index
+    with locked(kept.with_suffix(".lock")):
+        if (index := _load(kept)) is None:
+            index = build_index(path)
+            part = kept.with_suffix(f".{os.getpid()}.npy")
+            with part.open("wb") as file:
+                np.save(file, index)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(kept)
+    return index
+
+
+def _load(kept: Path) -> np.ndarray | None:
+    """An index; None where there is none, or what a crash or a full disk left of one."""
+    try:
+        index = np.load(kept, mmap_mode="r" if kept.stat().st_size > 1 << 16 else None)
+    except (FileNotFoundError, EOFError, ValueError):
+        return None
+    return index if isinstance(index, np.ndarray) and index.dtype.names else None
 
 
 def index_path(path: Path, identity: str | None = None) -> Path:

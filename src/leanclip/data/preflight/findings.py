@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from leanclip.data.check import ODD, VERY_LONG, Part
-from leanclip.data.duplicates import exact_groups, near_pairs
+from leanclip.data.preflight.check import ODD, VERY_LONG, Part
+from leanclip.data.preflight.duplicates import exact_groups, near_pairs
 from leanclip.data.samples import Dataset
 
 EXAMPLES = 10  # of each kind that are shown

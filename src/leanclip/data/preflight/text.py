@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from leanclip.data.findings import EXAMPLES, Findings
+from leanclip.data.preflight.findings import EXAMPLES, Findings
 
 _SHOWN = 3  # examples of each kind; check.json has more
 

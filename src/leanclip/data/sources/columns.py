@@ -9,7 +9,7 @@ from pathlib import Path
 
 from leanclip.config import DataConfig
 from leanclip.data.folder import TEMPLATES
-from leanclip.data.samples import Sample, check_templates, fill, read_lines
+from leanclip.data.samples import Sample, check_templates, check_unicode, fill, read_class_names
 from leanclip.errors import DataError, SampleError
 
 # The names that are looked for, in this order and in any letter case, where a config has none.
@@ -31,6 +31,7 @@ IMAGES = (
 CAPTIONS = ("caption", "captions", "text", "txt", "title", "sentence", "sentences", "description")
 LABELS = ("label", "labels", "class", "cls", "category", "target")
 MOST_CLASSES = 100_000
+LONGEST_PATH = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def class_names(
         DataError: no file, no names, or the same one twice.
     """
     if config.class_names is not None:
-        where, names = config.class_names, read_lines(Path(config.class_names))
+        where, names = config.class_names, read_class_names(Path(config.class_names))
     elif names is not None:
         names = [name.replace("_", " ") for name in names]
     elif values is not None:
@@ -194,6 +195,11 @@ class Meaning:
             raise SampleError("malformed row", f"{name}: its image is no path")
         if value.startswith(("http://", "https://")):
             raise SampleError("image at a URL", f"{name}: its image is at a URL; fetch it first")
+        if len(value) > LONGEST_PATH:
+            raise SampleError(
+                "malformed row",
+                f"{name}: its image is a path of {len(value)} characters (base64 is not read)",
+            )
         return self.folder / value
 
 
@@ -211,8 +217,5 @@ def _captions(name: str, values: Iterable[object]) -> list[str]:
                 captions.append(text)
     if not captions:
         raise SampleError("empty caption", f"{name}: an empty caption")
-    try:
-        "".join(captions).encode()
-    except UnicodeEncodeError:
-        raise SampleError("caption not UTF-8", f"{name}: half a character in a caption") from None
+    check_unicode(captions, name)
     return captions

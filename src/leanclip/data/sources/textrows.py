@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from leanclip.data.cached import cached
-from leanclip.data.columns import check_count, sorted_values
+from leanclip.data.sources.cached import cached
+from leanclip.data.sources.columns import check_count, sorted_values
 from leanclip.errors import DataError, SampleError
 from leanclip.tracking import ProgressBar
 
@@ -44,7 +44,12 @@ class TextRows:
         self.path, self.delimiter = path, _delimiter(path)
         self._file = _File(path)
         kind = f"rows-{self.delimiter}"
-        index = cached([path], kind, lambda part: _write_index(path, self.delimiter, part))
+        index = cached(
+            [path],
+            kind,
+            lambda part: _write_index(path, self.delimiter, part),
+            is_whole=lambda index: _ends_with(index, path.stat().st_size),
+        )
         self._index = _File(index)
         self._header = int(self.delimiter is not None)
         self.size = index.stat().st_size // 8 - 1 - self._header
@@ -80,7 +85,8 @@ class TextRows:
             part.write_text(json.dumps(sorted_values(values)))
 
         kind = f"labels-{self.delimiter}-{column}"
-        return json.loads(cached([self.path], kind, write).read_text())
+        path = cached([self.path], kind, write, is_whole=lambda path: bool(_labels(path)))
+        return _labels(path)
 
     def _columns(self) -> list[str]:
         if self._header:
@@ -213,6 +219,21 @@ def _write_index(path: Path, delimiter: str | None, part: Path) -> None:
             if not chunk:
                 break
         np.array([base], "<i8").tofile(index)
+
+
+def _ends_with(index: Path, size: int) -> bool:
+    """Whether a file of offsets is whole: its last one is the table's size."""
+    content = index.stat().st_size
+    if content < 8 or content % 8:
+        return False
+    with index.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        return struct.unpack("<q", file.read(8)) == (size,)
+
+
+def _labels(path: Path) -> list[str]:
+    """A list that `distinct` has kept."""
+    return json.loads(path.read_text("utf-8"))
 
 
 def _row_starts(data: bytes, delimiter: str | None, *, final: bool) -> tuple[np.ndarray, int]:

@@ -64,9 +64,10 @@ def get_food101(
         if not path.is_file():
             raise DataError(f"--archive: no such file: {path}")
     need_space(root.parent, int(UNPACKED * path.stat().st_size), "to unpack it")
+    again = "remove it and run this again" if archive is None else "give another --archive"
     if checksum is not None:
-        _check(path, checksum)
-    _unpack(path, root, progress)
+        _check(path, checksum, again)
+    _unpack(path, root, again, progress)
     if archive is None and not keep_archive:
         path.unlink()
     return True
@@ -102,16 +103,17 @@ def _download(url: str, path: Path, progress: Progress) -> None:
     fetch(url, path, progress=told)
 
 
-def _check(path: Path, checksum: str) -> None:
+def _check(path: Path, checksum: str, again: str) -> None:
+    """Refuse another archive; `again` says what to do."""
     found = digest(path, len(checksum))
     if found != checksum.lower():
         raise DataError(
             f"{path}: its checksum is {found}, not {checksum}: it is damaged or another archive; "
-            f"remove it and run this again, or give --checksum (none: any archive will do)"
+            f"{again}, or give --checksum (none: any archive will do)"
         )
 
 
-def _unpack(path: Path, root: Path, progress: Progress) -> None:
+def _unpack(path: Path, root: Path, again: str, progress: Progress) -> None:
     """Unpack into a folder beside `root`, which takes its place when it is whole."""
     if not hasattr(tarfile, "data_filter"):
         raise DataError("Python 3.11.4 or later is needed to unpack archives safely")
@@ -119,7 +121,7 @@ def _unpack(path: Path, root: Path, progress: Progress) -> None:
     shutil.rmtree(beside, ignore_errors=True)  # of a run that was ended
     beside.mkdir()
     try:
-        for done in _members_into(beside, path):
+        for done in _members_into(beside, path, again):
             progress("unpacking", done, path.stat().st_size)
         if not (beside / TOP / "meta" / "train.txt").is_file():
             raise DataError(f"{path}: has no {TOP}/meta/train.txt: it is not Food-101's archive")
@@ -128,7 +130,7 @@ def _unpack(path: Path, root: Path, progress: Progress) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _members_into(folder: Path, path: Path) -> Iterator[int]:
+def _members_into(folder: Path, path: Path, again: str) -> Iterator[int]:
     """Unpack an archive; gives after each member how many of the archive's bytes are read.
 
     Raises:
@@ -146,9 +148,7 @@ def _members_into(folder: Path, path: Path) -> Iterator[int]:
         raise DataError(f"{path}: is not safe to unpack: {error}") from None
     except (tarfile.TarError, EOFError, zlib.error, BadGzipFile, LZMAError) as error:
         why = str(error).partition(":\n")[0]  # what follows is why it is not bzip2, and so on
-        raise DataError(
-            f"{path}: is cut short or damaged ({why}); remove it and run this again"
-        ) from None
+        raise DataError(f"{path}: is cut short or damaged ({why}); {again}") from None
 
 
 def _has_ended(tar: tarfile.TarFile) -> None:

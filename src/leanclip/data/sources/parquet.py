@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanclip.data.cached import cached
-from leanclip.data.columns import check_count, sorted_values
+from leanclip.data.sources.cached import cached
+from leanclip.data.sources.columns import check_count, sorted_values
 from leanclip.errors import DataError, SampleError
 from leanclip.tracking import ProgressBar
 
@@ -54,7 +54,7 @@ class ParquetRows:
             _write_arrow(self.paths, list(columns), self.batch, self.size, part)
 
         kind = f"arrow-{','.join(columns)}-{self.batch}"
-        self.arrow = cached(self.paths, kind, write, size=size)
+        self.arrow = cached(self.paths, kind, write, is_whole=_is_arrow, size=size)
 
     def __len__(self) -> int:
         return self.size
@@ -153,6 +153,14 @@ def _write_arrow(
             writer.write_batch(batch)
             done += batch.num_rows
             bar.update(done)
+
+
+def _is_arrow(path: Path) -> bool:
+    """Whether a file is whole; ValueError of pyarrow if not."""
+    import pyarrow
+
+    with pyarrow.OSFile(str(path), "rb") as file:
+        return pyarrow.ipc.open_file(file).num_record_batches > 0
 
 
 def _plain(field: "pyarrow.Field") -> "pyarrow.Field":

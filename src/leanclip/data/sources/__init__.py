@@ -1,0 +1,1 @@
+"""What the layouts read from: rows of text, Parquet, tars, downloads."""

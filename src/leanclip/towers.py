@@ -1,0 +1,93 @@
+"""How the towers are run in training: less memory, compiled, and over the ranks.
+
+    model -> checkpointed blocks -> compiled towers -> DDP's or FSDP's module -> `train_step`
+
+Parameters keep their names all along.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from leanclip.config import TrainConfig
+from leanclip.distributed import rank_and_world_size
+from leanclip.model import CLIP
+from leanclip.model.resnet import Bottleneck
+from leanclip.model.transformer import Block
+from leanclip.norms import SCALARS
+
+
+def prepare_towers(model: CLIP, settings: TrainConfig) -> nn.Module:
+    """The module that is called with pixels and tokens; the model itself changes with it."""
+    if settings.checkpoint_activations:
+        checkpoint_activations(model)
+    if settings.compile:
+        compile_towers(model)
+    return over_ranks(model)
+
+
+def checkpoint_activations(model: CLIP) -> None:
+    """Keep each block's input alone for the backward pass, which computes the rest again.
+
+    What is drawn at random is drawn the same again, and statistics of a BatchNorm are not
+    updated twice.
+    """
+    for block in _blocks(model):
+        run = partial(checkpoint, block.forward, use_reentrant=False)
+        if isinstance(block, Bottleneck):
+            run = partial(run, context_fn=lambda block=block: (nullcontext(), still(block)))
+        block.forward = run  # hooks around the block, FSDP's, stay outside
+
+
+def compile_towers(model: CLIP, backend: str = "inductor") -> None:
+    """Compile both towers in place, each when it first runs.
+
+    Another length of texts compiles the text tower a second time, for any length.
+    """
+    model.visual.compile(backend=backend)
+    model.encode_text = torch.compile(model.encode_text, backend=backend)
+
+
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """Normalise by the batch as in training, without a change to the running statistics."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def over_ranks(model: CLIP) -> nn.Module:
+    """The towers with gradients averaged over the ranks; the model itself where there is one.
+
+    The scalars of the loss take no part: their gradients come from the loss, not from a forward
+    pass, and `train_step` averages them.
+    """
+    if rank_and_world_size()[1] == 1:
+        return model
+    # By both names that DDP has for a parameter at the top: with its module before the dot, or not.
+    names = [prefix + name for name in SCALARS for prefix in ("", ".")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def summing(towers: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+    """Around forward and backward of a micro-batch: ranks sum their gradients with the last."""
+    if isinstance(towers, DistributedDataParallel) and not is_last:
+        return towers.no_sync()
+    return nullcontext()
+
+
+def _blocks(model: CLIP) -> list[nn.Module]:
+    """The parts that both towers repeat, in which most of the memory is."""
+    return [module for module in model.modules() if isinstance(module, Block | Bottleneck)]

@@ -1,0 +1,219 @@
+"""The best checkpoint, the end of a run that gains no more, and the forgetting guard."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, assert_refused, make_pairs, noise_image, ranks_of
+
+import leanclip
+from leanclip import CLIP, Preprocess, checkpoint
+from leanclip.best import has_stopped_gaining, is_news, judged
+from leanclip.checkpoint import Best
+from leanclip.config import load_config
+from leanclip.evaluate import METRICS, retrieval_metrics, zero_shot_metrics
+from leanclip.evaluate.guard import comparison
+from leanclip.plan import Plan, make_plan
+from leanclip.tracking import read_metrics
+from leanclip.train import train
+from leanclip.weights import save_weights
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+R1 = "image_to_text_R@1"
+EARLY = [
+    "train", "-c", "config.yaml", "-o", "evaluate.every_epochs=1", "-o", "train.epochs=12",
+    "-o", f"checkpoint.best_metric={R1}", "-o", "evaluate.patience=3",
+    "-o", "optimizer.learning_rate=1e-9", "-o", "checkpoint.every_epochs=null",
+]  # fmt: skip
+
+
+def write_base(folder: Path) -> None:
+    folder.mkdir()
+    torch.manual_seed(11)
+    model = CLIP(**TINY)
+    save_weights(folder, model.state_dict(), model.config, Preprocess(32))
+
+
+def make_classes(root: Path) -> None:
+    for label, name in enumerate(("ant", "bee", "cow")):
+        (root / name).mkdir(parents=True)
+        for i in range(3):
+            noise_image(10 * label + i).save(root / name / f"{i}.png")
+
+
+def plan_of(*overrides: str) -> Plan:
+    return make_plan(load_config("config.yaml", overrides), torch.device("cpu"))
+
+
+def checkpoints_of(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+def test_metrics_have_the_names_that_settings_may_use() -> None:
+    assert METRICS["retrieval"] == tuple(retrieval_metrics(torch.eye(2), torch.arange(2)))
+    assert METRICS["zero_shot"] == tuple(zero_shot_metrics(torch.eye(2), torch.arange(2)))
+
+
+def test_the_best_is_the_first_of_equals_and_counts_what_came_after(workplace: Path) -> None:
+    plan = plan_of(f"checkpoint.best_metric={R1}", "evaluate.patience=2", "evaluate.every_epochs=1")
+    best, ends = None, []
+    for step, value in enumerate((0.2, 0.5, 0.4, 0.6, 0.6, 0.1), start=1):
+        best = judged(plan, best, {R1: value}, step)
+        ends.append((is_news(plan, best), has_stopped_gaining(plan, best)))
+    assert best == Best(R1, 0.6, 4, 2)
+    assert [news for news, _ in ends] == [True, True, False, True, False, True]
+    assert [end for _, end in ends] == [False] * 5 + [True]
+    other = Best("zeroshot_top1", 0.9, 6, 8)  # of a run that went by another metric
+    assert not has_stopped_gaining(plan, other)
+    assert judged(plan, other, {R1: 0.1}, 7) == Best(R1, 0.1, 7, 0)
+    assert judged(plan_of(), None, {R1: 0.1}, 7) is None
+
+
+def test_a_run_without_gain_ends_and_keeps_its_best(command: Command, workplace: Path) -> None:
+    done = command(*EARLY)
+    assert done.returncode == 0, done.stderr
+    run = workplace / "runs/config"
+    # Nothing moves at this rate: the first evaluation is the best, and three follow.
+    assert checkpoints_of(run) == ["step-00000003", "step-00000012"]
+    assert (run / "checkpoints/best").read_text() == "step-00000003\n"
+    assert (run / "checkpoints/latest").read_text() == "step-00000012\n"
+    assert "ends at step 12: no gain" in done.stderr
+    assert "Best:     runs/config/checkpoints/step-00000003" in done.stdout
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    leanclip.load(run / "checkpoints/step-00000003")
+    again = command(*EARLY)  # it has ended, and stays so
+    assert again.returncode == 0, again.stderr
+    assert checkpoints_of(run) == ["step-00000003", "step-00000012"]
+    assert max(line["step"] for line in read_metrics(run)) == 12
+
+
+def test_a_run_that_goes_on_goes_on_counting(command: Command, workplace: Path) -> None:
+    command(*EARLY, "-o", "train.epochs=3", "--output-dir", "a")
+    progress = checkpoint.last_progress(workplace / "a/checkpoints")
+    assert progress is not None
+    assert progress.best is not None
+    assert (progress.step, progress.best.step, progress.best.since) == (9, 3, 2)
+    more = [*EARLY, "--output-dir", "b"]
+    command(*more, "-o", "checkpoint.every_epochs=1")
+    shutil.rmtree(workplace / "b/checkpoints/step-00000012")
+    again = command(*more, "-o", "checkpoint.every_epochs=1")
+    assert "going on from b/checkpoints/step-00000009" in again.stderr
+    assert "ends at step 12: no gain" in again.stderr
+
+
+def test_the_best_outlives_newer_ones(tmp_path: Path) -> None:
+    model = CLIP(**TINY)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(1, 6):
+        best = Best("m", 0.5, 2 if step > 1 else 1, max(0, step - 2))
+        progress = checkpoint.Progress(step, 0, step, step, [], 1.0, best=best)
+        checkpoint.save(tmp_path, progress, model, optimizer, Preprocess(32), keep=2)
+    names = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert names == ["step-00000002", "step-00000004", "step-00000005"]
+    assert (tmp_path / "best").read_text() == "step-00000002\n"
+
+
+def test_ranks_end_together(workplace: Path) -> None:
+    overrides = [word for word in EARLY[3:] if word != "-o"]
+    overrides += ["train.batch_size=2", "output_dir=ranks"]
+
+    def work(rank: int) -> Any:
+        outcome = train(plan_of(*overrides))
+        return None if outcome is None else list(outcome.report.metrics)
+
+    results = ranks_of(2, work, workplace)
+    assert R1 in results[0]
+    assert results[1] is None
+    assert checkpoints_of(workplace / "ranks") == ["step-00000003", "step-00000012"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["checkpoint.best_metric=zeroshot_top1"], ["zeroshot_top1 is not measured", R1]),
+        (["checkpoint.best_metric=x", "evaluate.retrieval=null"], ["nothing is"]),
+        (["evaluate.patience=2"], ["evaluate.patience goes with checkpoint.best_metric"]),
+        (["evaluate.patience=2", f"checkpoint.best_metric={R1}"], ["evaluate.every_epochs"]),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    command: Command, settings: list[str], words: list[str]
+) -> None:
+    options = [word for setting in settings for word in ("-o", setting)]
+    assert_refused(command("train", "-c", "config.yaml", *options), *words)
+
+
+# --- the forgetting guard
+
+
+def test_the_sentence_on_the_guard(workplace: Path) -> None:
+    make_classes(workplace / "classes")
+    plan = plan_of("evaluate.guard={layout: folder, root: classes}")
+    assert plan.guard is not None
+    before = {"guard/zeroshot_top1": 0.612, R1: 0.5}
+    after = {"guard/zeroshot_top1": 0.589, R1: 0.75}
+    assert comparison(plan.guard, plan.tasks, before, after) == (
+        "On classes (the guard) zero-shot top-1 fell from 61.2% to 58.9% (-2.3 points), while "
+        "image-to-text recall@1 on data rose from 50.0% to 75.0% (+25.0 points)."
+    )
+    assert comparison(plan.guard, [], before, before | {R1: 1.0}) == (
+        "On classes (the guard) zero-shot top-1 stayed at 61.2%."
+    )
+    assert comparison(plan.guard, plan.tasks, {}, after) == (
+        "On classes (the guard) zero-shot top-1 is 58.9%."
+    )
+
+
+def test_the_guard_is_measured_before_and_after(command: Command, workplace: Path) -> None:
+    write_base(workplace / "base")
+    make_classes(workplace / "classes")
+    options = [
+        "train", "-c", "config.yaml", "--load", "base", "-o", "evaluate.every_epochs=1",
+        "-o", "evaluate.guard={layout: folder, root: classes}",
+        "-o", "finetune.ema_decay=0.5", "-o", "optimizer.learning_rate=0.01",
+    ]  # fmt: skip
+    done = command(*options, "--output-dir", "a")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in read_metrics(workplace / "a") if "guard/zeroshot_top1" in line]
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    alone = command("eval", "--model", "base", "--data", "folder:classes", "--out", "e")
+    assert alone.returncode == 0, alone.stderr
+    base = json.loads((workplace / "e/evaluation.json").read_text())["metrics"]
+    assert lines[0]["guard/zeroshot_top1"] == base["zeroshot_top1"]
+    report = json.loads((workplace / "a/evaluation.json").read_text())
+    then, now = lines[0]["guard/zeroshot_top1"], lines[-1]["guard/zeroshot_top1"]
+    assert report["metrics"]["guard/zeroshot_top1"] == now
+    assert report["before"]["guard/zeroshot_top1"] == then
+    sentence = report["sentences"][-1]
+    assert sentence.startswith("On classes (the guard) zero-shot top-1 ")
+    assert (now == then) == (f"stayed at {now:.1%}, while" in sentence)
+    assert sentence in done.stdout
+    # Known again when the run is taken up, and when it is only measured.
+    for again in (
+        command(*options, "--output-dir", "a"),
+        command("train", "--resume", "a", "--evaluate-only"),
+    ):
+        assert sentence in again.stdout, again.stderr
+        assert json.loads((workplace / "a/evaluation.json").read_text()) == report
+    assert [line["step"] for line in read_metrics(workplace / "a")].count(0) == 1
+
+
+def test_the_guard_may_be_pairs_and_may_choose_the_best(command: Command, workplace: Path) -> None:
+    make_pairs(workplace / "others", 5)
+    done = command(
+        "train", "-c", "config.yaml", "-o", "evaluate.guard={root: others, limit: 4}",
+        "-o", "evaluate.retrieval=null", "-o", f"checkpoint.best_metric=guard/{R1}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "On others (the guard) image-to-text recall@1 " in done.stdout
+    assert "while" not in done.stdout
+    assert f"(guard/{R1} " in done.stdout
+    assert_refused(
+        command("train", "-c", "config.yaml", "-o", "evaluate.guard.root=none"),
+        "data.root: no such folder: none",
+    )
