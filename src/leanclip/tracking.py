@@ -26,8 +26,6 @@ from rich.progress import (
 
 from leanclip.errors import ConfigError
 
-log = logging.getLogger("leanclip")
-
 
 def check_tracker(report_to: str | None) -> None:
     """See that a tracker is installed, without importing it.
@@ -40,6 +38,9 @@ def check_tracker(report_to: str | None) -> None:
             f"train.report_to: {report_to} is not installed; pip install {report_to}, or set it "
             f"to null for metrics.jsonl alone"
         )
+
+
+log = logging.getLogger("leanclip")
 
 
 class MetricsLog:
