@@ -110,6 +110,8 @@ def test_a_signal_to_one_rank_stops_all(workplace: Path) -> None:
     ranks = fork_ranks(2, *options, "--output-dir", "run", folder=workplace)
     ranks[0].until(lambda: len(read_metrics(run)) >= 5)
     ranks[1].send(signal.SIGTERM)
+    assert ranks[1].code() == 143
+    assert state_of(run) == "preempted"  # rank 0 had done all when the first rank ended
     assert [rank.code() for rank in ranks] == [143, 143]
     assert_stopped_at_an_edge(run)
     ranks = fork_ranks(2, *options, "--output-dir", "run", folder=workplace)

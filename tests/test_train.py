@@ -209,6 +209,9 @@ def test_resume_options(command: Command, workplace: Path) -> None:
     assert_refused(
         command("train", "-c", "config.yaml", "--resume"), "--resume: no checkpoint in runs/config"
     )
+    assert_refused(
+        command("train", "--resume", "a", "--output-dir", "b"), "--resume a: goes on in that folder"
+    )
     assert_refused(command("train", "--resume", "nowhere"), "nowhere/config.yaml", "no such config")
     command("train", "-c", "config.yaml", "--output-dir", "a")
     done = command("train", "--resume", "a")

@@ -144,6 +144,8 @@ def train(
     run = resume or None  # a bare --resume names no folder
     if config is None and run is None:
         raise ConfigError("-c: give a config file, for example -c configs/quickstart.yaml")
+    if run and output_dir and Path(run) != Path(output_dir):
+        raise ConfigError(f"--resume {run}: goes on in that folder; leave --output-dir out")
     if num_procs > 1 and num_gpus:
         raise ConfigError(
             f"--num-procs {num_procs}: are processes on the CPU; leave --num-gpus out"

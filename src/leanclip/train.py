@@ -110,6 +110,8 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
         report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics)
     except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
+        if isinstance(stopped, Stopped):
+            barrier()  # an outer launcher may end all ranks with the first that ends
         raise
     except LeanclipError as error:
         write_status(plan, "failed", reason=str(error))
