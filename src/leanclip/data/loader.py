@@ -9,7 +9,6 @@ Shapes: B batch, L tokens, R resolution.
 """
 
 import os
-import re
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -186,8 +185,9 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            raise _death(error, reader) from error
+        except (RuntimeError, OSError, EOFError) as error:  # the latter of what a dead worker sent
+            dead = [w.pid for w in getattr(batches, "_workers", ()) if w.join(1) or w.exitcode]
+            raise _death(error, reader, dead) from error
         yield batch
 
 
@@ -208,15 +208,14 @@ def _end_with_parent_only(_: int) -> None:
     Thread(target=wait, daemon=True).start()
 
 
-def _death(error: RuntimeError, reader: "_Reader") -> Exception:
-    """What to raise for a worker that is gone: which sample it was reading."""
-    dead = {int(pid) for pid in re.findall(r"\d+", str(error))}
+def _death(error: Exception, reader: "_Reader", dead: Sequence[int]) -> Exception:
+    """What to raise for workers that are gone: which samples they were reading."""
     names = [
         reader.dataset.name(index) if index >= 0 else "a sample of a stream"
         for pid, index in reader.reading.tolist()
         if pid in dead
     ]
-    if "DataLoader worker" not in str(error) or not names:
+    if not names:
         return error
     return DataError(
         f"{', '.join(names)}: the process that was reading it died; if it was the system that "
