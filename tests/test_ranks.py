@@ -26,7 +26,8 @@ from leanclip.data.loader import Position, training_batches
 from leanclip.tracking import read_metrics
 
 OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_share=0.2")
-LONG = ("-o", "train.epochs=20", "-o", "evaluate.retrieval=null", "-o", "checkpoint.every_steps=9")
+NO_EVALUATION = ("-o", "evaluate.retrieval=null")
+LONG = ("-o", "train.epochs=20", "-o", "checkpoint.every_steps=9", *NO_EVALUATION)
 
 
 def losses(run: Path) -> list[float]:
@@ -45,7 +46,7 @@ def test_ranks_reach_the_losses_of_one(
     command: Command, workplace: Path, world_size: int, micro_batches: int
 ) -> None:
     (workplace / "data" / "003.png").write_bytes(b"no image")
-    options = (*OPTIONS, "-o", "evaluate.retrieval=null")
+    options = (*OPTIONS, *NO_EVALUATION)
     command(*options, "--output-dir", "one")
     more = (*batch_of(world_size), "-o", f"train.micro_batches={micro_batches}")
     ranks = fork_ranks(world_size, *options, *more, "--output-dir", "many", folder=workplace)
@@ -60,17 +61,17 @@ def test_ranks_reach_the_losses_of_one(
 
 
 def test_the_command_starts_ranks_that_speak_as_one(command: Command, workplace: Path) -> None:
-    command(*OPTIONS, "--output-dir", "one")
+    command(*OPTIONS, *NO_EVALUATION, "--output-dir", "one")
     done = run_cli(
-        *OPTIONS, *batch_of(2), "--num-procs", "2", "--output-dir", "two",
-        "-o", "optimizer.reference_batch=1024", "-o", "optimizer.learning_rate=0.256",
+        *OPTIONS, *NO_EVALUATION, *batch_of(2), "--num-procs", "2", "--output-dir", "two",
+        "-o", "optimizer.reference_batch=8", "-o", "optimizer.learning_rate=0.002",
         cwd=workplace,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert losses(workplace / "two") == pytest.approx(losses(workplace / "one"), abs=1e-4)
     lines = [line for line in said_by(done.stderr) if not line.startswith("warning")]
     assert [line.split(":")[0] for line in lines] == ["model", "data", "steps", "rates", "folder"]
-    assert "peak learning rate 0.001 = 0.256 x batch 4 / reference batch 1024" in lines[3]
+    assert "peak learning rate 0.001 = 0.002 x batch 4 / reference batch 8" in lines[3]
     assert done.stdout.count("Folder:   two") == 1
 
 
