@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+from leanclip.config import DataConfig
+from leanclip.data import open_dataset
+from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.errors import LeanclipError
 from leanclip.strict_yaml import dump_yaml
 
@@ -215,6 +218,23 @@ def ranks_of(world_size: int, work: Callable[[int], object], folder: Path) -> li
     for process in processes:
         process.join()
     return [results[rank] for rank in range(world_size)]
+
+
+def small_batches(
+    settings: DataConfig, *, batch_size: int, start: Position, **more: int
+) -> Iterator[tuple[Batch, Position]]:
+    """The training stream of a data set, of small images and short captions."""
+    return training_batches(
+        open_dataset(settings),
+        settings,
+        resolution=16,
+        context_length=12,
+        truncate=True,
+        batch_size=batch_size,
+        seed=3,
+        start=start,
+        **more,
+    )
 
 
 @pytest.fixture

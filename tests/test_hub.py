@@ -12,12 +12,12 @@ import datasets
 import pyarrow as pa
 import pytest
 import torch
-from conftest import make_pairs, noise_image
+from conftest import make_pairs, noise_image, small_batches
 from pyarrow import parquet
 
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
-from leanclip.data.loader import Position, evaluation_batches, training_batches
+from leanclip.data.loader import Position, evaluation_batches
 from leanclip.data.mixture import Mixture
 from leanclip.data.pack import pack
 from leanclip.errors import ConfigError, DataError, SampleError
@@ -146,16 +146,7 @@ def test_parquet_parts_by_index(tmp_path: Path) -> None:
 
 def stream(root: Path, count: int, start: Position = Position(), **more: object) -> list[Any]:  # noqa: B008
     settings = config(root, streaming=True, shuffle_buffer=4, **{"epoch_size": 23} | more)
-    batches = training_batches(
-        open_dataset(settings),
-        settings,
-        resolution=16,
-        context_length=12,
-        truncate=True,
-        batch_size=5,
-        seed=3,
-        start=start,
-    )
+    batches = small_batches(settings, batch_size=5, start=start)
     return [
         (position, batch.tokens, batch.images, batch.bad)
         for batch, position in itertools.islice(batches, count)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pairs, noise_image
+from conftest import make_pairs, noise_image, small_batches
 
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
@@ -63,16 +63,7 @@ def test_a_large_order_looks_random() -> None:
 
 def stream(root: Path, count: int, start: Position = Position(), workers: int = 0) -> list:  # noqa: B008
     settings = config(root, workers=workers)
-    batches = training_batches(
-        open_dataset(settings),
-        settings,
-        resolution=16,
-        context_length=12,
-        truncate=True,
-        batch_size=5,
-        seed=3,
-        start=start,
-    )
+    batches = small_batches(settings, batch_size=5, start=start)
     return list(itertools.islice(batches, count))
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise_image
+from conftest import noise_image, small_batches
 from web import Server, serving
 
 from leanclip.config import DataConfig
 from leanclip.data import Dataset, open_dataset
-from leanclip.data.loader import Position, training_batches
+from leanclip.data.loader import Position
 from leanclip.data.shards import Shards
 from leanclip.data.sources import shard_cache
 from leanclip.data.sources.shard_list import expand
@@ -86,17 +86,7 @@ def ids(dataset: Dataset, visits: Iterable) -> list[str]:
 
 
 def stream(settings: DataConfig, count: int, start: Position = Position(), **more: int) -> list:  # noqa: B008
-    batches = training_batches(
-        open_dataset(settings),
-        settings,
-        resolution=16,
-        context_length=12,
-        truncate=True,
-        batch_size=6,
-        seed=3,
-        start=start,
-        **more,
-    )
+    batches = small_batches(settings, batch_size=6, start=start, **more)
     return list(itertools.islice(batches, count))
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from conftest import noise_image
+from conftest import noise_image, small_batches
 from pyarrow import parquet
 
 from leanclip.config import DataConfig
 from leanclip.data import Dataset, open_dataset
-from leanclip.data.loader import Position, training_batches
+from leanclip.data.loader import Position
 from leanclip.data.skipped import Bad
 from leanclip.data.sources import textrows
 from leanclip.errors import DataError, SampleError
@@ -366,16 +366,7 @@ def make_table(folder: Path, rows: int = 17) -> Path:
 
 def stream(root: Path, count: int, start: Position = Position(), workers: int = 0) -> list[Any]:  # noqa: B008
     settings = config(root, workers=workers, caption_column=("caption", "second"))
-    batches = training_batches(
-        open_dataset(settings),
-        settings,
-        resolution=16,
-        context_length=12,
-        truncate=True,
-        batch_size=5,
-        seed=3,
-        start=start,
-    )
+    batches = small_batches(settings, batch_size=5, start=start)
     return [
         (position, batch.indices.tolist(), batch.tokens, batch.images, batch.bad)
         for batch, position in itertools.islice(batches, count)
