@@ -19,6 +19,7 @@ from leanclip.distributed import gather_rows, rank_and_world_size, sum_over_rank
 
 Kind = Literal["clip", "multi-positive", "siglip"]
 TILE = 2048  # sides of a tile of logits
+KEPT = 2**27  # logits that backward need not compute again: half a gigabyte
 
 
 def clip_loss(zimg: torch.Tensor, ztxt: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -105,9 +106,9 @@ class _Tiled(torch.autograd.Function):
     """All three losses without a matrix of N x N.
 
     A rank computes the rows of logits of its own images against the texts of all ranks. With a
-    row's and a column's log-sum-exp the gradient of any tile can be computed again. What matches
-    is the same for whole groups, so it needs no tiles: the positive logits of a row are those of
-    its group's mean text.
+    row's and a column's log-sum-exp the gradient of any tile can be computed again; the first
+    `KEPT` logits are kept instead. What matches is the same for whole groups, so it needs no
+    tiles: the positive logits of a row are those of its group's mean text.
 
         loss = mean of row_lse and column_lse - positive logits     d/dlogits = softmaxes - targets
         siglip: softplus(logits) - positive logits                              = sigmoid - targets
@@ -133,7 +134,11 @@ class _Tiled(torch.autograd.Function):
         rows = zimg.new_full((len(zimg),), -torch.inf, dtype=torch.float64)  # (n,) log-sum-exps
         columns = rows.new_full((len(texts),), -torch.inf)  # (N,)
         total = zimg.new_zeros(())
+        kept: list[torch.Tensor] = []
+        room = KEPT if any(ctx.needs_input_grad) else 0
         for here, there, logits in _tiles(zimg, texts, scale, bias, tile):
+            if (room := room - logits.numel()) >= 0:
+                kept.append(logits)
             if kind == "siglip":
                 total += F.softplus(logits).sum()
             else:
@@ -146,6 +151,7 @@ class _Tiled(torch.autograd.Function):
             loss = (rows.sum() + columns[own].sum()) / 2 - positives
         ctx.save_for_backward(zimg, texts, scale, bias, mean_texts, rows, columns)
         ctx.matching, ctx.kind, ctx.tile, ctx.sizes = matching, kind, tile, sizes
+        ctx.kept = kept  # backward writes over them, and takes them away
         return sum_over_ranks(loss).to(zimg.dtype) / max(1, len(texts))
 
     @staticmethod
@@ -159,7 +165,7 @@ class _Tiled(torch.autograd.Function):
         to_bias = zimg.new_zeros(())
         rows, of_rows = _rounded(rows, zimg.dtype)
         columns, of_columns = _rounded(columns, zimg.dtype)
-        for here, there, logits in _tiles(zimg, texts, scale, bias, ctx.tile):
+        for here, there, logits in _tiles(zimg, texts, scale, bias, ctx.tile, ctx.kept):
             if ctx.kind == "siglip":
                 gradient = logits.sigmoid_()
                 to_bias += gradient.sum()
@@ -209,15 +215,21 @@ class _Matching:
 
 
 def _tiles(
-    zimg: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, tile: int
+    zimg: torch.Tensor,
+    texts: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    tile: int,
+    kept: list[torch.Tensor] | None = None,
 ):
-    """The logits, tile by tile, each with its rows and columns."""
+    """The logits, tile by tile, each with its rows and columns; those `kept` are the first."""
     for top in range(0, len(zimg), tile):
         here = slice(top, min(top + tile, len(zimg)))
         scaled = zimg[here] * scale
         for left in range(0, len(texts), tile):
             there = slice(left, min(left + tile, len(texts)))
-            yield here, there, torch.addmm(bias.to(scaled), scaled, texts[there].T)
+            logits = kept.pop(0) if kept else torch.addmm(bias.to(scaled), scaled, texts[there].T)
+            yield here, there, logits
 
 
 def _logsumexp(logits: torch.Tensor, dim: int) -> torch.Tensor:
