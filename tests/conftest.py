@@ -221,7 +221,7 @@ def ranks_of(world_size: int, work: Callable[[int], object], folder: Path) -> li
 
 
 def small_batches(
-    settings: DataConfig, *, batch_size: int, start: Position, **more: int
+    settings: DataConfig, *, batch_size: int, start: Position, **more: Any
 ) -> Iterator[tuple[Batch, Position]]:
     """The training stream of a data set, of small images and short captions."""
     return training_batches(

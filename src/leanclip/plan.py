@@ -15,6 +15,7 @@ from leanclip.distributed import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import METRICS, Task, open_guard, open_tasks
 from leanclip.finetune import Tuning
+from leanclip.frozen import frozen_towers
 from leanclip.images import Preprocess
 from leanclip.loss import Kind
 from leanclip.model import CLIP
@@ -149,6 +150,10 @@ def headline(plan: Plan) -> str:
         if plan.batch_size < config.train.batch_size
         else ""
     )
+    frozen = "".join(
+        f"\nlocked: the {tower} tower runs once, its features are kept in {plan.folder}/features"
+        for tower in frozen_towers(config, plan.dataset)
+    )
     return "\n".join(
         (
             f"model: {parameters:,} parameters, {config.model.image_resolution} px, "
@@ -157,7 +162,7 @@ def headline(plan: Plan) -> str:
             f"steps: {plan.steps:,} = {config.train.epochs} epochs x {plan.steps_per_epoch} "
             f"batches of {plan.batch_size}{smaller}",
             f"rates: {rate}, {plan.warmup} steps of warm-up, then a cosine to zero",
-            f"folder: {plan.folder}",
+            f"folder: {plan.folder}{frozen}",
         )
     )
 

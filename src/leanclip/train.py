@@ -26,6 +26,7 @@ from leanclip.distributed import barrier, everyones, rank_and_world_size, total
 from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluate import Report, evaluate
 from leanclip.finetune import Tuning
+from leanclip.frozen import Frozen, freeze
 from leanclip.loss_scale import LossScale
 from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
@@ -64,6 +65,7 @@ FREE_SETTINGS = (
     "train.log_every",
     "train.report_to",
     "train.checkpoint_activations",
+    "finetune.cache_features",
     "evaluate",
     "checkpoint",
 )
@@ -107,7 +109,8 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
             done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
             if metrics is not None:
                 metrics.write(0, by_evaluation(done.before))
-        report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics)
+        frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
+        report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
     except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
         if isinstance(stopped, Stopped):
@@ -133,6 +136,7 @@ def _fit(
     tuning: Tuning,
     done: checkpoint.Progress,
     metrics: MetricsLog | None,
+    frozen: Frozen,
 ) -> tuple[Report, checkpoint.Progress]:
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
@@ -151,6 +155,7 @@ def _fit(
         start=Position(done.epoch, done.sample),
         rank=rank,
         world_size=world_size,
+        undecoded=frozen.undecoded,
     )
     is_fp16 = config.train.precision == "fp16"
     loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
@@ -180,7 +185,7 @@ def _fit(
                 result = train_step(
                     model,
                     optimizer,
-                    batch,
+                    frozen.replace(batch),
                     plan.preprocess,
                     rate=rate,
                     settings=config.train,
@@ -191,7 +196,8 @@ def _fit(
                     loss_scale=loss_scale,
                 )
                 tuning.after_step(result.is_finite)
-                clock.work.add(len(batch), batch.tokens.shape[1])
+                if not frozen.is_used:
+                    clock.work.add(len(batch), batch.tokens.shape[1])
                 troubles.note(step + 1, result.is_finite, batch)
             done = replace(
                 done,
