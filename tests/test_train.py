@@ -108,16 +108,15 @@ def test_gradients_are_clipped() -> None:
 
 
 def test_a_run_leaves_its_folder(command: Command, workplace: Path) -> None:
-    done = command("train", "-c", "config.yaml", "-o", "evaluate.every_epochs=1")
+    words = ("evaluate.every_epochs=1", "evaluate.pictures=true")
+    done = command("train", "-c", "config.yaml", "-o", words[0], "-o", words[1])
     assert done.returncode == 0, done.stderr
     run = workplace / "runs" / "config"
     for word in ("runs/config", "similarity.png", "leanclip eval --model runs/config"):
         assert word in done.stdout
     assert "Among 24 captions" in done.stdout
     assert "\x1b" not in done.stderr  # no progress bar without a terminal
-    assert load_config(run / "config.yaml") == load_config(
-        "config.yaml", ["evaluate.every_epochs=1"]
-    )
+    assert load_config(run / "config.yaml") == load_config("config.yaml", words)
     lines = read_metrics(run)
     steps = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]

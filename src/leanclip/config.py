@@ -433,6 +433,7 @@ class EvaluateConfig(Section):
         default=None, description="epochs between two; null: at the end"
     )
     batch_size: Positive = Field(default=256, description="images or texts per forward pass")
+    pictures: bool = Field(default=True, description="draw what was measured, and the curves")
     zero_shot: EvaluationData | None = Field(
         default=None, description="class data; null: not measured"
     )

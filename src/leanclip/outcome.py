@@ -49,7 +49,7 @@ def evaluate_only(config: Config, device: torch.device, source: str | None = Non
     before = progress.before if progress else {}
     preprocess = model_preprocess(config)
     report = evaluate(model.to(device), tasks, preprocess, guard=guard, before=before)
-    return finish(folder, report, 0.0)
+    return finish(folder, report, 0.0, pictures=config.evaluate.pictures)
 
 
 def summary(outcome: Outcome) -> str:
@@ -82,8 +82,8 @@ def summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def finish(folder: Path, report: Report, seconds: float) -> Outcome:
-    """Write evaluation.json and the pictures."""
+def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> Outcome:
+    """Write evaluation.json, and the pictures where they are wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder)
-    return Outcome(folder, report, run_pictures(folder, report), seconds)
+    return Outcome(folder, report, run_pictures(folder, report) if pictures else [], seconds)

@@ -125,7 +125,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     if rank > 0:
         return None
     write_status(plan, "done", step=done.step)
-    return finish(plan.folder, report, done.seconds)
+    return finish(plan.folder, report, done.seconds, pictures=config.evaluate.pictures)
 
 
 def _fit(
