@@ -52,7 +52,8 @@ from leanclip.weights import load_into, read_weights
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 log = logging.getLogger("leanclip")
 
-# Settings, or groups, that may differ between two starts of a run: they do not change its weights.
+# Settings, or groups, that may differ between two starts of a run: they do not change its weights,
+# but by rounding in the case of micro-batches.
 FREE_SETTINGS = (
     "output_dir",
     "device",
@@ -62,6 +63,7 @@ FREE_SETTINGS = (
     "data.workers",
     "data.cache_gigabytes",
     "data.max_bad_share",
+    "train.micro_batches",
     "train.log_every",
     "train.report_to",
     "train.checkpoint_activations",
@@ -208,6 +210,7 @@ def _fit(
                 sources=_added(done.sources, seen.sources),
                 seconds=time.perf_counter() - began,
                 dataset_size=len(plan.dataset),
+                batch_size=plan.batch_size,
             )
             if must_log:
                 troubles.raise_if_many()  # waits for the device
@@ -319,7 +322,7 @@ def _checkpoint(plan: Plan, must_resume: bool) -> Path | None:
     for reason in skipped:
         log.warning("checkpoint skipped: %s", reason)
     if found is not None:
-        _same_run(plan)
+        _same_run(plan, checkpoint.progress_of(found).batch_size)
     elif must_resume:
         raise ConfigError(f"--resume: no checkpoint in {plan.folder}; leave --resume out to begin")
     return found
@@ -364,11 +367,12 @@ def _load(plan: Plan, model: CLIP) -> list[str]:
     return new
 
 
-def _same_run(plan: Plan) -> None:
-    """Refuse to go on in a folder whose run had other settings."""
+def _same_run(plan: Plan, batch_size: int) -> None:
+    """Refuse to go on in a folder whose run had other settings; `batch_size` is its global one."""
     path = plan.folder / "config.yaml"
     old = parse(Config, load_yaml(path.read_text("utf-8"), where=str(path)), where=str(path))
-    changed = differences(old, plan.config, ignore=FREE_SETTINGS)
+    split = ("train.batch_size",) if plan.batch_size == batch_size else ()  # among other ranks
+    changed = differences(old, plan.config, ignore=FREE_SETTINGS + split)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
