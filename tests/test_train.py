@@ -315,6 +315,19 @@ def test_memory_estimate_counts_what_autograd_keeps(workplace: Path) -> None:
     assert 0.8 < activations / measured < 1.3
 
 
+def test_memory_is_estimated_for_one_rank(workplace: Path) -> None:
+    def estimate(ranks: int, *overrides: str) -> tuple[int, int]:
+        config = load_config("config.yaml", ["train.batch_size=4", *overrides])
+        return memory_estimate(make_plan(config, torch.device("cpu"), ranks=ranks))
+
+    weights, activations = estimate(1)
+    of_two = estimate(2)
+    assert of_two[0] == weights
+    assert activations <= of_two[1] < 1.1 * activations  # the features of the others
+    assert 0.25 < estimate(1, "train.micro_batches=4")[1] / activations < 0.35
+    assert estimate(2, "train.sharding=fsdp")[0] == weights // 2
+
+
 # --- mistakes
 
 

@@ -22,9 +22,10 @@ from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
 from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
-from leanclip.distributed import barrier, everyones, rank_and_world_size, total
+from leanclip.distributed import barrier, everyones, rank_and_world_size, together, total
 from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluate import Report, evaluate
+from leanclip.fetch import held
 from leanclip.finetune import Tuning
 from leanclip.frozen import Frozen, freeze
 from leanclip.loss_scale import LossScale
@@ -84,7 +85,19 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
             there is no checkpoint.
         DataError: more than the allowed share of the data is unreadable.
         WeightsError: the weights to start from do not fit the model.
+        OSError: another process trains in the run's folder.
     """
+    if rank_and_world_size()[0] > 0:
+        together(problem="")
+        return _train(plan, must_resume)
+    with held(plan.folder / "lock") as is_ours:
+        problem = f"{plan.folder}: another process trains there; choose another --output-dir"
+        together(problem="" if is_ours else problem)
+        return _train(plan, must_resume)
+
+
+def _train(plan: Plan, must_resume: bool) -> Outcome | None:
+    """As `train`, in a folder that is this run's."""
     config, rank = plan.config, rank_and_world_size()[0]
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
