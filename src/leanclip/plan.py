@@ -188,8 +188,8 @@ def describe(plan: Plan) -> str:
     weights, activations = memory_estimate(plan)
     whose = " of a rank" if plan.ranks > 1 else ""
     gigabytes = (
-        f"memory{whose}: about {(weights + activations) / 2**30:.2f} GiB = {weights / 2**30:.2f} for "
-        f"weights, gradients and moments + {activations / 2**30:.2f} for a batch's activations "
+        f"memory{whose}: about {(weights + activations) / 2**30:.2f} GiB = {weights / 2**30:.2f} "
+        f"for weights, gradients and moments + {activations / 2**30:.2f} for a batch's activations "
         f"(captions as long as the context; shorter ones take less)"
     )
     comments = "".join(f"# {line}\n" for line in (*headline(plan).splitlines(), gigabytes))
