@@ -7,6 +7,7 @@ The same command in the same folder goes on from the newest checkpoint.
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -100,6 +101,9 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
 def _train(plan: Plan, must_resume: bool) -> Outcome | None:
     """As `train`, in a folder that is this run's."""
     config, rank = plan.config, rank_and_world_size()[0]
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for this
+    torch.use_deterministic_algorithms(config.train.deterministic)
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
     found = _checkpoint(plan, must_resume)
