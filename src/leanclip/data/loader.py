@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
+from multiprocessing.queues import Queue
 from threading import Thread
 from typing import NamedTuple, TypeVar
 
@@ -28,6 +29,7 @@ from leanclip.errors import DataError, SampleError
 from leanclip.images import evaluation_pixels, training_pixels
 from leanclip.tokenizer import END, encode, tokenize
 
+NOT_HANDED_OVER = 71  # exit code of a worker whose batch does not get through
 TEXT_LENGTHS = (8, 16, 24, 32, 48, 64)  # what a batch is cut to; below a whole context
 
 T = TypeVar("T")
@@ -67,6 +69,16 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __getstate__(self) -> dict[str, object]:
+        """On the way from a worker: of all tensors only the images are worth shared memory."""
+        small = {k: v.numpy() for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return vars(self) | small | {"images": self.images}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        for name, value in state.items():
+            is_array = isinstance(value, np.ndarray)
+            setattr(self, name, torch.from_numpy(value) if is_array else value)
 
     def pin_memory(self) -> "Batch":
         """In page-locked memory, from where a copy to a GPU need not be waited for."""
@@ -201,7 +213,8 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:  # the latter of what a dead worker sent
-            dead = [w.pid for w in getattr(batches, "_workers", ()) if w.join(1) or w.exitcode]
+            workers_ = getattr(batches, "_workers", ())
+            dead = {w.pid: w.exitcode for w in workers_ if w.join(1) or w.exitcode}
             raise _death(error, reader, dead) from error
         yield batch
 
@@ -214,6 +227,10 @@ def _end_with_parent_only(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    # A batch that cannot be handed over would be lost, and waited for without end.
+    Queue._on_queue_feeder_error = staticmethod(  # pyright: ignore[reportAttributeAccessIssue]
+        lambda error, _: os._exit(NOT_HANDED_OVER)
+    )
 
     def wait() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
@@ -223,8 +240,14 @@ def _end_with_parent_only(_: int) -> None:
     Thread(target=wait, daemon=True).start()
 
 
-def _death(error: Exception, reader: "_Reader", dead: Sequence[int]) -> Exception:
-    """What to raise for workers that are gone: which samples they were reading."""
+def _death(error: Exception, reader: "_Reader", dead: Mapping[int, int]) -> Exception:
+    """What to raise for workers that are gone, by exit code: which samples they were reading."""
+    if NOT_HANDED_OVER in dead.values() or (isinstance(error, EOFError) and not dead):
+        return DataError(
+            "a data worker could not hand over its batch: there is not enough shared memory "
+            "(df -h /dev/shm; of a container: --shm-size) or too few files may be open "
+            "(ulimit -n); give it more, or set data.workers lower, or to 0"
+        )
     names = [
         reader.dataset.name(index) if index >= 0 else "a sample of a stream"
         for pid, index in reader.reading.tolist()
