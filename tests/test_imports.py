@@ -17,7 +17,7 @@ LEVELS = (
     ("norms", "loss_scale", "utilisation"),
     ("sharded", "shard_files", "evaluate"),
     ("checkpoint",),
-    ("plots", "towers", "plan", "step"),
+    ("plots", "towers", "plan", "step", "frozen"),
     ("outcome", "watching", "best"),
     ("train", "inference"),
     ("cli", "cli_data", "doctor"),

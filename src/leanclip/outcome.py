@@ -64,7 +64,9 @@ def evaluate_only(
         model.to(device), tasks, preprocess, guard=guard, before=before, use_cache=True
     )
     report.source, report.command = source or str(folder), command
-    return finish(folder, report, 0.0) if rank == 0 else None
+    if rank > 0:
+        return None
+    return finish(folder, report, 0.0, pictures=config.evaluate.pictures)
 
 
 def summary(outcome: Outcome) -> str:
@@ -97,10 +99,10 @@ def summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def finish(folder: Path, report: Report, seconds: float) -> Outcome:
-    """Write report.json and the pictures."""
+def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> Outcome:
+    """Write report.json, and the pictures where they are wanted."""
     report.source = report.source or str(folder)
     report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder)
-    return Outcome(folder, report, run_pictures(folder, report), seconds)
+    return Outcome(folder, report, run_pictures(folder, report) if pictures else [], seconds)
