@@ -146,7 +146,7 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     for text in ("no", "[]", "{}"):
         path.write_text(text)
-        with pytest.raises(ConfigError, match="is no calibration.json"):
+        with pytest.raises(ConfigError, match=r"is no calibration\.json"):
             Calibration.load(path)
     fitted(*draw(100)).save(tmp_path)
     good = json.loads(path.read_text())
