@@ -124,7 +124,7 @@ def test_a_set_is_never_empty_and_foreign_images_are_none() -> None:
 
 def test_the_file_gives_back_what_was_saved_and_knows_whose_it_is(tmp_path: Path) -> None:
     model, classes, templates = CLIP(**TINY), ["ant", "bee"], ["a {}"]
-    weights = fingerprint(model)
+    weights = fingerprint(model.state_dict())
     logits, labels = draw(100, classes=2)
     calibration = fit(
         logits, labels, coverage=0.8, weights=weights, classes=classes, templates=templates

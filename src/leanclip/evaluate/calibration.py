@@ -76,7 +76,7 @@ class Calibration:
             ConfigError: it was not; says what differs.
         """
         given = {
-            "weights": fingerprint(model),
+            "weights": fingerprint(model.state_dict()),
             "classes": tuple(classes),
             "templates": tuple(templates),
         }

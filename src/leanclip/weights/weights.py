@@ -5,7 +5,6 @@
 Shapes: n patches or places, D width, L context length.
 """
 
-import hashlib
 import logging
 import math
 import re
@@ -107,16 +106,6 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[s
         log.warning("%s: %s", weights.source, note)
     model.load_state_dict(given, strict=not partial)
     return problems["keys are missing"]
-
-
-def fingerprint(model: CLIP) -> str:
-    """SHA-256 of a model's tensors: of their names, shapes and values in float32."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_floating_point():
-            found.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            found.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return found.hexdigest()
 
 
 def infer_architecture(
