@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import TINY
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 
 from leanclip import CLIP, ConfigError, DataError
+from leanclip.evaluate import calibration_error
 from leanclip.evaluate.calibration import (
     Calibration,
-    expected_calibration_error,
     fit,
     fit_temperature,
 )
@@ -50,31 +50,14 @@ def test_temperature_stays_within_bounds_where_nothing_is_wrong() -> None:
     assert fit_temperature(5 * torch.eye(4), torch.arange(4).roll(1)) == pytest.approx(20)
 
 
-def test_expected_calibration_error_by_hand_and_by_a_loop() -> None:
-    chances = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.5, 0.5]])
-    labels = torch.tensor([0, 1, 1, 0])
-    # Bins of a tenth: 0.9 twice, half right (0.8 too much); 0.6 right (0.4); 0.5 right (0.5).
-    assert expected_calibration_error(chances, labels, bins=10) == pytest.approx(
-        (0.8 + 0.4 + 0.5) / 4
-    )
-    logits, labels = draw(1003)
-    p = softmax(logits.double().numpy(), axis=1)
-    expected, said = 0.0, p.argmax(axis=1)
-    for low in np.arange(15) / 15:
-        inside = (p.max(axis=1) > low) & (p.max(axis=1) <= low + 1 / 15)
-        if inside.any():
-            gap = p.max(axis=1)[inside].mean() - (said == labels.numpy())[inside].mean()
-            expected += inside.mean() * abs(gap)
-    ours = expected_calibration_error(logits.double().softmax(dim=1), labels)
-    assert ours == pytest.approx(expected, abs=1e-9)
-
-
 def test_calibration_makes_probabilities_mean_what_they_say() -> None:
     calibration = fitted(*draw(4000, scale=3.0))
     assert calibration.temperature == pytest.approx(3.0, rel=0.1)
     logits, labels = draw(4000, scale=3.0, seed=1)
-    before = expected_calibration_error(logits.softmax(dim=1), labels)
-    after = expected_calibration_error(calibration.probabilities(logits), labels)
+    before, after = (
+        calibration_error(chances.amax(dim=1), chances.argmax(dim=1) == labels)
+        for chances in (logits.softmax(dim=1), calibration.probabilities(logits))
+    )
     assert before > 0.1
     assert after < 0.03
 

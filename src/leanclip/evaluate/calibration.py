@@ -186,20 +186,6 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
-def expected_calibration_error(
-    probabilities: torch.Tensor, labels: torch.Tensor, *, bins: int = 15
-) -> float:
-    """How far the highest probabilities (N, C) are from the shares that are right.
-
-    The mean over images of |confidence - accuracy| in bins of equal width (arXiv 1706.04599).
-    """
-    confidence, said = probabilities.double().max(dim=1)
-    right = (said == labels).double()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are closed above
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, confidence - right)
-    return (gaps.abs().sum() / len(labels)).item()
-
-
 def _checked(values: Any, path: Path) -> dict[str, Any]:
     """The fields of a calibration.json, each of its type.
 
