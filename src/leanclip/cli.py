@@ -248,6 +248,17 @@ def evaluate(
     out: Annotated[
         str | None, typer.Option(help="Where to write report.json and pictures.")
     ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="SPLIT|SHARE",
+            help="Write calibration.json, fitted to that split, or to a share of the images.",
+        ),
+    ] = None,
+    coverage: Annotated[
+        float, typer.Option(help="With --calibrate: how often a set is to hold the right class.")
+    ] = 0.9,
 ) -> None:
     """Evaluate weights: zero-shot top-1/top-5, and recall@1/5/10 both ways."""
     import shlex
@@ -265,7 +276,8 @@ def evaluate(
         _launch(context.obj, settings, num_gpus, ranks)
     device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
     join_group(device)
-    outcome = evaluate_only(settings, device, model, shlex.join(["leanclip", *context.obj]))
+    command = shlex.join(["leanclip", *context.obj])
+    outcome = evaluate_only(settings, device, model, command, held_out=held_out, coverage=coverage)
     if outcome is not None:
         print(summary(outcome))
 

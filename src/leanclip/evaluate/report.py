@@ -20,6 +20,7 @@ import torch
 
 from leanclip.data.samples import fill
 from leanclip.distributed import everyones, rank_and_world_size, share_buffers
+from leanclip.evaluate.calibration import Calibration
 from leanclip.evaluate.classification import Classification
 from leanclip.evaluate.features import Encoded, encode_dataset, encode_texts
 from leanclip.evaluate.guard import PREFIX, comparison
@@ -58,6 +59,7 @@ class Report:
     before: dict[str, float] = field(default_factory=dict)  # figures before fine-tuning
     weights: str = ""  # weights.fingerprint of the model's state
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # by names of tasks
+    calibration: Calibration | None = None
     source: str = ""  # where the weights are
     command: str = ""  # that measures the same again
 
