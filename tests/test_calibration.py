@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_temperature_against_scipy(scale: float) -> None:
         rows = np.arange(len(y))
         return -logs[rows, y].sum() - logs[rows, second].mean()  # one mistake more
 
-    theirs = minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9})
+    theirs: Any = minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9})
     assert fit_temperature(logits, labels) == pytest.approx(np.exp(theirs.x), rel=1e-5)
 
 

@@ -21,7 +21,8 @@ LEVELS = (
     ("report_page",),
     ("outcome", "watching", "best"),
     ("train", "inference"),
-    ("cli", "cli_data", "doctor"),
+    ("compare", "sweep"),
+    ("cli", "cli_data", "cli_eval", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -75,7 +75,7 @@ def write_report_page(folder: Path, report: Report) -> Path:
     parts = [
         _head(report, title),
         _figures(report),
-        _curves(read_metrics(folder)),
+        _curves(read_metrics(folder) or read_metrics(Path(report.source))),
         *(_task(report, name) for name in report.results),
         _similarity(report),
         _provenance(report),
@@ -204,7 +204,7 @@ def _confusion(result: Classification, task: Task) -> list[Html]:
         tag("p", words, class_="soft"),
         matrix(
             counts[np.ix_(shown, shown)],
-            [names[i] for i in shown],
+            [names[i] for i in shown.tolist()],
             [str(i + 1) for i in shown],
         ),
     ]

@@ -152,6 +152,11 @@ def _measure(model: CLIP, task: Task, preprocess: Preprocess, report: Report) ->
         limit=task.limit,
         label=f"evaluating {task.name}",
     )
+    measure(model, task, images, report)
+
+
+def measure(model: CLIP, task: Task, images: Encoded, report: Report) -> None:
+    """Add what encoded images say of a task; every rank calls this, the first one measures."""
     report.bad |= images.bad
     result: Result
     if task.name == "zero_shot":
