@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from leanclip import cli_data
+from leanclip import cli_data, cli_eval
 from leanclip.launch import (
     code_without_another,
     end_rank,
@@ -36,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_eval.app)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
 Overrides = Annotated[
@@ -295,27 +296,6 @@ def convert(
     weights = read_weights(source, arch=arch)
     write_weights(weights, destination, to)
     print(f"{weights.source} ({weights.dialect}) -> {destination} ({to})")
-
-
-@app.command(
-    epilog="Example: leanclip interpolate ViT-B-32.pt runs/food101 --alpha 0.5 --out runs/between"
-)
-def interpolate(
-    first: Annotated[str, typer.Argument(help="Weights of any dialect, such as those loaded.")],
-    second: Annotated[str, typer.Argument(help="Weights of any dialect, such as those tuned.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    alpha: Annotated[
-        float, typer.Option(min=0, max=1, help="The share of the second; 0 is the first alone.")
-    ] = 0.5,
-    arch: Arch = None,
-) -> None:
-    """Write weights between two others: (1 - alpha) * first + alpha * second, in float32."""
-    from leanclip.weights import interpolate as between
-    from leanclip.weights import read_weights, write_weights
-
-    weights = between(read_weights(first, arch=arch), read_weights(second, arch=arch), alpha)
-    write_weights(weights, out, "leanclip", provenance=str(weights.source))
-    print(f"{weights.source} -> {out}")
 
 
 @app.command(epilog="Example: leanclip merge runs/big merged")
