@@ -184,7 +184,7 @@ def _task(report: Report, name: str) -> Html:
         parts = [_confusion(result, task), _classes(result), _neighbours(result, task)]
     else:
         parts = [_retrieved(result, task), _neighbours(result, task)]
-    words = f"{name.replace('_', ' ')}, {task.data.root}"
+    words = f"{name.replace('_', ' ').replace('/', ', ')}: {task.data.root}"
     return section(f"{words[0].upper()}{words[1:]}", *parts)
 
 
@@ -215,7 +215,7 @@ def _confusion(result: Classification, task: Task) -> list[Html]:
     parts.append(tag("h3", "Most confused, with images"))
     shown_pairs = []
     for label, other, count in pairs:
-        rows = ((labels == label) & (said == other)).nonzero()[:4, 0].tolist()
+        rows = ((labels == label) & (said == other)).nonzero()[:3, 0].tolist()
         right = ((labels == other) & (said == other)).nonzero()[:1, 0].tolist()
         shares = result.top_probabilities[:, 0]
         mistaken = [
