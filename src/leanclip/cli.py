@@ -240,7 +240,31 @@ def evaluate(
         str | None,
         typer.Option("--data", metavar="LAYOUT:ROOT", help="What to evaluate on; else as -c says."),
     ] = None,
-    task: Annotated[str, typer.Option(help="zeroshot, retrieval or all.")] = "all",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="zeroshot, retrieval, linear-probe, knn or all; default: of zeroshot and "
+            "retrieval what the data allows."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The part of the data; default: one held out.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Names of classes, one a line, by label.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts, one a line, {} for the name.")
+    ] = None,
+    train_split: Annotated[
+        str | None, typer.Option(help="What probes learn from; default: train, else a half.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Images a class for the linear probe; default: all.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", min=1, help="Neighbours of the k-NN probe; default: 20.")
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     num_gpus: NumGpus = None,
@@ -261,17 +285,27 @@ def evaluate(
         float, typer.Option(help="With --calibrate: how often a set is to hold the right class.")
     ] = 0.9,
 ) -> None:
-    """Evaluate weights: zero-shot top-1/top-5, and recall@1/5/10 both ways."""
+    """Evaluate weights: zero-shot, retrieval, and probes of the image features.
+
+    Writes report.json: figures with 95% intervals, classes, hashes, the command to repeat it.
+    """
     import shlex
 
     from leanclip.distributed import choose_device, join_group
-    from leanclip.evaluate import evaluation_config
+    from leanclip.evaluate import Wishes, evaluation_config
     from leanclip.outcome import evaluate_only, summary
 
     ranks = _ranks(num_gpus, num_procs)
     join_launch()
     settings = evaluation_config(
-        model, data_spec, task, config=config, arch=arch, overrides=overrides or (), out=out
+        model,
+        data_spec,
+        task,
+        config=config,
+        arch=arch,
+        overrides=overrides or (),
+        out=out,
+        wishes=Wishes(split, classes, templates, train_split, shots, k),
     )
     if ranks > 1 and not is_rank():
         _launch(context.obj, settings, num_gpus, ranks)

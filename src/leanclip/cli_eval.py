@@ -22,7 +22,14 @@ DataSpec = Annotated[
 NumGpus = Annotated[
     int | None, typer.Option("--num-gpus", min=0, max=1, help="0: the CPU. Default: a GPU or CPU.")
 ]
-TaskName = Annotated[str, typer.Option("--task", help="zeroshot, retrieval or all.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="zeroshot, retrieval, linear-probe, knn or all; default: of zeroshot and retrieval "
+        "what the data allows.",
+    ),
+]
 
 
 @app.command(
@@ -32,7 +39,7 @@ def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="Weights of any dialect.")],
     second: Annotated[str, typer.Argument(metavar="B", help="Weights of any dialect.")],
     data_spec: DataSpec = None,
-    task: TaskName = "all",
+    task: TaskName = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="YAML file of settings; default: of A's run, if any."),
@@ -93,7 +100,7 @@ def interpolate(
         str | None,
         typer.Option(metavar="LAYOUT:ROOT", help="With --sweep: what must not be forgotten."),
     ] = None,
-    task: TaskName = "all",
+    task: TaskName = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -139,7 +146,7 @@ def _sweep(
     words: str,
     data_spec: str | None,
     guard_spec: str | None,
-    task: str,
+    task: str | None,
     max_drop: float | None,
     arch: str | None,
     device: "torch.device",
@@ -156,7 +163,7 @@ def _sweep(
     settings = evaluation_config(second, data_spec, task, arch=arch)
     tasks = open_tasks(settings)
     if guard_spec is not None:
-        guard = open_tasks(evaluation_config(second, guard_spec, "all", arch=arch))[-1]
+        guard = open_tasks(evaluation_config(second, guard_spec, arch=arch))[-1]
     else:
         guard = open_guard(settings)
     if guard is None or not tasks:

@@ -21,7 +21,9 @@ import torch
 from leanclip.errors import DataError, SampleError
 from leanclip.evaluate import Report, Task
 from leanclip.evaluate.classification import Classification
+from leanclip.evaluate.guard import HEADLINES
 from leanclip.evaluate.intervals import LEVEL, RESAMPLES, Interval, bootstrap
+from leanclip.evaluate.measure import PREFIXES
 from leanclip.evaluate.paired import McNemar, mcnemar
 from leanclip.evaluate.retrieval import AT, WAYS, RetrievalResult
 from leanclip.evaluate.several import evaluate_each
@@ -162,7 +164,7 @@ def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> 
     written = [folder / "compare.json", folder / "compare.html"]
     drawn = []
     for task in tasks:
-        name = FIRST_FIGURE[task.name]
+        name = HEADLINES[task.name]
         for letter, changes in (("B", found.better), ("A", found.worse)):
             for one in changes[name][:DRAWN]:
                 wrong = f"A: {one.first}" if letter == "B" else f"B: {one.second}"
@@ -175,9 +177,6 @@ def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> 
         image_grid(*zip(*images, strict=True), folder / "changed.png")
         written.append(folder / "changed.png")
     return written
-
-
-FIRST_FIGURE = {"zero_shot": "zeroshot_top1", "retrieval": "image_to_text_R@1"}
 
 
 def _add_classification(
@@ -193,17 +192,17 @@ def _add_classification(
         shares = sums.reshape(-1, size) / np.maximum(counts, 1)
         return shares.sum(axis=1) / (counts > 0).sum(axis=1)
 
-    ranks = one.ranks, other.ranks
-    _add_figure(found, "zeroshot_top1", [rank == 1 for rank in ranks], _mean)
-    _add_figure(found, "zeroshot_top5", [rank <= 5 for rank in ranks], _mean)
-    _add_figure(found, "zeroshot_mean_per_class", [rank == 1 for rank in ranks], mean_per_class)
+    ranks, prefix = (one.ranks, other.ranks), PREFIXES[task.name]
+    _add_figure(found, f"{prefix}_top1", [rank == 1 for rank in ranks], _mean)
+    _add_figure(found, f"{prefix}_top5", [rank <= 5 for rank in ranks], _mean)
+    _add_figure(found, f"{prefix}_mean_per_class", [rank == 1 for rank in ranks], mean_per_class)
 
     def change(row: int) -> Change:
         index = int(one.indices[row])
         first, second = (names[int(result.top_classes[row, 0])] for result in (one, other))
         return Change(task.dataset.name(index), index, names[int(labels[row])], first, second)
 
-    _add_changes(found, "zeroshot_top1", ranks, change)
+    _add_changes(found, f"{prefix}_top1", ranks, change)
 
 
 def _add_retrieval(
@@ -294,7 +293,8 @@ def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
         ),
     ]  # fmt: skip
     for task in tasks:
-        for name in (name for name in found.tests if name in _OF_TASK[task.name]):
+        firsts = [f"{way}_R@1" for way in WAYS]
+        for name in firsts if task.name == "retrieval" else [HEADLINES[task.name]]:
             for title, kind, some in (
                 ("only B is right", "right", found.better[name]),
                 ("only A is right", "wrong", found.worse[name]),
@@ -302,12 +302,6 @@ def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
                 if some:
                     parts.append(_changes(f"{called(name)}: {title}", kind, some, task))
     write_html(path, "leanclip compare", *parts)
-
-
-_OF_TASK = {
-    "zero_shot": ("zeroshot_top1",),
-    "retrieval": tuple(f"{way}_R@1" for way in WAYS),
-}
 
 
 def _changes(title: str, kind: str, some: Sequence[Change], task: Task) -> Html:

@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 Ratio = Annotated[float, Field(gt=0, le=100)]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-Layout = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "hub", "mixture"]
+Layout = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "wds", "hub", "mixture"]
 
 
 _VIT_ONLY = (  # a ResNet takes none of these, or only their defaults
@@ -417,6 +417,26 @@ class EvaluationData(Section):
     )
 
 
+class ProbeData(EvaluationData):
+    """Class data for a probe, which learns from another split of it."""
+
+    train_split: str | None = Field(
+        default=None,
+        description='what the probe learns from; null: "train" where there is one, else a half '
+        "of each class",
+    )
+    shots: Positive | None = Field(
+        default=None, description="images of each class that it learns from; null: all"
+    )
+
+
+class NeighbourData(EvaluationData):
+    """Class data for a k-NN probe."""
+
+    train_split: str | None = Field(default=None, description="as of linear_probe")
+    k: Positive = Field(default=20, description="neighbours that vote")
+
+
 class EvaluateConfig(Section):
     """What is measured at the end, and on the way."""
 
@@ -428,6 +448,10 @@ class EvaluateConfig(Section):
         default=None, description="class data; null: not measured"
     )
     retrieval: EvaluationData | None = Field(default=None, description="pairs; null: not measured")
+    linear_probe: ProbeData | None = Field(
+        default=None, description="class data, with labels to learn from; null: not measured"
+    )
+    knn: NeighbourData | None = Field(default=None, description="the same for nearest neighbours")
     guard: EvaluationData | None = Field(
         default=None,
         description="what must not be forgotten, class data or pairs; measured before training too",

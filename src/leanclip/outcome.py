@@ -71,7 +71,9 @@ def evaluate_only(
     progress = checkpoint.last_progress(Path(source or folder) / "checkpoints")
     before = progress.before if progress else {}
     preprocess = model_preprocess(config)
-    report = evaluate(model.to(device), tasks, preprocess, guard=guard, before=before)
+    report = evaluate(
+        model.to(device), tasks, preprocess, guard=guard, before=before, use_cache=True
+    )
     if calibration is not None:
         calibrate(model, calibration, preprocess, report, coverage=coverage)
     report.source, report.command = source or str(folder), command

@@ -46,11 +46,8 @@ NEIGHBOURS = 5
 NOT_SHARES = ("_rank", "_size")  # ends of the names of figures that are no shares
 SKIPPED = 20  # samples named on the page; report.json names all
 
+OF_CLASSES = {"zeroshot": "zero-shot", "linear_probe": "linear probe", "knn": "k-NN"}
 NAMES = {
-    "zeroshot_top1": "zero-shot top-1",
-    "zeroshot_top5": "zero-shot top-5",
-    "zeroshot_mean_per_class": "zero-shot mean per class",
-    "zeroshot_ece": "expected calibration error",
     "image_to_text_R@1": "image to text recall@1",
     "image_to_text_R@5": "image to text recall@5",
     "image_to_text_R@10": "image to text recall@10",
@@ -65,7 +62,14 @@ NAMES = {
     "calibrated_set_size": "classes in a set, mean",
     "calibrated_none": "called none of the classes",
 }
-FIRST = ("zeroshot_top1", "image_to_text_R@1", "text_to_image_R@1", "zeroshot_mean_per_class")
+KINDS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+    "ece": "calibration error",
+}
+FIRST = ("zeroshot_top1", "image_to_text_R@1", "text_to_image_R@1", "zeroshot_mean_per_class",
+         "linear_probe_top1", "knn_top1")  # fmt: skip
 log = logging.getLogger("leanclip")
 
 
@@ -76,7 +80,7 @@ def write_report_page(folder: Path, report: Report) -> Path:
         _head(report, title),
         _figures(report),
         _curves(read_metrics(folder) or read_metrics(Path(report.source))),
-        *(_task(report, name) for name in report.results),
+        *_tasks(report),
         _similarity(report),
         _provenance(report),
     ]
@@ -93,6 +97,9 @@ def called(name: str) -> str:
     """What people call a figure."""
     if name.startswith(PREFIX):
         return f"guard: {called(name.removeprefix(PREFIX))}"
+    for start, words in OF_CLASSES.items():
+        if name.startswith(f"{start}_") and name.removeprefix(f"{start}_") in KINDS:
+            return f"{words} {KINDS[name.removeprefix(f'{start}_')]}"
     return NAMES.get(name, name.replace("_", " "))
 
 
@@ -178,14 +185,21 @@ def _curves(lines: Sequence[Mapping[str, float]]) -> Html | str:
     return section("Training", tag("div", drawn, class_="charts")) if drawn else ""
 
 
-def _task(report: Report, name: str) -> Html:
-    result, task = report.results[name], report.tasks[name]
-    if isinstance(result, Classification):
-        parts = [_confusion(result, task), _classes(result), _neighbours(result, task)]
-    else:
-        parts = [_retrieved(result, task), _neighbours(result, task)]
-    words = f"{name.replace('_', ' ').replace('/', ', ')}: {task.data.root}"
-    return section(f"{words[0].upper()}{words[1:]}", *parts)
+def _tasks(report: Report) -> list[Html]:
+    """A section for each task; neighbours once for each data set."""
+    sections, seen = [], set()
+    for name, result in report.results.items():
+        task, data = report.tasks[name], report.data[name]["sha256"]
+        if isinstance(result, Classification):
+            parts = [_confusion(result, task), _classes(result)]
+        else:
+            parts = [_retrieved(result, task)]
+        if data not in seen:
+            parts.append(_neighbours(result, task))
+        seen.add(data)
+        words = f"{name.replace('_', ' ').replace('/', ', ')}: {task.data.root}"
+        sections.append(section(f"{words[0].upper()}{words[1:]}", *parts))
+    return sections
 
 
 def _confusion(result: Classification, task: Task) -> list[Html]:

@@ -125,7 +125,7 @@ def sweep(
 ) -> Sweep:
     """Measure every mixture (1 - alpha) * first + alpha * second on the tasks and the guard.
 
-    The rule looks at zero-shot top-1 of a task that measures it, else at image-to-text recall@1.
+    The rule looks at zero-shot top-1 where it is measured, else at the first task's first figure.
 
     Raises:
         WeightsError: the two are not of one architecture.
@@ -140,7 +140,7 @@ def sweep(
     names = [task.name for task in tasks]
     return choose(
         points,
-        HEADLINES["zero_shot" if "zero_shot" in names else "retrieval"],
+        HEADLINES["zero_shot" if "zero_shot" in names else names[0]],
         HEADLINES[guard.name],
         max_drop,
     )

@@ -18,7 +18,7 @@ from leanclip.evaluate.classification import calibration_error
 from leanclip.evaluate.features import encode_dataset
 from leanclip.evaluate.intervals import bootstrap
 from leanclip.evaluate.report import Report
-from leanclip.evaluate.tasks import Task, open_tasks
+from leanclip.evaluate.tasks import ORDER, Task, open_tasks
 from leanclip.evaluate.zero_shot import ZeroShotResult
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
@@ -44,7 +44,8 @@ def open_held_out(config: Config, tasks: Mapping[str, Task], words: str) -> Task
     except ValueError:
         measured = tasks["zero_shot"]
         chosen = wanted.model_copy(update={"split": words})
-        settings = config.evaluate.model_copy(update={"zero_shot": chosen, "retrieval": None})
+        only = dict.fromkeys(ORDER) | {"zero_shot": chosen}
+        settings = config.evaluate.model_copy(update=only)
         held_out = open_tasks(config.model_copy(update={"evaluate": settings}))[0]
         if held_out.data.split == measured.data.split:
             raise ConfigError(

@@ -44,6 +44,17 @@ class Encoded(NamedTuple):
     digests: torch.Tensor  # (N,) int64, of image files and their captions or labels
     bad: dict[str, str]  # those that could not be read: id -> reason
 
+    def chosen(self, rows: torch.Tensor) -> "Encoded":
+        """Some of the images of class data."""
+        return Encoded(
+            self.features[rows],
+            self.indices[rows],
+            self.labels[rows],
+            [],
+            self.digests[rows],
+            self.bad,
+        )
+
     def fingerprint(self, classes: Sequence[str] = ()) -> str:
         """SHA-256 over the images' digests, in order, and the names of classes.
 
