@@ -22,6 +22,7 @@ LEVELS = (
     ("outcome", "watching", "best"),
     ("train", "inference"),
     ("compare", "sweep"),
+    ("compare_page",),
     ("cli", "cli_data", "cli_eval", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

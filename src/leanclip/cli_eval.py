@@ -59,7 +59,7 @@ def compare(
     Writes compare.json, compare.html and changed.png: which samples changed for better and worse.
     """
     from leanclip.compare import compare as measure
-    from leanclip.compare import write_comparison
+    from leanclip.compare_page import write_comparison
     from leanclip.distributed import choose_device
     from leanclip.evaluate import evaluation_config, open_tasks
     from leanclip.inference import load

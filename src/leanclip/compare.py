@@ -1,42 +1,30 @@
 """Two models on the same samples: figures of both, what differs, and whether it could be luck.
 
     A, B, data -> answers of both, sample by sample -> figures, differences with intervals,
-    McNemar's tests, what changed -> compare.json, compare.html, changed.png
+    McNemar's tests, what changed; compare_page.py writes them
 
 Each model prepares images as it was trained to; they are decoded once where both want one size.
 
 Shapes: N samples, R resamples.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError
 from leanclip.evaluate import Report, Task
 from leanclip.evaluate.classification import Classification
-from leanclip.evaluate.guard import HEADLINES
 from leanclip.evaluate.intervals import LEVEL, RESAMPLES, Interval, bootstrap
 from leanclip.evaluate.measure import PREFIXES
 from leanclip.evaluate.paired import McNemar, mcnemar
 from leanclip.evaluate.retrieval import AT, WAYS, RetrievalResult
 from leanclip.evaluate.several import evaluate_each
-from leanclip.images import Source
 from leanclip.inference import Clip
-from leanclip.page import Html, figure, gallery, section, shortened, table, tag, thumbnail
-from leanclip.page import write_page as write_html
-from leanclip.plots import image_grid
-from leanclip.report_page import called, say
-from leanclip.tracking import write_text
-
-SHOWN = 24  # changed samples of a kind on the page
-DRAWN = 12  # in the picture
+from leanclip.report_page import called
 
 
 @dataclass(frozen=True)
@@ -155,30 +143,6 @@ def compare(first: Clip, second: Clip, names: tuple[str, str], tasks: Sequence[T
     return found
 
 
-def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> list[Path]:
-    """Write compare.json, compare.html and, with matplotlib, changed.png; what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found.facts(), indent=1) + "\n"
-    write_text(folder / "compare.json", text.encode("utf-8", "replace").decode())
-    _write_page(folder / "compare.html", found, tasks)
-    written = [folder / "compare.json", folder / "compare.html"]
-    drawn = []
-    for task in tasks:
-        name = HEADLINES[task.name]
-        for letter, changes in (("B", found.better), ("A", found.worse)):
-            for one in changes[name][:DRAWN]:
-                wrong = f"A: {one.first}" if letter == "B" else f"B: {one.second}"
-                words = (
-                    f"only {letter} is right: {shortened(one.truth, 60)} ({shortened(wrong, 60)})"
-                )
-                drawn.append((task, one, words))
-    if drawn and find_spec("matplotlib") is not None:
-        images = [(image, words) for task, one, words in drawn if (image := _image(task, one))]
-        image_grid(*zip(*images, strict=True), folder / "changed.png")
-        written.append(folder / "changed.png")
-    return written
-
-
 def _add_classification(
     found: Comparison, task: Task, one: Classification, other: Classification
 ) -> None:
@@ -188,7 +152,7 @@ def _add_classification(
     def mean_per_class(right: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         cells = labels[drawn] + size * np.arange(len(drawn))[:, None]  # (R, N)
         counts = np.bincount(cells.ravel(), minlength=size * len(drawn)).reshape(-1, size)
-        sums = np.bincount(cells.ravel(), right[drawn].ravel(), size * len(drawn))
+        sums = np.bincount(cells.ravel(), weights=right[drawn].ravel(), minlength=size * len(drawn))
         shares = sums.reshape(-1, size) / np.maximum(counts, 1)
         return shares.sum(axis=1) / (counts > 0).sum(axis=1)
 
@@ -208,7 +172,8 @@ def _add_classification(
 def _add_retrieval(
     found: Comparison, task: Task, one: RetrievalResult, other: RetrievalResult
 ) -> None:
-    firsts, name = {}, task.dataset.name
+    name = task.dataset.name
+    firsts: dict[int, int] = {}
     for caption, owner in enumerate(one.owners.tolist()):
         firsts.setdefault(owner, caption)
     for way in WAYS:
@@ -262,66 +227,3 @@ def _add_changes(
     found.tests[name] = mcnemar(first, second)
     for kind, rows in ((found.better, ~first & second), (found.worse, first & ~second)):
         kind[name] = [change(row) for row in rows.nonzero()[:, 0].tolist()]
-
-
-def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
-    rows = [
-        [
-            called(one.name),
-            say(one.name, one.first),
-            say(one.name, one.second),
-            points(one.difference),
-            f"{points(one.interval[0])} to {points(one.interval[1])}",
-        ]
-        for one in found.figures
-    ]
-    heads = ["figure", "A", "B", "B − A", "95% interval"]
-    parts: list[Html] = [
-        tag("h1", "Two models on the same samples"),
-        *(
-            tag("p", tag("b", letter), f" {name} ", tag("br"), "SHA-256 ",
-                tag("code", report.weights))
-            for letter, name, report in zip("AB", found.names, found.reports, strict=True)
-        ),
-        section(
-            "Figures",
-            table(heads, rows, numbers=range(1, 5)),
-            tag("p", "Differences are in points, B less A; their interval is where they would "
-                "be for 95 of 100 draws of as many samples, the same for both (paired "
-                "bootstrap).", class_="soft"),
-            *(tag("p", sentence(name, test)) for name, test in found.tests.items()),
-        ),
-    ]  # fmt: skip
-    for task in tasks:
-        firsts = [f"{way}_R@1" for way in WAYS]
-        for name in firsts if task.name == "retrieval" else [HEADLINES[task.name]]:
-            for title, kind, some in (
-                ("only B is right", "right", found.better[name]),
-                ("only A is right", "wrong", found.worse[name]),
-            ):
-                if some:
-                    parts.append(_changes(f"{called(name)}: {title}", kind, some, task))
-    write_html(path, "leanclip compare", *parts)
-
-
-def _changes(title: str, kind: str, some: Sequence[Change], task: Task) -> Html:
-    figures = []
-    for one in some[:SHOWN]:
-        image = _image(task, one)
-        words = [
-            tag("b", shortened(one.truth, 60)),
-            tag("br"),
-            f"A: {shortened(one.first, 60)}",
-            tag("br"),
-            f"B: {shortened(one.second, 60)}",
-        ]
-        figures.append(figure(thumbnail(image or b"", one.id), words, kind=kind))
-    more = f"{len(some):,} samples; compare.json names all of them."
-    return section(title, tag("p", more, class_="soft"), gallery(figures))
-
-
-def _image(task: Task, change: Change) -> Source | None:
-    try:
-        return task.dataset[change.index].image
-    except SampleError:
-        return None
