@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Command, assert_refused, make_config, noise_image
+from conftest import TINY, Command, assert_refused, fork_ranks, make_config, noise_image
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
@@ -147,6 +147,21 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(good | {name: value}))
         with pytest.raises(ConfigError, match=f"calibration.json: {name}"):
             Calibration.load(path)
+
+
+def test_two_ranks_calibrate_as_one(command: Command, workplace: Path) -> None:
+    make_classes(workplace / "c" / "val", 9)
+    make_classes(workplace / "c" / "test", 9, first=50)
+    model = CLIP(**TINY)
+    (workplace / "m").mkdir()
+    save_weights(workplace / "m", model.state_dict(), model.config, Preprocess(32))
+    words = ("eval", "--model", "m", "--data", "folder:c", "--split", "test", "--calibrate", "val",
+             "--coverage", "0.8", "-c", "small.yaml")  # fmt: skip
+    make_config(workplace / "small.yaml", evaluate={"batch_size": 4, "retrieval": None})
+    assert command(*words, "--out", "one").returncode == 0
+    ranks = fork_ranks(2, *words, "--out", "two", folder=workplace)
+    assert [rank.code() for rank in ranks] == [0, 0], ranks[0].said()
+    assert Calibration.load(workplace / "one") == Calibration.load(workplace / "two")
 
 
 def make_classes(root: Path, count: int, first: int = 0) -> None:

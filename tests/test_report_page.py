@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from browser import browser
-from conftest import TINY, noise_image
+from conftest import TINY, Command, noise_image
 from PIL import Image
 
 from leanclip import CLIP, Preprocess
-from leanclip.config import Config
-from leanclip.evaluate import evaluate, open_tasks
+from leanclip.config import Config, DataConfig
+from leanclip.data import Dataset, Sample
+from leanclip.evaluate import Task, evaluate, open_tasks
+from leanclip.evaluate.classification import classify
 from leanclip.evaluate.report import Report
 from leanclip.page import Html, join, line_chart, tag
 from leanclip.report_page import write_report_page
@@ -65,6 +67,18 @@ def make_report(root: Path) -> Report:
     report = evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
     report.source, report.command = "runs/<b>x</b>", "leanclip eval --model 'runs/<b>x</b>'"
     return report
+
+
+class Noise(Dataset):
+    """Images of noise."""
+
+    def __len__(self) -> int:
+        return 300
+
+    def __getitem__(self, index: int) -> Sample:
+        file = io.BytesIO()
+        noise_image(index).save(file, "PNG")
+        return Sample(str(index), file.getvalue(), ["x"])
 
 
 def write_metrics(folder: Path) -> None:
@@ -121,6 +135,51 @@ def test_the_pictures_are_inside(tmp_path: Path) -> None:
 def test_a_report_of_nothing_is_a_page(tmp_path: Path) -> None:
     page = write_report_page(tmp_path, Report()).read_text(encoding="utf-8")
     assert "leanclip report" in Reader(page).text
+
+
+def test_training_and_eval_leave_a_page_and_say_where(command: Command, workplace: Path) -> None:
+    done = command("train", "-c", "config.yaml", "--output-dir", "run")
+    assert done.returncode == 0, done.stderr
+    page = Reader((workplace / "run/report.html").read_text(encoding="utf-8"))
+    assert "Report:   run/report.html" in done.stdout
+    metrics = json.loads((workplace / "run/report.json").read_text())["metrics"]
+    first = f"{metrics['image_to_text_R@1']:.1%}"
+    assert f"Figures:  image to text recall@1 {first} (" in done.stdout
+    assert "learning rate" in page.text
+    done = command("eval", "--model", "run", "--out", "out")
+    assert "Report:   out/report.html" in done.stdout
+    page = Reader((workplace / "out/report.html").read_text(encoding="utf-8"))
+    assert "learning rate" in page.text  # of the run that is measured
+    assert "leanclip eval --model run --out out" in page.text
+
+
+def test_a_hundred_classes_are_shown_by_the_worst(tmp_path: Path) -> None:
+    scores = torch.randn(300, 150)
+    labels = torch.arange(300) % 150
+    scores[torch.arange(300), labels] += 3
+    result = classify(
+        iter([scores]),
+        labels,
+        classes=[f"class {i}" for i in range(150)],
+        indices=torch.arange(300),
+        features=torch.nn.functional.normalize(torch.randn(300, 8), dim=1),
+    )
+    data = parse(DataConfig, {"layout": "folder", "root": "x"}, where="test")
+    report = Report(results={"knn": result}, data={"knn": {"sha256": "0", "layout": "folder",
+                    "root": "x", "split": None, "samples": 300}})  # fmt: skip
+    report.tasks["knn"] = Task("knn", data, Noise(), None, 8)
+    page = write_report_page(tmp_path, report).read_text(encoding="utf-8")
+    reader = Reader(page)
+    assert "Of 150 classes the 40 with most mistakes" in reader.text
+    wrong = result.confusion() - torch.diag(result.confusion().diagonal())
+    mistakes = wrong.sum(dim=0) + wrong.sum(dim=1)
+    shown = mistakes.sort(descending=True, stable=True).indices[:40]
+    squares = [
+        n for n, a in reader.elements if n == "rect" and a.get("class") in ("right", "wrong")
+    ]
+    assert len(squares) == int((result.confusion()[shown][:, shown] > 0).sum())
+    assert "all 150 classes" in reader.text
+    assert len(page) < 1_000_000
 
 
 def test_only_tags_are_taken_as_they_are() -> None:
