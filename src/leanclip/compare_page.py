@@ -33,8 +33,7 @@ DRAWN = 12  # in the picture
 def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> list[Path]:
     """Write compare.json, compare.html and, with matplotlib, changed.png; what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found.facts(), indent=1) + "\n"
-    write_text(folder / "compare.json", text.encode("utf-8", "replace").decode())
+    write_text(folder / "compare.json", json.dumps(found.facts(), indent=1) + "\n")
     _write_page(folder / "compare.html", found, tasks)
     written = [folder / "compare.json", folder / "compare.html"]
     drawn = []

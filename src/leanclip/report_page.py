@@ -108,7 +108,7 @@ def headlines(report: Report) -> str:
     found = []
     for name in _chosen(report)[:2]:
         interval = report.intervals.get(name)
-        between = f" ({_between(name, interval)})" if interval else ""
+        between = f" ({' to '.join(say(name, end) for end in interval)})" if interval else ""
         found.append(f"{called(name)} {say(name, report.metrics[name])}{between}")
     return ", ".join(found)
 
