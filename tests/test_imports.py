@@ -17,7 +17,7 @@ LEVELS = (
     ("norms", "loss_scale", "utilisation"),
     ("sharded", "shard_files", "evaluate"),
     ("checkpoint",),
-    ("plots", "page", "towers", "plan", "step"),
+    ("plots", "page", "towers", "plan", "step", "frozen"),
     ("report_page",),
     ("outcome", "watching", "best"),
     ("train", "inference"),

@@ -77,7 +77,9 @@ def evaluate_only(
     if calibration is not None:
         calibrate(model, calibration, preprocess, report, coverage=coverage)
     report.source, report.command = source or str(folder), command
-    return finish(folder, report, 0.0) if rank == 0 else None
+    if rank > 0:
+        return None
+    return finish(folder, report, 0.0, pictures=config.evaluate.pictures)
 
 
 def summary(outcome: Outcome) -> str:
@@ -113,8 +115,8 @@ def summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def finish(folder: Path, report: Report, seconds: float) -> Outcome:
-    """Write report.json, report.html and the pictures."""
+def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> Outcome:
+    """Write report.json, report.html, and the pictures where they are wanted."""
     report.source = report.source or str(folder)
     report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,4 +124,5 @@ def finish(folder: Path, report: Report, seconds: float) -> Outcome:
     if report.calibration is not None:
         report.calibration.save(folder)
     page = write_report_page(folder, report)
-    return Outcome(folder, report, page, run_pictures(folder, report), seconds)
+    drawn = run_pictures(folder, report) if pictures else []
+    return Outcome(folder, report, page, drawn, seconds)
