@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import browser
 from conftest import Command, assert_refused
 from scipy.stats import binomtest, chi2
 from test_sweep import make_classes, make_model
@@ -134,3 +135,19 @@ def test_what_cannot_be_compared(command: Command, workplace: Path) -> None:
     assert_refused(command("compare", "a", "a"), "--data: say what to evaluate on")
     done = command("compare", "a", "a", "--data", "pairs:data", "--task", "zeroshot")
     assert_refused(done, "has no classes")
+
+
+@pytest.mark.slow
+def test_a_phone_shows_the_comparison(command: Command, workplace: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        make_model(workplace / name, seed)
+    for i, path in enumerate(sorted((workplace / "data").glob("*.txt"))):
+        path.write_text(f"<script>alert({i})</script> {i} {'long' * 60}\n")
+    done = command("compare", "a", "b", "--data", "pairs:data", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert "<script" not in (workplace / "out/compare.html").read_text()
+    with browser() as page:
+        page.open(workplace / "out/compare.html", width=390)
+        assert page.run("return document.documentElement.scrollWidth") == 390
+        assert "<script>" in page.run("return document.body.textContent")
+        assert page.run("return [...document.images].every(i => i.naturalWidth > 0)")

@@ -115,7 +115,7 @@ def test_the_page_is_whole_and_everything_in_it_is_escaped(tmp_path: Path) -> No
     for data in report.data.values():
         assert data["sha256"] in reader.text
     for title in ("All figures", "Training", "Confusion matrix", "Most confused",
-                  "Nearest images", "Similarity of a sample", "Samples that could not be used: 1",
+                  "Nearest images", "Similarity of a sample", "Evaluation could not use 1.",
                   "The caption that an image finds first"):  # fmt: skip
         assert title in reader.text, title
     for name, (low, high) in report.intervals.items():
@@ -138,7 +138,9 @@ def test_a_report_of_nothing_is_a_page(tmp_path: Path) -> None:
 
 
 def test_training_and_eval_leave_a_page_and_say_where(command: Command, workplace: Path) -> None:
-    done = command("train", "-c", "config.yaml", "--output-dir", "run")
+    (workplace / "data/005.txt").write_bytes(b"\xff")
+    words = ("-o", "data.max_bad_share=0.5")
+    done = command("train", "-c", "config.yaml", "--output-dir", "run", *words)
     assert done.returncode == 0, done.stderr
     page = Reader((workplace / "run/report.html").read_text(encoding="utf-8"))
     assert "Report:   run/report.html" in done.stdout
@@ -146,6 +148,7 @@ def test_training_and_eval_leave_a_page_and_say_where(command: Command, workplac
     first = f"{metrics['image_to_text_R@1']:.1%}"
     assert f"Figures:  image to text recall@1 {first} (" in done.stdout
     assert "learning rate" in page.text
+    assert "Training could not use 1 caption not UTF-8: skipped.jsonl." in page.text
     done = command("eval", "--model", "run", "--out", "out")
     assert "Report:   out/report.html" in done.stdout
     page = Reader((workplace / "out/report.html").read_text(encoding="utf-8"))

@@ -123,6 +123,6 @@ def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> O
     report.write(folder)
     if report.calibration is not None:
         report.calibration.save(folder)
-    page = write_report_page(folder, report)
+    page = write_report_page(folder, report, BadSamples(0, 1, folder / SKIPPED))
     drawn = run_pictures(folder, report) if pictures else []
     return Outcome(folder, report, page, drawn, seconds)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from leanclip.data.skipped import BadSamples
 from leanclip.errors import SampleError
 from leanclip.evaluate.classification import Classification
 from leanclip.evaluate.guard import PREFIX
@@ -73,8 +74,11 @@ FIRST = ("zeroshot_top1", "image_to_text_R@1", "text_to_image_R@1", "zeroshot_me
 log = logging.getLogger("leanclip")
 
 
-def write_report_page(folder: Path, report: Report) -> Path:
-    """Write `report.html` into an existing folder, which may be a run's."""
+def write_report_page(folder: Path, report: Report, skipped: BadSamples | None = None) -> Path:
+    """Write `report.html` into an existing folder, which may be a run's.
+
+    `skipped` are the samples that training could not use.
+    """
     title = f"leanclip report: {Path(report.source or folder).name}"
     parts = [
         _head(report, title),
@@ -83,6 +87,7 @@ def write_report_page(folder: Path, report: Report) -> Path:
         *_tasks(report),
         _similarity(report),
         _provenance(report),
+        _skipped(report, skipped),
     ]
     write_page(folder / FILE, title, [part for part in parts if part])
     return folder / FILE
@@ -340,17 +345,25 @@ def _provenance(report: Report) -> Html:
         parts += [tag("h3", "The same again"), tag("pre", report.command)]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     parts.append(tag("p", f"Made with {versions}.", class_="soft"))
-    if report.bad:
-        chosen = list(report.bad.items())[:SKIPPED]
-        parts.append(tag("h3", f"Samples that could not be used: {len(report.bad):,}"))
-        parts.append(table(["sample", "why"], [[id, shortened(why)] for id, why in chosen]))
-        if len(report.bad) > SKIPPED:
-            parts.append(tag("p", "report.json names all of them.", class_="soft"))
     return section("Where it comes from", *parts)
 
 
 def _hashed(name: str, words: str, sha256: str) -> Html:
     return tag("p", tag("b", name), f" {words}", tag("br"), "SHA-256 ", tag("code", sha256))
+
+
+def _skipped(report: Report, skipped: BadSamples | None) -> Html | str:
+    """What could not be used, in evaluation and in training; nothing where all could."""
+    parts = []
+    if report.bad:
+        chosen = list(report.bad.items())[:SKIPPED]
+        parts.append(tag("p", f"Evaluation could not use {len(report.bad):,}."))
+        parts.append(table(["sample", "why"], [[id, shortened(why)] for id, why in chosen]))
+        if len(report.bad) > SKIPPED:
+            parts.append(tag("p", "report.json names all of them.", class_="soft"))
+    if skipped is not None and skipped.found:
+        parts.append(tag("p", f"Training could not use {skipped.summary()}: skipped.jsonl."))
+    return section("Skipped samples", *parts) if parts else ""
 
 
 def _picture(result: Classification | RetrievalResult, task: Task, row: int) -> Html:
