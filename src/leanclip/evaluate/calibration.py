@@ -129,8 +129,9 @@ def fit(
 
     The sets are those of split conformal prediction with the score 1 - probability of the right
     class (LAC: arXiv 1609.00451; the quantile as in arXiv 2107.07511, section 1). Of all rules
-    with one coverage it gives the smallest sets on average; adaptive sets (APS) would spread the
-    coverage more evenly over easy and hard images, for larger sets.
+    with one coverage it gives the smallest sets on average, where the probabilities are right;
+    adaptive sets (APS) would spread the coverage more evenly over easy and hard images, for
+    larger sets. The coverage does not depend on the probabilities being right.
 
     The floor is the conformal quantile of the images' highest logits, whatever their class. It
     is higher than the quantile of the right class's logits, and so finds more foreign images
