@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command, make_model, noise_image, report_of
+from conftest import Command, make_config, make_model, noise_image, report_of
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -161,3 +161,23 @@ def test_without_a_split_a_half_is_learned_from(command: Command, workplace: Pat
     assert "of 6 images" in done.stdout
     done = command(*options, "--task", "all")
     assert "c/test: no split to learn from, so no probes" in done.stderr
+
+
+def test_probes_are_measured_during_training(command: Command, workplace: Path) -> None:
+    make_splits(workplace / "c", train=4, test=4)
+    data = {"layout": "folder", "root": "c", "split": "test"}
+    make_config(
+        workplace / "config.yaml",
+        data={"layout": "folder", "root": "c", "split": "train"},
+        train={"epochs": 1},
+        evaluate={"retrieval": None, "linear_probe": data, "knn": {"k": 3} | data},
+        checkpoint={"best_metric": "knn_top1"},
+    )
+    done = command("train", "-c", "config.yaml")
+    assert done.returncode == 0, done.stderr
+    metrics = report_of(workplace / "runs/config")["metrics"]
+    assert metrics["linear_probe_top1"] == metrics["knn_top1"] == 1.0
+    again = command("eval", "--model", "runs/config", "--task", "knn", "--out", "e")
+    assert (
+        "The 3 nearest neighbours, with 12 labelled images of c (the split train)" in again.stdout
+    )

@@ -163,7 +163,7 @@ def train(
         if ranks == 1 or is_rank() or dry_run:
             _train(settings, num_gpus, ranks, resume is not None, dry_run, evaluate_only, load)
             return
-    _launch(context.obj, settings, num_gpus, ranks, max_restarts)
+    _launch(context.obj, settings.device, num_gpus, ranks, max_restarts)
 
 
 def _ranks(num_gpus: int | None, num_procs: int) -> int:
@@ -178,13 +178,13 @@ def _ranks(num_gpus: int | None, num_procs: int) -> int:
 
 
 def _launch(
-    words: list[str], settings: "Config", num_gpus: int | None, ranks: int, max_restarts: int = 0
+    words: list[str], device: str, num_gpus: int | None, ranks: int, max_restarts: int = 0
 ) -> NoReturn:
     """The same command in several processes, and its exit code."""
     if num_gpus:
         from leanclip.distributed import choose_device
 
-        choose_device(settings.device, num_gpus)  # one word here, not one of each rank
+        choose_device(device, num_gpus)  # one word here, not one of each rank
     raise SystemExit(launch(words, ranks=ranks, max_restarts=max_restarts))
 
 
@@ -296,6 +296,8 @@ def evaluate(
     from leanclip.outcome import evaluate_only, summary
 
     ranks = _ranks(num_gpus, num_procs)
+    if ranks > 1 and not is_rank():
+        _launch(context.obj, "auto", num_gpus, ranks)
     join_launch()
     settings = evaluation_config(
         model,
@@ -307,8 +309,6 @@ def evaluate(
         out=out,
         wishes=Wishes(split, classes, templates, train_split, shots, k),
     )
-    if ranks > 1 and not is_rank():
-        _launch(context.obj, settings, num_gpus, ranks)
     device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
     join_group(device)
     command = shlex.join(["leanclip", *context.obj])

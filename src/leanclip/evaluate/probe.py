@@ -23,7 +23,7 @@ TEMPERATURE = 0.07  # of the votes of neighbours, as in Wu et al., arXiv 1805.01
 HELD_OUT = 0.2  # of each class, to choose the L2 strength on
 FEW = 4  # images of a class for that, when few are learned from
 _ITERATIONS = 1000  # the most of L-BFGS, as in CLIP's paper
-_BLOCK = 1 << 24  # similarities at a time
+_BLOCK = 1 << 22  # similarities at a time
 
 
 class Labelled(NamedTuple):

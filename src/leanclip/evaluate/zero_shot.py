@@ -28,7 +28,7 @@ log = logging.getLogger("leanclip")
 
 KEPT = 100  # classifiers in the cache; one of 1,000 classes takes 2 MB
 _VERSION = 1  # of what is kept; part of its name
-_BLOCK = 1 << 24  # scores at a time
+_BLOCK = 1 << 22  # scores at a time
 
 
 @dataclass(frozen=True)
