@@ -18,6 +18,7 @@ LEVELS = (
     ("sharded", "shard_files", "evaluate"),
     ("checkpoint",),
     ("plots", "page", "towers", "plan", "step", "frozen"),
+    ("report_results",),
     ("report_page",),
     ("outcome", "watching", "best"),
     ("train", "inference"),
