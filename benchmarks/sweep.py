@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/sweep.py > benchmarks/sweep.json
 
-400 JPEGs of 640 x 480, of smoothed noise, in two classes, and a small image tower of the
+200 JPEGs of 640 x 480, of smoothed noise, in two classes, and a small image tower of the
 quickstart's widths, at 224 pixels: on a GPU a large tower is as cheap beside the decoding. `once`
 is evaluate_each, which gives every batch to each mixture in turn; `again` is evaluate for one
 mixture after the other. Their figures must agree before anything is timed. Processor time counts,
@@ -30,7 +30,7 @@ from leanclip.sweep import Mixtures
 from leanclip.weights import Weights
 
 ALPHAS = [i / 10 for i in range(11)]
-IMAGES, ROUNDS = 400, 3
+IMAGES, ROUNDS = 200, 3
 ARCH = {
     "embed_dim": 128, "image_resolution": 224, "vision_layers": 5, "vision_width": 128,
     "vision_heads": 4, "vision_patch_size": 32, "context_length": 77, "vocab_size": 49408,

@@ -1,8 +1,6 @@
 """The report as one page, `report.html`: what was measured, and what it looks like.
 
-Report, metrics.jsonl -> sections -> page
-
-Shapes: N images, C classes, E embedding.
+Report, metrics.jsonl -> sections (of results: report_results.py) -> page
 """
 
 from collections.abc import Mapping, Sequence
