@@ -1,5 +1,6 @@
 """`leanclip eval`: one process and three, what it writes, and what it refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import (
     report_of,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from leanclip import CLIP, Preprocess
 from leanclip.config import Config
@@ -137,3 +139,17 @@ def test_hashes_follow_content_and_not_place(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), (9, 9, 9)).save(there / "3.bmp")
     changed = report(there / "label.csv")
     assert changed.data["zero_shot"]["sha256"] != first.data["zero_shot"]["sha256"]
+
+
+def test_a_broken_model_is_reported_as_one(command: Command, workplace: Path) -> None:
+    make_model(workplace / "m")
+    make_table(workplace / "t", 10)
+    weights = load_file(workplace / "m/model.safetensors")
+    weights["visual.proj"].fill_(torch.nan)
+    save_file(weights, workplace / "m/model.safetensors")
+    done = command("eval", "--model", "m", "--data", "table:t/label.csv", "--out", "e")
+    assert done.returncode == 0, done.stderr
+    text = (workplace / "e/report.json").read_text()
+    metrics = json.loads(text, parse_constant=lambda word: pytest.fail(word))["metrics"]
+    assert metrics["zeroshot_top1"] == 0
+    assert metrics["zeroshot_ece"] is None

@@ -1,6 +1,7 @@
 """What an evaluation found: figures with intervals, words, results; and `report.json`."""
 
 import json
+import math
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -44,7 +45,7 @@ class Report:
     def facts(self) -> dict[str, Any]:
         """What `report.json` holds, as plain values: docs/evaluate.md describes them."""
         found = {
-            "metrics": self.metrics,
+            "metrics": {k: v if math.isfinite(v) else None for k, v in self.metrics.items()},
             "intervals": self.intervals,
             "interval_level": LEVEL,
             "resamples": RESAMPLES,
