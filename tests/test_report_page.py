@@ -42,7 +42,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def make_report(root: Path) -> Report:
+def make_report(root: Path, *, is_broken: bool = False) -> Report:
     """Zero-shot on three classes and retrieval on pairs, both with hostile names and captions."""
     for label, name in enumerate(("ant", "bee", "cow")):
         (root / "c" / name).mkdir(parents=True)
@@ -64,7 +64,10 @@ def make_report(root: Path) -> Report:
     }  # fmt: skip
     tasks = open_tasks(parse(Config, values, where="test"))
     torch.manual_seed(0)
-    report = evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
+    model = CLIP(**TINY).eval()
+    if is_broken:
+        torch.nn.init.constant_(model.text_projection, torch.nan)
+    report = evaluate(model, tasks, Preprocess(32))
     report.source, report.command = "runs/<b>x</b>", "leanclip eval --model 'runs/<b>x</b>'"
     return report
 
@@ -183,6 +186,15 @@ def test_a_hundred_classes_are_shown_by_the_worst(tmp_path: Path) -> None:
     assert len(squares) == int((result.confusion()[shown][:, shown] > 0).sum())
     assert "all 150 classes" in reader.text
     assert len(page) < 1_000_000
+
+
+def test_a_broken_model_has_a_page(tmp_path: Path) -> None:
+    report = make_report(tmp_path, is_broken=True)
+    page = write_report_page(tmp_path, report).read_text(encoding="utf-8")
+    text = Reader(re.sub(r"base64,[^\"]+", "", page)).text
+    assert "no number" in text
+    assert "nan" not in text
+    assert ":nan" not in page
 
 
 def test_only_tags_are_taken_as_they_are() -> None:

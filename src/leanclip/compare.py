@@ -68,7 +68,11 @@ class Comparison:
         """What `compare.json` holds."""
         return {
             "models": [
-                {"source": name, "sha256": report.weights, "metrics": report.metrics}
+                {
+                    "source": name,
+                    "sha256": report.weights,
+                    "metrics": report.facts()["metrics"],
+                }
                 for name, report in zip(self.names, self.reports, strict=True)
             ],
             "data": self.reports[0].data,

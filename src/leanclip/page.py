@@ -243,9 +243,13 @@ def heat(images: Sequence[Html], texts: Sequence[str], values: np.ndarray) -> Ht
     for text, row in zip(texts, values, strict=True):
         cells.append(tag("div", shortened(text), class_="caption"))
         for value in row:
-            share = (value - low) / (high - low)
-            kind = "cell hot" if share > 0.5 else "cell"
-            cells.append(tag("div", f"{value:.2f}", class_=kind, style=f"--v:{share:.2f}"))
+            is_number = math.isfinite(value)
+            share = (value - low) / (high - low) if is_number else 0.0
+            words, kind = (
+                f"{value:.2f}" if is_number else "–",
+                "cell hot" if share > 0.5 else "cell",
+            )
+            cells.append(tag("div", words, class_=kind, style=f"--v:{share:.2f}"))
     return tag("div", cells, class_="heat", style=f"--n:{len(images)}")
 
 

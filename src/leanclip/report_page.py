@@ -3,6 +3,7 @@
 Report, metrics.jsonl -> sections (of results: report_results.py) -> page
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def write_report_page(folder: Path, report: Report, skipped: BadSamples | None =
 
 
 def say(name: str, value: float) -> str:
-    """A figure as people write it: a percentage, or a rank."""
+    """A figure as people write it: a percentage, or a rank; of a broken model it may be none."""
+    if not math.isfinite(value):
+        return "no number"
     return f"{value:,.4g}" if name.endswith(NOT_SHARES) else f"{value:.1%}"
 
 

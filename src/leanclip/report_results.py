@@ -3,6 +3,7 @@
 Shapes: N images, C classes, E embedding, Q queries.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,7 +62,7 @@ def mistakes(result: Classification, task: Task) -> list[Html]:
         rows = ((labels == label) & (said == other)).nonzero()[:3, 0].tolist()
         right = ((labels == other) & (said == other)).nonzero()[:1, 0].tolist()
         figures = [
-            figure(_picture(result, task, i), f"said with {shares[i]:.0%}", kind="wrong")
+            figure(_picture(result, task, i), f"said with {_share(shares[i])}", kind="wrong")
             for i in rows
         ]
         figures += [
@@ -140,7 +141,7 @@ def neighbours(result: Classification | RetrievalResult, task: Task) -> list[Htm
             if isinstance(result, Classification):
                 is_same = result.labels[row] == result.labels[query]
                 kind = "right" if is_same else "wrong"
-            words = f"{value:.2f} {_words(result, row)}"
+            words = f"{_cosine(value)} {_words(result, row)}"
             figures.append(figure(_picture(result, task, row), words, kind=kind))
         parts.append(gallery(figures))
     return parts
@@ -160,6 +161,14 @@ def _words(result: Classification | RetrievalResult, row: int) -> str:
         return shortened(result.classes[int(result.labels[row])], 60)
     first = int((result.owners == row).nonzero()[0, 0])
     return shortened(result.captions[first], 60)
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}" if math.isfinite(value) else "no number"
+
+
+def _cosine(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "–"
 
 
 def _spread(rows: Sequence[int], count: int) -> list[int]:

@@ -139,8 +139,10 @@ def fit(
 
     Raises:
         ConfigError: `coverage` is not between 0 and 1.
-        DataError: too few images for it.
+        DataError: too few images for it, or scores that are no numbers.
     """
+    if not logits.isfinite().all():
+        raise DataError("calibration: the model gives scores that are no numbers; it is broken")
     if not 0 < coverage < 1:
         raise ConfigError(f"coverage: {coverage:g} is not between 0 and 1; for example 0.9")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
