@@ -68,7 +68,13 @@ def test_commands_have_the_options_that_are_shown(document: Path) -> None:
 
 def test_every_command_shows_an_example_that_it_understands() -> None:
     commands = (["shapes"], ["food101"], ["pack"], ["check"])
-    for words in (["train"], ["eval"], *(["data", *words] for words in commands)):
+    for words in (
+        ["train"],
+        ["eval"],
+        ["compare"],
+        ["interpolate"],
+        *(["data", *words] for words in commands),
+    ):
         done = run_cli(*words, "--help")
         assert done.returncode == 0
         assert "Example: leanclip " + " ".join(words) in done.stdout

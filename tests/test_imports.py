@@ -17,10 +17,14 @@ LEVELS = (
     ("norms", "loss_scale", "utilisation"),
     ("sharded", "shard_files", "evaluate"),
     ("checkpoint",),
-    ("plots", "towers", "plan", "step", "frozen"),
+    ("plots", "page", "towers", "plan", "step", "frozen"),
+    ("report_results",),
+    ("report_page",),
     ("outcome", "watching", "best"),
     ("train", "inference"),
-    ("cli", "cli_data", "doctor"),
+    ("compare", "sweep"),
+    ("compare_page",),
+    ("cli", "cli_data", "cli_eval", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -1,5 +1,6 @@
 """Evaluation: pure metrics over features, and the report that training and `eval` share."""
 
+from leanclip.evaluate.calibration import Calibration
 from leanclip.evaluate.classification import Classification, calibration_error, rank_of
 from leanclip.evaluate.command import TASKS, Wishes, evaluation_config
 from leanclip.evaluate.features import Encoded, encode_dataset, encode_texts
@@ -25,6 +26,7 @@ from leanclip.evaluate.zero_shot import (
 __all__ = [
     "METRICS",
     "TASKS",
+    "Calibration",
     "Classification",
     "Encoded",
     "ProbeResult",

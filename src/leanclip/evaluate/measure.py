@@ -71,7 +71,7 @@ def evaluate(
     with _as_in_use(model):
         share_buffers(model)
         report.weights = fingerprint(merged_state(model))
-        measuring = _Measuring(model, preprocess, report.weights if use_cache else None)
+        measuring = Measuring(model, preprocess, report.weights if use_cache else None)
         for task in tasks:
             measuring.add(task, report)
         if guard is not None:
@@ -94,19 +94,22 @@ def _as_in_use(model: CLIP) -> Iterator[None]:
             module.training = True
 
 
-class _Measuring:
+class Measuring:
     """A model on its way through tasks; what one has encoded the next finds.
 
     Args:
         model: in evaluation mode.
         preprocess: of the model.
         weights: their fingerprint, for a classifier from the cache; None: it is built.
+
+    Attributes:
+        encoded: images by `key_of`; what is put there is not encoded.
     """
 
     def __init__(self, model: CLIP, preprocess: Preprocess, weights: str | None) -> None:
         self.model, self.preprocess, self.weights = model, preprocess, weights
         self.device = model.logit_scale.device
-        self._encoded: dict[str, Encoded] = {}
+        self.encoded: dict[str, Encoded] = {}
 
     def add(self, task: Task, report: Report) -> None:
         """Measure a task; all ranks encode, the first one works out the figures."""
@@ -140,9 +143,9 @@ class _Measuring:
     def _encode(
         self, data: DataConfig, dataset: Dataset, task: Task, limit: int | None = None
     ) -> Encoded:
-        key = f"{data.model_dump_json(exclude={'templates'})} {limit} {bool(dataset.classes)}"
-        if key not in self._encoded:
-            self._encoded[key] = encode_dataset(
+        key = key_of(data, dataset, limit)
+        if key not in self.encoded:
+            self.encoded[key] = encode_dataset(
                 self.model,
                 dataset,
                 data,
@@ -151,7 +154,7 @@ class _Measuring:
                 limit=limit,
                 label=f"evaluating {task.name}",
             )
-        return self._encoded[key]
+        return self.encoded[key]
 
     def _zero_shot(self, task: Task, images: Encoded) -> ZeroShotResult | None:
         classes, templates = task.dataset.classes, task.dataset.templates
@@ -235,6 +238,11 @@ class _Measuring:
 
     def _placed(self, features: torch.Tensor, labels: torch.Tensor) -> Labelled:
         return Labelled(features.to(self.device), labels.to(self.device))
+
+
+def key_of(data: DataConfig, dataset: Dataset, limit: int | None) -> str:
+    """Names what is encoded: the same for tasks that read the same images."""
+    return f"{data.model_dump_json(exclude={'templates'})} {limit} {bool(dataset.classes)}"
 
 
 def _add_guard(

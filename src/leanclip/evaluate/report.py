@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from leanclip.evaluate.calibration import Calibration
 from leanclip.evaluate.classification import Classification
 from leanclip.evaluate.intervals import LEVEL, RESAMPLES, Interval
 from leanclip.evaluate.retrieval import RetrievalResult
@@ -37,6 +38,7 @@ class Report:
     before: dict[str, float] = field(default_factory=dict)  # figures before fine-tuning
     weights: str = ""  # weights.fingerprint of the model's state
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # by names of tasks
+    calibration: Calibration | None = None
     source: str = ""  # where the weights are
     command: str = ""  # that measures the same again
 
