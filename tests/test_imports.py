@@ -15,7 +15,7 @@ LEVELS = (
     ("data", "model"),
     ("distributed", "loss", "weights", "optim", "finetune"),
     ("norms", "loss_scale", "utilisation"),
-    ("sharded", "shard_files", "evaluate"),
+    ("sharded", "shard_files", "evaluate", "inputs", "classifier"),
     ("checkpoint",),
     ("plots", "towers", "plan", "step"),
     ("outcome", "watching", "best"),

@@ -23,17 +23,20 @@ def encode_images(model: CLIP, batch: Batch, preprocess: Preprocess) -> torch.Te
 
 
 @torch.inference_mode()
-def encode_texts(model: CLIP, texts: Sequence[str], *, batch_size: int = 256) -> torch.Tensor:
+def encode_texts(
+    model: CLIP, texts: Sequence[str], *, batch_size: int = 256, truncate: bool = True
+) -> torch.Tensor:
     """Unit features of texts, (M, E) float32 on the CPU; each distinct text is encoded once.
 
-    Texts over the context are cut.
+    Raises:
+        DataError: a text is over the context, and `truncate` does not have it cut.
     """
     device = model.logit_scale.device
     distinct = list(dict.fromkeys(texts))
     place = {text: i for i, text in enumerate(distinct)}
     parts = []
     for chunk in _chunks(distinct, batch_size):
-        tokens = trim(tokenize(chunk, model.context_length, truncate=True)).to(device)
+        tokens = trim(tokenize(chunk, model.context_length, truncate=truncate)).to(device)
         parts.append(F.normalize(model.encode_text(tokens).float(), dim=-1).cpu())
     return torch.cat(parts)[torch.tensor([place[text] for text in texts])]
 
