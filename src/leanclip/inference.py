@@ -296,7 +296,7 @@ class Clip:
         ):
             yield self.embed_pixels(pixels)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Unit features of pixels (B, 3, R, R) uint8: (B, E) float32 on the CPU."""
         pixels = normalize(pixels.to(self.device), self.preprocess.mean, self.preprocess.std)
@@ -369,4 +369,6 @@ def _given(features: torch.Tensor, as_torch: Literal[False]) -> np.ndarray: ...
 @overload
 def _given(features: torch.Tensor, as_torch: bool) -> np.ndarray | torch.Tensor: ...
 def _given(features: torch.Tensor, as_torch: bool) -> np.ndarray | torch.Tensor:
-    return features if as_torch else features.numpy()
+    if as_torch:  # autograd takes no tensor that was made in inference mode
+        return features.clone() if features.is_inference() else features
+    return features.numpy()
