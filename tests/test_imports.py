@@ -20,6 +20,7 @@ LEVELS = (
     ("plots", "towers", "plan", "step"),
     ("outcome", "watching", "best"),
     ("train", "inference", "charts"),
+    ("openai", "passl"),
     ("cli", "cli_data", "cli_use", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

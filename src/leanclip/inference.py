@@ -328,7 +328,7 @@ def load(
     source: str | Path,
     *,
     arch: Architecture | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     partial: bool = False,
     allow_urls: bool = False,
@@ -338,7 +338,7 @@ def load(
     Args:
         source: a file, a folder, a run's folder, a published name or a hub id.
         arch: the architecture, where the source does not say it or says it wrongly.
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        device: "auto" (CUDA where there is one), "cpu", "cuda", or another of torch's.
         dtype: what the towers compute in: "float32", "bfloat16" or "float16".
         partial: keep a new model's values for missing keys; drop left-over ones.
         allow_urls: images may be http or https addresses, which are then fetched.
@@ -358,10 +358,19 @@ def load(
             f"or arch='ViT-B-32-quickgelu' (OpenAI's)"
         )
     check_shapes(weights, weights.model)
-    model = CLIP(**to_plain(weights.model)).to(choose_device(device))
+    model = CLIP(**to_plain(weights.model)).to(_device(device))
     load_into(model, weights, partial=partial)
     preprocess = weights.preprocess or Preprocess(weights.model.image_resolution)
     return Clip(model.to(DTYPES[name]).eval(), preprocess, allow_urls)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name in ("auto", "cpu", "cuda"):
+        return choose_device(str(name))
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {name}: is none; give auto, cpu, cuda or cuda:1") from None
 
 
 @overload
