@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from web import serving
 
 import leanclip
-from leanclip.decode import open_image
+from leanclip.decoding import open_image
 from leanclip.errors import ConfigError, DataError, SampleError, WeightsError
 from leanclip.images import Preprocess
 from leanclip.inputs import to_source

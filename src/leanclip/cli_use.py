@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from leanclip.classifier import Guess
-    from leanclip.decode import Source
+    from leanclip.decoding import Source
     from leanclip.inference import Clip
 
 log = logging.getLogger("leanclip")
