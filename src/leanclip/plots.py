@@ -133,10 +133,14 @@ def curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def image_grid(
-    images: Sequence[Source], captions: Sequence[str], path: Path | None = None
+    images: Sequence[Source],
+    captions: Sequence[str],
+    path: Path | None = None,
+    *,
+    columns: int = 6,
 ) -> "Figure":
-    """Images in rows of six, each over its caption."""
-    columns = min(6, len(images))
+    """Images in rows, each under its caption."""
+    columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = new_figure(2.2 * columns, 2.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
