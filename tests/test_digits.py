@@ -44,6 +44,6 @@ def test_digits_are_named_zero_shot_after_training_from_scratch(tmp_path: Path) 
     )
     done = run_cli("train", "-c", "config.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "runs/config/evaluation.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "runs/config/report.json").read_text())["metrics"]
     print(metrics)
     assert metrics["zeroshot_top1"] >= 0.95

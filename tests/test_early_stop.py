@@ -16,7 +16,7 @@ from leanclip import CLIP, Preprocess, checkpoint
 from leanclip.best import has_stopped_gaining, is_news, judged
 from leanclip.checkpoint import Best
 from leanclip.config import load_config
-from leanclip.evaluate import METRICS, retrieval_metrics, zero_shot_metrics
+from leanclip.evaluate import METRICS, retrieval_metrics
 from leanclip.evaluate.guard import comparison
 from leanclip.plan import Plan, make_plan
 from leanclip.tracking import read_metrics
@@ -55,8 +55,10 @@ def checkpoints_of(run: Path) -> list[str]:
 
 
 def test_metrics_have_the_names_that_settings_may_use() -> None:
-    assert METRICS["retrieval"] == tuple(retrieval_metrics(torch.eye(2), torch.arange(2)))
-    assert METRICS["zero_shot"] == tuple(zero_shot_metrics(torch.eye(2), torch.arange(2)))
+    names = [n for n in retrieval_metrics(torch.eye(2), torch.arange(2)) if "rank" not in n]
+    assert METRICS["retrieval"] == tuple(names)
+    names = ("top1", "top5", "mean_per_class")
+    assert METRICS["zero_shot"] == tuple(f"zeroshot_{name}" for name in names)
 
 
 def test_the_best_is_the_first_of_equals_and_counts_what_came_after(workplace: Path) -> None:
@@ -183,9 +185,9 @@ def test_the_guard_is_measured_before_and_after(command: Command, workplace: Pat
     assert [line["step"] for line in lines] == [0, 3, 6]
     alone = command("eval", "--model", "base", "--data", "folder:classes", "--out", "e")
     assert alone.returncode == 0, alone.stderr
-    base = json.loads((workplace / "e/evaluation.json").read_text())["metrics"]
+    base = json.loads((workplace / "e/report.json").read_text())["metrics"]
     assert lines[0]["guard/zeroshot_top1"] == base["zeroshot_top1"]
-    report = json.loads((workplace / "a/evaluation.json").read_text())
+    report = json.loads((workplace / "a/report.json").read_text())
     then, now = lines[0]["guard/zeroshot_top1"], lines[-1]["guard/zeroshot_top1"]
     assert report["metrics"]["guard/zeroshot_top1"] == now
     assert report["before"]["guard/zeroshot_top1"] == then
@@ -199,7 +201,7 @@ def test_the_guard_is_measured_before_and_after(command: Command, workplace: Pat
         command("train", "--resume", "a", "--evaluate-only"),
     ):
         assert sentence in again.stdout, again.stderr
-        assert json.loads((workplace / "a/evaluation.json").read_text()) == report
+        assert json.loads((workplace / "a/report.json").read_text()) == report
     assert [line["step"] for line in read_metrics(workplace / "a")].count(0) == 1
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning: what stays locked, how fast the rest goes, and the weights that are written."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -312,9 +313,11 @@ def test_a_run_goes_on_to_the_bit_and_its_weights_are_those_measured(
     ]
     assert losses[0] == losses[1]
     # What everyone reads is what was measured.
-    evaluation = (workplace / "whole/evaluation.json").read_text()
     assert command("eval", "--model", "whole", "--out", "e").returncode == 0
-    assert (workplace / "e/evaluation.json").read_text() == evaluation
+    reports = [json.loads((workplace / run / "report.json").read_text()) for run in ("whole", "e")]
+    for part in ("metrics", "intervals", "data"):
+        assert reports[0][part] == reports[1][part]
+    assert reports[0]["weights"]["sha256"] == reports[1]["weights"]["sha256"]
 
 
 # --- LoRA

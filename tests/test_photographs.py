@@ -19,7 +19,7 @@ def test_eight_photographs_are_told_apart_both_ways(tmp_path: Path) -> None:
     )
     done = run_cli("train", "-c", "config.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "runs/config/evaluation.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "runs/config/report.json").read_text())["metrics"]
     assert metrics["image_to_text_R@1"] == 1.0
     assert metrics["text_to_image_R@1"] == 1.0
     assert "for 100.0% of 8 images" in done.stdout

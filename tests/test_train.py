@@ -127,7 +127,7 @@ def test_a_run_leaves_its_folder(command: Command, workplace: Path) -> None:
     assert [line["step"] for line in evaluations] == [3, 6]
     assert evaluations[-1].keys() >= {f"val/{name}" for name in retrieval_metrics(
         torch.eye(2), torch.arange(2))}  # fmt: skip
-    metrics = json.loads((run / "evaluation.json").read_text())["metrics"]
+    metrics = json.loads((run / "report.json").read_text())["metrics"]
     assert metrics["image_to_text_R@1"] == evaluations[-1]["val/image_to_text_R@1"]
     assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == [
         "step-00000003",
@@ -173,7 +173,7 @@ def test_a_killed_run_resumes_to_the_same_bits(workplace: Path, workers: int) ->
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (killed / "evaluation.json").exists()
+    assert not (killed / "report.json").exists()
     done = run_cli(*options, "--output-dir", "killed", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert "going on from killed/checkpoints/step-" in done.stderr
@@ -239,7 +239,7 @@ def test_load_starts_from_weights_with_a_fresh_optimiser(command: Command, workp
     )  # fmt: skip
     assert "starting from the weights of a" in done.stderr
     first, second = (
-        json.loads((workplace / run / "evaluation.json").read_text())["metrics"] for run in "ab"
+        json.loads((workplace / run / "report.json").read_text())["metrics"] for run in "ab"
     )
     assert first == second  # a rate of nearly nothing leaves the weights as they were
     assert_refused(
@@ -267,7 +267,7 @@ def test_evaluate_only_and_eval_agree_with_the_run(command: Command, workplace: 
         done = command(*arguments)
         assert done.returncode == 0, done.stderr
         assert sentence in done.stdout, arguments
-    assert (workplace / "e" / "evaluation.json").is_file()
+    assert (workplace / "e" / "report.json").is_file()
 
 
 def test_evaluate_only_measures_the_run_and_not_what_it_started_from(
@@ -276,12 +276,12 @@ def test_evaluate_only_measures_the_run_and_not_what_it_started_from(
     command("train", "-c", "config.yaml", "--output-dir", "a")
     command("train", "-c", "config.yaml", "--output-dir", "b", "--load", "a",
             "-o", "train.epochs=30")  # fmt: skip
-    trained = json.loads((workplace / "b/evaluation.json").read_text())
+    trained = json.loads((workplace / "b/report.json").read_text())["metrics"]
     command("train", "--resume", "b", "--evaluate-only")
-    assert json.loads((workplace / "b/evaluation.json").read_text()) == trained
+    assert json.loads((workplace / "b/report.json").read_text())["metrics"] == trained
     command("train", "--resume", "b", "--evaluate-only", "--load", "a")
-    base = json.loads((workplace / "a/evaluation.json").read_text())
-    assert json.loads((workplace / "b/evaluation.json").read_text()) == base
+    base = json.loads((workplace / "a/report.json").read_text())["metrics"]
+    assert json.loads((workplace / "b/report.json").read_text())["metrics"] == base
     assert base != trained
 
 
@@ -402,7 +402,7 @@ def test_tools_train_on_a_food101_shaped_folder(tmp_path: Path) -> None:
         cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "run/evaluation.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "run/report.json").read_text())["metrics"]
     assert metrics["zeroshot_top1"] == 1.0  # every class is one picture here
     assert "one of 6 classes" in done.stdout
 

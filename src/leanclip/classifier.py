@@ -13,6 +13,7 @@ import torch
 
 from leanclip.data.samples import class_names_in
 from leanclip.errors import DataError
+from leanclip.evaluate import Calibration
 
 
 class Guess(NamedTuple):
@@ -38,24 +39,35 @@ class Classifier:
     labels: tuple[str, ...]
     weights: torch.Tensor  # (C, E) float32, unit, on the CPU
     logit_scale: float  # the factor on cosines before the softmax
+    calibration: Calibration | None = None  # of these weights, labels and templates
 
 
 def guesses(
     classifier: Classifier, features: torch.Tensor, top: int | None = None
 ) -> list[list[Guess]]:
-    """The labels of each image by unit features (N, E), the most probable first."""
+    """The labels of each image by unit features (N, E), the most probable first.
+
+    Of an image that a calibration finds to be none of the labels it is an empty list.
+    """
     similarity = features @ classifier.weights.T  # (N, C)
-    probability = (classifier.logit_scale * similarity).softmax(dim=1)
+    logits = classifier.logit_scale * similarity
+    calibration = classifier.calibration
+    if calibration is None:
+        probability, is_none = logits.softmax(dim=1), torch.zeros(len(features))
+    else:
+        probability, is_none = calibration.probabilities(logits), calibration.is_none(logits)
     count = min(top or len(classifier.labels), len(classifier.labels))
     best = similarity.topk(count, dim=1).indices  # (N, top)
+    rows = zip(
+        best.tolist(),
+        probability.gather(1, best).tolist(),
+        similarity.gather(1, best).tolist(),
+        is_none.tolist(),
+        strict=True,
+    )
     return [
-        [
-            Guess(classifier.labels[label], p, s)
-            for label, p, s in zip(row.tolist(), p_row.tolist(), s_row.tolist(), strict=True)
-        ]
-        for row, p_row, s_row in zip(
-            best, probability.gather(1, best), similarity.gather(1, best), strict=True
-        )
+        [] if none else [Guess(classifier.labels[i], p, s) for i, p, s in zip(*row, strict=True)]
+        for *row, none in rows
     ]
 
 

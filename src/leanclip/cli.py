@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -48,6 +48,9 @@ NumGpus = Annotated[
     typer.Option(
         "--num-gpus", min=0, help="GPUs of this machine; 0: the CPU. Default: one or CPU."
     ),
+]
+NumProcs = Annotated[
+    int, typer.Option("--num-procs", min=1, help="Processes on the CPU, in place of GPUs.")
 ]
 Arch = Annotated[
     str | None,
@@ -104,9 +107,7 @@ def train(
     config: ConfigFile = None,
     overrides: Overrides = None,
     num_gpus: NumGpus = None,
-    num_procs: Annotated[
-        int, typer.Option(min=1, help="Processes on the CPU, in place of GPUs.")
-    ] = 1,
+    num_procs: NumProcs = 1,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Start again from the last checkpoint when a rank dies.")
     ] = 0,
@@ -147,10 +148,7 @@ def train(
         raise ConfigError("-c: give a config file, for example -c configs/quickstart.yaml")
     if run and output_dir and Path(run) != Path(output_dir):
         raise ConfigError(f"--resume {run}: goes on in that folder; leave --output-dir out")
-    if num_procs > 1 and num_gpus:
-        raise ConfigError(
-            f"--num-procs {num_procs}: are processes on the CPU; leave --num-gpus out"
-        )
+    ranks = _ranks(num_gpus, num_procs)
     with nothing_to_save():
         join_launch()
         settings = load_config(
@@ -162,15 +160,32 @@ def train(
             output_dir=run or output_dir,
             device="cpu" if num_procs > 1 else None,
         )
-        ranks = max(num_gpus or 1, num_procs)
-        if ranks == 1 or is_rank() or dry_run or evaluate_only:
+        if ranks == 1 or is_rank() or dry_run:
             _train(settings, num_gpus, ranks, resume is not None, dry_run, evaluate_only, load)
             return
+    _launch(context.obj, settings, num_gpus, ranks, max_restarts)
+
+
+def _ranks(num_gpus: int | None, num_procs: int) -> int:
+    """How many processes are asked for."""
+    from leanclip.errors import ConfigError
+
+    if num_procs > 1 and num_gpus:
+        raise ConfigError(
+            f"--num-procs {num_procs}: are processes on the CPU; leave --num-gpus out"
+        )
+    return max(num_gpus or 1, num_procs)
+
+
+def _launch(
+    words: list[str], settings: "Config", num_gpus: int | None, ranks: int, max_restarts: int = 0
+) -> NoReturn:
+    """The same command in several processes, and its exit code."""
     if num_gpus:
         from leanclip.distributed import choose_device
 
         choose_device(settings.device, num_gpus)  # one word here, not one of each rank
-    raise SystemExit(launch(context.obj, ranks=ranks, max_restarts=max_restarts))
+    raise SystemExit(launch(words, ranks=ranks, max_restarts=max_restarts))
 
 
 def _train(
@@ -190,11 +205,12 @@ def _train(
     from leanclip.train import train as start
 
     device = choose_device(settings.device, num_gpus)
-    if evaluate_only:
-        if rank() == 0:
-            print(outcomes.summary(outcomes.evaluate_only(settings, device, load)))
-        return
     join_group(device)
+    if evaluate_only:
+        outcome = outcomes.evaluate_only(settings, device, load)
+        if outcome is not None:
+            print(outcomes.summary(outcome))
+        return
     plan = make_plan(settings, device, ranks=ranks)
     if dry_run:
         if rank() == 0:
@@ -216,6 +232,7 @@ def _train(
     epilog="Example: leanclip eval --model runs/quickstart --data folder:data/shapes/unseen",
 )
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option(help="A run's folder, a folder of weights, or a file (then with -c).")
     ],
@@ -227,22 +244,31 @@ def evaluate(
     config: ConfigFile = None,
     overrides: Overrides = None,
     num_gpus: NumGpus = None,
+    num_procs: NumProcs = 1,
     arch: Arch = None,
     out: Annotated[
-        str | None, typer.Option(help="Where to write evaluation.json and pictures.")
+        str | None, typer.Option(help="Where to write report.json and pictures.")
     ] = None,
 ) -> None:
     """Evaluate weights: zero-shot top-1/top-5, and recall@1/5/10 both ways."""
-    from leanclip.distributed import choose_device
+    import shlex
+
+    from leanclip.distributed import choose_device, join_group
     from leanclip.evaluate import evaluation_config
     from leanclip.outcome import evaluate_only, summary
 
+    ranks = _ranks(num_gpus, num_procs)
+    join_launch()
     settings = evaluation_config(
         model, data_spec, task, config=config, arch=arch, overrides=overrides or (), out=out
     )
-    device = choose_device(settings.device, num_gpus)
-    if rank() == 0:
-        print(summary(evaluate_only(settings, device, model)))
+    if ranks > 1 and not is_rank():
+        _launch(context.obj, settings, num_gpus, ranks)
+    device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
+    join_group(device)
+    outcome = evaluate_only(settings, device, model, shlex.join(["leanclip", *context.obj]))
+    if outcome is not None:
+        print(summary(outcome))
 
 
 @app.command(epilog="Example: leanclip convert runs/quickstart quickstart-hf --to hf")

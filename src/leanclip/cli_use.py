@@ -73,6 +73,13 @@ def classify(
             "--template", help='A sentence with {} for the label; may be repeated; "{}": none.'
         ),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="A calibration.json (leanclip eval --calibrate), or its folder: an image may then "
+            "be none of these."
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Labels to show of each image.")] = 5,
     plot: Plot = None,
     device: Device = "auto",
@@ -86,7 +93,9 @@ def classify(
 
     _only_one_reads_stdin([*images, labels])
     clip = _load(model, device, allow_urls)
-    classifier = clip.classifier(_labels(labels), templates or TEMPLATES, truncate=truncate)
+    classifier = clip.classifier(
+        _labels(labels), templates or TEMPLATES, calibration=calibration, truncate=truncate
+    )
     sources = _sources(images)
     drawn: list[tuple[Source, Sequence[Guess]]] = []
     rows = _Table("image", "label", "probability", "similarity", as_json=as_json)
@@ -100,6 +109,8 @@ def classify(
                     for label, p, s in found
                 ]
                 rows.add_json({"image": name, "labels": facts})
+            elif not found:
+                rows.add(name, "none of these", "", "")
             for place, guess in enumerate(() if rows.is_json else found):
                 first = "" if place else name
                 rows.add(first, guess.label, f"{guess.probability:.1%}", f"{guess.similarity:.3f}")

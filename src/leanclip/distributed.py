@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -123,6 +124,13 @@ def mean_over_ranks_(values: Sequence[torch.Tensor]) -> None:
     for value in values if world_size > 1 else ():
         dist.all_reduce(value)
         value /= world_size
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the first one's buffers: a BatchNorm's statistics are each rank's own."""
+    if rank_and_world_size()[1] > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:

@@ -32,7 +32,7 @@ from leanclip.data.folder import TEMPLATES
 from leanclip.data.samples import check_templates
 from leanclip.distributed import choose_device
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.evaluate import build_classifier
+from leanclip.evaluate import Calibration, build_classifier
 from leanclip.evaluate.features import encode_texts
 from leanclip.images import Preprocess, normalize
 from leanclip.inputs import ImageInput, ImageInputs, gather, pixel_batches
@@ -192,6 +192,7 @@ class Clip:
         labels: Sequence[str] | str | Path,
         templates: str | Sequence[str] = TEMPLATES,
         *,
+        calibration: Calibration | str | Path | None = None,
         truncate: bool = False,
     ) -> Classifier:
         """The labels as a zero-shot classifier, to be used again and again.
@@ -199,17 +200,24 @@ class Clip:
         Args:
             labels: words, or a file with a label a line.
             templates: sentences with `{}` for the label; the mean over them is taken.
+            calibration: what `leanclip eval --calibrate` wrote for these weights, labels and
+                templates: probabilities then mean what they say, and none of them may fit.
             truncate: cut prompts that are over the context.
 
         Raises:
             DataError: fewer than two labels, an empty one, one given twice, a template without
                 `{}`, a prompt over the context, or no such file.
+            ConfigError: the calibration is of something else.
         """
         names = check_labels(read_labels(labels) if isinstance(labels, str | Path) else labels)
         templates = [templates] if isinstance(templates, str) else templates
         check_templates(templates, where="templates")
+        if isinstance(calibration, str | Path):
+            calibration = Calibration.load(calibration)
+        if calibration is not None:
+            calibration.check(self.model, names, templates)
         weights = build_classifier(self.model, names, templates, truncate=truncate)  # (C, E)
-        return Classifier(tuple(names), weights, self.logit_scale)
+        return Classifier(tuple(names), weights, self.logit_scale, calibration)
 
     @overload  # a path may be a folder's too
     def classify(  # pyright: ignore[reportOverlappingOverload]
@@ -218,6 +226,7 @@ class Clip:
         labels: Classifier | Sequence[str] | str | Path,
         templates: str | Sequence[str] = TEMPLATES,
         *,
+        calibration: Calibration | str | Path | None = None,
         top: int | None = None,
     ) -> list[Guess]: ...
     @overload
@@ -227,6 +236,7 @@ class Clip:
         labels: Classifier | Sequence[str] | str | Path,
         templates: str | Sequence[str] = TEMPLATES,
         *,
+        calibration: Calibration | str | Path | None = None,
         top: int | None = None,
     ) -> list[list[Guess]]: ...
     def classify(
@@ -235,16 +245,19 @@ class Clip:
         labels: Classifier | Sequence[str] | str | Path,
         templates: str | Sequence[str] = TEMPLATES,
         *,
+        calibration: Calibration | str | Path | None = None,
         top: int | None = None,
     ) -> list[Guess] | list[list[Guess]]:
         """Which label fits an image, the most probable first: a list for one image.
 
-        For a list, a folder or an iterator of images it is a list of such lists.
+        For a list, a folder or an iterator of images it is a list of such lists. With a
+        calibration, the list of an image that is none of the labels is empty.
 
         Args:
             images: see the class.
             labels: what `classifier` made, or words or a file that it shall be made of.
             templates: see `classifier`; of no use with one that is made.
+            calibration: see `classifier`; one that is made has its own.
             top: only so many of the most probable labels.
 
         Raises:
@@ -252,7 +265,7 @@ class Clip:
         """
         is_single = gather(images).is_single
         if not isinstance(labels, Classifier):
-            labels = self.classifier(labels, templates)
+            labels = self.classifier(labels, templates, calibration=calibration)
         found = guesses(labels, self._image_features(images), top)
         return found[0] if is_single else found
 

@@ -1,5 +1,6 @@
 """What a run came to: figures, sentences and pictures in its folder, and what to type next."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from leanclip import checkpoint
 from leanclip.config import Config
 from leanclip.data.skipped import BadSamples
+from leanclip.distributed import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import Report, evaluate, open_guard, open_tasks
 from leanclip.model import CLIP
@@ -29,14 +31,24 @@ class Outcome:
     seconds: float  # of training, over all starts
 
 
-def evaluate_only(config: Config, device: torch.device, source: str | None = None) -> Outcome:
+def evaluate_only(
+    config: Config, device: torch.device, source: str | None = None, command: str = ""
+) -> Outcome | None:
     """Measure weights without training: of `source`, else of the run's folder, else `config.load`.
+
+    Every rank calls this; the first one gives the outcome. `command` is what the report says
+    measures the same again.
 
     Raises:
         ConfigError: the configuration names nothing to evaluate.
         WeightsError: there are no weights, or they do not fit the model.
     """
+    rank = rank_and_world_size()[0]
+    if rank > 0:
+        barrier()  # what the first rank prepares, such as an index, the others find
     tasks, guard = open_tasks(config), open_guard(config)
+    if rank == 0:
+        barrier()
     if not tasks and guard is None:
         raise ConfigError("nothing to evaluate: set evaluate.zero_shot or evaluate.retrieval")
     folder = Path(config.output_dir)
@@ -49,7 +61,8 @@ def evaluate_only(config: Config, device: torch.device, source: str | None = Non
     before = progress.before if progress else {}
     preprocess = model_preprocess(config)
     report = evaluate(model.to(device), tasks, preprocess, guard=guard, before=before)
-    return finish(folder, report, 0.0)
+    report.source, report.command = source or str(folder), command
+    return finish(folder, report, 0.0) if rank == 0 else None
 
 
 def summary(outcome: Outcome) -> str:
@@ -63,7 +76,7 @@ def summary(outcome: Outcome) -> str:
     if skipped.found:
         lines.append(f"Training skipped {skipped.summary()}: see {skipped.path}")
     if report.bad:
-        lines.append(f"{len(report.bad)} samples could not be used: see {folder}/evaluation.json")
+        lines.append(f"{len(report.bad)} samples could not be used: see {folder}/report.json")
     if not report.sentences:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
     lines.append(f"Folder:   {folder}")
@@ -83,7 +96,9 @@ def summary(outcome: Outcome) -> str:
 
 
 def finish(folder: Path, report: Report, seconds: float) -> Outcome:
-    """Write evaluation.json and the pictures."""
+    """Write report.json and the pictures."""
+    report.source = report.source or str(folder)
+    report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder)
     return Outcome(folder, report, run_pictures(folder, report), seconds)

@@ -116,7 +116,11 @@ def curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
     }
     evaluations = [line for line in lines if any(name.startswith(MEASURED) for name in line)]
     if len(evaluations) > 1:
-        charts["evaluation"] = sorted(name for name in evaluations[-1] if name.startswith(MEASURED))
+        charts["evaluation"] = sorted(
+            name
+            for name in evaluations[-1]
+            if name.startswith(MEASURED) and not name.endswith(("_rank", "_ece"))  # of other scales
+        )
     figure = new_figure(4 * len(charts), 3.4)
     for axes, (title, names) in zip(figure.subplots(1, len(charts)), charts.items(), strict=True):
         for name in names:

@@ -36,22 +36,19 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(model: CLIP) -> CLIP:
-    """The model; of a sharded one a copy with every parameter, on the first rank alone.
+    """The model; of a sharded one a copy with every parameter, on each rank.
 
     Every rank calls this.
     """
     if not is_sharded(model):
         return model
-    is_first = rank_and_world_size()[0] == 0
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        full = tensor.full_tensor() if is_shard(tensor) else tensor
-        if is_first:
-            tensors[name] = full
+    tensors = {
+        name: tensor.full_tensor() if is_shard(tensor) else tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
     with torch.device("meta"):
         copy = CLIP(**to_plain(model.config))
-    if is_first:
-        copy.load_state_dict(tensors, assign=True)
+    copy.load_state_dict(tensors, assign=True)
     return copy
 
 

@@ -2,7 +2,7 @@
 
     plan -> start (scratch, weights or checkpoint) -> loop -> evaluate -> pictures
 
-The run's folder holds config.yaml, metrics.jsonl, checkpoints/, evaluation.json and pictures.
+The run's folder holds config.yaml, metrics.jsonl, checkpoints/, report.json and pictures.
 The same command in the same folder goes on from the newest checkpoint.
 """
 
@@ -248,13 +248,10 @@ def _fit(
 
 
 def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
-    """The report of the first rank; the others wait, and get its figures."""
-    report, model = Report(), whole(model)
-    if rank_and_world_size()[0] == 0:
-        with tuning.averaged():
-            report = evaluate(model, plan.tasks, plan.preprocess, guard=plan.guard, before=before)
-    report.metrics = everyones(report.metrics)[0]
-    return report
+    """The report, to which every rank adds its part; all have the figures, the first has all."""
+    model = whole(model)
+    with tuning.averaged():
+        return evaluate(model, plan.tasks, plan.preprocess, guard=plan.guard, before=before)
 
 
 def _save(

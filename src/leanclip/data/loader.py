@@ -8,6 +8,7 @@ rank reads it or when: the position alone rebuilds the stream.
 Shapes: B batch, L tokens, R resolution.
 """
 
+import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,9 @@ class Batch:
         default_factory=lambda: torch.empty(0, dtype=torch.int64)
     )
     captions: list[Sequence[str]] = field(default_factory=list)  # all of them, in evaluation
+    digests: torch.Tensor = field(  # (B,) int64, of image files and their words, in evaluation
+        default_factory=lambda: torch.empty(0, dtype=torch.int64)
+    )
     bad: list[Bad] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -126,13 +130,19 @@ def evaluation_batches(
     context_length: int,
     batch_size: int,
     limit: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Every sample once, in order, centre-cropped, with its first caption."""
+    """Every sample once, in order, centre-cropped, with its first caption.
+
+    Of several ranks each takes every `world_size`-th batch, from the rank-th: the batches are
+    the same whatever the number of ranks, and so is what a model makes of them.
+    """
     size = min(len(dataset), limit or len(dataset))
     reader = _Reader(dataset, config, resolution, context_length, True, None)
     visits = (
         [Visit(0, place, place) for place in range(first, min(first + batch_size, size))]
-        for first in range(0, size, batch_size)
+        for first in range(rank * batch_size, size, world_size * batch_size)
     )
     yield from _load(reader, visits, config.workers)
 
@@ -230,6 +240,15 @@ def _group(sample: Sample, tokens: torch.Tensor) -> int:
     return int.from_bytes(blake2b(tokens.numpy().tobytes(), digest_size=7).digest())
 
 
+def _digest(sample: Sample) -> int:
+    """Of an image file's bytes, and of the label or else the captions."""
+    image = sample.image if isinstance(sample.image, bytes) else sample.image.read_bytes()
+    found = blake2b(image, digest_size=8)
+    words = sample.captions if sample.label is None else sample.label
+    found.update(json.dumps(words).encode())
+    return int.from_bytes(found.digest(), signed=True)
+
+
 def _as_it_is(batch: T) -> T:
     return batch
 
@@ -258,7 +277,7 @@ class _Reader:
         me[0] = os.getpid()
         images = torch.empty(len(visits), 3, self.resolution, self.resolution, dtype=torch.uint8)
         samples: list[Sample] = []
-        indices, captions, bad = [], [], []
+        indices, captions, digests, bad = [], [], [], []
         for visit in visits:
             what = visit.what
             index = me[1] = -1 if isinstance(what, Sample) else what
@@ -266,6 +285,8 @@ class _Reader:
             try:
                 sample = what if isinstance(what, Sample) else self.dataset[what]
                 caption, pixels = self._look(sample, visit)
+                if self.seed is None:
+                    digests.append(_digest(sample))
             except SampleError as error:
                 name = sample.id if sample else self.dataset.name(index)
                 bad.append(Bad.of(name, error))
@@ -283,6 +304,7 @@ class _Reader:
             torch.tensor([sample.source for sample in samples]).long(),
             torch.tensor([_group(s, row) for s, row in zip(samples, tokens, strict=True)]).long(),
             [sample.captions for sample in samples] if self.seed is None else [],
+            torch.tensor(digests, dtype=torch.int64),
             bad,
         )
 

@@ -1,20 +1,42 @@
 """Evaluation: pure metrics over features, and the report that training and `eval` share."""
 
+from leanclip.evaluate.calibration import Calibration
+from leanclip.evaluate.classification import Classification, calibration_error, rank_of
+from leanclip.evaluate.features import Encoded, encode_dataset, encode_texts
+from leanclip.evaluate.intervals import bootstrap
 from leanclip.evaluate.report import Report, evaluate
-from leanclip.evaluate.retrieval import recall_at_k, retrieval_metrics
+from leanclip.evaluate.retrieval import (
+    RetrievalResult,
+    recall_at_k,
+    retrieval_metrics,
+    retrieval_ranks,
+    retrieve,
+)
 from leanclip.evaluate.tasks import METRICS, Task, evaluation_config, open_guard, open_tasks
-from leanclip.evaluate.zero_shot import build_classifier, zero_shot_metrics
+from leanclip.evaluate.zero_shot import ZeroShotResult, build_classifier, zero_shot
 
 __all__ = [
     "METRICS",
+    "Calibration",
+    "Classification",
+    "Encoded",
     "Report",
+    "RetrievalResult",
     "Task",
+    "ZeroShotResult",
+    "bootstrap",
     "build_classifier",
+    "calibration_error",
+    "encode_dataset",
+    "encode_texts",
     "evaluate",
     "evaluation_config",
     "open_guard",
     "open_tasks",
+    "rank_of",
     "recall_at_k",
     "retrieval_metrics",
-    "zero_shot_metrics",
+    "retrieval_ranks",
+    "retrieve",
+    "zero_shot",
 ]

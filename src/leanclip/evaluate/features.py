@@ -1,17 +1,133 @@
-"""Unit features of images and texts, in batches, without gradients.
+"""Unit features of images and texts, in batches, without gradients, over all ranks.
 
-Shapes: N images, M texts, E embedding.
+    a data set -> this rank's batches -> features -> everyone's, in the data set's order
+    texts -> the distinct ones, by length -> batches of one length, without padding -> features
+
+What a batch holds does not depend on the number of ranks, so the features do not either.
+
+Shapes: N images, M texts, E embedding, B batch, L tokens.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from leanclip.data.loader import Batch, trim
+from leanclip.config import DataConfig
+from leanclip.data import Dataset
+from leanclip.data.loader import Batch, evaluation_batches
+from leanclip.data.skipped import Bad, BadSamples
+from leanclip.distributed import everyones, gather_rows, rank_and_world_size
+from leanclip.errors import DataError
 from leanclip.images import Preprocess, normalize
 from leanclip.model import CLIP
-from leanclip.tokenizer import tokenize
+from leanclip.tokenizer import END, tokenize
+from leanclip.tracking import ProgressBar
+
+log = logging.getLogger("leanclip")
+
+_TEXTS = 4096  # that are tokenised at a time
+
+
+class Encoded(NamedTuple):
+    """The readable images of a data set, in its order."""
+
+    features: torch.Tensor  # (N, E) float32, of unit length
+    indices: torch.Tensor  # (N,) int64, in the data set
+    labels: torch.Tensor  # (N,) int64, of class data; -1 elsewhere
+    captions: list[Sequence[str]]  # N, of data that is no class data
+    digests: torch.Tensor  # (N,) int64, of image files and their captions or labels
+    bad: dict[str, str]  # those that could not be read: id -> reason
+
+    def fingerprint(self, classes: Sequence[str] = ()) -> str:
+        """SHA-256 over the images' digests, in order, and the names of classes.
+
+        An image's digest is the BLAKE2b, of eight bytes, of its file and its label or captions:
+        the same data gives the same, wherever it lies and however it is packed.
+        """
+        found = hashlib.sha256(self.digests.numpy().astype("<i8").tobytes())
+        found.update(json.dumps(list(classes)).encode())
+        return found.hexdigest()
+
+
+def encode_dataset(
+    model: CLIP,
+    dataset: Dataset,
+    data: DataConfig,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    label: str = "encoding",
+) -> Encoded:
+    """Features of every readable image; every rank calls this, encodes its part, and gets all.
+
+    Args:
+        model: in evaluation mode; the same on every rank.
+        dataset: what `data` describes.
+        data: workers and limits.
+        preprocess: of the model.
+        batch_size: images of a forward pass.
+        limit: only so many samples, from the start.
+        label: of the progress bar.
+
+    Raises:
+        DataError: more than the allowed share is unreadable, or all.
+    """
+    rank, world_size = rank_and_world_size()
+    most_bad = data.max_bad_share * len(dataset)
+    features, whole = [torch.empty(0, model.config.embed_dim)], torch.empty(0, 3).long()
+    facts, captions, bad = [whole], [], []
+    batches = evaluation_batches(
+        dataset,
+        data,
+        resolution=preprocess.resolution,
+        context_length=model.context_length,
+        batch_size=batch_size,
+        limit=limit,
+        rank=rank,
+        world_size=world_size,
+    )
+    total = min(len(dataset), limit or len(dataset))
+    with ProgressBar(label, total, is_silent=rank > 0) as bar:
+        done = 0
+        for batch in batches:
+            bad += batch.bad
+            if len(bad) > most_bad:  # enough to say so
+                break
+            if len(batch):
+                features.append(encode_images(model, batch, preprocess))
+                facts.append(torch.stack([batch.indices, batch.labels, batch.digests], dim=1))
+                captions += [] if dataset.classes else batch.captions
+            done += len(batch) + len(batch.bad)
+            bar.update(min(done * world_size, total))
+    reasons = _report_bad(dataset, data, bad)
+    rows, numbers = gather_rows(torch.cat(features))[0], gather_rows(torch.cat(facts))[0]
+    if not len(rows):
+        raise DataError(f"{data.root}: none of the images is readable")
+    captions = [several for part in everyones(captions) for several in part]
+    order = numbers[:, 0].argsort()
+    indices, labels, digests = numbers[order].unbind(dim=1)
+    if captions:
+        captions = [captions[i] for i in order.tolist()]
+    return Encoded(rows[order], indices, labels, captions, digests, reasons)
+
+
+def _report_bad(dataset: Dataset, data: DataConfig, bad: Sequence[Bad]) -> dict[str, str]:
+    """What all ranks could not read: id -> reason.
+
+    Raises:
+        DataError: too many, on every rank.
+    """
+    every = sorted(one for part in everyones(list(bad)) for one in part)
+    for reason in BadSamples(len(dataset), data.max_bad_share).add(every):
+        log.warning("skipped: %s", reason)
+    return {one.id: one.reason for one in every}
 
 
 @torch.inference_mode()
@@ -24,22 +140,59 @@ def encode_images(model: CLIP, batch: Batch, preprocess: Preprocess) -> torch.Te
 
 @torch.inference_mode()
 def encode_texts(
-    model: CLIP, texts: Sequence[str], *, batch_size: int = 256, truncate: bool = True
+    model: CLIP,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    shared: bool = False,
+    truncate: bool = True,
 ) -> torch.Tensor:
     """Unit features of texts, (M, E) float32 on the CPU; each distinct text is encoded once.
 
+    Batches are of texts of one length, so that nothing is padded.
+
+    Args:
+        model: in evaluation mode.
+        texts: M of them.
+        batch_size: texts of a forward pass.
+        shared: every rank calls this, encodes its part, and gets all.
+        truncate: cut texts that are over the context.
+
     Raises:
-        DataError: a text is over the context, and `truncate` does not have it cut.
+        DataError: a text is over the context, and `truncate` is false.
     """
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    tokens = _tokens(list(place), model.context_length, truncate=truncate)
+    lengths = (tokens == END).int().argmax(dim=1) + 1
+    rank, world_size = rank_and_world_size() if shared else (0, 1)
     device = model.logit_scale.device
-    distinct = list(dict.fromkeys(texts))
-    place = {text: i for i, text in enumerate(distinct)}
-    parts = []
-    for chunk in _chunks(distinct, batch_size):
-        tokens = trim(tokenize(chunk, model.context_length, truncate=truncate)).to(device)
-        parts.append(F.normalize(model.encode_text(tokens).float(), dim=-1).cpu())
-    return torch.cat(parts)[torch.tensor([place[text] for text in texts])]
+    parts = [torch.empty(0, model.config.embed_dim)]
+    own = [torch.empty(0).long()]
+    for rows in _batches(lengths, batch_size)[rank::world_size]:
+        chosen = tokens[rows, : int(lengths[rows[0]])].long().to(device)  # (B, L)
+        parts.append(F.normalize(model.encode_text(chosen).float(), dim=-1).cpu())
+        own.append(rows)
+    found, rows = torch.cat(parts), torch.cat(own)
+    if shared:
+        found, rows = gather_rows(found)[0], gather_rows(rows)[0]
+    features = torch.empty_like(found)
+    features[rows] = found
+    if len(place) == len(texts):
+        return features
+    return features[torch.tensor([place[text] for text in texts])]
 
 
-def _chunks(texts: Sequence[str], size: int) -> Iterable[Sequence[str]]:
-    return (texts[first : first + size] for first in range(0, len(texts), size))
+def _tokens(texts: Sequence[str], context_length: int, *, truncate: bool) -> torch.Tensor:
+    """Ids of many texts in half the memory of int64."""
+    chunks = [
+        tokenize(texts[first : first + _TEXTS], context_length, truncate=truncate).int()
+        for first in range(0, len(texts), _TEXTS)
+    ]
+    return torch.cat([torch.empty(0, context_length, dtype=torch.int32), *chunks])
+
+
+def _batches(lengths: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Rows in batches of at most `size`, each of texts of one length."""
+    order = lengths.argsort(stable=True)
+    counts = np.unique(lengths.numpy(), return_counts=True)[1].tolist()
+    return [batch for same in order.split(counts) for batch in same.split(size)] if counts else []

@@ -34,11 +34,11 @@ MEASURABLE = {  # what a layout's data allows; of the others the data itself say
 }
 
 
-METRICS = {  # what a task's figures are called
+METRICS = {  # what the figures are called of which more is better
     "retrieval": tuple(
         f"{way}_R@{k}" for k in (1, 5, 10) for way in ("image_to_text", "text_to_image")
     ),
-    "zero_shot": ("zeroshot_top1", "zeroshot_top5"),
+    "zero_shot": ("zeroshot_top1", "zeroshot_top5", "zeroshot_mean_per_class"),
 }
 
 

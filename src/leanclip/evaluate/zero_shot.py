@@ -1,16 +1,29 @@
-"""Zero-shot classification: a classifier made of class names, and its figures.
+"""Zero-shot classification: a classifier made of class names, and what it says of images.
 
 Shapes: N images, C classes, T templates, E embedding.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from leanclip.data.samples import fill
-from leanclip.evaluate.features import encode_texts
+from leanclip.evaluate.classification import Classification, classify
+from leanclip.evaluate.features import Encoded, encode_texts
 from leanclip.model import CLIP
+
+_BLOCK = 1 << 24  # scores at a time
+
+
+@dataclass(frozen=True)
+class ZeroShotResult(Classification):
+    """What the prompts' classifier said of each image."""
+
+    templates: Sequence[str]
+    classifier: torch.Tensor  # (C, E), of unit length
+    scale: float  # probabilities are softmax(scale * cosine)
 
 
 def build_classifier(
@@ -33,11 +46,20 @@ def build_classifier(
     return F.normalize(features.view(len(classes), len(templates), -1).mean(dim=1), dim=-1)
 
 
-def zero_shot_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Shares of images whose class is first, and among the first five, by scores (N, C)."""
-    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices  # (N, <=5)
-    hits = ranked == labels[:, None]
-    return {
-        "zeroshot_top1": hits[:, 0].float().mean().item(),
-        "zeroshot_top5": hits.any(dim=1).float().mean().item(),
-    }
+def zero_shot(
+    images: Encoded,
+    classifier: torch.Tensor,
+    *,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    scale: float,
+    device: torch.device | str = "cpu",
+) -> ZeroShotResult:
+    """Classify encoded images; `scale` is exp(logit_scale)."""
+    weights = classifier.to(device)
+    rows = max(1, _BLOCK // len(classes))
+    scores = (part.to(device) @ weights.T * scale for part in images.features.split(rows))
+    said = classify(
+        scores, images.labels, classes=classes, indices=images.indices, features=images.features
+    )
+    return ZeroShotResult(**vars(said), templates=templates, classifier=classifier, scale=scale)

@@ -4,6 +4,7 @@ source -> read_weights -> Weights (tensors by OpenAI's names, architecture) -> l
 """
 
 from leanclip.weights.convert import DIALECTS, write_weights
+from leanclip.weights.fingerprint import fingerprint
 from leanclip.weights.interpolate import interpolate
 from leanclip.weights.native import SHARDS, describe_weights, save_weights
 from leanclip.weights.read import read_architecture, read_weights
@@ -14,6 +15,7 @@ __all__ = [
     "SHARDS",
     "Weights",
     "describe_weights",
+    "fingerprint",
     "infer_architecture",
     "interpolate",
     "load_into",

@@ -1,0 +1,158 @@
+"""`leanclip eval`: one process and three, what it writes, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Command, fork_ranks, make_config, ranks_of
+from PIL import Image
+
+from leanclip import CLIP, Preprocess
+from leanclip.config import Config
+from leanclip.evaluate import encode_texts, evaluate, open_tasks
+from leanclip.settings import parse
+from leanclip.weights import save_weights
+
+CLASSES = ("ant", "bee", "cow", "dog", "eel")
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def make_model(folder: Path, **changes: Any) -> Path:
+    torch.manual_seed(1)
+    model = CLIP(**TINY | changes)
+    folder.mkdir()
+    save_weights(folder, model.state_dict(), model.config, Preprocess(32))
+    return folder
+
+
+def make_table(root: Path, count: int) -> Path:
+    """Tables of `count` small images: with captions, some the same; and with classes."""
+    root.mkdir()
+    lines = []
+    for i in range(count):
+        Image.new("RGB", (8, 8), (i % 256, i * 7 % 256, i * 31 % 256)).save(root / f"{i}.bmp")
+        lines.append((f"{i}.bmp", f"picture {i % 700} of them", CLASSES[i % 5]))
+    for name, place in (("caption", 1), ("label", 2)):
+        rows = [f"image,{name}", *(f"{line[0]},{line[place]}" for line in lines)]
+        (root / f"{name}.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def test_three_ranks_give_the_figures_of_one(command: Command, workplace: Path) -> None:
+    make_model(workplace / "m")
+    make_table(workplace / "t", 1003)
+    (workplace / "t" / "7.bmp").write_bytes(b"no image")
+    for name, task in (("caption", "retrieval"), ("label", "zeroshot")):
+        options = ("eval", "--model", "m", "--data", f"table:t/{name}.csv", "--task", task)
+        one = command(*options, "--out", f"one-{name}")
+        assert one.returncode == 0, one.stderr
+        assert "1002 images" in one.stdout
+        assert one.stderr.count("skipped: t/7.bmp") == 1
+        ranks = fork_ranks(3, *options, "--out", f"three-{name}", folder=workplace)
+        assert [rank.code() for rank in ranks] == [0, 0, 0], ranks[0].said()
+        assert [rank.said() for rank in ranks[1:]] == ["", ""]
+        assert ranks[0].said().count("skipped: t/7.bmp") == 1
+        reports = [report_of(workplace / f"{which}-{name}") for which in ("one", "three")]
+        for part in ("metrics", "intervals", "sentences", "weights", "data", "classes", "bad"):
+            assert reports[0][part] == reports[1][part], part
+
+
+def test_ranks_are_started_by_an_option(command: Command, workplace: Path) -> None:
+    make_model(workplace / "m")
+    options = ("eval", "--model", "m", "--data", "pairs:data")
+    one = command(*options, "--out", "one")
+    two = command(*options, "--num-procs", "2", "--out", "two")
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert report_of(workplace / "one")["metrics"] == report_of(workplace / "two")["metrics"]
+
+
+def test_figures_during_training_are_shared_too(command: Command, workplace: Path) -> None:
+    """Three ranks of a ResNet, whose BatchNorms' statistics differ by rank."""
+    make_config(
+        workplace / "config.yaml",
+        model={"vision_layers": [1, 1, 1, 1], "vision_width": 8, "vision_heads": 2,
+               "vision_patch_size": None},
+        train={"epochs": 1},
+        evaluate={"batch_size": 5},
+    )  # fmt: skip
+    ranks = fork_ranks(3, "train", "-c", "config.yaml", folder=workplace)
+    assert [rank.code() for rank in ranks] == [0, 0, 0], ranks[0].said()
+    done = command("eval", "--model", "runs/config", "--out", "again")
+    assert done.returncode == 0, done.stderr
+    run, again = report_of(workplace / "runs/config"), report_of(workplace / "again")
+    for part in ("metrics", "intervals", "data"):
+        assert run[part] == again[part]
+    assert run["weights"]["sha256"] == again["weights"]["sha256"]
+    assert run["command"] == "leanclip eval --model runs/config"
+
+
+def test_unreadable_data_ends_all_ranks(workplace: Path) -> None:
+    make_model(workplace / "m")
+    for path in (workplace / "data").glob("*.png"):
+        path.write_bytes(b"no image")
+    options = ("eval", "--model", "m", "--data", "pairs:data")
+    ranks = fork_ranks(2, *options, folder=workplace)
+    assert [rank.code() for rank in ranks] == [2, 2]
+    assert "bad of 12 samples" in ranks[0].said()
+
+
+def test_texts_are_encoded_once_each_without_padding(tmp_path: Path) -> None:
+    model = CLIP(**TINY).eval()
+    texts = [f"{'word ' * (i % 4)}{i % 9}" for i in range(40)]
+    seen: list[torch.Tensor] = []
+    model.token_embedding.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    features = encode_texts(model, texts, batch_size=3)
+    assert sum(len(tokens) for tokens in seen) == len(set(texts))
+    assert all((tokens != 0).all() for tokens in seen)
+    with torch.no_grad():
+        for text, row in zip(texts, features, strict=True):
+            torch.testing.assert_close(row[None], encode_texts(model, [text]))
+
+    def work(rank: int) -> list[list[float]]:
+        return encode_texts(model, texts, batch_size=3, shared=True).tolist()
+
+    assert ranks_of(3, work, tmp_path) == [features.tolist()] * 3
+
+
+def test_the_report_says_what_was_measured(command: Command, workplace: Path) -> None:
+    make_model(workplace / "m")
+    make_table(workplace / "t", 40)
+    words = ("eval", "--model", "m", "--data", "table:t/label.csv", "--task", "zeroshot")
+    assert command(*words, "--out", "e").returncode == 0
+    report = report_of(workplace / "e")
+    metrics, intervals = report["metrics"], report["intervals"]
+    assert intervals.keys() == {f"zeroshot_{n}" for n in ("top1", "top5", "mean_per_class")}
+    assert all(low <= metrics[name] <= high for name, (low, high) in intervals.items())
+    assert metrics.keys() - intervals.keys() == {"zeroshot_ece"}
+    (classes,) = report["classes"].values()
+    assert [row["name"] for row in classes["per_class"]] == list(CLASSES)
+    assert sum(images for _, _, images in classes["confusion"]) == 40
+    right = sum(images for label, said, images in classes["confusion"] if label == said)
+    assert right / 40 == pytest.approx(metrics["zeroshot_top1"])
+    assert report["command"] == f"leanclip {' '.join(words)} --out e"
+    assert len(report["weights"]["sha256"]) == len(report["data"]["zero_shot"]["sha256"]) == 64
+    assert report["versions"].keys() >= {"leanclip", "torch", "python"}
+
+
+def test_hashes_follow_content_and_not_place(tmp_path: Path) -> None:
+    def report(root: Path, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        values = {"model": TINY, "data": {"layout": "table", "root": str(root), "workers": 0}}
+        values |= {"evaluate": {"zero_shot": {}}}
+        tasks = open_tasks(parse(Config, values, where="test"))
+        return evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
+
+    first = report(make_table(tmp_path / "a", 20) / "label.csv")
+    there = make_table(tmp_path / "b", 20)
+    second = report(there / "label.csv")
+    assert first.data["zero_shot"]["sha256"] == second.data["zero_shot"]["sha256"]
+    assert first.weights == second.weights
+    assert report(there / "label.csv", seed=1).weights != first.weights
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(there / "3.bmp")
+    changed = report(there / "label.csv")
+    assert changed.data["zero_shot"]["sha256"] != first.data["zero_shot"]["sha256"]
