@@ -17,10 +17,11 @@ from web import serving
 import leanclip
 from leanclip.decoding import open_image
 from leanclip.errors import ConfigError, DataError, SampleError, WeightsError
+from leanclip.evaluate import Calibration
 from leanclip.images import Preprocess
 from leanclip.inputs import to_source
 from leanclip.model import CLIP
-from leanclip.weights import save_weights
+from leanclip.weights import fingerprint, save_weights
 
 TEXTS = list(DESCRIPTIONS.values())
 
@@ -186,6 +187,39 @@ def test_a_classifier_is_made_once_and_averages_templates(
     assert clip.classify(path, classifier) == clip.classify(path, labels, templates)
     bare = clip.classifier(labels, "{}")
     np.testing.assert_allclose(bare.weights, clip.embed_texts(labels), atol=1e-6)
+
+
+def test_a_calibration_sets_the_temperature_and_says_none_of_these(
+    clip: leanclip.Clip, folder: Path, tmp_path: Path
+) -> None:
+    labels, templates = ("cat", "dog", "fox"), ("a {}",)
+    paths = sorted(folder.glob("*.png"))
+    plain = clip.classify(paths, labels, templates)
+    highest = [clip.logit_scale * max(guess.similarity for guess in found) for found in plain]
+    calibration = Calibration(
+        temperature=2.0,
+        threshold=0.5,
+        floor=float(np.median(highest)),
+        coverage=0.9,
+        images=100,
+        weights=fingerprint(clip.model.state_dict()),
+        classes=labels,
+        templates=templates,
+    )
+    calibration.save(tmp_path)
+    found = clip.classify(paths, labels, templates, calibration=tmp_path)
+    assert [bool(one) for one in found] == [h >= calibration.floor for h in highest]
+    assert 0 < sum(map(bool, found)) < 8
+    for with_it, without in zip(found, plain, strict=True):
+        if with_it:
+            chances = np.array([guess.probability for guess in without]) ** 0.5
+            assert [guess.probability for guess in with_it] == pytest.approx(
+                chances / chances.sum(), abs=1e-5
+            )
+    classifier = clip.classifier(labels, templates, calibration=calibration)
+    assert clip.classify(paths, classifier) == found
+    with pytest.raises(ConfigError, match="fitted to other classes"):
+        clip.classifier(("cat", "dog"), templates, calibration=calibration)
 
 
 def test_ten_thousand_labels(clip: leanclip.Clip, folder: Path) -> None:
