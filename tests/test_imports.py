@@ -19,7 +19,7 @@ LEVELS = (
     ("checkpoint",),
     ("plots", "towers", "plan", "step"),
     ("outcome", "watching", "best"),
-    ("train", "inference", "charts"),
+    ("train", "inference", "charts", "embeddings"),
     ("openai", "passl"),
     ("cli", "cli_data", "cli_use", "doctor"),
 )

@@ -93,6 +93,7 @@ def _run(words: list[str]) -> None:
             resumes = {
                 "train": "; the same command goes on from the last checkpoint",
                 "pack": "; the same command goes on at the shards that are not finished",
+                "embed": "; the same command goes on at the shards that are not finished",
             }
             command = words[1] if words[0] == "data" else words[0]
             print(f"interrupted{resumes.get(command, '')}", file=sys.stderr)

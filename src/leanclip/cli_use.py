@@ -1,4 +1,4 @@
-"""The commands that use a model: classify, similarity.
+"""The commands that use a model: classify, similarity, embed.
 
 Tables for people on a terminal; JSON lines where stdout is not one, or with --json.
 """
@@ -170,6 +170,102 @@ def similarity(
 
         similarity_matrix(sources, captions, cosines, plot)
         log.info("%s", plot)
+
+
+@app.command(epilog="Example: leanclip embed photos --out embeddings")
+def embed(
+    context: typer.Context,
+    folder: Annotated[
+        str, typer.Argument(help="A folder of images, at any depth; - reads paths, one a line.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write, new or of an earlier start.")],
+    model: Model = None,
+    format: Annotated[str, typer.Option(help="npy or parquet.")] = "npy",
+    dtype: Annotated[str, typer.Option(help="Of what is stored: float32 or float16.")] = "float32",
+    shard_size: Annotated[int, typer.Option(min=1, help="Images of a file.")] = 10_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Threads that decode; default: one per CPU core.")
+    ] = None,
+    max_bad_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of images that may be unreadable.")
+    ] = 0.01,
+    num_gpus: Annotated[
+        int | None, typer.Option(min=0, help="GPUs to share the work; 0: the CPU.")
+    ] = None,
+    num_procs: Annotated[
+        int, typer.Option(min=1, help="Processes on the CPU, in place of GPUs.")
+    ] = 1,
+) -> None:
+    """Write the features of very many images, in shards.
+
+    The same command goes on where an earlier one was interrupted or killed.
+    """
+    from leanclip.launch import is_rank, join_launch, launch
+
+    ranks = max(num_gpus or 1, num_procs)
+    if ranks > 1 and not is_rank():
+        if folder == "-":
+            from leanclip.errors import ConfigError
+
+            raise ConfigError("-: several processes cannot read standard input; name a folder")
+        if code := launch(context.obj, ranks=ranks):
+            raise SystemExit(code)
+    else:
+        join_launch()
+        device = "cpu" if num_gpus == 0 or num_procs > 1 else "auto"
+        settings = (shard_size, batch_size, workers, format, dtype, max_bad_share)
+        _embed(folder, out, _load(model, device, False), *settings)
+    if not is_rank():
+        _say_embedded(out)
+
+
+def _embed(
+    folder: str,
+    out: Path,
+    clip: "Clip",
+    shard_size: int,
+    batch_size: int,
+    workers: int | None,
+    format: str,
+    dtype: str,
+    max_bad_share: float,
+) -> None:
+    """As one of the ranks, or alone."""
+    from leanclip import embeddings
+    from leanclip.launch import rank, world_size
+
+    source = (
+        embeddings.Source(None, list(_lines(sys.stdin)))
+        if folder == "-"
+        else embeddings.Source.of(Path(folder))
+    )
+    embeddings.embed(
+        clip,
+        source,
+        out,
+        shard_size=shard_size,
+        batch_size=batch_size,
+        workers=workers,
+        format=format,
+        dtype=dtype,
+        max_bad_share=max_bad_share,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def _say_embedded(out: Path) -> None:
+    from leanclip.embeddings import summary
+
+    facts = summary(out)
+    if not sys.stdout.isatty():
+        print(json.dumps(facts))
+        return
+    print(
+        f"{facts['images'] - facts['skipped']:,} images in {out}: {facts['shards']} shards of "
+        f"{facts['format']}, {facts['embed_dim']} values each; {facts['skipped']} skipped"
+    )
 
 
 class _Table:

@@ -10,11 +10,11 @@ Shapes: B batch, R resolution.
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from leanclip.errors import DataError, SampleError
 from leanclip.fetch import fetch_bytes, is_url
 from leanclip.images import SUFFIXES, Source, evaluation_pixels
 
+S = TypeVar("S")
+R = TypeVar("R")
 ImageInput = Source | np.ndarray
 ImageInputs = ImageInput | Iterable[ImageInput]
 
@@ -95,26 +97,33 @@ def pixel_batches(
         except DataError as error:
             raise DataError(f"image {number}: {error}") from None
 
-    if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)))
-    arrays = _in_threads(read, sources, workers, ahead=2 * batch_size)
+    arrays = in_threads(read, sources, workers, batch_size)
     while part := list(islice(arrays, batch_size)):
         yield torch.from_numpy(np.stack(part))
 
 
-def _in_threads(read, sources: Iterable[ImageInput], workers: int, ahead: int):
-    """`read(number, source)` of each, in order; so many are under way at once."""
-    numbered = enumerate(sources)
+def in_threads(
+    read: Callable[[int, S], R], sources: Iterable[S], workers: int | None, batch_size: int
+) -> Iterator[R]:
+    """`read(place, source)` of each source, in order; two batches are under way at once.
+
+    Args:
+        read: runs in a thread; what it raises is raised here.
+        sources: what to read; no further than needed.
+        workers: threads; 0: this one; None: one per CPU core, eight at most.
+        batch_size: how many will be taken at once.
+    """
+    if workers is None:
+        workers = min(8, len(os.sched_getaffinity(0)))
     if workers == 0:
-        for number, source in numbered:
-            yield read(number, source)
+        yield from (read(place, source) for place, source in enumerate(sources))
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="leanclip-decode")
     try:
-        futures: deque[Future[np.ndarray]] = deque()
-        for number, source in numbered:
-            futures.append(pool.submit(read, number, source))
-            if len(futures) >= ahead:
+        futures: deque[Future[R]] = deque()
+        for place, source in enumerate(sources):
+            futures.append(pool.submit(read, place, source))
+            if len(futures) >= 2 * batch_size:
                 yield futures.popleft().result()
         while futures:
             yield futures.popleft().result()
