@@ -15,12 +15,12 @@ LEVELS = (
     ("data", "model"),
     ("distributed", "loss", "weights", "optim", "finetune"),
     ("norms", "loss_scale", "utilisation"),
-    ("sharded", "shard_files", "evaluate", "inputs", "classifier", "attention"),
+    ("sharded", "shard_files", "evaluate", "inputs", "classifier", "attention", "exported"),
     ("checkpoint",),
     ("plots", "towers", "plan", "step"),
     ("outcome", "watching", "best"),
     ("train", "inference", "charts", "embeddings"),
-    ("openai", "passl"),
+    ("openai", "passl", "export"),
     ("cli", "cli_data", "cli_use", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -63,6 +63,7 @@ NOT_RUN = {  # a part of a command: why it is not run here
     "-c configs/quickstart.yaml": "takes minutes; .ci/run runs it",
     "leanclip models": "counts the operations of large models; tests/test_presets.py runs it",
     "python tools/train.py": "trains ViT-B/32",
+    "quickstart exported": "takes seconds; tests/test_export.py has them",
     "classify - ": "reads from a pipe; tests/test_use.py does",
 }
 
@@ -156,6 +157,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         )
         run("convert plain ViT-B-32.pt --to openai")
         run("embed photos --out embeddings --model runs/quickstart")
+        run("export runs/quickstart exported --to onnx")
         yield folder
     os.chdir(before)
 

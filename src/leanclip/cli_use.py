@@ -1,4 +1,4 @@
-"""The commands that use a model: classify, similarity, embed.
+"""The commands that use a model: classify, similarity, embed, export.
 
 Tables for people on a terminal; JSON lines where stdout is not one, or with --json.
 """
@@ -218,6 +218,24 @@ def embed(
         _embed(folder, out, _load(model, device, False), *settings)
     if not is_rank():
         _say_embedded(out)
+
+
+@app.command(epilog="Example: leanclip export runs/quickstart exported --to onnx")
+def export(
+    source: Annotated[str, typer.Argument(help="Weights of any dialect.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="onnx or torch (a torch.export program).")],
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Weights in int8, for onnx; says what that costs.")
+    ] = False,
+) -> None:
+    """Write the towers for other runtimes, checked against the model first."""
+    from leanclip.export import export as write
+    from leanclip.export import summary
+    from leanclip.inference import load
+
+    facts = write(load(source, device="cpu"), out, to, int8=int8)
+    print(summary(out, facts))
 
 
 def _embed(

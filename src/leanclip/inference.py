@@ -13,7 +13,7 @@ Shapes: N images, M texts, C labels, B batch, R resolution, L tokens, E embeddin
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from leanclip.distributed import choose_device
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.evaluate import Calibration, build_classifier
 from leanclip.evaluate.features import encode_texts
+from leanclip.exported import is_exported, read_exported
 from leanclip.images import Preprocess, normalize
 from leanclip.inputs import ImageInput, ImageInputs, gather, pixel_batches
 from leanclip.model import CLIP
@@ -69,7 +70,7 @@ class Clip:
     @property
     def dtype(self) -> torch.dtype:
         """What the towers compute in; features are float32."""
-        return self.model.text_projection.dtype
+        return next(self.model.parameters()).dtype
 
     @property
     def logit_scale(self) -> float:
@@ -345,8 +346,9 @@ def load(
     dtype: str | torch.dtype = "float32",
     partial: bool = False,
     allow_urls: bool = False,
+    backend: str | None = None,
 ) -> Clip:
-    """Load weights of any dialect, in evaluation mode.
+    """Load weights of any dialect, in evaluation mode, or what `leanclip export` wrote.
 
     Args:
         source: a file, a folder, a run's folder, a published name or a hub id.
@@ -355,6 +357,7 @@ def load(
         dtype: what the towers compute in: "float32", "bfloat16" or "float16".
         partial: keep a new model's values for missing keys; drop left-over ones.
         allow_urls: images may be http or https addresses, which are then fetched.
+        backend: "onnx" or "torch", of an exported folder, which runs on the CPU; None: its own.
 
     Raises:
         WeightsError: the weights cannot be read, do not fit, or do not say their architecture.
@@ -363,6 +366,11 @@ def load(
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype {name}: is not one of {', '.join(DTYPES)}")
+    if is_exported(Path(source)):
+        model, preprocess = read_exported(Path(source), backend)
+        return Clip(cast(CLIP, model), preprocess, allow_urls)
+    if backend is not None:
+        raise ConfigError(f"{source}: backend={backend!r} is for a folder that was exported")
     weights = read_weights(source, arch=arch)
     if weights.model is None:
         raise WeightsError(
