@@ -21,6 +21,7 @@ from leanclip.evaluate import Calibration
 from leanclip.images import Preprocess
 from leanclip.inputs import to_source
 from leanclip.model import CLIP
+from leanclip.model.packed import encode_packed
 from leanclip.weights import fingerprint, save_weights
 
 TEXTS = list(DESCRIPTIONS.values())
@@ -122,6 +123,38 @@ def test_a_row_does_not_depend_on_the_batch(
     found = clip.embed_texts([TEXTS[i] for i in order], batch_size=batch_size)
     np.testing.assert_allclose(found, texts[order], atol=1e-6)
     np.testing.assert_array_equal(found[2], found[3])
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 7])
+@pytest.mark.parametrize("texts", [1, 2, 6])
+def test_packed_texts_have_the_features_of_padded_ones(
+    clip: leanclip.Clip, size: int, texts: int
+) -> None:
+    tokens = torch.randint(1, 49000, (texts, 24))
+    tokens[:, :size] = tokens[0, :size].clone()
+    lengths = torch.tensor([24, 9, 9, 10, 2, 13][:texts])
+    for row, length in zip(tokens, lengths, strict=True):
+        row[length - 1], row[length:] = 49407, 0
+    with torch.no_grad():
+        expected = clip.model.encode_text(tokens)
+        found = encode_packed(clip.model, tokens, lengths)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"transformer_causal": False}, {"transformer_pool": "last"}], ids=str
+)
+def test_towers_that_look_at_padding_get_it(tmp_path: Path, changes: dict) -> None:
+    clip = leanclip.load(save_tiny(tmp_path / "tiny", **changes), device="cpu")
+    with torch.no_grad():
+        expected = F.normalize(clip.model.encode_text(clip.tokenize(TEXTS)), dim=-1)
+    np.testing.assert_allclose(clip.embed_texts(TEXTS), expected, atol=1e-6)
+
+
+def test_prompts_of_one_template_equal_those_encoded_alone(clip: leanclip.Clip) -> None:
+    prompts = [f"This is a photo of {text}." for text in TEXTS]
+    alone = np.concatenate([clip.embed_texts([prompt]) for prompt in prompts])
+    np.testing.assert_allclose(clip.embed_texts(prompts), alone, atol=1e-6)
 
 
 def test_an_iterator_is_read_only_as_far_as_needed(clip: leanclip.Clip) -> None:

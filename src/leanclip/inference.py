@@ -174,7 +174,13 @@ class Clip:
         texts = check_texts(texts)
         if not texts:
             return _given(torch.empty(0, self.model.config.embed_dim), as_torch)
-        features = encode_texts(self.model, texts, batch_size=batch_size, truncate=truncate)
+        features = encode_texts(
+            self.model,
+            texts,
+            batch_size=batch_size,
+            truncate=truncate,
+            packed=isinstance(self.model, CLIP),
+        )
         return _given(features, as_torch)
 
     def similarity(
@@ -217,7 +223,13 @@ class Clip:
             calibration = Calibration.load(calibration)
         if calibration is not None:
             calibration.check(self.model, names, templates)
-        weights = build_classifier(self.model, names, templates, truncate=truncate)  # (C, E)
+        weights = build_classifier(
+            self.model,
+            names,
+            templates,
+            truncate=truncate,
+            packed=isinstance(self.model, CLIP),
+        )  # (C, E)
         return Classifier(tuple(names), weights, self.logit_scale, calibration)
 
     @overload  # a path may be a folder's too

@@ -26,6 +26,7 @@ from leanclip.distributed import everyones, gather_rows, rank_and_world_size
 from leanclip.errors import DataError
 from leanclip.images import Preprocess, normalize
 from leanclip.model import CLIP
+from leanclip.model.packed import encode_packed
 from leanclip.tokenizer import END, tokenize
 from leanclip.tracking import ProgressBar
 
@@ -146,6 +147,7 @@ def encode_texts(
     batch_size: int = 256,
     shared: bool = False,
     truncate: bool = True,
+    packed: bool = False,
 ) -> torch.Tensor:
     """Unit features of texts, (M, E) float32 on the CPU; each distinct text is encoded once.
 
@@ -157,6 +159,7 @@ def encode_texts(
         batch_size: texts of a forward pass.
         shared: every rank calls this, encodes its part, and gets all.
         truncate: cut texts that are over the context.
+        packed: batches of texts of several lengths, without padding; not of a model in shards.
 
     Raises:
         DataError: a text is over the context, and `truncate` is false.
@@ -168,9 +171,13 @@ def encode_texts(
     device = model.logit_scale.device
     parts = [torch.empty(0, model.config.embed_dim)]
     own = [torch.empty(0).long()]
-    for rows in _batches(lengths, batch_size)[rank::world_size]:
-        chosen = tokens[rows, : int(lengths[rows[0]])].long().to(device)  # (B, L)
-        parts.append(F.normalize(model.encode_text(chosen).float(), dim=-1).cpu())
+    for rows in _batches(lengths, batch_size, mixed=packed)[rank::world_size]:
+        chosen = tokens[rows, : int(lengths[rows[-1]])].long().to(device)  # (B, L)
+        if packed:
+            encoded = encode_packed(model, chosen, lengths[rows].to(device))
+        else:
+            encoded = model.encode_text(chosen)
+        parts.append(F.normalize(encoded.float(), dim=-1).cpu())
         own.append(rows)
     found, rows = torch.cat(parts), torch.cat(own)
     if shared:
@@ -191,8 +198,10 @@ def _tokens(texts: Sequence[str], context_length: int, *, truncate: bool) -> tor
     return torch.cat([torch.empty(0, context_length, dtype=torch.int32), *chunks])
 
 
-def _batches(lengths: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Rows in batches of at most `size`, each of texts of one length."""
+def _batches(lengths: torch.Tensor, size: int, *, mixed: bool) -> list[torch.Tensor]:
+    """Rows in batches of at most `size`, by length; each of one length, unless `mixed`."""
     order = lengths.argsort(stable=True)
+    if mixed:
+        return list(order.split(size)) if len(order) else []
     counts = np.unique(lengths.numpy(), return_counts=True)[1].tolist()
     return [batch for same in order.split(counts) for batch in same.split(size)] if counts else []
