@@ -91,7 +91,7 @@ def scatter(
     axes.set_xlabel(f"first component ({shares[0]:.0%} of the variance)")
     axes.set_ylabel(f"second component ({shares[1]:.0%})")
     if groups:
-        axes.legend()
+        figure.legend(loc="outside right upper")
     return saved(figure, path)
 
 
