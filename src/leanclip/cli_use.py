@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("leanclip")
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
+MOST_DRAWN = 16  # images of a plot
 QUICKSTART = Path("runs/quickstart")  # of `make quickstart`
 
 Model = Annotated[
@@ -102,19 +103,8 @@ def classify(
     at = 0
     for features in clip.image_batches(sources):
         for found in guesses(classifier, features, top):
-            name = _name(sources[at])
-            if rows.is_json:
-                facts = [
-                    {"label": label, "probability": round(p, 6), "similarity": round(s, 6)}
-                    for label, p, s in found
-                ]
-                rows.add_json({"image": name, "labels": facts})
-            elif not found:
-                rows.add(name, "none of these", "", "")
-            for place, guess in enumerate(() if rows.is_json else found):
-                first = "" if place else name
-                rows.add(first, guess.label, f"{guess.probability:.1%}", f"{guess.similarity:.3f}")
-            if plot and len(drawn) < 16:
+            _add_guesses(rows, _name(sources[at]), found)
+            if plot and len(drawn) < MOST_DRAWN:
                 drawn.append((sources[at], found))
             at += 1
     rows.end()
@@ -124,6 +114,22 @@ def classify(
         shown, found_ = zip(*drawn, strict=True)
         classification(shown, found_, plot, top=top)
         log.info("%s", plot)
+
+
+def _add_guesses(rows: "_Table", name: str, found: "Sequence[Guess]") -> None:
+    """What is said of one image: a line of JSON, or a row for each label."""
+    if rows.is_json:
+        labels = [
+            {"label": label, "probability": round(p, 6), "similarity": round(s, 6)}
+            for label, p, s in found
+        ]
+        rows.add_json({"image": name, "labels": labels})
+        return
+    if not found:
+        rows.add(name, "none of these", "", "")
+    for place, guess in enumerate(found):
+        first = "" if place else name
+        rows.add(first, guess.label, f"{guess.probability:.1%}", f"{guess.similarity:.3f}")
 
 
 @app.command(

@@ -138,23 +138,32 @@ def embed(
         for shard in pending:
             ids, skipped, rows = [], {}, []
             for batch in _batches(decoded, sizes[shard], batch_size):
-                good = [(number, pixels) for number, pixels in batch if not _is_bad(pixels)]
-                skipped |= {source.names[n]: str(one) for n, one in batch if _is_bad(one)}
+                good = [(n, pixels) for n, pixels in batch if isinstance(pixels, np.ndarray)]
+                skipped |= {source.names[n]: str(e) for n, e in batch if isinstance(e, SampleError)}
                 ids += [source.names[number] for number, _ in good]
                 if good:
                     pixels = torch.from_numpy(np.stack([pixels for _, pixels in good]))
                     rows.append(clip.embed_pixels(pixels).numpy().astype(dtype))
                 done += len(batch)
                 bar.update(done)
-            for name, reason in skipped.items():
-                log.warning("skipped: %s: %s", name, reason)
             bad += len(skipped)
-            if bad > max_bad_share * index.images:
-                raise DataError(
-                    f"{bad} of {index.images} images are unreadable, allowed are "
-                    f"{max_bad_share:.1%} (--max-bad-share); the last: {list(skipped.values())[-1]}"
-                )
+            _check_skipped(skipped, bad, index, max_bad_share)
             _write(out, shard, index, ids, rows, skipped)
+
+
+def _check_skipped(skipped: dict[str, str], bad: int, index: Index, max_bad_share: float) -> None:
+    """Name what a shard skipped.
+
+    Raises:
+        DataError: there were too many by now.
+    """
+    for name, reason in skipped.items():
+        log.warning("skipped: %s: %s", name, reason)
+    if bad > max_bad_share * index.images:
+        raise DataError(
+            f"{bad} of {index.images} images are unreadable, allowed are {max_bad_share:.1%} "
+            f"(--max-bad-share); the last: {list(skipped.values())[-1]}"
+        )
 
 
 def read_embeddings(folder: str | Path) -> tuple[list[str], np.ndarray]:
@@ -278,10 +287,6 @@ def _reader(source: Source, resolution: int):
             return number, error
 
     return read
-
-
-def _is_bad(pixels: object) -> bool:
-    return isinstance(pixels, SampleError)
 
 
 def _batches(decoded: Iterator, count: int, batch_size: int) -> Iterator[list]:

@@ -11,7 +11,6 @@ Shapes: B batch, L tokens, R resolution, E embedding.
 
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +60,8 @@ def export(clip: Clip, out: Path, to: str, *, int8: bool = False) -> dict[str, A
         raise WeightsError(f"{out}: is there already; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name, _quiet():
-        part = Path(name)
+        part = Path(name) / "written"
+        part.mkdir()
         facts = _facts(clip, to)
         _write_towers(clip.model, part, facts)
         _write_facts(part, facts)
@@ -77,7 +77,7 @@ def export(clip: Clip, out: Path, to: str, *, int8: bool = False) -> dict[str, A
             facts["int8"] = _compare(clip, part)
         _write_facts(part, facts)
         _write_tokenizer(clip, part)
-        shutil.copytree(part, out)
+        part.rename(out)
     return facts
 
 
