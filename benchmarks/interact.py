@@ -21,11 +21,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from skimage import data as photographs
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 from transformers.pipelines.zero_shot_image_classification import (
     ZeroShotImageClassificationPipeline,
 )
@@ -98,8 +99,8 @@ class Theirs:
     def __init__(self, folder: Path) -> None:
         model = CLIPModel.from_pretrained(folder).eval()
         processor = CLIPImageProcessor.from_pretrained(folder)
-        tokenizer = CLIPTokenizerFast.from_pretrained(folder)
-        self.pipeline = ZeroShotImageClassificationPipeline(
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.pipeline: Any = ZeroShotImageClassificationPipeline(
             model=model, image_processor=processor, tokenizer=tokenizer
         )
 

@@ -68,13 +68,13 @@ def _lay_out(tokens: torch.Tensor, lengths: torch.Tensor) -> _Layout:
 def _attend(attention: Attention, x: torch.Tensor, layout: _Layout) -> torch.Tensor:
     """What each token attends to, before the projection: (T, D) -> (T, D)."""
     qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (T, 3D)
-    first = _heads(qkv[None, : layout.prefix], 3, attention)  # each (1, H, P, D/H)
+    first_q, first_k, first_v = _heads(qkv[None, : layout.prefix], 3, attention)  # (1, H, P, D/H)
     q, k, v = _heads(qkv[layout.place], 3, attention)  # each (B, H, S, D/H)
-    attended = F.scaled_dot_product_attention(*first, is_causal=True)[0]  # (H, P, D/H)
-    keys, values = _behind(first[1], k), _behind(first[2], v)  # (B, H, P + S, D/H)
+    first = F.scaled_dot_product_attention(first_q, first_k, first_v, is_causal=True)[0]
+    keys, values = _behind(first_k, k), _behind(first_v, v)  # (B, H, P + S, D/H)
     rest = F.scaled_dot_product_attention(q, keys, values, attn_mask=layout.mask)
     rest = rest.transpose(1, 2).flatten(2)[layout.is_token]  # (T - P, D)
-    return torch.cat([attended.transpose(0, 1).flatten(1), rest])
+    return torch.cat([first.transpose(0, 1).flatten(1), rest])
 
 
 def _attend_at_end(attention: Attention, x: torch.Tensor, layout: _Layout) -> torch.Tensor:
