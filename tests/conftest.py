@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,10 @@ from leanclip.config import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.errors import LeanclipError
+from leanclip.images import Preprocess
+from leanclip.model import CLIP
 from leanclip.strict_yaml import dump_yaml
+from leanclip.weights import save_weights
 
 # Models this small gain nothing from a second thread, and processes side by side lose by it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -34,6 +38,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 DATA = Path(__file__).parent / "data"
 PROJECT = Path(__file__).parent.parent
 
+CLASSES = ("ant", "bee", "cow", "dog", "eel")
 TINY = {  # a model of a moment
     "embed_dim": 16,
     "image_resolution": 32,
@@ -177,13 +182,40 @@ def make_config(path: Path, **sections: Any) -> Path:
         "data": {"layout": "pairs", "root": "data", "workers": 0},
         "train": {"epochs": 2, "batch_size": 4, "log_every": 1},
         "optimizer": {"learning_rate": 1e-3},
-        "evaluate": {"retrieval": {}},
+        "evaluate": {"retrieval": {}, "pictures": False},  # those take most of the time
     }
     for name, section in sections.items():
         both = isinstance(section, dict) and name in values
         values[name] = values[name] | section if both else section
     path.write_text(dump_yaml(values))
     return path
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """What an evaluation wrote."""
+    return json.loads((folder / "report.json").read_text())
+
+
+def make_model(folder: Path, **changes: Any) -> Path:
+    """A folder with weights of the tiny model."""
+    torch.manual_seed(1)
+    model = CLIP(**TINY | changes)
+    folder.mkdir()
+    save_weights(folder, model.state_dict(), model.config, Preprocess(32))
+    return folder
+
+
+def make_table(root: Path, count: int) -> Path:
+    """Tables of `count` small images: with captions, some the same; and with classes."""
+    root.mkdir()
+    lines = []
+    for i in range(count):
+        Image.new("RGB", (8, 8), (i % 256, i * 7 % 256, i * 31 % 256)).save(root / f"{i}.bmp")
+        lines.append((f"{i}.bmp", f"picture {i % 700} of them", CLASSES[i % 5]))
+    for name, place in (("caption", 1), ("label", 2)):
+        rows = [f"image,{name}", *(f"{line[0]},{line[place]}" for line in lines)]
+        (root / f"{name}.csv").write_text("\n".join(rows) + "\n")
+    return root
 
 
 def ranks_of(world_size: int, work: Callable[[int], object], folder: Path) -> list[Any]:
@@ -221,7 +253,7 @@ def ranks_of(world_size: int, work: Callable[[int], object], folder: Path) -> li
 
 
 def small_batches(
-    settings: DataConfig, *, batch_size: int, start: Position, **more: int
+    settings: DataConfig, *, batch_size: int, start: Position, **more: Any
 ) -> Iterator[tuple[Batch, Position]]:
     """The training stream of a data set, of small images and short captions."""
     return training_batches(

@@ -1,8 +1,12 @@
 """Figures of evaluation against scikit-learn, stable sorts and matrices checked by hand."""
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import ranks_of
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from torch.nn import functional as F
 
@@ -119,6 +123,19 @@ def test_blocked_retrieval_equals_the_whole_matrix(block: int) -> None:
         assert result.caption_ranks[j] == stable_places(scores[:, j]).index(int(owners[j])) + 1
     assert result.figures() == retrieval_metrics(scores, owners)
     assert result.figures()["image_to_text_median_rank"] == np.median(result.image_ranks)
+
+
+def test_retrieval_builds_no_matrix(tmp_path: Path) -> None:
+    def work(rank: int) -> int:
+        images = torch.randn(2000, 8)
+        owners = torch.arange(20_000) % 2000
+        texts = torch.randn(20_000, 8)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        retrieve(images, texts, owners, captions=["x"] * 20_000, indices=torch.arange(2000))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+    (kilobytes,) = ranks_of(1, work, tmp_path)
+    assert kilobytes < 80_000  # the matrix has 160 MB
 
 
 def test_a_model_that_gives_everything_the_same_score_is_at_chance() -> None:

@@ -11,17 +11,19 @@ SOURCE = PROJECT / "src" / "leanclip"
 # DESIGN.md, section 2: a module may import what stands in its own line or above it.
 LEVELS = (
     ("errors", "strict_yaml", "settings", "config", "launch", "stopping"),
-    ("tokenizer", "decoding", "images", "tracking", "fetch"),
+    ("tokenizer", "decoding", "images", "tracking", "fetch", "prompts"),
     ("data", "model"),
     ("distributed", "loss", "weights", "optim", "finetune"),
     ("norms", "loss_scale", "utilisation"),
     ("sharded", "shard_files", "evaluate", "inputs", "classifier", "attention", "exported"),
     ("checkpoint",),
-    ("plots", "towers", "plan", "step"),
+    ("plots", "page", "towers", "plan", "step", "frozen"),
+    ("report_page",),
     ("outcome", "watching", "best"),
     ("train", "inference", "charts", "embeddings"),
-    ("openai", "passl", "export"),
-    ("cli", "cli_data", "cli_use", "doctor"),
+    ("openai", "passl", "export", "compare", "sweep"),
+    ("compare_page",),
+    ("cli", "cli_data", "cli_eval", "cli_use", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -333,7 +333,7 @@ def test_sources_inherit_what_they_do_not_set(tmp_path: Path) -> None:
     [
         ("pairs", {"templates": ("a {}",)}),
         ("pairs", {"class_names": "x.txt"}),
-        ("food101", {"class_names": "x.txt"}),
+        ("food101", {"label_column": "x"}),
         ("folder", {"caption_column": "text"}),
         ("folder", {"label_column": "text"}),
         ("shards", {"image_column": "image"}),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from leanclip import cli_data, cli_use
+from leanclip import cli_data, cli_eval, cli_use
 from leanclip.launch import (
     code_without_another,
     end_rank,
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_use.app)
+app.add_typer(cli_eval.app)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
 Overrides = Annotated[
@@ -164,7 +165,7 @@ def train(
         if ranks == 1 or is_rank() or dry_run:
             _train(settings, num_gpus, ranks, resume is not None, dry_run, evaluate_only, load)
             return
-    _launch(context.obj, settings, num_gpus, ranks, max_restarts)
+    _launch(context.obj, settings.device, num_gpus, ranks, max_restarts)
 
 
 def _ranks(num_gpus: int | None, num_procs: int) -> int:
@@ -179,13 +180,13 @@ def _ranks(num_gpus: int | None, num_procs: int) -> int:
 
 
 def _launch(
-    words: list[str], settings: "Config", num_gpus: int | None, ranks: int, max_restarts: int = 0
+    words: list[str], device: str, num_gpus: int | None, ranks: int, max_restarts: int = 0
 ) -> NoReturn:
     """The same command in several processes, and its exit code."""
     if num_gpus:
         from leanclip.distributed import choose_device
 
-        choose_device(settings.device, num_gpus)  # one word here, not one of each rank
+        choose_device(device, num_gpus)  # one word here, not one of each rank
     raise SystemExit(launch(words, ranks=ranks, max_restarts=max_restarts))
 
 
@@ -241,7 +242,31 @@ def evaluate(
         str | None,
         typer.Option("--data", metavar="LAYOUT:ROOT", help="What to evaluate on; else as -c says."),
     ] = None,
-    task: Annotated[str, typer.Option(help="zeroshot, retrieval or all.")] = "all",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="zeroshot, retrieval, linear-probe, knn or all; default: of zeroshot and "
+            "retrieval what the data allows."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The part of the data; default: one held out.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Names of classes, one a line, by label.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts, one a line, {} for the name.")
+    ] = None,
+    train_split: Annotated[
+        str | None, typer.Option(help="What probes learn from; default: train, else a half.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Images a class for the linear probe; default: all.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", min=1, help="Neighbours of the k-NN probe; default: 20.")
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     num_gpus: NumGpus = None,
@@ -250,24 +275,46 @@ def evaluate(
     out: Annotated[
         str | None, typer.Option(help="Where to write report.json and pictures.")
     ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="SPLIT|SHARE",
+            help="Write calibration.json, fitted to that split, or to a share of the images.",
+        ),
+    ] = None,
+    coverage: Annotated[
+        float, typer.Option(help="With --calibrate: how often a set is to hold the right class.")
+    ] = 0.9,
 ) -> None:
-    """Evaluate weights: zero-shot top-1/top-5, and recall@1/5/10 both ways."""
+    """Evaluate weights: zero-shot, retrieval, and probes of the image features.
+
+    Writes report.json: figures with 95% intervals, classes, hashes, the command to repeat it.
+    """
     import shlex
 
     from leanclip.distributed import choose_device, join_group
-    from leanclip.evaluate import evaluation_config
+    from leanclip.evaluate import Wishes, evaluation_config
     from leanclip.outcome import evaluate_only, summary
 
     ranks = _ranks(num_gpus, num_procs)
+    if ranks > 1 and not is_rank():
+        _launch(context.obj, "auto", num_gpus, ranks)
     join_launch()
     settings = evaluation_config(
-        model, data_spec, task, config=config, arch=arch, overrides=overrides or (), out=out
+        model,
+        data_spec,
+        task,
+        config=config,
+        arch=arch,
+        overrides=overrides or (),
+        out=out,
+        wishes=Wishes(split, classes, templates, train_split, shots, k),
     )
-    if ranks > 1 and not is_rank():
-        _launch(context.obj, settings, num_gpus, ranks)
     device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
     join_group(device)
-    outcome = evaluate_only(settings, device, model, shlex.join(["leanclip", *context.obj]))
+    command = shlex.join(["leanclip", *context.obj])
+    outcome = evaluate_only(settings, device, model, command, held_out=held_out, coverage=coverage)
     if outcome is not None:
         print(summary(outcome))
 
@@ -285,27 +332,6 @@ def convert(
     weights = read_weights(source, arch=arch)
     write_weights(weights, destination, to)
     print(f"{weights.source} ({weights.dialect}) -> {destination} ({to})")
-
-
-@app.command(
-    epilog="Example: leanclip interpolate ViT-B-32.pt runs/food101 --alpha 0.5 --out runs/between"
-)
-def interpolate(
-    first: Annotated[str, typer.Argument(help="Weights of any dialect, such as those loaded.")],
-    second: Annotated[str, typer.Argument(help="Weights of any dialect, such as those tuned.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    alpha: Annotated[
-        float, typer.Option(min=0, max=1, help="The share of the second; 0 is the first alone.")
-    ] = 0.5,
-    arch: Arch = None,
-) -> None:
-    """Write weights between two others: (1 - alpha) * first + alpha * second, in float32."""
-    from leanclip.weights import interpolate as between
-    from leanclip.weights import read_weights, write_weights
-
-    weights = between(read_weights(first, arch=arch), read_weights(second, arch=arch), alpha)
-    write_weights(weights, out, "leanclip", provenance=str(weights.source))
-    print(f"{weights.source} -> {out}")
 
 
 @app.command(epilog="Example: leanclip merge runs/big merged")

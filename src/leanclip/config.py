@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 Ratio = Annotated[float, Field(gt=0, le=100)]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-Layout = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "hub", "mixture"]
+Layout = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "wds", "hub", "mixture"]
 
 
 _VIT_ONLY = (  # a ResNet takes none of these, or only their defaults
@@ -219,6 +219,10 @@ class DataConfig(SourceConfig):
     shuffle_buffer: Positive = Field(
         default=10_000, description="shards and streams are shuffled among so many samples"
     )
+    augment: bool = Field(
+        default=True,
+        description="false: training sees an image as evaluation does, without random crops",
+    )
     crop_scale: tuple[Fraction, Fraction] = Field(
         default=(0.9, 1.0), description="share of the image's area that a training crop keeps"
     )
@@ -367,6 +371,11 @@ class FinetuneConfig(Section):
         description="a step's mean of the weights is this much of the mean before; the mean is "
         "evaluated and written",
     )
+    cache_features: bool = Field(
+        default=True,
+        description="a locked tower runs once over what it sees the same each time: captions, and "
+        "images with data.augment false; its features are kept in the run's folder",
+    )
     lora_rank: Positive | None = Field(
         default=None, description="rank of the only updates of the weights (LoRA); null: of all"
     )
@@ -417,6 +426,26 @@ class EvaluationData(Section):
     )
 
 
+class ProbeData(EvaluationData):
+    """Class data for a probe, which learns from another split of it."""
+
+    train_split: str | None = Field(
+        default=None,
+        description='what the probe learns from; null: "train" where there is one, else a half '
+        "of each class",
+    )
+    shots: Positive | None = Field(
+        default=None, description="images of each class that it learns from; null: all"
+    )
+
+
+class NeighbourData(EvaluationData):
+    """Class data for a k-NN probe."""
+
+    train_split: str | None = Field(default=None, description="as of linear_probe")
+    k: Positive = Field(default=20, description="neighbours that vote")
+
+
 class EvaluateConfig(Section):
     """What is measured at the end, and on the way."""
 
@@ -424,10 +453,15 @@ class EvaluateConfig(Section):
         default=None, description="epochs between two; null: at the end"
     )
     batch_size: Positive = Field(default=256, description="images or texts per forward pass")
+    pictures: bool = Field(default=True, description="draw what was measured, and the curves")
     zero_shot: EvaluationData | None = Field(
         default=None, description="class data; null: not measured"
     )
     retrieval: EvaluationData | None = Field(default=None, description="pairs; null: not measured")
+    linear_probe: ProbeData | None = Field(
+        default=None, description="class data, with labels to learn from; null: not measured"
+    )
+    knn: NeighbourData | None = Field(default=None, description="the same for nearest neighbours")
     guard: EvaluationData | None = Field(
         default=None,
         description="what must not be forgotten, class data or pairs; measured before training too",

@@ -12,9 +12,11 @@ from leanclip.data.skipped import BadSamples
 from leanclip.distributed import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import Report, evaluate, open_guard, open_tasks
+from leanclip.evaluate.calibrated import calibrate, open_held_out
 from leanclip.model import CLIP
 from leanclip.plan import model_preprocess
 from leanclip.plots import run_pictures
+from leanclip.report_page import headlines, write_report_page
 from leanclip.settings import to_plain
 from leanclip.weights import SHARDS, load_into, read_weights
 
@@ -27,17 +29,24 @@ class Outcome:
 
     folder: Path
     report: Report
+    page: Path  # report.html
     pictures: list[Path]
     seconds: float  # of training, over all starts
 
 
 def evaluate_only(
-    config: Config, device: torch.device, source: str | None = None, command: str = ""
+    config: Config,
+    device: torch.device,
+    source: str | None = None,
+    command: str = "",
+    *,
+    held_out: str | None = None,
+    coverage: float = 0.9,
 ) -> Outcome | None:
     """Measure weights without training: of `source`, else of the run's folder, else `config.load`.
 
     Every rank calls this; the first one gives the outcome. `command` is what the report says
-    measures the same again.
+    measures the same again. `held_out` is a split, or a share of the images, to calibrate on.
 
     Raises:
         ConfigError: the configuration names nothing to evaluate.
@@ -47,6 +56,8 @@ def evaluate_only(
     if rank > 0:
         barrier()  # what the first rank prepares, such as an index, the others find
     tasks, guard = open_tasks(config), open_guard(config)
+    names = {task.name: task for task in tasks}
+    calibration = None if held_out is None else open_held_out(config, names, held_out)
     if rank == 0:
         barrier()
     if not tasks and guard is None:
@@ -60,9 +71,15 @@ def evaluate_only(
     progress = checkpoint.last_progress(Path(source or folder) / "checkpoints")
     before = progress.before if progress else {}
     preprocess = model_preprocess(config)
-    report = evaluate(model.to(device), tasks, preprocess, guard=guard, before=before)
+    report = evaluate(
+        model.to(device), tasks, preprocess, guard=guard, before=before, use_cache=True
+    )
+    if calibration is not None:
+        calibrate(model, calibration, preprocess, report, coverage=coverage)
     report.source, report.command = source or str(folder), command
-    return finish(folder, report, 0.0) if rank == 0 else None
+    if rank > 0:
+        return None
+    return finish(folder, report, 0.0, pictures=config.evaluate.pictures)
 
 
 def summary(outcome: Outcome) -> str:
@@ -84,6 +101,9 @@ def summary(outcome: Outcome) -> str:
     if progress is not None and (best := progress.best) is not None:
         path = folder / "checkpoints" / f"step-{best.step:08d}"
         lines.append(f"Best:     {path}     ({best.metric} {best.value:.1%})")
+    if figures := headlines(report):
+        lines.append(f"Figures:  {figures}")
+    lines.append(f"Report:   {outcome.page}")
     lines += [f"Picture:  {picture}" for picture in outcome.pictures]
     if any(folder.glob(f"checkpoints/step-*/{SHARDS}")):
         lines.append(f"Next:     leanclip merge {folder} OUT     (its weights are in shards)")
@@ -95,10 +115,14 @@ def summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def finish(folder: Path, report: Report, seconds: float) -> Outcome:
-    """Write report.json and the pictures."""
+def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> Outcome:
+    """Write report.json, report.html, and the pictures where they are wanted."""
     report.source = report.source or str(folder)
     report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder)
-    return Outcome(folder, report, run_pictures(folder, report), seconds)
+    if report.calibration is not None:
+        report.calibration.save(folder)
+    page = write_report_page(folder, report, BadSamples(0, 1, folder / SKIPPED))
+    drawn = run_pictures(folder, report) if pictures else []
+    return Outcome(folder, report, page, drawn, seconds)

@@ -136,6 +136,57 @@ def curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
     figure.savefig(path)
 
 
+def pareto_picture(
+    places: Sequence[tuple[float, float]],
+    labels: Sequence[str],
+    path: Path,
+    *,
+    chosen: int,
+    axes: tuple[str, str],
+) -> list[Path]:
+    """Two figures of each candidate against each other; the best trades joined by a line.
+
+    Args:
+        places: across, up; more is better in both.
+        labels: beside each place.
+        path: of the picture.
+        chosen: which one is marked.
+        axes: the names of the figures.
+    """
+    if find_spec("matplotlib") is None:
+        log.info("no pictures: matplotlib is missing; get it with: pip install matplotlib")
+        return []
+    from matplotlib.ticker import PercentFormatter
+
+    figure = new_figure(6, 4.5)
+    plot = figure.subplots()
+    front = sorted(places[i] for i in pareto_front(places))
+    plot.plot(*zip(*front, strict=True), color="tab:blue", alpha=0.5, label="Pareto front")
+    plot.plot(*zip(*places, strict=True), "o", color="tab:blue")
+    plot.plot(
+        *places[chosen], "o", color="tab:red", markersize=11, label=f"chosen: {labels[chosen]}"
+    )
+    for place, label in zip(places, labels, strict=True):
+        plot.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for set_name, name in zip((plot.set_xlabel, plot.set_ylabel), axes, strict=True):
+        set_name(words(name, 60))
+    for axis in (plot.xaxis, plot.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0))
+    plot.legend(fontsize="small")
+    plot.grid(alpha=0.3)
+    figure.savefig(path)
+    return [path]
+
+
+def pareto_front(places: Sequence[tuple[float, float]]) -> list[int]:
+    """Those that no other beats in both figures, nor in one with the other equal."""
+    return [
+        i
+        for i, (x, y) in enumerate(places)
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in places)
+    ]
+
+
 def image_grid(
     images: Sequence[Source],
     captions: Sequence[str],

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from leanclip.config import DataConfig, MixedSource, SourceConfig, apply_override
-from leanclip.data import folder, food101, hub, pairs, shapes, shards, table
+from leanclip.data import folder, food101, hub, pairs, shapes, shards, table, wds
 from leanclip.data.mixture import Mixture
 from leanclip.data.samples import Dataset, Sample
 from leanclip.errors import ConfigError
@@ -16,14 +16,15 @@ LAYOUTS = {
     "pairs": pairs.open_dataset,
     "table": table.open_dataset,
     "shards": shards.open_dataset,
+    "wds": wds.open_dataset,
     "hub": hub.open_dataset,
 }
 
 
 # Settings that only some layouts have a use for; elsewhere they are refused.
 TAKEN_BY = {
-    "templates": ("shapes", "food101", "folder", "table", "shards", "hub"),
-    "class_names": ("folder", "table", "shards", "hub"),
+    "templates": ("shapes", "food101", "folder", "table", "shards", "wds", "hub"),
+    "class_names": ("shapes", "food101", "folder", "table", "shards", "wds", "hub"),
     "image_column": ("table", "hub"),
     "caption_column": ("table", "shards", "hub"),
     "label_column": ("table", "hub"),

@@ -2,6 +2,7 @@
 
     root[/split]/<class>/*.jpg
     root/classes.txt, or data.class_names   (optional: `folder<TAB>name` or `name` a line)
+    root/templates.txt, or data.templates   (optional: a caption a line, {} for the name)
 
 Without names a class is called as its folder, with spaces for underscores. A folder without
 images is a class all the same; names that begin with a dot are passed over.
@@ -15,13 +16,11 @@ from leanclip.data.pairs import list_images, no_images
 from leanclip.data.samples import (
     Dataset,
     ImageFiles,
-    check_templates,
+    choose_templates,
     read_class_names,
     split_folder,
 )
 from leanclip.errors import DataError
-
-TEMPLATES = ("a photo of a {}.",)
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -52,7 +51,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         paths,
         labels,
         [names.get(path.name, path.name.replace("_", " ")) for path in folders],
-        check_templates(config.templates or TEMPLATES, where="data.templates"),
+        choose_templates(config.templates, Path(config.root) / "templates.txt"),
     )
 
 
@@ -67,4 +66,11 @@ def _names(path: Path, folders: Sequence[Path]) -> dict[str, str]:
             f"{path}: each line should be a folder, a tab and the class's name; or a name for "
             f"each of the {len(folders)} folders in alphabetical order, found {len(lines)} lines"
         )
+    found = {folder.name for folder in folders}
+    for name, _ in pairs:
+        if name not in found:
+            some = ", ".join(sorted(found)[:4])
+            raise DataError(
+                f"{path}: names the class {name!r}, which has no folder (found: {some})"
+            )
     return dict(pairs)

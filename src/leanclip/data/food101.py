@@ -7,20 +7,17 @@ root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.tx
 from pathlib import Path
 
 from leanclip.config import DataConfig
-from leanclip.data.samples import Dataset, ImageFiles, check_templates, read_lines
+from leanclip.data.samples import (
+    Dataset,
+    ImageFiles,
+    check_templates,
+    read_class_names,
+    read_lines,
+)
 from leanclip.errors import DataError
+from leanclip.prompts import FOOD101_TRAINING, PROMPTS
 
 ROOT = "data/food-101"  # where `leanclip data food101` puts it
-# The one template that CLIP's authors publish for Food-101 (openai/CLIP, data/prompts.md).
-TEMPLATES = ("a photo of {}, a type of food.",)
-# Wordings for training, so that a caption is not one fixed sentence per class.
-TRAINING_TEMPLATES = (
-    "a photo of {}, a type of food.",
-    "a photo of {}.",
-    "a plate of {}.",
-    "{}, a dish.",
-    "a close-up photo of {}.",
-)
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -44,6 +41,13 @@ def open_dataset(config: DataConfig) -> Dataset:
         raise DataError(
             f"{root / 'meta'}: classes.txt has {len(folders)} lines and labels.txt {len(names)}"
         )
+    if config.class_names is not None:
+        names = read_class_names(Path(config.class_names))
+        if len(names) != len(folders):
+            raise DataError(
+                f"{config.class_names}: has {len(names)} names, the data has {len(folders)} "
+                f"classes; write one a line, in the order of meta/classes.txt"
+            )
     label_of = {folder: label for label, folder in enumerate(folders)}
     listed = root / "meta" / f"{split}.txt"
     paths: list[Path] = []
@@ -56,10 +60,10 @@ def open_dataset(config: DataConfig) -> Dataset:
         labels.append(label_of[folder])
     if not paths:
         raise DataError(f"{listed}: lists no images")
-    templates = config.templates or (TRAINING_TEMPLATES if split == "train" else TEMPLATES)
+    own = FOOD101_TRAINING if split == "train" else PROMPTS["food101"].templates
     return ImageFiles(
         paths,
         labels,
-        [name.lower() for name in names],
-        check_templates(templates, where="data.templates"),
+        names if config.class_names is not None else [name.lower() for name in names],
+        check_templates(own if config.templates is None else config.templates),
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from leanclip.data.order import shuffled
 from leanclip.errors import DataError, SampleError
+from leanclip.prompts import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Dataset(ABC):
         classes: names, by label; empty where the samples have captions of their own.
         templates: captions of class data, with `{}` for the name.
         about: what sets this data apart, for the words of a report.
+        is_stream: some samples cannot be had by index, only as `visits` gives them.
     """
 
     classes: Sequence[str] = ()
     templates: Sequence[str] = ()
     about: str = ""
+    is_stream: bool = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -125,7 +128,18 @@ def fill(templates: Sequence[str], name: str) -> list[str]:
     return [template.replace("{}", name) for template in templates]
 
 
-def check_templates(templates: Sequence[str], *, where: str) -> Sequence[str]:
+def choose_templates(given: Sequence[str] | None, path: Path) -> Sequence[str]:
+    """The templates of a config, else of a file if it is there, else the usual one.
+
+    Raises:
+        DataError: there are none, or one lacks `{}`.
+    """
+    if given is not None:
+        return check_templates(given)
+    return read_templates(path) if path.is_file() else TEMPLATES
+
+
+def check_templates(templates: Sequence[str], *, where: str = "data.templates") -> Sequence[str]:
     """The templates, each of which must have a place for the name.
 
     Raises:
@@ -185,19 +199,46 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_class_names(path: Path) -> list[str]:
+def read_class_names(path: Path, *, option: str = "data.class_names") -> list[str]:
     """A class's name a line, by label: `class_names_in` of a file.
 
     Raises:
         DataError: there is no such file, it cannot be read, or does not hold such lines.
     """
+    return class_names_in(_content(path, option), where=str(path))
+
+
+def read_templates(path: Path, *, option: str = "data.templates") -> list[str]:
+    """A template a line: `templates_in` of a file.
+
+    Raises:
+        DataError: there is no such file, it cannot be read, or does not hold such lines.
+    """
+    return templates_in(_content(path, option), where=str(path))
+
+
+def _content(path: Path, option: str) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"data.class_names: no such file: {path}") from None
+        raise DataError(f"{option}: no such file: {path}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return class_names_in(content, where=str(path))
+
+
+def templates_in(content: bytes, *, where: str) -> list[str]:
+    """The lines of a file of templates, without blank ones; `{c}` is taken for `{}`.
+
+    Raises:
+        DataError: there are none, one lacks `{}`, or it is not UTF-8.
+    """
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: is not UTF-8 text") from None
+    lines = [line if "{}" in line else line.replace("{c}", "{}") for line in lines if line]
+    check_templates(lines, where=where)
+    return lines
 
 
 def class_names_in(content: bytes, *, where: str) -> list[str]:

@@ -22,6 +22,7 @@ from leanclip.config import DataConfig
 from leanclip.data import folder, pairs
 from leanclip.data.samples import Dataset
 from leanclip.errors import DataError
+from leanclip.prompts import PROMPTS
 
 COLORS = {
     "red": (214, 40, 40),
@@ -45,7 +46,6 @@ RELATIONS = {  # phrase -> (x, y) of the first figure's centre relative to the s
 
 CLASSES = tuple(itertools.product(TEXTURES, COLORS, FIGURES))
 UNSEEN = frozenset(random.Random(2021).sample(CLASSES, 24))
-TEMPLATES = ("a {}", "a picture of a {}", "a large {}", "a small {}", "there is a {}")
 
 SIDE = 72  # of a drawing, in pixels
 _FINE = 3  # drawn this many times larger, then reduced, for smooth edges
@@ -87,7 +87,8 @@ def open_dataset(config: DataConfig) -> Dataset:
             f"(draw them with: leanclip data shapes {config.root})"
         )
     if config.split == "unseen":
-        templates = config.templates or TEMPLATES
+        own = PROMPTS["shapes"].templates
+        templates = own if config.templates is None else config.templates
         unseen = folder.open_dataset(config.model_copy(update={"templates": templates}))
         unseen.about = "combinations of attributes that it never saw in training"
         return unseen

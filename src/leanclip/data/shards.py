@@ -3,6 +3,7 @@
     root[/split]/00000.tar ...     or one .tar, a pattern {00000..00099}.tar, http(s) URLs
         000000123.jpg  .txt | .json  [.cls]     members of one name are one sample
     classes.txt, or data.class_names            (a name a line, by label: class data)
+    templates.txt, or data.templates            (a caption a line, {} for the name)
 
 A sample is read at its place in the file, so that any can be had by index. What shuffles them is
 the order of the shards, and within windows of neighbours an order of all their samples.
@@ -25,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from leanclip.config import DataConfig
-from leanclip.data.folder import TEMPLATES
 from leanclip.data.order import shuffled
 from leanclip.data.samples import (
     Dataset,
@@ -36,6 +36,7 @@ from leanclip.data.samples import (
     class_names_in,
     fill,
     read_class_names,
+    templates_in,
 )
 from leanclip.data.sources.shard_cache import (
     fetched_note,
@@ -46,6 +47,7 @@ from leanclip.data.sources.shard_cache import (
 from leanclip.data.sources.shard_list import URLS, beside, find_shards, read_local, stated_sizes
 from leanclip.data.sources.tar_index import PROBLEMS, index_path, shard_index
 from leanclip.errors import DataError, SampleError
+from leanclip.prompts import TEMPLATES
 from leanclip.tracking import ProgressBar
 
 log = logging.getLogger("leanclip")
@@ -69,11 +71,12 @@ def open_dataset(config: DataConfig) -> Dataset:
             forget_failure(shard)
     stated = stated_sizes(shards, _read)
     unknown = [shard for shard, size in zip(shards, stated, strict=True) if size is None]
-    counted = dict(zip(unknown, _counts(unknown, config) if unknown else (), strict=True))
+    counted = dict(zip(unknown, count_samples(unknown, config) if unknown else (), strict=True))
     sizes = [counted[s] if size is None else size for s, size in zip(shards, stated, strict=True)]
     if sum(sizes) == 0:
         raise DataError(f"{config.root}: no samples in {len(shards)} shards")
-    dataset = Shards(shards, sizes, config, _classes(shards[0], config))
+    classes = _classes(shards[0], config)
+    dataset = Shards(shards, sizes, config, classes, _templates(shards[0], config))
     if len(shards) == 1 and (unknown or not shards[0].startswith(URLS)):
         with suppress(SampleError):  # of one sample; here only what is wrong with all counts
             dataset.check_tar(0)
@@ -96,6 +99,7 @@ class Shards(Dataset):
         sizes: Sequence[int],
         config: DataConfig,
         classes: Sequence[str],
+        templates: Sequence[str] = (),
     ) -> None:
         self.shards, self.firsts = Strings(shards), np.cumsum([0, *sizes])
         self.buffer, self.limit = config.shuffle_buffer, config.cache_gigabytes * 1e9
@@ -103,7 +107,7 @@ class Shards(Dataset):
         self.columns = (columns,) if isinstance(columns, str) else columns
         self.classes = classes
         if classes:
-            self.templates = check_templates(config.templates or TEMPLATES, where="data.templates")
+            self.templates = templates
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
         self._has_warned = False
 
@@ -312,16 +316,29 @@ def _classes(shard: str, config: DataConfig) -> Sequence[str]:
         return ()
     if config.class_names is not None:
         return read_class_names(Path(config.class_names))
-    places = [beside(shard, "classes.txt")]
-    if config.split is not None:
-        places.append(str(Path(config.root) / "classes.txt"))
-    for place in places:
+    for place in _places(shard, config, "classes.txt"):
         if (content := _read(place)) is not None:
             return class_names_in(content, where=place)
     return ()
 
 
-def _counts(shards: Sequence[str], config: DataConfig) -> list[int]:
+def _templates(shard: str, config: DataConfig) -> Sequence[str]:
+    """Templates of class data: the config's, those in a file beside the names, the usual one."""
+    if config.templates is not None:
+        return check_templates(config.templates)
+    for place in _places(shard, config, "templates.txt"):
+        if (content := _read(place)) is not None:
+            return templates_in(content, where=place)
+    return TEMPLATES
+
+
+def _places(shard: str, config: DataConfig, name: str) -> list[str]:
+    """Where a file of words about the classes may be."""
+    root = [] if config.split is None else [str(Path(config.root) / name)]
+    return [beside(shard, name), *root]
+
+
+def count_samples(shards: Sequence[str], config: DataConfig) -> list[int]:
     """How many samples shards have, by looking through them."""
     limit = config.cache_gigabytes * 1e9
     local = all(not shard.startswith(URLS) for shard in shards)

@@ -21,7 +21,7 @@ def find_splits(config: SourceConfig) -> tuple[str, ...]:
 def _has(layout: str, root: Path, name: str) -> bool:
     if layout in ("pairs", "folder"):
         return (root / name).is_dir()
-    if layout == "shards":
+    if layout in ("shards", "wds"):
         return any((root / name).glob("*.tar"))
     if layout == "table":
         return root.is_dir() and bool(table.split_files(root, name))

@@ -4,7 +4,9 @@ from leanclip.evaluate.calibration import Calibration
 from leanclip.evaluate.classification import Classification, calibration_error, rank_of
 from leanclip.evaluate.features import Encoded, encode_dataset, encode_texts
 from leanclip.evaluate.intervals import bootstrap
-from leanclip.evaluate.report import Report, evaluate
+from leanclip.evaluate.measure import evaluate
+from leanclip.evaluate.probe import ProbeResult
+from leanclip.evaluate.report import Report
 from leanclip.evaluate.retrieval import (
     RetrievalResult,
     recall_at_k,
@@ -12,20 +14,37 @@ from leanclip.evaluate.retrieval import (
     retrieval_ranks,
     retrieve,
 )
-from leanclip.evaluate.tasks import METRICS, Task, evaluation_config, open_guard, open_tasks
-from leanclip.evaluate.zero_shot import ZeroShotResult, build_classifier, zero_shot
+from leanclip.evaluate.tasks import (
+    METRICS,
+    TASKS,
+    Task,
+    Wishes,
+    evaluation_config,
+    open_guard,
+    open_tasks,
+)
+from leanclip.evaluate.zero_shot import (
+    ZeroShotResult,
+    build_classifier,
+    cached_classifier,
+    zero_shot,
+)
 
 __all__ = [
     "METRICS",
+    "TASKS",
     "Calibration",
     "Classification",
     "Encoded",
+    "ProbeResult",
     "Report",
     "RetrievalResult",
     "Task",
+    "Wishes",
     "ZeroShotResult",
     "bootstrap",
     "build_classifier",
+    "cached_classifier",
     "calibration_error",
     "encode_dataset",
     "encode_texts",

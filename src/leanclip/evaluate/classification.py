@@ -115,24 +115,19 @@ def classify(
         indices: of the images in their data set.
         features: of the images.
     """
-    ranks, tops, probabilities, first = [], [], [], 0
+    size, count, first = len(labels), min(KEPT, len(classes)), 0
+    ranks = torch.empty(size, dtype=torch.int64)
+    tops = torch.empty(size, count, dtype=torch.int64)
+    probabilities = torch.empty(size, count)
     for scores in blocks:
-        own = labels[first : first + len(scores)].to(scores.device)
-        ranks.append(rank_of(scores, own).cpu())
-        top, where = _highest(scores, min(KEPT, scores.shape[1]))
-        tops.append(where.cpu())
+        rows = slice(first, first + len(scores))
+        ranks[rows] = rank_of(scores, labels[rows].to(scores.device)).cpu()
+        top, where = _highest(scores, count)
+        tops[rows] = where.cpu()
         total = scores.float().logsumexp(dim=1, keepdim=True)
-        probabilities.append((top.float() - total).exp().cpu())
+        probabilities[rows] = (top.float() - total).exp().cpu()
         first += len(scores)
-    return Classification(
-        classes,
-        indices,
-        labels,
-        features,
-        torch.cat(ranks),
-        torch.cat(tops),
-        torch.cat(probabilities),
-    )
+    return Classification(classes, indices, labels, features, ranks, tops, probabilities)
 
 
 def rank_of(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

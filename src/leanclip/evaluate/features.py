@@ -11,7 +11,7 @@ Shapes: N images, M texts, E embedding, B batch, L tokens.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +44,17 @@ class Encoded(NamedTuple):
     captions: list[Sequence[str]]  # N, of data that is no class data
     digests: torch.Tensor  # (N,) int64, of image files and their captions or labels
     bad: dict[str, str]  # those that could not be read: id -> reason
+
+    def chosen(self, rows: torch.Tensor) -> "Encoded":
+        """Some of the images of class data."""
+        return Encoded(
+            self.features[rows],
+            self.indices[rows],
+            self.labels[rows],
+            [],
+            self.digests[rows],
+            self.bad,
+        )
 
     def fingerprint(self, classes: Sequence[str] = ()) -> str:
         """SHA-256 over the images' digests, in order, and the names of classes.
@@ -80,10 +91,29 @@ def encode_dataset(
     Raises:
         DataError: more than the allowed share is unreadable, or all.
     """
+    pairs = [(model, preprocess)]
+    (found,) = encode_each(pairs, dataset, data, batch_size=batch_size, limit=limit, label=label)
+    return found
+
+
+def encode_each(
+    models: Collection[tuple[CLIP, Preprocess]],
+    dataset: Dataset,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    label: str = "encoding",
+) -> list[Encoded]:
+    """Features by several models of one resolution, for which each image is decoded once.
+
+    `models` is gone through for every batch; otherwise as `encode_dataset`.
+    """
     rank, world_size = rank_and_world_size()
     most_bad = data.max_bad_share * len(dataset)
-    features, whole = [torch.empty(0, model.config.embed_dim)], torch.empty(0, 3).long()
-    facts, captions, bad = [whole], [], []
+    facts, captions, bad = [torch.empty(0, 3).long()], [], []
+    features = [[torch.empty(0, model.config.embed_dim)] for model, _ in models]
+    model, preprocess = next(iter(models))
     batches = evaluation_batches(
         dataset,
         data,
@@ -102,21 +132,27 @@ def encode_dataset(
             if len(bad) > most_bad:  # enough to say so
                 break
             if len(batch):
-                features.append(encode_images(model, batch, preprocess))
+                for parts, (model, preprocess) in zip(features, models, strict=True):
+                    parts.append(encode_images(model, batch, preprocess))
                 facts.append(torch.stack([batch.indices, batch.labels, batch.digests], dim=1))
                 captions += [] if dataset.classes else batch.captions
             done += len(batch) + len(batch.bad)
             bar.update(min(done * world_size, total))
     reasons = _report_bad(dataset, data, bad)
-    rows, numbers = gather_rows(torch.cat(features))[0], gather_rows(torch.cat(facts))[0]
-    if not len(rows):
+    numbers = gather_rows(torch.cat(facts))[0]
+    if not len(numbers):
         raise DataError(f"{data.root}: none of the images is readable")
     captions = [several for part in everyones(captions) for several in part]
     order = numbers[:, 0].argsort()
     indices, labels, digests = numbers[order].unbind(dim=1)
     if captions:
         captions = [captions[i] for i in order.tolist()]
-    return Encoded(rows[order], indices, labels, captions, digests, reasons)
+    return [
+        Encoded(
+            gather_rows(torch.cat(parts))[0][order], indices, labels, captions, digests, reasons
+        )
+        for parts in features
+    ]
 
 
 def _report_bad(dataset: Dataset, data: DataConfig, bad: Sequence[Bad]) -> dict[str, str]:

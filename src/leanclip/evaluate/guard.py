@@ -8,8 +8,18 @@ from collections.abc import Mapping, Sequence
 from leanclip.evaluate.tasks import Task
 
 PREFIX = "guard/"
-HEADLINES = {"zero_shot": "zeroshot_top1", "retrieval": "image_to_text_R@1"}
-_WORDS = {"zeroshot_top1": "zero-shot top-1", "image_to_text_R@1": "image-to-text recall@1"}
+HEADLINES = {
+    "zero_shot": "zeroshot_top1",
+    "retrieval": "image_to_text_R@1",
+    "linear_probe": "linear_probe_top1",
+    "knn": "knn_top1",
+}
+_WORDS = {
+    "zeroshot_top1": "zero-shot top-1",
+    "image_to_text_R@1": "image-to-text recall@1",
+    "linear_probe_top1": "the linear probe's top-1",
+    "knn_top1": "the k-NN probe's top-1",
+}
 
 
 def comparison(

@@ -24,7 +24,7 @@ from leanclip.evaluate.intervals import Interval, bootstrap
 WAYS = ("image_to_text", "text_to_image")
 AT = (1, 5, 10)
 KEPT = 5
-_BLOCK = 1 << 24  # scores at a time
+_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}  # scores at a time; on a CPU those that caches hold
 
 Best = Callable[[torch.Tensor, int], torch.Tensor]  # scores (B, ...), first row -> (B,) indices
 
@@ -94,7 +94,7 @@ def retrieve(
     captions: Sequence[str],
     indices: torch.Tensor,
     device: torch.device | str = "cpu",
-    block: int = _BLOCK,
+    block: int | None = None,
 ) -> RetrievalResult:
     """Rank all captions for each image and all images for each caption, a block at a time.
 
@@ -105,8 +105,9 @@ def retrieve(
         captions: M texts.
         indices: of the images in their data set.
         device: where scores are computed.
-        block: the most scores that are held at once.
+        block: the most scores that are held at once; None: what suits the device.
     """
+    block = block or _BLOCK[torch.device(device).type]
     images, texts, owners_there = (x.to(device) for x in (features, text_features, owners))
     image_ranks, top_captions = _ranks(
         images, texts, lambda scores, row: _first_own(scores, owners_there, row), block
@@ -124,14 +125,15 @@ def _ranks(
     queries: torch.Tensor, gallery: torch.Tensor, best: Best, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rank of each query's best own in the whole gallery, and the K highest."""
-    rows = max(1, block // len(gallery))
-    ranks, tops, first = [], [], 0
-    for part in queries.split(rows):
-        scores = part @ gallery.T  # (B, M) or (B, N)
-        ranks.append(rank_of(scores, best(scores, first)).cpu())
-        tops.append(scores.topk(min(KEPT, len(gallery)), dim=1).indices.cpu())
-        first += len(part)
-    return torch.cat(ranks), torch.cat(tops)
+    rows, count = max(1, block // len(gallery)), min(KEPT, len(gallery))
+    # Made at once: small results between large blocks would keep the blocks' memory in pieces.
+    ranks = torch.empty(len(queries), dtype=torch.int64)
+    tops = torch.empty(len(queries), count, dtype=torch.int64)
+    for first in range(0, len(queries), rows):
+        scores = queries[first : first + rows] @ gallery.T  # (B, M) or (B, N)
+        ranks[first : first + rows] = rank_of(scores, best(scores, first))
+        tops[first : first + rows] = scores.topk(count, dim=1).indices
+    return ranks, tops
 
 
 def _first_own(scores: torch.Tensor, owners: torch.Tensor, first: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def interpolate(first: Weights, second: Weights, alpha: float) -> Weights:
     return Weights(
         source=Path(f"{1 - alpha:g} * {first.source} + {alpha:g} * {second.source}"),
         dialect="interpolation",
-        tensors={name: _between(states[0][name], states[1][name], alpha) for name in states[0]},
+        tensors={name: between(states[0][name], states[1][name], alpha) for name in states[0]},
         model=model,
         preprocess=nearer.preprocess or next(iter(given), None),
     )
@@ -57,7 +57,8 @@ def _state(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
     return clip.state_dict()
 
 
-def _between(first: torch.Tensor, second: torch.Tensor, alpha: float) -> torch.Tensor:
+def between(first: torch.Tensor, second: torch.Tensor, alpha: float) -> torch.Tensor:
+    """One tensor between two others, which at 0 and 1 is that very one."""
     if alpha in (0, 1) or not first.is_floating_point():  # a sum would turn -0 into 0
         return first if alpha < 0.5 else second
     return (1 - alpha) * first + alpha * second

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leanclip.config import DataConfig
-from leanclip.data.folder import TEMPLATES
-from leanclip.data.samples import Sample, check_templates, check_unicode, fill, read_class_names
+from leanclip.data.samples import Sample, check_unicode, choose_templates, fill, read_class_names
 from leanclip.errors import DataError, SampleError
 
 # The names that are looked for, in this order and in any letter case, where a config has none.
@@ -164,7 +163,7 @@ class Meaning:
         self.classes, self.labels = classes or ([], {})
         self.templates: Sequence[str] = ()
         if classes:
-            self.templates = check_templates(config.templates or TEMPLATES, where="data.templates")
+            self.templates = choose_templates(config.templates, folder / "templates.txt")
 
     def sample(self, name: str, row: Mapping[str, object]) -> Sample:
         """The sample of a row called `name`.

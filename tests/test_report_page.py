@@ -1,0 +1,228 @@
+"""The report as a page: whole, escaped, and looked at in a browser."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from browser import browser
+from conftest import TINY, Command, noise_image
+from PIL import Image
+
+from leanclip import CLIP, Preprocess
+from leanclip.config import Config, DataConfig
+from leanclip.data import Dataset, Sample
+from leanclip.evaluate import Task, evaluate, open_tasks
+from leanclip.evaluate.classification import classify
+from leanclip.evaluate.report import Report
+from leanclip.page import Html, join, line_chart, tag
+from leanclip.report_page import write_report_page
+from leanclip.settings import parse
+
+HOSTILE = "<script>alert(1)</script> \"'&amp;"
+
+
+class Reader(HTMLParser):
+    """Every element of a page with its attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def make_report(root: Path) -> Report:
+    """Zero-shot on three classes and retrieval on pairs, both with hostile names and captions."""
+    for label, name in enumerate(("ant", "bee", "cow")):
+        (root / "c" / name).mkdir(parents=True)
+        for i in range(4):
+            noise_image(10 * label + i).save(root / "c" / name / f"{i}.png")
+    names = root / "names.txt"
+    names.write_text(f"{HOSTILE}\nbee{'e' * 300}\ncow \u202e txt.exe\n")
+    (root / "p").mkdir()
+    for i in range(9):
+        noise_image(i).save(root / "p" / f"{i}.png")
+        (root / "p" / f"{i}.txt").write_text(f"{HOSTILE} {i}\n")
+    (root / "p" / "3.png").write_bytes(b"no")
+    values = {
+        "model": TINY,
+        "data": {"layout": "folder", "root": str(root / "c"), "workers": 0, "max_bad_share": 0.5,
+                 "class_names": str(names)},
+        "evaluate": {"zero_shot": {"templates": ["a {}"]},
+                     "retrieval": {"layout": "pairs", "root": str(root / "p")}},
+    }  # fmt: skip
+    tasks = open_tasks(parse(Config, values, where="test"))
+    torch.manual_seed(0)
+    report = evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
+    report.source, report.command = "runs/<b>x</b>", "leanclip eval --model 'runs/<b>x</b>'"
+    return report
+
+
+class Noise(Dataset):
+    """Images of noise."""
+
+    def __len__(self) -> int:
+        return 300
+
+    def __getitem__(self, index: int) -> Sample:
+        file = io.BytesIO()
+        noise_image(index).save(file, "PNG")
+        return Sample(str(index), file.getvalue(), ["x"])
+
+
+def write_metrics(folder: Path) -> None:
+    lines = [
+        {"step": i, "train/loss": 3 / i, "train/lr": 1e-4 * i, "train/logit_scale": 14 + i}
+        for i in range(1, 30)
+    ]
+    lines += [{"step": i, "val/zeroshot_top1": i / 40, "val/zeroshot_ece": 0.1} for i in (10, 29)]
+    lines.append({"step": 30, "train/loss": float("nan")})
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_page_is_whole_and_everything_in_it_is_escaped(tmp_path: Path) -> None:
+    report = make_report(tmp_path)
+    write_metrics(tmp_path / "run")
+    page = write_report_page(tmp_path / "run", report).read_text(encoding="utf-8")
+    reader = Reader(page)
+    kinds = {name for name, _ in reader.elements}
+    assert not kinds & {"script", "link", "iframe", "object", "b><"}
+    for name, attributes in reader.elements:
+        assert not any(key.startswith("on") for key in attributes), name
+        for key in ("src", "href", "data"):
+            assert (attributes.get(key) or "data:image/jpeg").startswith("data:image/jpeg"), name
+    policy = next(a["content"] for n, a in reader.elements if a.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert "url(" not in page
+    assert HOSTILE in reader.text
+    assert "\u202e" not in page
+    assert "runs/<b>x</b>" in reader.text
+    for words in (report.weights, report.command, "3.png", *report.sentences):
+        assert words in reader.text, words
+    for data in report.data.values():
+        assert data["sha256"] in reader.text
+    for title in ("All figures", "Training", "Confusion matrix", "Most confused",
+                  "Nearest images", "Similarity of a sample", "Evaluation could not use 1.",
+                  "The caption that an image finds first"):  # fmt: skip
+        assert title in reader.text, title
+    for name, (low, high) in report.intervals.items():
+        if "rank" not in name:
+            assert f"{low:.1%} – {high:.1%}" in reader.text
+
+
+def test_the_pictures_are_inside(tmp_path: Path) -> None:
+    page = write_report_page(tmp_path, make_report(tmp_path)).read_text(encoding="utf-8")
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert len(found) > 30
+    for data in set(found):
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (40, 40)
+    assert len(page) < 500_000
+
+
+def test_a_report_of_nothing_is_a_page(tmp_path: Path) -> None:
+    page = write_report_page(tmp_path, Report()).read_text(encoding="utf-8")
+    assert "leanclip report" in Reader(page).text
+
+
+def test_training_and_eval_leave_a_page_and_say_where(command: Command, workplace: Path) -> None:
+    (workplace / "data/005.txt").write_bytes(b"\xff")
+    words = ("-o", "data.max_bad_share=0.5")
+    done = command("train", "-c", "config.yaml", "--output-dir", "run", *words)
+    assert done.returncode == 0, done.stderr
+    page = Reader((workplace / "run/report.html").read_text(encoding="utf-8"))
+    assert "Report:   run/report.html" in done.stdout
+    metrics = json.loads((workplace / "run/report.json").read_text())["metrics"]
+    first = f"{metrics['image_to_text_R@1']:.1%}"
+    assert f"Figures:  image to text recall@1 {first} (" in done.stdout
+    assert "learning rate" in page.text
+    assert "Training could not use 1 caption not UTF-8: skipped.jsonl." in page.text
+    done = command("eval", "--model", "run", "--out", "out")
+    assert "Report:   out/report.html" in done.stdout
+    page = Reader((workplace / "out/report.html").read_text(encoding="utf-8"))
+    assert "learning rate" in page.text  # of the run that is measured
+    assert "leanclip eval --model run --out out" in page.text
+
+
+def test_a_hundred_classes_are_shown_by_the_worst(tmp_path: Path) -> None:
+    scores = torch.randn(300, 150)
+    labels = torch.arange(300) % 150
+    scores[torch.arange(300), labels] += 3
+    result = classify(
+        iter([scores]),
+        labels,
+        classes=[f"class {i}" for i in range(150)],
+        indices=torch.arange(300),
+        features=torch.nn.functional.normalize(torch.randn(300, 8), dim=1),
+    )
+    data = parse(DataConfig, {"layout": "folder", "root": "x"}, where="test")
+    report = Report(results={"knn": result}, data={"knn": {"sha256": "0", "layout": "folder",
+                    "root": "x", "split": None, "samples": 300}})  # fmt: skip
+    report.tasks["knn"] = Task("knn", data, Noise(), None, 8)
+    page = write_report_page(tmp_path, report).read_text(encoding="utf-8")
+    reader = Reader(page)
+    assert "Of 150 classes the 40 with most mistakes" in reader.text
+    wrong = result.confusion() - torch.diag(result.confusion().diagonal())
+    mistakes = wrong.sum(dim=0) + wrong.sum(dim=1)
+    shown = mistakes.sort(descending=True, stable=True).indices[:40]
+    squares = [
+        n for n, a in reader.elements if n == "rect" and a.get("class") in ("right", "wrong")
+    ]
+    assert len(squares) == int((result.confusion()[shown][:, shown] > 0).sum())
+    assert "all 150 classes" in reader.text
+    assert len(page) < 1_000_000
+
+
+def test_only_tags_are_taken_as_they_are() -> None:
+    assert (
+        join(["<b>", tag("b", "<i>", ["&", Html("<br/>")])])
+        == "&lt;b&gt;<b>&lt;i&gt;&amp;<br/></b>"
+    )
+    assert tag("p", class_='"><x', aria_hidden=None) == '<p class="&quot;&gt;&lt;x"></p>'
+    assert tag("p", "a\x00b\ud800\tc") == "<p>a�b� c</p>"
+
+
+def test_a_line_with_odd_values_is_drawn() -> None:
+    nan, inf = float("nan"), float("inf")
+    for points in ([(1, 2.0)], [(1, nan), (2, inf)], [(i, 5.0) for i in range(10_000)]):
+        chart = line_chart("x", {"a": points})
+        assert "nan" not in chart
+        assert "inf" not in chart
+        assert len(chart) < 20_000
+
+
+@pytest.mark.slow
+def test_a_browser_shows_it_on_a_phone_and_on_a_desk(tmp_path: Path) -> None:
+    report = make_report(tmp_path)
+    write_metrics(tmp_path / "run")
+    path = write_report_page(tmp_path / "run", report)
+    with browser() as page:
+        for width, dark in ((390, False), (390, True), (1200, False), (320, False)):
+            page.open(path, width=width, dark=dark)
+            assert page.run("return document.documentElement.scrollWidth") <= width
+            assert page.run("return document.title").startswith("leanclip report")
+            loaded = "return [...document.images].every(i => i.complete && i.naturalWidth > 0)"
+            assert page.run(loaded)
+            assert page.run("return performance.getEntriesByType('resource')"
+                            ".filter(e => !e.name.startsWith('data:')).length") == 0  # fmt: skip
+            outside = "return [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"  # noqa: E501
+            assert page.run(outside) == []
+            back = page.run("return getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", back)[:3])) < 200) == dark
+            smallest = "return Math.min(...[...document.querySelectorAll('p, td, th, figcaption')].map(e => parseFloat(getComputedStyle(e).fontSize)))"  # noqa: E501
+            assert page.run(smallest) >= 11
+        page.screenshot(tmp_path / "page.png")
+    shot = Image.open(tmp_path / "page.png").convert("RGB")
+    assert len(shot.resize((100, 300)).getcolors(30_000) or ()) > 50
