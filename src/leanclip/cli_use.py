@@ -90,7 +90,7 @@ def classify(
 ) -> None:
     """Say which of your words fits an image best, without training."""
     from leanclip.classifier import guesses
-    from leanclip.data.folder import TEMPLATES
+    from leanclip.prompts import TEMPLATES
 
     _only_one_reads_stdin([*images, labels])
     clip = _load(model, device, allow_urls)

@@ -28,7 +28,6 @@ from leanclip.classifier import (
     guesses,
     read_labels,
 )
-from leanclip.data.folder import TEMPLATES
 from leanclip.data.samples import check_templates
 from leanclip.distributed import choose_device
 from leanclip.errors import ConfigError, WeightsError
@@ -38,6 +37,7 @@ from leanclip.exported import is_exported, read_exported
 from leanclip.images import Preprocess, normalize
 from leanclip.inputs import ImageInput, ImageInputs, gather, pixel_batches
 from leanclip.model import CLIP
+from leanclip.prompts import TEMPLATES
 from leanclip.settings import to_plain
 from leanclip.tokenizer import tokenize
 from leanclip.tracking import ProgressBar
