@@ -306,6 +306,11 @@ class TrainConfig(Section):
     compile: bool = Field(
         default=False, description="torch.compile both towers, which takes minutes at the start"
     )
+    deterministic: bool = Field(
+        default=False,
+        description="on a GPU: only kernels that give the same bits again, which are slower; an "
+        "operation that has none ends the run. On the CPU it is always so",
+    )
     truncate_captions: bool = Field(
         default=True, description="cut captions over the context; false: they are bad samples"
     )

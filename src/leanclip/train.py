@@ -7,8 +7,10 @@ The same command in the same folder goes on from the newest checkpoint.
 """
 
 import logging
+import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -35,7 +37,7 @@ from leanclip.outcome import SKIPPED, Outcome, finish
 from leanclip.plan import Plan
 from leanclip.settings import differences, parse, to_plain
 from leanclip.sharded import whole
-from leanclip.step import train_step
+from leanclip.step import StepResult, train_step
 from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
 from leanclip.towers import prepare_towers
@@ -99,6 +101,9 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
 def _train(plan: Plan, must_resume: bool) -> Outcome | None:
     """As `train`, in a folder that is this run's."""
     config, rank = plan.config, rank_and_world_size()[0]
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for this
+    torch.use_deterministic_algorithms(config.train.deterministic)
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
     found = _checkpoint(plan, must_resume)
@@ -155,23 +160,11 @@ def _fit(
 ) -> tuple[Report, checkpoint.Progress]:
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
-    rank, world_size = rank_and_world_size()
+    rank = rank_and_world_size()[0]
     path = plan.folder / SKIPPED
     bad = BadSamples(plan.dataset.distinct, config.data.max_bad_share, path, must_write=rank == 0)
     troubles, result = Troubles(plan), None
-    stream = training_batches(
-        plan.dataset,
-        config.data,
-        resolution=config.model.image_resolution,
-        context_length=config.model.context_length,
-        truncate=config.train.truncate_captions,
-        batch_size=plan.batch_size,
-        seed=config.seed,
-        start=Position(done.epoch, done.sample),
-        rank=rank,
-        world_size=world_size,
-        undecoded=frozen.undecoded,
-    )
+    stream = _stream(plan, done, frozen)
     is_fp16 = config.train.precision == "fp16"
     loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
     clock = Clock(plan, done.samples)
@@ -227,23 +220,11 @@ def _fit(
             )
             if must_log:
                 troubles.raise_if_many()  # waits for the device
-                line = {
-                    "train/loss": result.loss.item() if result else 0.0,
-                    "train/gradient_norm": result.gradient_norm.item() if result else 0.0,
-                    "train/lr": rate,
-                    "train/logit_scale": model.logit_scale.exp().item(),
-                    "train/epoch": done.step / plan.steps_per_epoch,
-                    "train/samples": done.samples,
-                    "train/skipped": len(bad.found),
-                    "train/skipped_steps": troubles.count,
-                    **_by_source(config.data, done.sources),
-                    **clock.rates(done.samples),
-                    "train/peak_memory_gb": peak_memory(plan.device),
-                }
+                line = _line(plan, done, result, rate, model.logit_scale)
+                line |= {"train/skipped": len(bad.found), "train/skipped_steps": troubles.count}
+                line |= clock.rates(done.samples)
                 if loss_scale is not None:
                     line["train/loss_scale"] = loss_scale.factor.item()
-                for name, norm in (result.norms if result else {}).items():
-                    line[f"train/{name}"] = norm.item()
                 if metrics is not None:
                     metrics.write(done.step, line)
                 bar.note(in_words(line))
@@ -267,6 +248,49 @@ def _fit(
         raise DataError(f"{plan.config.data.root}: not one sample could be used: {bad.summary()}")
     # A run that is taken up again after its last step has nothing left but to be measured.
     return report or _evaluate(plan, model, tuning, done.before), done
+
+
+def _stream(
+    plan: Plan, done: checkpoint.Progress, frozen: Frozen
+) -> Iterator[tuple[Batch, Position]]:
+    """This rank's part of the batches after `done`."""
+    config, (rank, world_size) = plan.config, rank_and_world_size()
+    return training_batches(
+        plan.dataset,
+        config.data,
+        resolution=config.model.image_resolution,
+        context_length=config.model.context_length,
+        truncate=config.train.truncate_captions,
+        batch_size=plan.batch_size,
+        seed=config.seed,
+        start=Position(done.epoch, done.sample),
+        rank=rank,
+        world_size=world_size,
+        undecoded=frozen.undecoded,
+    )
+
+
+def _line(
+    plan: Plan,
+    done: checkpoint.Progress,
+    result: StepResult | None,
+    rate: float,
+    logit_scale: torch.Tensor,
+) -> dict[str, float]:
+    """What metrics.jsonl says of a step; this waits for the device."""
+    line = {
+        "train/loss": result.loss.item() if result else 0.0,
+        "train/gradient_norm": result.gradient_norm.item() if result else 0.0,
+        "train/lr": rate,
+        "train/logit_scale": logit_scale.exp().item(),
+        "train/epoch": done.step / plan.steps_per_epoch,
+        "train/samples": done.samples,
+        **_by_source(plan.config.data, done.sources),
+        "train/peak_memory_gb": peak_memory(plan.device),
+    }
+    for name, norm in (result.norms if result else {}).items():
+        line[f"train/{name}"] = norm.item()
+    return line
 
 
 def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
