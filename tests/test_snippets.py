@@ -30,6 +30,7 @@ DOCUMENTS = [PROJECT / "README.md", *sorted(PROJECT.glob("*/*.md"))]
 SOURCES = sorted((PROJECT / "src").rglob("*.py"))
 
 RUN = {
+    "leanclip classify data/shapes/unseen/hollow_red_star/000.png --labels 'red star, blue circle'",
     "leanclip classify photo.jpg --labels 'cat, dog, fox'",
     "leanclip convert ViT-B-32.pt vit-b-32 --to leanclip",
     "leanclip convert runs/quickstart quickstart-hf --to hf",

@@ -1,7 +1,9 @@
 """`leanclip classify` and `leanclip similarity`; pictures and maps of what a model says."""
 
+import contextlib
 import io
 import json
+import os
 import pty
 import subprocess
 import sys
@@ -102,16 +104,23 @@ def test_standard_input_is_an_image_or_paths_or_words(
     assert [one["text"] for one in found] == ["a cat", "a dog"]
 
 
-def test_a_terminal_gets_a_table(photos: Path) -> None:
+def test_a_terminal_gets_a_table_and_a_bar(photos: Path) -> None:
+    code = """
+import leanclip
+from leanclip.cli import main
+leanclip.load("tiny").embed_images(["photos/0.png"] * 40, batch_size=1)
+main(["classify", "photos/0.png", "--labels", "[cat], dog", "--model", "tiny"])
+"""
     ours, theirs = pty.openpty()
-    code = "from leanclip.cli import main; main()"
-    words = ["classify", "photos/0.png", "--labels", "[cat], dog", "--model", "tiny"]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=theirs)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while part := os.read(ours, 10_000):
+            said += part
     assert process.wait(60) == 0
-    said = open(ours, "rb", buffering=0).read(10_000).decode()  # noqa: PTH123, SIM115
-    assert "probability" in said
-    assert "[cat]" in said
-    assert "%" in said
+    for word in ("embedding", "/40", "probability", "[cat]", "%"):
+        assert word in said.decode()
 
 
 @pytest.mark.parametrize(

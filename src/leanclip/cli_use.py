@@ -158,7 +158,7 @@ def similarity(
     sources, captions = _sources(images), [text for given in texts for text in _texts(given)]
     cosines = clip.similarity(sources, captions, truncate=truncate)  # (M, N)
     names = [_name(source) for source in sources]
-    is_wide = len(names) > 6  # columns of a table
+    is_wide = len(names) > 4  # columns of a table
     rows = _Table(
         *(("text", "image", "similarity") if is_wide else ("text", *names)), as_json=as_json
     )
@@ -318,7 +318,8 @@ class _Table:
         table = Table()
         words = sum(heading in ("image", "text", "label") for heading in self.headings)
         for number, heading in enumerate(self.headings):
-            table.add_column(Text(heading), justify="left" if number < words else "right")
+            side = "left" if number < words else "right"
+            table.add_column(Text(heading, overflow="fold"), justify=side, overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))  # brackets are no markup
         Console().print(table)
