@@ -128,9 +128,11 @@ def test_mistakes_have_their_words(tmp_path: Path, command: Command) -> None:
     export(clip, folder, "torch")
     with pytest.raises(ConfigError, match="was exported to torch"):
         leanclip.load(folder, backend="onnx")
+    with pytest.raises(ConfigError, match=r"may run code .* if you trust it, say backend='torch'"):
+        leanclip.load(folder)
     (folder / "image.pt2").write_bytes(b"PK nothing")
     with pytest.raises(WeightsError, match="no exported model"):
-        leanclip.load(folder)
+        leanclip.load(folder, backend="torch")
     (folder / "clip.json").write_text("{}")
     with pytest.raises(WeightsError, match="no exported model"):
         leanclip.load(folder)

@@ -65,7 +65,7 @@ def export(clip: Clip, out: Path, to: str, *, int8: bool = False) -> dict[str, A
         facts = _facts(clip, to)
         _write_towers(clip.model, part, facts)
         _write_facts(part, facts)
-        facts["checked"] = _compare(clip, part)
+        facts["checked"] = _compare(clip, part, to)
         if min(facts["checked"].values()) < LEAST_COSINE:
             raise WeightsError(
                 f"export: the exported towers' features differ from the model's: least cosines "
@@ -74,7 +74,7 @@ def export(clip: Clip, out: Path, to: str, *, int8: bool = False) -> dict[str, A
         if int8:
             _quantize(part, facts)
             _write_facts(part, facts)
-            facts["int8"] = _compare(clip, part)
+            facts["int8"] = _compare(clip, part, to)
         _write_facts(part, facts)
         _write_tokenizer(clip, part)
         part.rename(out)
@@ -171,9 +171,9 @@ def _write_towers(model: CLIP, folder: Path, facts: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _compare(clip: Clip, folder: Path) -> dict[str, float]:
+def _compare(clip: Clip, folder: Path, backend: str) -> dict[str, float]:
     """The least cosine of each tower's features, exported and not, over batches of many sizes."""
-    exported, _ = read_exported(folder)
+    exported, _ = read_exported(folder, backend)
     found = {}
     for tower, samples in (("image", _images(clip)), ("text", _texts(clip))):
         name = f"encode_{tower}"

@@ -77,11 +77,13 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
 
     Args:
         folder: what `leanclip export` wrote.
-        backend: "onnx" or "torch", which must be the folder's; None: whichever it is.
+        backend: "onnx" or "torch", which must be the folder's; None: onnx, for PyTorch's loader
+            of programs runs pickles that are in them.
 
     Raises:
         WeightsError: a file is missing or damaged.
-        ConfigError: it is of another backend, or onnxruntime is missing.
+        ConfigError: it is of another backend, of "torch" and that was not said, or onnxruntime
+            is missing.
     """
     try:
         facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -89,6 +91,11 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
         there = facts["backend"]
         if backend not in (None, there):
             raise ConfigError(f"{folder}: was exported to {there}; leave backend={backend!r} out")
+        if there == "torch" and backend is None:
+            raise ConfigError(
+                f"{folder}: holds torch.export programs, which may run code of their author's when "
+                f"they are loaded; if you trust it, say backend='torch'"
+            )
         files = [folder / facts[tower]["file"] for tower in ("image", "text")]
         digest = hashlib.sha256()
         for path in files:

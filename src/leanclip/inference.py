@@ -369,7 +369,8 @@ def load(
         dtype: what the towers compute in: "float32", "bfloat16" or "float16".
         partial: keep a new model's values for missing keys; drop left-over ones.
         allow_urls: images may be http or https addresses, which are then fetched.
-        backend: "onnx" or "torch", of an exported folder, which runs on the CPU; None: its own.
+        backend: of an exported folder, which runs on the CPU: "onnx", or "torch", whose programs
+            are to be trusted: PyTorch runs pickles that are in them; None: onnx.
 
     Raises:
         WeightsError: the weights cannot be read, do not fit, or do not say their architecture.
