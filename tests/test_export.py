@@ -35,7 +35,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> float:
         pytest.param(
             "onnx", {"vision_pool": "avg", "transformer_pool": "last"}, marks=pytest.mark.slow
         ),
-        ("torch", {}),
+        pytest.param("torch", {}, marks=pytest.mark.slow),
     ],
     ids=["vit", "resnet", "padded", "torch"],
 )
