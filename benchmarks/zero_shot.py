@@ -61,7 +61,7 @@ def padded(
 def timed(model: CLIP, templates: tuple[str, ...]) -> dict[str, object]:
     classes = PROMPTS["food101"].classes
     step = 8 if len(templates) > 1 else 1
-    ours, others = [], []
+    ours, others, share = [], [], 1.0
     for _ in range(ROUNDS[len(templates)]):
         start = time.process_time()
         classifier = build_classifier(model, classes, templates, batch_size=BATCH)

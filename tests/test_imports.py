@@ -18,6 +18,7 @@ LEVELS = (
     ("sharded", "shard_files", "evaluate", "inputs", "classifier", "attention", "exported"),
     ("checkpoint",),
     ("plots", "page", "towers", "plan", "step", "frozen"),
+    ("report_results",),
     ("report_page",),
     ("outcome", "watching", "best"),
     ("train", "inference", "charts", "embeddings"),

@@ -9,17 +9,25 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from leanclip import cli_data, cli_eval, cli_use
+from leanclip.cli_eval import (
+    Arch,
+    ConfigFile,
+    NumGpus,
+    NumProcs,
+    Overrides,
+    count_ranks,
+    launch_ranks,
+)
 from leanclip.launch import (
     code_without_another,
     end_rank,
     is_rank,
     join_launch,
-    launch,
     leave,
     rank,
 )
@@ -38,25 +46,6 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_use.app)
 app.add_typer(cli_eval.app)
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("-o", metavar="KEY.PATH=VALUE", help="Set one setting; may be repeated."),
-]
-NumGpus = Annotated[
-    int | None,
-    typer.Option(
-        "--num-gpus", min=0, help="GPUs of this machine; 0: the CPU. Default: one or CPU."
-    ),
-]
-NumProcs = Annotated[
-    int, typer.Option("--num-procs", min=1, help="Processes on the CPU, in place of GPUs.")
-]
-Arch = Annotated[
-    str | None,
-    typer.Option(metavar="NAME|FILE", help="The architecture: a preset, or a JSON or YAML file."),
-]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,7 +139,7 @@ def train(
         raise ConfigError("-c: give a config file, for example -c configs/quickstart.yaml")
     if run and output_dir and Path(run) != Path(output_dir):
         raise ConfigError(f"--resume {run}: goes on in that folder; leave --output-dir out")
-    ranks = _ranks(num_gpus, num_procs)
+    ranks = count_ranks(num_gpus, num_procs)
     with nothing_to_save():
         join_launch()
         settings = load_config(
@@ -165,29 +154,7 @@ def train(
         if ranks == 1 or is_rank() or dry_run:
             _train(settings, num_gpus, ranks, resume is not None, dry_run, evaluate_only, load)
             return
-    _launch(context.obj, settings.device, num_gpus, ranks, max_restarts)
-
-
-def _ranks(num_gpus: int | None, num_procs: int) -> int:
-    """How many processes are asked for."""
-    from leanclip.errors import ConfigError
-
-    if num_procs > 1 and num_gpus:
-        raise ConfigError(
-            f"--num-procs {num_procs}: are processes on the CPU; leave --num-gpus out"
-        )
-    return max(num_gpus or 1, num_procs)
-
-
-def _launch(
-    words: list[str], device: str, num_gpus: int | None, ranks: int, max_restarts: int = 0
-) -> NoReturn:
-    """The same command in several processes, and its exit code."""
-    if num_gpus:
-        from leanclip.distributed import choose_device
-
-        choose_device(device, num_gpus)  # one word here, not one of each rank
-    raise SystemExit(launch(words, ranks=ranks, max_restarts=max_restarts))
+    launch_ranks(context.obj, settings.device, num_gpus, ranks, max_restarts)
 
 
 def _train(
@@ -227,96 +194,6 @@ def _train(
         raise SystemExit(stopped.code) from None
     if outcome is not None:
         print(outcomes.summary(outcome))
-
-
-@app.command(
-    name="eval",
-    epilog="Example: leanclip eval --model runs/quickstart --data folder:data/shapes/unseen",
-)
-def evaluate(
-    context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="A run's folder, a folder of weights, or a file (then with -c).")
-    ],
-    data_spec: Annotated[
-        str | None,
-        typer.Option("--data", metavar="LAYOUT:ROOT", help="What to evaluate on; else as -c says."),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="zeroshot, retrieval, linear-probe, knn or all; default: of zeroshot and "
-            "retrieval what the data allows."
-        ),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="The part of the data; default: one held out.")
-    ] = None,
-    classes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of classes, one a line, by label.")
-    ] = None,
-    templates: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Prompts, one a line, {} for the name.")
-    ] = None,
-    train_split: Annotated[
-        str | None, typer.Option(help="What probes learn from; default: train, else a half.")
-    ] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=1, help="Images a class for the linear probe; default: all.")
-    ] = None,
-    k: Annotated[
-        int | None, typer.Option("--k", min=1, help="Neighbours of the k-NN probe; default: 20.")
-    ] = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    num_gpus: NumGpus = None,
-    num_procs: NumProcs = 1,
-    arch: Arch = None,
-    out: Annotated[
-        str | None, typer.Option(help="Where to write report.json and pictures.")
-    ] = None,
-    held_out: Annotated[
-        str | None,
-        typer.Option(
-            "--calibrate",
-            metavar="SPLIT|SHARE",
-            help="Write calibration.json, fitted to that split, or to a share of the images.",
-        ),
-    ] = None,
-    coverage: Annotated[
-        float, typer.Option(help="With --calibrate: how often a set is to hold the right class.")
-    ] = 0.9,
-) -> None:
-    """Evaluate weights: zero-shot, retrieval, and probes of the image features.
-
-    Writes report.json: figures with 95% intervals, classes, hashes, the command to repeat it.
-    """
-    import shlex
-
-    from leanclip.distributed import choose_device, join_group
-    from leanclip.evaluate import Wishes, evaluation_config
-    from leanclip.outcome import evaluate_only, summary
-
-    ranks = _ranks(num_gpus, num_procs)
-    if ranks > 1 and not is_rank():
-        _launch(context.obj, "auto", num_gpus, ranks)
-    join_launch()
-    settings = evaluation_config(
-        model,
-        data_spec,
-        task,
-        config=config,
-        arch=arch,
-        overrides=overrides or (),
-        out=out,
-        wishes=Wishes(split, classes, templates, train_split, shots, k),
-    )
-    device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
-    join_group(device)
-    command = shlex.join(["leanclip", *context.obj])
-    outcome = evaluate_only(settings, device, model, command, held_out=held_out, coverage=coverage)
-    if outcome is not None:
-        print(summary(outcome))
 
 
 @app.command(epilog="Example: leanclip convert runs/quickstart quickstart-hf --to hf")

@@ -1,9 +1,11 @@
-"""The commands that measure models beside others: compare, interpolate."""
+"""The commands that measure: eval, compare, interpolate; and the options that others share."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from leanclip.launch import is_rank, join_launch, launch
 
 if TYPE_CHECKING:
     import torch
@@ -12,6 +14,20 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-o", metavar="KEY.PATH=VALUE", help="Set one setting; may be repeated."),
+]
+NumGpus = Annotated[
+    int | None,
+    typer.Option(
+        "--num-gpus", min=0, help="GPUs of this machine; 0: the CPU. Default: one or CPU."
+    ),
+]
+NumProcs = Annotated[
+    int, typer.Option("--num-procs", min=1, help="Processes on the CPU, in place of GPUs.")
+]
 Arch = Annotated[
     str | None,
     typer.Option(metavar="NAME|FILE", help="The architecture: a preset, or a JSON or YAML file."),
@@ -19,7 +35,7 @@ Arch = Annotated[
 DataSpec = Annotated[
     str | None, typer.Option("--data", metavar="LAYOUT:ROOT", help="What to measure on.")
 ]
-NumGpus = Annotated[
+OneGpu = Annotated[
     int | None, typer.Option("--num-gpus", min=0, max=1, help="0: the CPU. Default: a GPU or CPU.")
 ]
 TaskName = Annotated[
@@ -33,6 +49,96 @@ TaskName = Annotated[
 
 
 @app.command(
+    name="eval",
+    epilog="Example: leanclip eval --model runs/quickstart --data folder:data/shapes/unseen",
+)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="A run's folder, a folder of weights, or a file (then with -c).")
+    ],
+    data_spec: Annotated[
+        str | None,
+        typer.Option("--data", metavar="LAYOUT:ROOT", help="What to evaluate on; else as -c says."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="zeroshot, retrieval, linear-probe, knn or all; default: of zeroshot and "
+            "retrieval what the data allows."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The part of the data; default: one held out.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Names of classes, one a line, by label.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts, one a line, {} for the name.")
+    ] = None,
+    train_split: Annotated[
+        str | None, typer.Option(help="What probes learn from; default: train, else a half.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Images a class for the linear probe; default: all.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", min=1, help="Neighbours of the k-NN probe; default: 20.")
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    num_gpus: NumGpus = None,
+    num_procs: NumProcs = 1,
+    arch: Arch = None,
+    out: Annotated[
+        str | None, typer.Option(help="Where to write report.json and pictures.")
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="SPLIT|SHARE",
+            help="Write calibration.json, fitted to that split, or to a share of the images.",
+        ),
+    ] = None,
+    coverage: Annotated[
+        float, typer.Option(help="With --calibrate: how often a set is to hold the right class.")
+    ] = 0.9,
+) -> None:
+    """Evaluate weights: zero-shot, retrieval, and probes of the image features.
+
+    Writes report.json: figures with 95% intervals, classes, hashes, the command to repeat it.
+    """
+    import shlex
+
+    from leanclip.distributed import choose_device, join_group
+    from leanclip.evaluate import Wishes, evaluation_config
+    from leanclip.outcome import evaluate_only, summary
+
+    ranks = count_ranks(num_gpus, num_procs)
+    if ranks > 1 and not is_rank():
+        launch_ranks(context.obj, "auto", num_gpus, ranks)
+    join_launch()
+    settings = evaluation_config(
+        model,
+        data_spec,
+        task,
+        config=config,
+        arch=arch,
+        overrides=overrides or (),
+        out=out,
+        wishes=Wishes(split, classes, templates, train_split, shots, k),
+    )
+    device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
+    join_group(device)
+    command = shlex.join(["leanclip", *context.obj])
+    outcome = evaluate_only(settings, device, model, command, held_out=held_out, coverage=coverage)
+    if outcome is not None:
+        print(summary(outcome))
+
+
+@app.command(
     epilog="Example: leanclip compare ViT-B-32.pt runs/food101 --data food101:data/food-101"
 )
 def compare(
@@ -40,16 +146,10 @@ def compare(
     second: Annotated[str, typer.Argument(metavar="B", help="Weights of any dialect.")],
     data_spec: DataSpec = None,
     task: TaskName = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="YAML file of settings; default: of A's run, if any."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("-o", metavar="KEY.PATH=VALUE", help="Set one setting; may be repeated."),
-    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
     arch: Arch = None,
-    num_gpus: NumGpus = None,
+    num_gpus: OneGpu = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder to write; default: runs/compare-A-B.")
     ] = None,
@@ -111,7 +211,7 @@ def interpolate(
         ),
     ] = None,
     arch: Arch = None,
-    num_gpus: NumGpus = None,
+    num_gpus: OneGpu = None,
 ) -> None:
     """Write weights between two others: (1 - alpha) * first + alpha * second, in float32.
 
@@ -176,3 +276,25 @@ def _sweep(
           f"-> {out}")  # fmt: skip
     for path in written:
         print(path)
+
+
+def count_ranks(num_gpus: int | None, num_procs: int) -> int:
+    """How many processes are asked for."""
+    from leanclip.errors import ConfigError
+
+    if num_procs > 1 and num_gpus:
+        raise ConfigError(
+            f"--num-procs {num_procs}: are processes on the CPU; leave --num-gpus out"
+        )
+    return max(num_gpus or 1, num_procs)
+
+
+def launch_ranks(
+    words: list[str], device: str, num_gpus: int | None, ranks: int, max_restarts: int = 0
+) -> NoReturn:
+    """The same command in several processes, and its exit code."""
+    if num_gpus:
+        from leanclip.distributed import choose_device
+
+        choose_device(device, num_gpus)  # one word here, not one of each rank
+    raise SystemExit(launch(words, ranks=ranks, max_restarts=max_restarts))

@@ -189,11 +189,14 @@ def line_chart(title: str, series: Mapping[str, Points]) -> Html:
     return tag("div", tag("h3", title), chart, legend, class_="chart")
 
 
-def matrix(counts: np.ndarray, names: Sequence[str], labels: Sequence[str]) -> Html:
+def matrix(
+    counts: np.ndarray, totals: np.ndarray, names: Sequence[str], labels: Sequence[str]
+) -> Html:
     """Counts (C, C), rows what is and columns what was said, as squares by the row's share.
 
     Args:
         counts: whole numbers.
+        totals: of the rows, (C,); more than their sums where columns are left out.
         names: of the classes, for the words on a square.
         labels: of rows and columns, short.
     """
@@ -206,7 +209,6 @@ def matrix(counts: np.ndarray, names: Sequence[str], labels: Sequence[str]) -> H
         drawn.append(
             tag("text", label, x=f"{edge + cell * (i + 0.5):.0f}", y=edge - 6, text_anchor="middle")
         )
-    totals = counts.sum(axis=1)
     for row, column in np.argwhere(counts):
         count, share = int(counts[row, column]), counts[row, column] / totals[row]
         kind = "right" if row == column else "wrong"

@@ -5,29 +5,19 @@ Report, metrics.jsonl -> sections -> page
 Shapes: N images, C classes, E embedding.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from leanclip.data.skipped import BadSamples
-from leanclip.errors import SampleError
 from leanclip.evaluate.classification import Classification
 from leanclip.evaluate.guard import PREFIX
 from leanclip.evaluate.report import Report
-from leanclip.evaluate.retrieval import RetrievalResult
-from leanclip.evaluate.tasks import Task
 from leanclip.page import (
     Html,
     Points,
     bar,
-    figure,
-    gallery,
     heat,
     line_chart,
-    matrix,
     section,
     shortened,
     table,
@@ -35,15 +25,11 @@ from leanclip.page import (
     thumbnail,
     write_page,
 )
+from leanclip.report_results import class_table, confusion_matrix, mistakes, neighbours, retrieved
 from leanclip.tracking import read_metrics
 
 FILE = "report.html"
 HEADLINES = 4  # figures that are shown large
-MATRIX = 40  # classes of a confusion matrix that is shown whole
-CONFUSED = 6  # pairs of classes shown with images
-EXTREMES = 8  # best classes, and worst
-QUERIES = 6  # images whose neighbours are shown
-NEIGHBOURS = 5
 NOT_SHARES = ("_rank", "_size")  # ends of the names of figures that are no shares
 SKIPPED = 20  # samples named on the page; report.json names all
 
@@ -71,7 +57,6 @@ KINDS = {
 }
 FIRST = ("zeroshot_top1", "image_to_text_R@1", "text_to_image_R@1", "zeroshot_mean_per_class",
          "linear_probe_top1", "knn_top1")  # fmt: skip
-log = logging.getLogger("leanclip")
 
 
 def write_report_page(folder: Path, report: Report, skipped: BadSamples | None = None) -> Path:
@@ -196,129 +181,15 @@ def _tasks(report: Report) -> list[Html]:
     for name, result in report.results.items():
         task, data = report.tasks[name], report.data[name]["sha256"]
         if isinstance(result, Classification):
-            parts = [_confusion(result, task), _classes(result)]
+            parts = [confusion_matrix(result), mistakes(result, task), class_table(result)]
         else:
-            parts = [_retrieved(result, task)]
+            parts = [retrieved(result, task)]
         if data not in seen:
-            parts.append(_neighbours(result, task))
+            parts.append(neighbours(result, task))
         seen.add(data)
         words = f"{name.replace('_', ' ').replace('/', ', ')}: {task.data.root}"
         sections.append(section(f"{words[0].upper()}{words[1:]}", *parts))
     return sections
-
-
-def _confusion(result: Classification, task: Task) -> list[Html]:
-    """The matrix, of the classes with most mistakes if there are many, and mistakes as images."""
-    counts, names = result.confusion().numpy(), result.classes
-    wrong = counts - np.diag(np.diag(counts))
-    shown = np.arange(len(names))
-    words = "Rows: what it is. Columns: what it was said to be. "
-    if len(names) > MATRIX:
-        mistakes = wrong.sum(axis=0) + wrong.sum(axis=1)
-        shown = np.sort(np.argsort(-mistakes, kind="stable")[:MATRIX])
-        words += f"Of {len(names)} classes the {MATRIX} with most mistakes. "
-    words += "Numbers are those of the table of classes below."
-    parts = [
-        tag("h3", "Confusion matrix"),
-        tag("p", words, class_="soft"),
-        matrix(
-            counts[np.ix_(shown, shown)],
-            [names[i] for i in shown.tolist()],
-            [str(i + 1) for i in shown],
-        ),
-    ]
-    pairs = result.most_confused(CONFUSED)
-    if not pairs:
-        return [*parts, tag("p", "No image was taken for another class.")]
-    labels, said = result.labels, result.top_classes[:, 0]
-    parts.append(tag("h3", "Most confused, with images"))
-    shown_pairs = []
-    for label, other, count in pairs:
-        rows = ((labels == label) & (said == other)).nonzero()[:3, 0].tolist()
-        right = ((labels == other) & (said == other)).nonzero()[:1, 0].tolist()
-        shares = result.top_probabilities[:, 0]
-        mistaken = [
-            figure(_picture(result, task, i), f"said with {shares[i]:.0%}", kind="wrong")
-            for i in rows
-        ]
-        example = [
-            figure(_picture(result, task, i), f"right: {names[other]}", kind="right") for i in right
-        ]
-        sentence = tag("p", tag("b", names[label]), " taken for ", tag("b", names[other]),
-                       f": {count} of {counts[label].sum()}")  # fmt: skip
-        shown_pairs.append(tag("div", sentence, gallery([*mistaken, *example])))
-    return [*parts, tag("div", shown_pairs, class_="two")]
-
-
-def _classes(result: Classification) -> list[Html]:
-    """The classes by their share of right answers: the best, the worst, and all."""
-    rows = [(i, row) for i, row in enumerate(result.per_class(), start=1)]
-    known = sorted((r for r in rows if r[1]["images"]), key=lambda r: (-r[1]["top1"], r[0]))
-
-    def listed(chosen: Sequence[tuple[int, dict]]) -> Html:
-        return table(
-            ["", "class", "right", "images"],
-            [
-                [
-                    str(i),
-                    tag("span", row["name"], bar(row["top1"] or 0.0)),
-                    "" if row["top1"] is None else f"{row['top1']:.1%}",
-                    f"{row['images']:,}",
-                ]
-                for i, row in chosen
-            ],
-            numbers=[2, 3],
-        )
-
-    whole = tag("details", tag("summary", f"all {len(rows)} classes"), listed(rows))
-    if len(known) <= 2 * EXTREMES:
-        return [tag("h3", "Classes, the best first"), listed(known), whole]
-    best = tag("div", tag("h3", "Best classes"), listed(known[:EXTREMES]))
-    worst = tag("div", tag("h3", "Worst classes"), listed(known[: -EXTREMES - 1 : -1]))
-    return [tag("div", best, worst, class_="two"), whole]
-
-
-def _retrieved(result: RetrievalResult, task: Task) -> list[Html]:
-    """Images with the caption that each found first, and mistakes before right ones."""
-    ranks = result.image_ranks
-    wrong = (ranks > 1).nonzero()[:, 0].tolist()
-    right = (ranks == 1).nonzero()[:, 0].tolist()
-    figures = []
-    for i in [*_spread(wrong, 8), *_spread(right, 4)]:
-        first = int(result.top_captions[i, 0])
-        is_right = int(ranks[i]) == 1
-        own = "" if is_right else f" Its own: place {int(ranks[i])}."
-        words = f"“{shortened(result.captions[first], 90)}”{own}"
-        figures.append(
-            figure(_picture(result, task, i), words, kind="right" if is_right else "wrong")
-        )
-    return [tag("h3", "The caption that an image finds first"), gallery(figures)]
-
-
-def _neighbours(result: Classification | RetrievalResult, task: Task) -> list[Html]:
-    """For a few images, those nearest to them in feature space, without themselves."""
-    features = result.features
-    if len(features) < 2:
-        return []
-    queries = _spread(range(len(features)), QUERIES)
-    scores = features[queries] @ features.T  # (Q, N)
-    scores[torch.arange(len(queries)), queries] = -torch.inf
-    best = scores.topk(min(NEIGHBOURS, len(features) - 1), dim=1)
-    parts = [
-        tag("h3", "Nearest images"),
-        tag("p", "Each first image, and those nearest to it by cosine.", class_="soft"),
-    ]
-    for query, values, rows in zip(queries, best.values, best.indices.tolist(), strict=True):
-        figures = [figure(_picture(result, task, query), tag("b", _words(result, query)))]
-        for value, row in zip(values.tolist(), rows, strict=True):
-            kind = None
-            if isinstance(result, Classification):
-                is_same = result.labels[row] == result.labels[query]
-                kind = "right" if is_same else "wrong"
-            words = f"{value:.2f} {_words(result, row)}"
-            figures.append(figure(_picture(result, task, row), words, kind=kind))
-        parts.append(gallery(figures))
-    return parts
 
 
 def _similarity(report: Report) -> Html | str:
@@ -364,26 +235,3 @@ def _skipped(report: Report, skipped: BadSamples | None) -> Html | str:
     if skipped is not None and skipped.found:
         parts.append(tag("p", f"Training could not use {skipped.summary()}: skipped.jsonl."))
     return section("Skipped samples", *parts) if parts else ""
-
-
-def _picture(result: Classification | RetrievalResult, task: Task, row: int) -> Html:
-    """The image of a row of the result."""
-    try:
-        return thumbnail(task.dataset[int(result.indices[row])].image, _words(result, row))
-    except SampleError:
-        return thumbnail(b"")
-
-
-def _words(result: Classification | RetrievalResult, row: int) -> str:
-    """The class of an image, or its first caption."""
-    if isinstance(result, Classification):
-        return shortened(result.classes[int(result.labels[row])], 60)
-    first = int((result.owners == row).nonzero()[0, 0])
-    return shortened(result.captions[first], 60)
-
-
-def _spread(rows: Sequence[int], count: int) -> list[int]:
-    """So many of the rows, evenly."""
-    if len(rows) <= count:
-        return list(rows)
-    return [rows[i * len(rows) // count] for i in range(count)]

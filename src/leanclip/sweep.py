@@ -130,7 +130,7 @@ def sweep(
     Raises:
         WeightsError: the two are not of one architecture.
     """
-    mixtures = _Mixtures(first, second, alphas, device)
+    mixtures = Mixtures(first, second, alphas, device)
     points = [
         Point(alpha, own.metrics, other.metrics)
         for alpha, own, other in zip(
@@ -174,7 +174,7 @@ def _alpha(words: str, whole: str) -> float:
     return alpha
 
 
-class _Mixtures(Collection[tuple[CLIP, Preprocess]]):
+class Mixtures(Collection[tuple[CLIP, Preprocess]]):
     """One model that is each mixture in turn, as often as it is gone through.
 
     Each prepares images as `interpolate` says: as the nearer of the two.

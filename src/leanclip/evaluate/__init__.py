@@ -2,6 +2,7 @@
 
 from leanclip.evaluate.calibration import Calibration
 from leanclip.evaluate.classification import Classification, calibration_error, rank_of
+from leanclip.evaluate.command import TASKS, Wishes, evaluation_config
 from leanclip.evaluate.features import Encoded, encode_dataset, encode_texts
 from leanclip.evaluate.intervals import bootstrap
 from leanclip.evaluate.measure import evaluate
@@ -14,15 +15,7 @@ from leanclip.evaluate.retrieval import (
     retrieval_ranks,
     retrieve,
 )
-from leanclip.evaluate.tasks import (
-    METRICS,
-    TASKS,
-    Task,
-    Wishes,
-    evaluation_config,
-    open_guard,
-    open_tasks,
-)
+from leanclip.evaluate.tasks import METRICS, Task, open_guard, open_tasks
 from leanclip.evaluate.zero_shot import (
     ZeroShotResult,
     build_classifier,

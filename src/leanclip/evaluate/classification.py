@@ -35,18 +35,26 @@ class Classification:
 
     def confusion(self) -> torch.Tensor:
         """(C, C) int64: how many images of the class of the row were said to be of the column's."""
+        counts = torch.zeros(len(self.classes), len(self.classes), dtype=torch.int64)
+        label, said, images = self.confused().unbind(dim=1)
+        counts[label, said] = images
+        return counts
+
+    def confused(self) -> torch.Tensor:
+        """The entries of the confusion matrix that are not 0: rows of label, class said, images.
+
+        Of many classes it is small where the matrix is not.
+        """
         size = len(self.classes)
-        return torch.bincount(
-            self.labels * size + self.top_classes[:, 0], minlength=size * size
-        ).view(size, size)
+        cells, images = (self.labels * size + self.top_classes[:, 0]).unique(return_counts=True)
+        return torch.stack([cells // size, cells % size, images], dim=1)
 
     def most_confused(self, count: int = 20) -> list[tuple[int, int, int]]:
         """(label, class that was said, images) of the most frequent mistakes."""
-        wrong = self.confusion().fill_diagonal_(0)
-        order = wrong.flatten().argsort(descending=True, stable=True)[:count].tolist()
-        size = len(self.classes)
-        pairs = [(i // size, i % size, int(wrong[i // size, i % size])) for i in order]
-        return [pair for pair in pairs if pair[2]]
+        cells = self.confused()
+        wrong = cells[cells[:, 0] != cells[:, 1]]
+        order = wrong[:, 2].argsort(descending=True, stable=True)[:count]
+        return [(label, said, images) for label, said, images in wrong[order].tolist()]
 
     def per_class(self) -> list[dict[str, Any]]:
         """A row per class: name, images, shares right at 1 and within 5; None without images."""

@@ -70,15 +70,14 @@ def _has_classes(result: Result) -> bool:
 def _classes(result: Result) -> dict[str, Any]:
     """The table of classes, and the mistakes, most frequent first, and all of them by label."""
     assert isinstance(result, Classification)
-    names, counts = result.classes, result.confusion()
-    cells = counts.nonzero().tolist()
+    names = result.classes
     return {
         "per_class": result.per_class(),
         "most_confused": [
             {"is": names[label], "said": names[said], "images": images}
             for label, said, images in result.most_confused()
         ],
-        "confusion": [[label, said, int(counts[label, said])] for label, said in cells],
+        "confusion": result.confused().tolist(),
     }
 
 

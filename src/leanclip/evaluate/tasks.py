@@ -1,26 +1,13 @@
-"""What to evaluate: from settings or from words on the command line to opened data sets."""
+"""What to evaluate: from settings to opened data sets."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from leanclip.config import (
-    Config,
-    DataConfig,
-    EvaluationData,
-    NeighbourData,
-    ProbeData,
-    SourceConfig,
-    load_config,
-)
-from leanclip.data import Dataset, open_dataset, source_configs, split_source
-from leanclip.data.samples import read_class_names, read_templates
+from leanclip.config import Config, DataConfig, EvaluationData, NeighbourData, ProbeData
+from leanclip.data import Dataset, open_dataset, source_configs
 from leanclip.data.splits import find_splits
 from leanclip.errors import ConfigError, DataError
-from leanclip.settings import parse, to_plain
-from leanclip.weights import read_weights
 
 log = logging.getLogger("leanclip")
 
@@ -41,21 +28,12 @@ HELD_OUT = ("val", "valid", "validation", "test", "dev")  # the first there is, 
 VALIDATION = ("val", "valid", "validation", "dev")  # where a probe chooses its settings
 PROBES = ("linear_probe", "knn")
 ORDER = ("retrieval", "zero_shot", *PROBES)  # of tasks in a report
-TASKS: dict[str, tuple[str, ...]] = {  # by their names on the command line
-    "zeroshot": ("zero_shot",),
-    "retrieval": ("retrieval",),
-    "linear-probe": ("linear_probe",),
-    "knn": ("knn",),
-    "all": ORDER,
-}
 MEASURABLE = {  # what a layout's data allows; of the others the data itself says
     "shapes": ("retrieval", "zero_shot"),
     "food101": ("zero_shot",),
     "folder": ("zero_shot",),
     "pairs": ("retrieval",),
 }
-
-
 METRICS = {  # what the figures are called of which more is better
     "retrieval": tuple(
         f"{way}_R@{k}" for k in (1, 5, 10) for way in ("image_to_text", "text_to_image")
@@ -100,7 +78,7 @@ def open_tasks(config: Config) -> list[Task]:
         wanted: EvaluationData | None = getattr(config.evaluate, name)
         if wanted is None:
             continue
-        data = _evaluation_data(config.data, wanted, name)
+        data = data_of(config.data, wanted, name)
         dataset = open_dataset(data)
         if _is_training(config.data, wanted, data):
             log.warning("evaluate.%s: measures on the data that training uses", name)
@@ -179,166 +157,18 @@ def evaluation_data(config: Config) -> list[DataConfig]:
     """The data sets that `evaluate` names, as `data` sections."""
     settings = config.evaluate
     named = ((name, getattr(settings, name)) for name in ORDER)
-    found = [_evaluation_data(config.data, wanted, name) for name, wanted in named if wanted]
+    found = [data_of(config.data, wanted, name) for name, wanted in named if wanted]
     return [*found, _guard_data(config, settings.guard)] if settings.guard else found
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What the command line says of an evaluation's data, by its options; None: not said."""
-
-    split: str | None = None
-    classes: str | None = None  # a file
-    templates: str | None = None  # a file
-    train_split: str | None = None
-    shots: int | None = None
-    k: int | None = None
-
-    def settings(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The settings of each task of `names` that they change.
-
-        Raises:
-            ConfigError: an option that no task has a use for.
-            DataError: a file of names or templates is not there, or not one.
-        """
-        class_data = ("zero_shot", *PROBES)
-        given = {
-            ("split", "split"): (self.split, ORDER),
-            ("classes", "class_names"): (self._checked_classes(), class_data),
-            ("templates", "templates"): (self._read_templates(), ("zero_shot",)),
-            ("train-split", "train_split"): (self.train_split, PROBES),
-            ("shots", "shots"): (self.shots, ("linear_probe",)),
-            ("k", "k"): (self.k, ("knn",)),
-        }
-        changes: dict[str, dict[str, Any]] = {name: {} for name in names}
-        for (option, setting), (value, takers) in given.items():
-            takers = [name for name in takers if name in names]
-            if value is not None and not takers:
-                raise ConfigError(f"--{option}: is of no use for {', '.join(names)}; leave it out")
-            for name in takers if value is not None else ():
-                changes[name][setting] = value
-        return changes
-
-    def _checked_classes(self) -> str | None:
-        if self.classes is not None:
-            read_class_names(Path(self.classes), option="--classes")
-        return self.classes
-
-    def _read_templates(self) -> list[str] | None:
-        if self.templates is None:
-            return None
-        return read_templates(Path(self.templates), option="--templates")
-
-
-def evaluation_config(
-    model: str,
-    data_spec: str | None,
-    task: str | None = None,
-    *,
-    config: Path | None = None,
-    arch: str | None = None,
-    overrides: Sequence[str] = (),
-    out: str | None = None,
-    wishes: Wishes = Wishes(),
-) -> Config:
-    """The settings of `leanclip eval`.
-
-    They come from `config`, else from the run that `model` is the folder of, else from what is
-    stored with the weights. `data_spec` is LAYOUT:ROOT; without one the settings say what is
-    measured. "all" measures what the data allows; no task, what of it needs no labels to learn
-    from.
-
-    Raises:
-        ConfigError: an unknown task or layout, or nothing says what to evaluate on.
-        DataError: a file that `wishes` names cannot be used.
-        WeightsError: the weights cannot be read.
-    """
-    if task is not None and task not in TASKS:
-        raise ConfigError(f"--task {task}: no such task; known: {', '.join(TASKS)}")
-    out = out or str(Path("runs") / f"eval-{Path(model).name}")
-    settings = _settings(model, data_spec, config, arch, overrides, out)
-    evaluate = to_plain(settings.evaluate)
-    if data_spec is not None:
-        layout, root = split_source(data_spec, option="--data")
-        split = wishes.split or _default_split(layout, root)
-        wanted = {"layout": layout, "root": root, "split": split}
-        names = _allowed(settings.data, layout, task, EvaluationData.model_validate(wanted))
-        changes = wishes.settings(names)
-        evaluate |= {name: wanted | changes[name] for name in names}
-    else:
-        names = tuple(name for name in TASKS[task or "all"] if evaluate[name] is not None)
-        if not names:
-            raise ConfigError(
-                f"--task {task or 'all'}: {config or model} has no such evaluation; give --data "
-                f"LAYOUT:ROOT"
-            )
-        changes = wishes.settings(names)
-        evaluate |= {name: evaluate[name] | changes[name] for name in names}
-    evaluate |= {name: None for name in ORDER if name not in names}
-    if data_spec is not None or task not in (None, "all"):
-        evaluate["guard"] = None
-    values = to_plain(settings) | {"evaluate": evaluate}
-    return parse(Config, values, where="leanclip eval")
-
-
-def _default_split(layout: str, root: str) -> str | None:
-    """A split to measure on, where the root has folders of splits and none is named."""
-    if layout not in ("folder", "pairs", "shards"):
-        return None
-    found = find_splits(parse(SourceConfig, {"layout": layout, "root": root}, where="--data"))
-    if "train" not in found:
-        return None
-    return next((name for name in HELD_OUT if name in found), None)
-
-
-def _settings(
-    model: str,
-    data_spec: str | None,
-    config: Path | None,
-    arch: str | None,
-    overrides: Sequence[str],
-    out: str,
-) -> Config:
-    """Of a config file, of the run's folder, or those that are stored with the weights."""
-    run_config = Path(model) / "config.yaml"
-    if config is None and run_config.is_file():
-        config = run_config
-    if config is not None:
-        return load_config(config, overrides, load=model, load_arch=arch, output_dir=out)
-    if data_spec is None:
-        raise ConfigError("--data: say what to evaluate on, as LAYOUT:ROOT, or give -c CONFIG")
-    if overrides:
-        raise ConfigError("-o: changes the settings of a config; give one with -c CONFIG")
-    return _stored_config(model, *split_source(data_spec, option="--data"), out, arch)
-
-
-def _allowed(
-    data: DataConfig, layout: str, task: str | None, wanted: EvaluationData
-) -> tuple[str, ...]:
-    """The tasks that are meant, of those that the data allows."""
-    if task not in (None, "all"):
-        return TASKS[task]
-    allowed = MEASURABLE.get(layout) or (_task_of(data, wanted),)
-    if task == "all" and "zero_shot" in allowed:
-        there = _evaluation_data(data, wanted, "zero_shot")
-        if "train" in find_splits(there) and layout != "shapes":
-            return (*allowed, *PROBES)
-        log.info(
-            "%s: no split to learn from, so no probes (with --task knn: of a half)", there.root
-        )
-    return allowed
-
-
-def _task_of(data: DataConfig, wanted: EvaluationData) -> str:
-    """Zero-shot for class data, retrieval for captions."""
-    dataset = open_dataset(_evaluation_data(data, wanted, "zero_shot"))
-    return "zero_shot" if dataset.classes else "retrieval"
-
-
-def _evaluation_data(
+def data_of(
     data: DataConfig, wanted: EvaluationData, task: str, *, setting: str | None = None
 ) -> DataConfig:
-    """The `data` section with what an evaluation sets of its own."""
+    """The `data` section with what an evaluation sets of its own; `setting` is its name.
+
+    Raises:
+        ConfigError: `data` is a mixture and the evaluation does not say another place.
+    """
     layout = wanted.layout or data.layout
     if layout == "mixture":
         raise ConfigError(
@@ -365,7 +195,7 @@ def _guard_data(config: Config, wanted: EvaluationData) -> DataConfig:
     """The `data` section of the guard; of a layout that allows both, the zero-shot split."""
     allowed = MEASURABLE.get(wanted.layout or config.data.layout, ())
     task = "zero_shot" if "zero_shot" in allowed else "retrieval"
-    return _evaluation_data(config.data, wanted, task, setting="guard")
+    return data_of(config.data, wanted, task, setting="guard")
 
 
 def _trained(data: DataConfig, layout: str, root: str) -> DataConfig | None:
@@ -399,18 +229,3 @@ def _columns(wanted: EvaluationData, trained: DataConfig | None) -> dict[str, An
     says_texts = wanted.caption_column is not None or wanted.label_column is not None
     inherited = names[:2] if says_texts else names
     return given | {name: getattr(trained, name) for name in inherited if given[name] is None}
-
-
-def _stored_config(model: str, layout: str, root: str, out: str, arch: str | None) -> Config:
-    """Settings for weights that carry their architecture with them, or have it named."""
-    weights = read_weights(model, arch=arch)
-    if weights.model is None or weights.preprocess is None:
-        raise ConfigError(
-            f"--model {model}: does not say its architecture; say it with --arch, or give the "
-            f"config it was trained with: -c"
-        )
-    data: dict[str, Any] = {"layout": layout, "root": root}
-    data |= {"mean": weights.preprocess.mean, "std": weights.preprocess.std}
-    values = {"model": to_plain(weights.model), "data": data, "load": model}
-    values |= {"load_arch": arch, "output_dir": out}
-    return parse(Config, values, where="leanclip eval")

@@ -1,0 +1,101 @@
+"""A sweep over eleven alphas: what decoding each image once is worth.
+
+    OMP_NUM_THREADS=1 python benchmarks/sweep.py > benchmarks/sweep.json
+
+400 JPEGs of 640 x 480, of smoothed noise, in two classes, and a small image tower of the
+quickstart's widths, at 224 pixels: on a GPU a large tower is as cheap beside the decoding. `once`
+is evaluate_each, which gives every batch to each mixture in turn; `again` is evaluate for one
+mixture after the other. Their figures must agree before anything is timed. Processor time counts,
+of one thread, no workers; the two take turns.
+"""
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from leanclip import CLIP, Preprocess
+from leanclip.config import Config
+from leanclip.evaluate import Task, evaluate, open_tasks
+from leanclip.evaluate.several import evaluate_each
+from leanclip.settings import parse, to_plain
+from leanclip.sweep import Mixtures
+from leanclip.weights import Weights
+
+ALPHAS = [i / 10 for i in range(11)]
+IMAGES, ROUNDS = 400, 3
+ARCH = {
+    "embed_dim": 128, "image_resolution": 224, "vision_layers": 5, "vision_width": 128,
+    "vision_heads": 4, "vision_patch_size": 32, "context_length": 77, "vocab_size": 49408,
+    "transformer_width": 64, "transformer_heads": 2, "transformer_layers": 2,
+}  # fmt: skip
+
+
+def draw(root: Path) -> None:
+    """Images by class."""
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        folder = root / ("ant", "bee")[i % 2]
+        folder.mkdir(exist_ok=True, parents=True)
+        noise = Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))
+        noise.filter(ImageFilter.GaussianBlur(2)).save(folder / f"{i}.jpg", quality=90)
+
+
+def weights(seed: int) -> Weights:
+    """A new model's."""
+    torch.manual_seed(seed)
+    model = CLIP(**ARCH)
+    return Weights(Path(f"{seed}"), "leanclip", model.state_dict(), model.config, Preprocess(224))
+
+
+def once(mixtures: Mixtures, tasks: list[Task]) -> list[dict[str, float]]:
+    """Every batch to all mixtures."""
+    return [report.metrics for report in evaluate_each(mixtures, tasks)]
+
+
+def again(mixtures: Mixtures, tasks: list[Task]) -> list[dict[str, float]]:
+    """One mixture after the other."""
+    return [evaluate(model, tasks, preprocess).metrics for model, preprocess in mixtures]
+
+
+def main() -> None:
+    """Print the times of both, and their ratio."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder))
+        values = {"model": ARCH, "data": {"layout": "folder", "root": folder, "workers": 0},
+                  "evaluate": {"zero_shot": {}}}  # fmt: skip
+        config = parse(Config, values, where="benchmark")
+        tasks = open_tasks(config)
+        mixtures = Mixtures(weights(1), weights(2), ALPHAS, torch.device("cpu"))
+        assert once(mixtures, tasks) == again(mixtures, tasks)
+        times: dict[str, list[float]] = {"once": [], "again": []}
+        for _ in range(ROUNDS):
+            for name, measure in (("once", once), ("again", again)):
+                began = time.process_time()
+                measure(mixtures, tasks)
+                times[name].append(round(time.process_time() - began, 2))
+    medians = {name: statistics.median(some) for name, some in times.items()}
+    facts = {
+        "threads": 1,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "processor": platform.machine(),
+        "parameters": sum(p.numel() for p in CLIP(**to_plain(config.model)).parameters()),
+        "images": IMAGES,
+        "alphas": len(ALPHAS),
+        "seconds": times,
+        "ratio": round(medians["again"] / medians["once"], 2),
+    }
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()
