@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from leanclip.cli_eval import NumGpus, NumProcs, count_ranks
+
 if TYPE_CHECKING:
+    import torch
+
     from leanclip.classifier import Guess
     from leanclip.decoding import Source
     from leanclip.inference import Clip
@@ -196,20 +200,18 @@ def embed(
     max_bad_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of images that may be unreadable.")
     ] = 0.01,
-    num_gpus: Annotated[
-        int | None, typer.Option(min=0, help="GPUs to share the work; 0: the CPU.")
-    ] = None,
-    num_procs: Annotated[
-        int, typer.Option(min=1, help="Processes on the CPU, in place of GPUs.")
-    ] = 1,
+    num_gpus: NumGpus = None,
+    num_procs: NumProcs = 1,
 ) -> None:
     """Write the features of very many images, in shards.
 
     The same command goes on where an earlier one was interrupted or killed.
     """
+    from leanclip.distributed import choose_device
     from leanclip.launch import is_rank, join_launch, launch
 
-    ranks = max(num_gpus or 1, num_procs)
+    ranks = count_ranks(num_gpus, num_procs)
+    device = choose_device("cpu" if num_procs > 1 else "auto", num_gpus)
     if ranks > 1 and not is_rank():
         if folder == "-":
             from leanclip.errors import ConfigError
@@ -219,7 +221,6 @@ def embed(
             raise SystemExit(code)
     else:
         join_launch()
-        device = "cpu" if num_gpus == 0 or num_procs > 1 else "auto"
         settings = (shard_size, batch_size, workers, format, dtype, max_bad_share)
         _embed(folder, out, _load(model, device, False), *settings)
     if not is_rank():
@@ -325,7 +326,7 @@ class _Table:
         Console().print(table)
 
 
-def _load(model: str | None, device: str, allow_urls: bool) -> "Clip":
+def _load(model: str | None, device: "str | torch.device", allow_urls: bool) -> "Clip":
     from leanclip.errors import ConfigError
     from leanclip.inference import load
 

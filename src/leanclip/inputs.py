@@ -80,7 +80,8 @@ def pixel_batches(
         sources: images, one by one.
         resolution: R.
         batch_size: the most of a batch.
-        workers: threads that decode; 0: this one; None: one per CPU core, eight at most.
+        workers: threads that decode; 0: this one; None: one per CPU core, eight at most, among the
+            processes of this machine.
         allow_urls: fetch what is named by an http or https address.
 
     Raises:
@@ -114,7 +115,8 @@ def in_threads(
         batch_size: how many will be taken at once.
     """
     if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(8, max(1, len(os.sched_getaffinity(0)) // processes))
     if workers == 0:
         yield from (read(place, source) for place, source in enumerate(sources))
         return
