@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageEnhance
 from skimage import data as pictures
 
-from leanclip.decode import open_part
+from leanclip.decoding import open_part
 from leanclip.images import (
     CLIP_MEAN,
     CLIP_STD,

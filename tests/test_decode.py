@@ -11,7 +11,7 @@ from conftest import noise_image
 from PIL import Image, ImageOps
 from skimage import data as photographs
 
-from leanclip.decode import Box, open_image, open_part
+from leanclip.decoding import Box, open_image, open_part
 from leanclip.errors import DataError, SampleError
 
 KINDS_OF_JPEG: tuple[dict[str, Any], ...] = (

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from leanclip.errors import ConfigError, DataError, LeanclipError, WeightsError
     from leanclip.evaluate import build_classifier, recall_at_k
     from leanclip.images import Preprocess
-    from leanclip.inference import Clip, load
+    from leanclip.inference import Clip, available, load
     from leanclip.loss import clip_loss
     from leanclip.model import CLIP
     from leanclip.tokenizer import decode, encode, tokenize
@@ -23,7 +23,7 @@ _HOMES = {
     "errors": ("ConfigError", "DataError", "LeanclipError", "WeightsError"),
     "evaluate": ("build_classifier", "recall_at_k"),
     "images": ("Preprocess",),
-    "inference": ("Clip", "load"),
+    "inference": ("Clip", "available", "load"),
     "loss": ("clip_loss",),
     "model": ("CLIP",),
     "tokenizer": ("decode", "encode", "tokenize"),
@@ -39,6 +39,7 @@ __all__ = [
     "LeanclipError",
     "Preprocess",
     "WeightsError",
+    "available",
     "build_classifier",
     "clip_loss",
     "decode",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leanclip import cli_data, cli_eval
+from leanclip import cli_data, cli_eval, cli_use
 from leanclip.cli_eval import (
     Arch,
     ConfigFile,
@@ -44,6 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_use.app)
 app.add_typer(cli_eval.app)
 
 
@@ -82,6 +83,7 @@ def _run(words: list[str]) -> None:
             resumes = {
                 "train": "; the same command goes on from the last checkpoint",
                 "pack": "; the same command goes on at the shards that are not finished",
+                "embed": "; the same command goes on at the shards that are not finished",
             }
             command = words[1] if words[0] == "data" else words[0]
             print(f"interrupted{resumes.get(command, '')}", file=sys.stderr)

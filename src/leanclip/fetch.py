@@ -88,6 +88,30 @@ def fetch(
     return path
 
 
+def fetch_bytes(url: str, *, limit: int, seconds: float = 30) -> bytes:
+    """What is at a URL, in memory.
+
+    Raises:
+        FetchError: it cannot be fetched, or is larger than `limit` bytes.
+    """
+    if not is_url(url):
+        raise FetchError(f"{url}: is not an http or https address")
+    try:
+        with urllib.request.urlopen(url, timeout=seconds) as response:
+            content = response.read(limit + 1)
+    except (OSError, HTTPException, ValueError) as error:
+        status = error.code if isinstance(error, urllib.error.HTTPError) else None
+        raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
+    if len(content) > limit:
+        raise FetchError(f"{url}: is over the limit of {limit} bytes")
+    return content
+
+
+def is_url(text: str) -> bool:
+    """Whether this is an address and no path."""
+    return text.lower().startswith(("http://", "https://"))
+
+
 def digest(path: Path, length: int = 64) -> str:
     """A file's SHA-256, or its MD5 for a `length` of 32 hexadecimal digits."""
     with path.open("rb") as file:

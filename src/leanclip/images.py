@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.decode import FORMATS, MAX_PIXELS, SUFFIXES, Box, Source, open_image, open_part
+from leanclip.decoding import FORMATS, MAX_PIXELS, SUFFIXES, Box, Source, open_image, open_part
 from leanclip.errors import SampleError
 
 __all__ = [
@@ -67,7 +67,7 @@ def evaluation_pixels(
     """Short side to R by Pillow's antialiased bicubic, the square in the middle: (3, R, R) uint8.
 
     Equal to the bit to the transform of OpenAI's CLIP for upright 8-bit RGB and greyscale images
-    (other kinds become RGB before the resize here, after it there; see decode.py). For that it
+    (other kinds become RGB before the resize here, after it there; see decoding.py). For that it
     never decodes a smaller image, and does not use torch's resize, which is several times
     faster and differs by one grey level in 0.1 to 0.9% of the values.
 

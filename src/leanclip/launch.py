@@ -27,7 +27,12 @@ _RANK = "from leanclip.cli import main; main()"
 
 def is_rank() -> bool:
     """Whether this process is one of several that a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return world_size() > 1
+
+
+def world_size() -> int:
+    """How many processes its launcher started; 1 of one alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:

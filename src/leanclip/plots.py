@@ -1,6 +1,6 @@
 """Pictures of a run, with matplotlib (the extra `plots`), which is imported only to draw.
 
-Each function draws one figure into a file; PNG or SVG by the file's suffix.
+Each function draws one figure, into a file where it is given one; PNG or SVG by its suffix.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from leanclip.errors import ConfigError
 from leanclip.evaluate import Report
 from leanclip.images import Source, open_image
 from leanclip.tracking import read_metrics
@@ -70,8 +71,11 @@ def check_pictures(
 
 
 def similarity_matrix(
-    images: Sequence[Source], texts: Sequence[str], similarity: np.ndarray, path: Path
-) -> None:
+    images: Sequence[Source],
+    texts: Sequence[str],
+    similarity: np.ndarray,
+    path: Path | None = None,
+) -> "Figure":
     """The cosine similarities (n_texts, n_images) as numbers and colours, images on top.
 
     The picture of OpenAI's and PASSL's demonstration notebooks.
@@ -79,7 +83,7 @@ def similarity_matrix(
     rows, columns = similarity.shape
     left, cell_width, cell_height, top = 3.4, 1.1, 0.75, 1.6  # inches
     width, height = left + cell_width * columns + 0.1, top + cell_height * rows + 0.1
-    figure = _figure(width, height, layout=None)
+    figure = new_figure(width, height, layout=None)
     axes = figure.add_axes(
         (left / width, 0.1 / height, 1 - (left + 0.1) / width, 1 - (top + 0.1) / height)
     )
@@ -88,7 +92,7 @@ def similarity_matrix(
     for (row, column), value in np.ndenumerate(similarity):
         ink = "black" if value > middle else "white"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=10, color=ink)
-    axes.set_yticks(range(rows), [_words(text, 36) for text in texts])
+    axes.set_yticks(range(rows), [words(text, 36) for text in texts])
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     for column, image in enumerate(images):
@@ -100,7 +104,7 @@ def similarity_matrix(
         thumbnail.imshow(open_image(image))
         thumbnail.axis("off")
     figure.suptitle("Cosine similarity between text and image features", y=1 - 0.15 / height)
-    figure.savefig(path)
+    return saved(figure, path)
 
 
 def curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -117,7 +121,7 @@ def curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
             for name in evaluations[-1]
             if name.startswith(MEASURED) and not name.endswith(("_rank", "_ece"))  # of other scales
         )
-    figure = _figure(4 * len(charts), 3.4)
+    figure = new_figure(4 * len(charts), 3.4)
     for axes, (title, names) in zip(figure.subplots(1, len(charts)), charts.items(), strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
@@ -154,7 +158,7 @@ def pareto_picture(
         return []
     from matplotlib.ticker import PercentFormatter
 
-    figure = _figure(6, 4.5)
+    figure = new_figure(6, 4.5)
     plot = figure.subplots()
     front = sorted(places[i] for i in pareto_front(places))
     plot.plot(*zip(*front, strict=True), color="tab:blue", alpha=0.5, label="Pareto front")
@@ -165,7 +169,7 @@ def pareto_picture(
     for place, label in zip(places, labels, strict=True):
         plot.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
     for set_name, name in zip((plot.set_xlabel, plot.set_ylabel), axes, strict=True):
-        set_name(_words(name, 60))
+        set_name(words(name, 60))
     for axis in (plot.xaxis, plot.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
     plot.legend(fontsize="small")
@@ -183,32 +187,54 @@ def pareto_front(places: Sequence[tuple[float, float]]) -> list[int]:
     ]
 
 
-def image_grid(images: Sequence[Source], captions: Sequence[str], path: Path) -> None:
-    """Images in rows of six, each over its caption."""
-    columns = min(6, len(images))
+def image_grid(
+    images: Sequence[Source],
+    captions: Sequence[str],
+    path: Path | None = None,
+    *,
+    columns: int = 6,
+) -> "Figure":
+    """Images in rows, each under its caption."""
+    columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = _figure(2.2 * columns, 2.6 * rows)
+    figure = new_figure(2.2 * columns, 2.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
     for axes, image, caption in zip(grid, images, captions, strict=False):
         axes.imshow(open_image(image))
-        axes.set_title(_words(caption, 28), fontsize=8)
-    figure.savefig(path)
+        axes.set_title(words(caption, 28), fontsize=8)
+    return saved(figure, path)
 
 
-def _words(text: str, width: int) -> str:
+def words(text: str, width: int) -> str:
     """A caption as it stands, in lines: a dollar sign is no formula, a control no character."""
     printable = "".join(c if c.isprintable() else " " for c in text[:500])
     return textwrap.fill(printable, width).replace("$", r"\$")
 
 
-def _figure(
+def saved(figure: "Figure", path: Path | None) -> "Figure":
+    """The figure, written to a path if there is one."""
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def new_figure(
     width: float, height: float, *, layout: Literal["constrained"] | None = "constrained"
 ) -> "Figure":
-    """A figure of so many inches, drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """A figure of so many inches, drawn without a display.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "matplotlib is missing; get it with: pip install -c constraints.txt -e '.[plots]'"
+        ) from None
 
     figure = Figure(figsize=(width, height), dpi=110, layout=layout)
     FigureCanvasAgg(figure)

@@ -104,7 +104,7 @@ def decode(ids: Sequence[int] | np.ndarray | torch.Tensor) -> str:
         tokens = tokens[1:last]
     symbols = _vocabulary().symbols
     characters = "".join(symbols[token] for token in tokens).replace("</w>", " ")
-    table = _byte_of_character()
+    table = byte_of_character()
     return bytes(table[c] for c in characters).decode("utf-8", errors="replace").strip()
 
 
@@ -258,5 +258,6 @@ def _characters_of_bytes() -> dict[int, str]:
 
 
 @cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
+    """The bytes that the characters of symbols stand for."""
     return {c: byte for byte, c in _characters_of_bytes().items()} | {" ": ord(" ")}

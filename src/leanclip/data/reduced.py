@@ -6,7 +6,7 @@ import warnings
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from leanclip.data.samples import Sample
-from leanclip.decode import open_regular
+from leanclip.decoding import open_regular
 from leanclip.errors import SampleError
 from leanclip.images import FORMATS, open_image
 

@@ -26,6 +26,7 @@ from leanclip.distributed import everyones, gather_rows, rank_and_world_size
 from leanclip.errors import DataError
 from leanclip.images import Preprocess, normalize
 from leanclip.model import CLIP
+from leanclip.model.packed import encode_packed
 from leanclip.tokenizer import END, tokenize
 from leanclip.tracking import ProgressBar
 
@@ -176,28 +177,43 @@ def encode_images(model: CLIP, batch: Batch, preprocess: Preprocess) -> torch.Te
 
 @torch.inference_mode()
 def encode_texts(
-    model: CLIP, texts: Sequence[str], *, batch_size: int = 256, shared: bool = False
+    model: CLIP,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    shared: bool = False,
+    truncate: bool = True,
+    packed: bool = False,
 ) -> torch.Tensor:
     """Unit features of texts, (M, E) float32 on the CPU; each distinct text is encoded once.
 
-    Batches are of texts of one length, so that nothing is padded. Texts over the context are cut.
+    Batches are of texts of one length, so that nothing is padded.
 
     Args:
         model: in evaluation mode.
         texts: M of them.
         batch_size: texts of a forward pass.
         shared: every rank calls this, encodes its part, and gets all.
+        truncate: cut texts that are over the context.
+        packed: batches of texts of several lengths, without padding; not of a model in shards.
+
+    Raises:
+        DataError: a text is over the context, and `truncate` is false.
     """
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    tokens = _tokens(list(place), model.context_length)
+    tokens = _tokens(list(place), model.context_length, truncate=truncate)
     lengths = (tokens == END).int().argmax(dim=1) + 1
     rank, world_size = rank_and_world_size() if shared else (0, 1)
     device = model.logit_scale.device
     parts = [torch.empty(0, model.config.embed_dim)]
     own = [torch.empty(0).long()]
-    for rows in _batches(lengths, batch_size)[rank::world_size]:
-        chosen = tokens[rows, : int(lengths[rows[0]])].long().to(device)  # (B, L)
-        parts.append(F.normalize(model.encode_text(chosen).float(), dim=-1).cpu())
+    for rows in _batches(lengths, batch_size, mixed=packed)[rank::world_size]:
+        chosen = tokens[rows, : int(lengths[rows[-1]])].long().to(device)  # (B, L)
+        if packed:
+            encoded = encode_packed(model, chosen, lengths[rows].to(device))
+        else:
+            encoded = model.encode_text(chosen)
+        parts.append(F.normalize(encoded.float(), dim=-1).cpu())
         own.append(rows)
     found, rows = torch.cat(parts), torch.cat(own)
     if shared:
@@ -209,17 +225,19 @@ def encode_texts(
     return features[torch.tensor([place[text] for text in texts])]
 
 
-def _tokens(texts: Sequence[str], context_length: int) -> torch.Tensor:
+def _tokens(texts: Sequence[str], context_length: int, *, truncate: bool) -> torch.Tensor:
     """Ids of many texts in half the memory of int64."""
     chunks = [
-        tokenize(texts[first : first + _TEXTS], context_length, truncate=True).int()
+        tokenize(texts[first : first + _TEXTS], context_length, truncate=truncate).int()
         for first in range(0, len(texts), _TEXTS)
     ]
     return torch.cat([torch.empty(0, context_length, dtype=torch.int32), *chunks])
 
 
-def _batches(lengths: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Rows in batches of at most `size`, each of texts of one length."""
+def _batches(lengths: torch.Tensor, size: int, *, mixed: bool) -> list[torch.Tensor]:
+    """Rows in batches of at most `size`, by length; each of one length, unless `mixed`."""
     order = lengths.argsort(stable=True)
+    if mixed:
+        return list(order.split(size)) if len(order) else []
     counts = np.unique(lengths.numpy(), return_counts=True)[1].tolist()
     return [batch for same in order.split(counts) for batch in same.split(size)] if counts else []

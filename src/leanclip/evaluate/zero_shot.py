@@ -47,14 +47,26 @@ def build_classifier(
     *,
     batch_size: int = 256,
     shared: bool = False,
+    truncate: bool = True,
+    packed: bool = False,
 ) -> torch.Tensor:
     """One unit vector per class, (C, E): the mean over templates of unit text features.
 
-    As in OpenAI's Prompt_Engineering_for_ImageNet notebook: normalise, average, normalise. With
-    `shared` every rank calls this, encodes its part, and gets all.
+    As in OpenAI's Prompt_Engineering_for_ImageNet notebook: normalise, average, normalise.
+    For `shared`, `truncate` and `packed` see `encode_texts`.
+
+    Raises:
+        DataError: a prompt is over the context, and `truncate` does not have it cut.
     """
     prompts = [prompt for name in classes for prompt in fill(templates, name)]
-    features = encode_texts(model, prompts, batch_size=batch_size, shared=shared)  # (C * T, E)
+    features = encode_texts(
+        model,
+        prompts,
+        batch_size=batch_size,
+        shared=shared,
+        truncate=truncate,
+        packed=packed,
+    )  # (C * T, E)
     return F.normalize(features.view(len(classes), len(templates), -1).mean(dim=1), dim=-1)
 
 

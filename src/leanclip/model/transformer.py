@@ -125,4 +125,4 @@ class MLP(nn.Module):
 
 def _pick(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """(B, L, D) at one position (B,) of each -> (B, D)."""
-    return x[torch.arange(len(x), device=x.device), position]
+    return x[torch.arange(x.shape[0], device=x.device), position]

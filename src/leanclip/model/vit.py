@@ -87,7 +87,7 @@ class VisionTransformer(nn.Module):
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """The blocks, the last LayerNorm and the pool: (B, P+1, D) -> (B, D)."""
         if self.pool == "tok":
-            class_token = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # (B,)
+            class_token = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # (B,)
             return self.ln_post(self.transformer(x, class_token))  # (B, D)
         x = self.transformer(x)[:, 1:]  # (B, P, D)
         if self.norm_after_pool:

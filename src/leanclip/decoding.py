@@ -20,8 +20,9 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
@@ -89,8 +90,7 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, Bina
     """The image with only its header read, and its file; what fails within is a SampleError."""
     name = source if isinstance(source, str | Path) else f"<{type(source).__name__}>"
     try:
-        with warnings.catch_warnings(), _file(source) as file:
-            warnings.simplefilter("ignore")  # Pillow warns of bombs; max_pixels refuses them
+        with _quiet, _file(source) as file:  # Pillow warns of bombs; max_pixels refuses them
             if isinstance(source, Image.Image):
                 image = source
             else:
@@ -114,6 +114,32 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, Bina
         kind, reason = _fault(error)
         message = f"{name}: cannot be read as an image: {reason}"
         raise SampleError(kind, message) from None
+
+
+class _Quiet:
+    """Silences warnings while any thread is within.
+
+    `warnings.catch_warnings` of two threads that overlap would leave them silenced for good.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.within, self.saved = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.within += 1
+            if self.within == 1:
+                self.saved.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.within -= 1
+            if self.within == 0:
+                self.saved.close()
+
+
+_quiet = _Quiet()
 
 
 def open_regular(path: str | Path) -> BinaryIO:

@@ -1,0 +1,166 @@
+"""`leanclip embed`: shards of features, killed and continued, over ranks; nothing lost."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Command, Forked, assert_refused, noise_image
+from test_inference import save_tiny
+
+import leanclip
+from leanclip.embeddings import Source, read_embeddings, read_index, shards_of
+from leanclip.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def photos(workplace: Path) -> Path:
+    """The workplace with a model in `tiny` and 50 images in `photos`, in folders."""
+    save_tiny(workplace / "tiny")
+    for i in range(50):
+        folder = workplace / "photos" / f"{i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        noise_image(i).save(folder / f"{i:03d}.png")
+    return workplace
+
+
+WORDS = ("embed", "photos", "--model", "tiny", "--out", "out", "--shard-size", "8")
+
+
+def expected_rows() -> tuple[list[str], np.ndarray]:
+    paths = sorted(Path("photos").rglob("*.png"))
+    return [str(path.relative_to("photos")) for path in paths], leanclip.load("tiny").embed_images(
+        paths
+    )
+
+
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_ids_and_features_are_those_of_the_folder(
+    photos: Path, command: Command, format: str
+) -> None:
+    done = command(*WORDS, "--format", format, "--batch-size", "3")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["images"], said["skipped"], said["shards"]) == (50, 0, 7)
+    ids, features = read_embeddings("out")
+    names, expected = expected_rows()
+    assert ids == names
+    np.testing.assert_allclose(features, expected, atol=1e-6)
+    assert [len(names) for names, _ in shards_of("out")] == [8, 8, 8, 8, 8, 8, 2]
+    assert not list(Path("out").glob(".*"))
+
+
+def test_half_the_space(photos: Path, command: Command) -> None:
+    assert command(*WORDS, "--dtype", "float16").returncode == 0
+    _, features = read_embeddings("out")
+    assert features.dtype == np.float16
+    np.testing.assert_allclose(features, expected_rows()[1], atol=1e-3)
+
+
+def test_killed_and_continued_it_neither_loses_nor_repeats(photos: Path) -> None:
+    out = photos / "out"
+
+    def shards() -> list[Path]:
+        return sorted(out.glob("*.npy"))
+
+    first = Forked(*WORDS, "--batch-size", "2", "--num-gpus", "0", folder=photos)
+    first.until(lambda: len(shards()) >= 2)
+    first.send(signal.SIGKILL)
+    assert first.code() == -signal.SIGKILL
+    finished = {path: path.stat().st_mtime_ns for path in shards()}
+    assert 2 <= len(finished) < 7
+    second = Forked(*WORDS, "--batch-size", "2", "--num-gpus", "0", folder=photos)
+    assert second.code() == 0, second.said()
+    assert f"{len(finished)} of 7 shards are there" in second.said()
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    ids, features = read_embeddings(out)
+    names, expected = expected_rows()
+    assert ids == names
+    np.testing.assert_allclose(features, expected, atol=1e-6)
+
+
+def test_ranks_share_the_shards(photos: Path) -> None:
+    ranks = [
+        Forked(*WORDS, folder=photos, environment={"RANK": str(rank), "WORLD_SIZE": "3"})
+        for rank in range(3)
+    ]
+    assert [rank.code() for rank in ranks] == [0, 0, 0]
+    ids, features = read_embeddings("out")
+    names, expected = expected_rows()
+    assert ids == names
+    np.testing.assert_allclose(features, expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_it_starts_the_ranks_itself(photos: Path) -> None:
+    done = Forked(*WORDS, "--num-procs", "2", folder=photos)
+    assert done.code() == 0, done.said()
+    assert json.loads(done.said().splitlines()[-1])["missing_shards"] == 0
+    assert read_embeddings("out")[0] == expected_rows()[0]
+
+
+def test_what_cannot_be_read_is_skipped_and_named(photos: Path, command: Command) -> None:
+    (photos / "photos/1/004.png").write_bytes(b"nothing")
+    done = command(*WORDS)
+    assert_refused(done, "1 of 50 images are unreadable", "004.png", "--max-bad-share")
+    done = command(*WORDS, "--max-bad-share", "0.05")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["skipped"] == 1
+    assert "skipped: 1/004.png" in done.stderr
+    ids, features = read_embeddings("out")
+    names, expected = expected_rows_without("1/004.png")
+    assert ids == names
+    np.testing.assert_allclose(features, expected, atol=1e-6)
+
+
+def expected_rows_without(name: str) -> tuple[list[str], np.ndarray]:
+    paths = [path for path in sorted(Path("photos").rglob("*.png")) if not str(path).endswith(name)]
+    return [str(path.relative_to("photos")) for path in paths], leanclip.load("tiny").embed_images(
+        paths
+    )
+
+
+def test_another_start_must_agree(photos: Path, command: Command) -> None:
+    assert command(*WORDS).returncode == 0
+    noise_image(99).save(photos / "photos/0/new.png")
+    assert_refused(command(*WORDS), "out: was begun with", "the images", "another --out")
+    (photos / "photos/0/new.png").unlink()
+    save_tiny(photos / "other", embed_dim=8)
+    other = command(*WORDS[:3], "other", *WORDS[4:])
+    assert_refused(other, "the weights, embed_dim")
+    assert_refused(command(*WORDS, "--format", "csv"), "format csv")
+    assert_refused(command("embed", "nowhere", *WORDS[2:]), "nowhere: no such folder")
+    (photos / "out/00003.npy").unlink()
+    with pytest.raises(DataError, match=r"1 of 7 shards are missing, the first 00003\.npy"):
+        read_embeddings("out")
+    assert command(*WORDS).returncode == 0
+    assert len(read_embeddings("out")[0]) == 50
+    with pytest.raises(ConfigError, match="no folder of embeddings"):
+        read_index(photos / "photos")
+
+
+def test_paths_from_standard_input(
+    photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+    import sys
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("photos/0/003.png\n\nphotos/0/000.png\n"))
+    done = command("embed", "-", *WORDS[2:])
+    assert done.returncode == 0, done.stderr
+    ids, features = read_embeddings("out")
+    assert ids == ["photos/0/003.png", "photos/0/000.png"]
+    np.testing.assert_allclose(features, leanclip.load("tiny").embed_images(ids), atol=1e-6)
+    assert_refused(command(*WORDS, "--num-gpus", "64"), "64 GPUs were asked for")
+    refused = command("embed", "-", *WORDS[2:], "--num-procs", "2")
+    assert_refused(refused, "cannot read standard input")
+
+
+def test_names_are_kept_as_they_are(photos: Path) -> None:
+    odd = photos / "odd"
+    odd.mkdir()
+    for name in ("a\nb.png", "é ü.png", "x.PNG"):
+        noise_image(0).save(odd / "t.png")
+        (odd / "t.png").rename(odd / name)
+    assert list(Source.of(odd).names) == sorted(["a\nb.png", "é ü.png", "x.PNG"])

@@ -1,0 +1,138 @@
+"""Exported towers give the model's features, or are not written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import Command, assert_refused
+from photographs import DESCRIPTIONS, write_photographs
+from test_inference import save_tiny
+from test_use import RESNET
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+import leanclip
+from leanclip import export as exporting
+from leanclip.errors import ConfigError, WeightsError
+from leanclip.export import export
+
+TEXTS = [*DESCRIPTIONS.values(), "a", "a longer text, with more words in it than the others have"]
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum(axis=1).min())
+
+
+@pytest.mark.parametrize(
+    ("to", "changes"),
+    [
+        ("onnx", {}),
+        pytest.param("onnx", RESNET, marks=pytest.mark.slow),
+        pytest.param(
+            "onnx", {"vision_pool": "avg", "transformer_pool": "last"}, marks=pytest.mark.slow
+        ),
+        pytest.param("torch", {}, marks=pytest.mark.slow),
+    ],
+    ids=["vit", "resnet", "padded", "torch"],
+)
+def test_exported_towers_give_the_models_features(
+    tmp_path: Path, to: str, changes: dict[str, Any]
+) -> None:
+    clip = leanclip.load(save_tiny(tmp_path / "tiny", **changes), device="cpu")
+    facts = export(clip, tmp_path / "exported", to)
+    assert min(facts["checked"].values()) > 0.99999
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    again = leanclip.load(tmp_path / "exported", backend=to)
+    folder = write_photographs(tmp_path / "photographs")
+    for batch_size in (1, 3, 8):
+        images = again.embed_images(folder, batch_size=batch_size)
+        np.testing.assert_allclose(images, clip.embed_images(folder), atol=1e-5)
+    np.testing.assert_allclose(again.embed_texts(TEXTS), clip.embed_texts(TEXTS), atol=1e-5)
+    assert again.logit_scale == pytest.approx(clip.logit_scale)
+    labels = ["cat", "rocket", "horse"]
+    ours, theirs = (one.classify(folder / "page.png", labels) for one in (clip, again))
+    assert [guess.label for guess in ours] == [guess.label for guess in theirs]
+
+
+@pytest.mark.slow
+def test_the_folder_tells_another_runtime_all(tmp_path: Path, command: Command) -> None:
+    save_tiny(tmp_path / "tiny")
+    done = command("export", "tiny", "exported", "--to", "onnx")
+    assert done.returncode == 0, done.stderr
+    assert "least cosines with the model's features: image 1.000000, text 1.000000" in done.stdout
+    folder = Path("exported")
+    facts = json.loads((folder / "clip.json").read_text())
+    table = {"vocab": folder / facts["tokenizer"]["vocabulary"]}
+    merges = (folder / facts["tokenizer"]["merges"]).read_text().splitlines()[1:]
+    vocabulary = json.loads(table["vocab"].read_text())
+    bpe = Tokenizer(
+        BPE(vocabulary, [(a, b) for a, b in (m.split() for m in merges)], end_of_word_suffix="</w>")
+    )
+    ids = [i for word in ("a", "photo", "of", "segmentation") for i in bpe.encode(word).ids]
+    ids = [facts["tokenizer"]["start"], *ids, facts["tokenizer"]["end"]]
+    session = onnxruntime.InferenceSession(folder / facts["text"]["file"])
+    (features,) = session.run(None, {"tokens": np.array([ids])})
+    features = np.asarray(features)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    expected = leanclip.load("tiny").embed_texts("a photo of segmentation")
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    assert facts["preprocess"]["resolution"] == 32
+    assert facts["preprocess"]["mean"][0] == pytest.approx(0.48145466)
+
+
+@pytest.mark.slow
+def test_int8_is_smaller_and_says_what_it_costs(tmp_path: Path) -> None:
+    big = {"vision_width": 128, "transformer_width": 128}
+    clip = leanclip.load(save_tiny(tmp_path / "tiny", **big), device="cpu")
+    export(clip, tmp_path / "plain", "onnx")
+    facts = export(clip, tmp_path / "small", "onnx", int8=True)
+    assert min(facts["checked"].values()) > 0.99999
+    assert 0.9 < min(facts["int8"].values()) < 0.99999
+    size = {
+        name: sum(path.stat().st_size for path in (tmp_path / name).glob("*.onnx"))
+        for name in ("plain", "small")
+    }
+    assert size["small"] < 0.35 * size["plain"]
+    small = leanclip.load(tmp_path / "small", backend="onnx")
+    assert cosines(small.embed_texts(TEXTS), clip.embed_texts(TEXTS)) > 0.95
+
+
+def test_what_falls_short_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = leanclip.load(save_tiny(tmp_path / "tiny"), device="cpu")
+    write = exporting._write_towers  # pyright: ignore[reportPrivateUsage]
+
+    def of_another_model(model: leanclip.CLIP, folder: Path, facts: dict[str, Any]) -> None:
+        torch.manual_seed(9)
+        write(leanclip.CLIP(**facts["model"]).eval(), folder, facts)
+
+    monkeypatch.setattr(exporting, "_write_towers", of_another_model)
+    with pytest.raises(WeightsError, match=r"differ from the model's.*nothing was written"):
+        export(clip, tmp_path / "exported", "torch")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_mistakes_have_their_words(tmp_path: Path, command: Command) -> None:
+    save_tiny(tmp_path / "tiny")
+    clip = leanclip.load("tiny", device="cpu")
+    with pytest.raises(ConfigError, match="--to tflite: no such format; known: onnx, torch"):
+        export(clip, tmp_path / "x", "tflite")
+    assert_refused(command("export", "tiny", "x", "--to", "torch", "--int8"), "goes with --to onnx")
+    assert_refused(command("export", "tiny", "data", "--to", "onnx"), "data: is there already")
+    with pytest.raises(ConfigError, match="is for a folder that was exported"):
+        leanclip.load("tiny", backend="onnx")
+    folder = tmp_path / "exported"
+    export(clip, folder, "torch")
+    with pytest.raises(ConfigError, match="was exported to torch"):
+        leanclip.load(folder, backend="onnx")
+    with pytest.raises(ConfigError, match=r"may run code .* if you trust it, say backend='torch'"):
+        leanclip.load(folder)
+    (folder / "image.pt2").write_bytes(b"PK nothing")
+    with pytest.raises(WeightsError, match="no exported model"):
+        leanclip.load(folder, backend="torch")
+    (folder / "clip.json").write_text("{}")
+    with pytest.raises(WeightsError, match="no exported model"):
+        leanclip.load(folder)

@@ -1,0 +1,241 @@
+"""`leanclip classify` and `leanclip similarity`; pictures and maps of what a model says."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, assert_refused, noise_image
+from PIL import Image
+from sklearn.decomposition import PCA
+from test_inference import save_tiny
+from torch import nn
+from torch.nn import functional as F
+
+import leanclip
+from leanclip.attention import gradient_map, rollout
+from leanclip.charts import classification, heat_maps, plane, scatter
+from leanclip.classifier import Guess
+
+RESNET = {"vision_layers": [1, 1, 1, 1], "vision_width": 8, "vision_heads": 4}
+RESNET |= {"vision_patch_size": None, "image_resolution": 64}
+
+
+@pytest.fixture
+def photos(workplace: Path) -> Path:
+    """The workplace with a model in `tiny`, and a few images."""
+    save_tiny(workplace / "tiny")
+    (workplace / "photos").mkdir()
+    for i in range(3):
+        noise_image(i).save(workplace / f"photos/{i}.png")
+    return workplace
+
+
+def lines_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_classify_prints_json_lines_where_it_is_piped(photos: Path, command: Command) -> None:
+    done = command(
+        *("classify", "photos/1.png", "photos", "--labels", "cat, dog, red fox"),
+        *("--model", "tiny", "--top", "2", "--plot", "bars.png"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = lines_of(done.stdout)
+    assert [line["image"] for line in found] == [
+        "photos/1.png",
+        *(f"photos/{i}.png" for i in "012"),
+    ]
+    expected = leanclip.load("tiny").classify("photos/1.png", ["cat", "dog", "red fox"], top=2)
+    for line, guess in zip(found[0]["labels"], expected, strict=True):
+        assert line["label"] == guess.label
+        assert line["probability"] == pytest.approx(guess.probability, abs=1e-5)
+        assert line["similarity"] == pytest.approx(guess.similarity, abs=1e-5)
+    assert [one["label"] for one in found[2]["labels"]] == [guess.label for guess in expected]
+    assert Image.open("bars.png").width > 300
+    (photos / "labels.txt").write_text("cat\ndog\nred fox\n")
+    again = command("classify", "photos/1.png", "--labels", "labels.txt", "--model", "tiny")
+    assert [one["label"] for one in lines_of(again.stdout)[0]["labels"]][:2] == [
+        guess.label for guess in expected
+    ]
+
+
+def test_similarity_of_every_image_with_every_text(photos: Path, command: Command) -> None:
+    (photos / "texts.txt").write_text("a cat\na dog\n")
+    done = command(
+        *("similarity", "--images", "photos/0.png", "photos/1.png", "--model", "tiny"),
+        *("--texts", "texts.txt", "a fox, running", "--plot", "out.png"),
+    )
+    assert done.returncode == 0, done.stderr
+    texts = ["a cat", "a dog", "a fox, running"]
+    images = ["photos/0.png", "photos/1.png"]
+    found = lines_of(done.stdout)
+    assert [(one["text"], one["image"]) for one in found] == [(t, i) for t in texts for i in images]
+    expected = leanclip.load("tiny").similarity(images, texts).ravel()
+    assert [one["similarity"] for one in found] == pytest.approx(list(expected), abs=1e-5)
+    assert Image.open("out.png").width > 300
+
+
+def test_standard_input_is_an_image_or_paths_or_words(
+    photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(content: bytes, *words: str) -> list[dict]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        done = command(*words, "--model", "tiny")
+        assert done.returncode == 0, done.stderr
+        return lines_of(done.stdout)
+
+    words = ("classify", "photos/1.png", "--labels", "cat, dog")
+    expected = lines_of(command(*words, "--model", "tiny").stdout)
+    image = (photos / "photos/1.png").read_bytes()
+    assert given(b"photos/1.png\n", "classify", "-", "--labels", "cat, dog") == expected
+    (found,) = given(image, "classify", "-", "--labels", "cat, dog")
+    assert found == {"image": "-", "labels": expected[0]["labels"]}
+    assert given(b"cat\ndog\n", "classify", "photos/1.png", "--labels", "-") == expected
+    found = given(b"a cat\na dog\n", "similarity", "--images", "photos/1.png", "--texts", "-")
+    assert [one["text"] for one in found] == ["a cat", "a dog"]
+
+
+def test_a_terminal_gets_a_table_and_a_bar(photos: Path) -> None:
+    code = """
+import leanclip
+from leanclip.cli import main
+leanclip.load("tiny").embed_images(["photos/0.png"] * 40, batch_size=1)
+main(["classify", "photos/0.png", "--labels", "[cat], dog", "--model", "tiny"])
+"""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while part := os.read(ours, 10_000):
+            said += part
+    assert process.wait(60) == 0
+    for word in ("embedding", "/40", "probability", "[cat]", "%"):
+        assert word in said.decode()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("classify none.jpg --labels cat,dog", ["none.jpg", "no such image"]),
+        ("classify config.yaml --labels cat,dog", ["config.yaml", "cannot be read as an image"]),
+        ("classify photos --labels cat", ["give two or more"]),
+        ("classify photos --labels cat,,dog", ["label 1 is empty"]),
+        ("classify - --labels -", ["for one thing only"]),
+        ("classify http://x/a.png --labels a,b", ["allow_urls"]),
+        ("similarity --images photos --texts " + "word-" * 20, ["tokens", "truncate"]),
+    ],
+)
+def test_mistakes_are_one_line(
+    photos: Path, command: Command, words: str, expected: list[str]
+) -> None:
+    assert_refused(command(*words.split(), "--model", "tiny"), *expected)
+
+
+def test_without_a_model_it_says_what_to_give(photos: Path, command: Command) -> None:
+    done = command("classify", "photos", "--labels", "cat, dog")
+    assert_refused(done, "--model", "a run's folder", "runs/quickstart")
+
+
+def reference_rollout(model: leanclip.CLIP, pixels: torch.Tensor) -> torch.Tensor:
+    """The paper's equations over torch's own nn.MultiheadAttention."""
+    visual: Any = model.visual
+    x = visual.conv1(pixels).flatten(2).transpose(1, 2)
+    first = visual.class_embedding.expand(len(x), 1, -1)
+    x = visual.ln_pre(torch.cat([first, x], dim=1) + visual.positional_embedding)
+    joint = torch.eye(x.shape[1]).expand(len(x), -1, -1)
+    for block in visual.transformer.resblocks:
+        reference = nn.MultiheadAttention(x.shape[-1], block.attn.heads, batch_first=True)
+        reference.load_state_dict(block.attn.state_dict())
+        given = block.ln_1(x)
+        _, weights = reference(given, given, given, need_weights=True, average_attn_weights=True)
+        joint = (0.5 * weights + 0.5 * torch.eye(x.shape[1])) @ joint
+        x = block(x)
+    return joint[:, 0, 1:]
+
+
+def test_rollout_is_the_papers(tmp_path: Path) -> None:
+    clip = leanclip.load(save_tiny(tmp_path / "tiny"), device="cpu")
+    pixels = torch.stack([clip.preprocess(noise_image(i)) for i in range(3)])
+    found = rollout(clip.model, pixels)
+    assert found.shape == (3, 4, 4)
+    with torch.no_grad():
+        expected = reference_rollout(clip.model, pixels)
+    expected = expected / expected.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(found.flatten(1), expected)
+
+
+def test_maps_of_a_resnet(tmp_path: Path) -> None:
+    clip = leanclip.load(save_tiny(tmp_path / "resnet", **RESNET), device="cpu")
+    pixels = torch.stack([clip.preprocess(noise_image(i)) for i in range(2)])
+    found = rollout(clip.model, pixels)
+    assert found.shape == (2, 2, 2)
+    torch.testing.assert_close(found.sum(dim=(1, 2)), torch.ones(2))
+    text = clip.embed_texts("a cat", as_torch=True)[0]
+    visual: Any = clip.model.visual
+    pool = visual.attnpool
+    x = visual.trunk(pixels).detach().requires_grad_()
+    cosine = (F.normalize(pool(x), dim=-1) @ text).sum()
+    cosine.backward()
+    assert x.grad is not None
+    expected = (x.grad.mean(dim=(2, 3), keepdim=True) * x).sum(dim=1).clamp(min=0)
+    torch.testing.assert_close(gradient_map(clip.model, pixels, text), expected.detach())
+
+
+def test_the_gradient_map_of_a_vit_is_grad_cam_before_its_last_block(tmp_path: Path) -> None:
+    clip = leanclip.load(save_tiny(tmp_path / "tiny"), device="cpu")
+    pixels = torch.stack([clip.preprocess(noise_image(i)) for i in range(3)])
+    text = clip.embed_texts(["a cat", "a dog", "x"], as_torch=True)
+    visual: Any = clip.model.visual
+    first, last = visual.transformer.resblocks
+    x = visual.conv1(pixels).flatten(2).transpose(1, 2)
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1)
+    x = first(visual.ln_pre(x + visual.positional_embedding)).detach().requires_grad_()
+    features = visual.ln_post(last(x)[:, 0]) @ visual.proj
+    (F.normalize(features, dim=-1) * text).sum().backward()
+    assert x.grad is not None
+    weights = x.grad[:, 1:].mean(dim=1, keepdim=True)
+    expected = (weights * x[:, 1:]).sum(dim=-1).clamp(min=0).detach()
+    found = gradient_map(clip.model, pixels, text)
+    torch.testing.assert_close(found.flatten(1), expected, atol=1e-7, rtol=1e-4)
+    assert (found > 0).any()
+    assert all(parameter.grad is None for parameter in visual.conv1.parameters())
+
+
+def test_the_plane_is_that_of_principal_components() -> None:
+    features = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    points, shares = plane(features)
+    reference = PCA(2).fit(features)
+    expected = reference.transform(features)
+    signs = np.sign((points * expected).sum(axis=0))
+    np.testing.assert_allclose(points, expected * signs, atol=1e-5)
+    np.testing.assert_allclose(shares, reference.explained_variance_ratio_, atol=1e-6)
+    for few in (features[:1], features[:2]):
+        assert np.isfinite(plane(few)[0]).all()
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    images = [noise_image(i, (60, 40)) for i in range(2)]
+    guesses = [[Guess("a $cat$ [1]", 0.9, 0.3), Guess("dog", 0.1, 0.1)]] * 2
+    figures = {
+        "bars.png": classification(images, guesses, tmp_path / "bars.png"),
+        "heat.png": heat_maps(
+            images, np.eye(4)[None].repeat(2, 0), ["a", "b"], tmp_path / "heat.png"
+        ),
+        "plane.png": scatter(
+            np.eye(4), list("abcd"), tmp_path / "plane.png", groups=["image", "text"] * 2
+        ),
+    }
+    for name in figures:
+        assert Image.open(tmp_path / name).width > 300
+    heat = figures["heat.png"].axes[0].images[1].get_array()
+    np.testing.assert_array_equal(heat, np.eye(4))
