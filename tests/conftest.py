@@ -177,7 +177,7 @@ def make_config(path: Path, **sections: Any) -> Path:
         "data": {"layout": "pairs", "root": "data", "workers": 0},
         "train": {"epochs": 2, "batch_size": 4, "log_every": 1},
         "optimizer": {"learning_rate": 1e-3},
-        "evaluate": {"retrieval": {}},
+        "evaluate": {"retrieval": {}, "pictures": False},  # those take most of the time
     }
     for name, section in sections.items():
         both = isinstance(section, dict) and name in values
@@ -221,7 +221,7 @@ def ranks_of(world_size: int, work: Callable[[int], object], folder: Path) -> li
 
 
 def small_batches(
-    settings: DataConfig, *, batch_size: int, start: Position, **more: int
+    settings: DataConfig, *, batch_size: int, start: Position, **more: Any
 ) -> Iterator[tuple[Batch, Position]]:
     """The training stream of a data set, of small images and short captions."""
     return training_batches(

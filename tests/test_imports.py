@@ -17,7 +17,7 @@ LEVELS = (
     ("norms", "loss_scale", "utilisation"),
     ("sharded", "shard_files", "evaluate", "inputs", "classifier", "attention"),
     ("checkpoint",),
-    ("plots", "towers", "plan", "step"),
+    ("plots", "towers", "plan", "step", "frozen"),
     ("outcome", "watching", "best"),
     ("train", "inference", "charts", "embeddings"),
     ("openai", "passl"),

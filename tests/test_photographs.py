@@ -16,6 +16,7 @@ def test_eight_photographs_are_told_apart_both_ways(tmp_path: Path) -> None:
         train={"epochs": 160, "batch_size": 8, "log_every": 10},
         optimizer={"learning_rate": 2e-3, "warmup": 0.1},
         checkpoint={"every_epochs": None},
+        evaluate={"pictures": True},
     )
     done = run_cli("train", "-c", "config.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

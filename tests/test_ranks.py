@@ -212,6 +212,24 @@ def test_another_number_of_ranks_goes_on_with_the_next_sample(
     assert ended["samples"] == 20 * 12 - stopped["sample"] % (2 * after)
 
 
+def test_the_same_global_batch_goes_on_with_fewer_ranks(workplace: Path) -> None:
+    def start(world_size: int, batch_size: int, run: str, *more: str) -> list[Forked]:
+        options = (*OPTIONS, *LONG, "-o", f"train.batch_size={batch_size}", "--output-dir", run)
+        return fork_ranks(world_size, *options, *more, folder=workplace)
+
+    run = workplace / "run"
+    ranks = start(2, 2, "run")
+    ranks[0].until(lambda: len(losses(run)) >= 4)
+    ranks[0].send(signal.SIGTERM)
+    assert [rank.code() for rank in ranks] == [143, 143]
+    (other,) = start(1, 3, "run")
+    assert other.code() == 2
+    assert "train.batch_size" in other.said()
+    assert [rank.code() for rank in start(1, 4, "run", "-o", "train.micro_batches=2")] == [0]
+    assert [rank.code() for rank in start(1, 4, "whole")] == [0]
+    assert losses(run) == pytest.approx(losses(workplace / "whole"), rel=1e-4)
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (3, 5), (5, 3)])
 @pytest.mark.parametrize("batches", [1, 2])
 def test_no_sample_of_an_epoch_is_repeated(

@@ -108,16 +108,15 @@ def test_gradients_are_clipped() -> None:
 
 
 def test_a_run_leaves_its_folder(command: Command, workplace: Path) -> None:
-    done = command("train", "-c", "config.yaml", "-o", "evaluate.every_epochs=1")
+    words = ("evaluate.every_epochs=1", "evaluate.pictures=true")
+    done = command("train", "-c", "config.yaml", "-o", words[0], "-o", words[1])
     assert done.returncode == 0, done.stderr
     run = workplace / "runs" / "config"
     for word in ("runs/config", "similarity.png", "leanclip eval --model runs/config"):
         assert word in done.stdout
     assert "Among 24 captions" in done.stdout
     assert "\x1b" not in done.stderr  # no progress bar without a terminal
-    assert load_config(run / "config.yaml") == load_config(
-        "config.yaml", ["evaluate.every_epochs=1"]
-    )
+    assert load_config(run / "config.yaml") == load_config("config.yaml", words)
     lines = read_metrics(run)
     steps = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
@@ -314,6 +313,19 @@ def test_memory_estimate_counts_what_autograd_keeps(workplace: Path) -> None:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     measured = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in own)
     assert 0.8 < activations / measured < 1.3
+
+
+def test_memory_is_estimated_for_one_rank(workplace: Path) -> None:
+    def estimate(ranks: int, *overrides: str) -> tuple[int, int]:
+        config = load_config("config.yaml", ["train.batch_size=4", *overrides])
+        return memory_estimate(make_plan(config, torch.device("cpu"), ranks=ranks))
+
+    weights, activations = estimate(1)
+    of_two = estimate(2)
+    assert of_two[0] == weights
+    assert activations <= of_two[1] < 1.1 * activations  # the features of the others
+    assert 0.25 < estimate(1, "train.micro_batches=4")[1] / activations < 0.35
+    assert estimate(2, "train.sharding=fsdp")[0] == weights // 2
 
 
 # --- mistakes

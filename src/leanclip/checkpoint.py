@@ -57,6 +57,7 @@ class Progress:
     sources: list[int]  # the same by source, of a mixture
     seconds: float  # spent on training until here
     dataset_size: int = 0  # samples of an epoch
+    batch_size: int = 0  # pairs of a step, over all ranks
     new: list[str] = field(default_factory=list)  # parameters that the loaded weights had not
     before: dict[str, float] = field(default_factory=dict)  # metrics before the first step
     best: Best | None = None

@@ -219,6 +219,10 @@ class DataConfig(SourceConfig):
     shuffle_buffer: Positive = Field(
         default=10_000, description="shards and streams are shuffled among so many samples"
     )
+    augment: bool = Field(
+        default=True,
+        description="false: training sees an image as evaluation does, without random crops",
+    )
     crop_scale: tuple[Fraction, Fraction] = Field(
         default=(0.9, 1.0), description="share of the image's area that a training crop keeps"
     )
@@ -367,6 +371,11 @@ class FinetuneConfig(Section):
         description="a step's mean of the weights is this much of the mean before; the mean is "
         "evaluated and written",
     )
+    cache_features: bool = Field(
+        default=True,
+        description="a locked tower runs once over what it sees the same each time: captions, and "
+        "images with data.augment false; its features are kept in the run's folder",
+    )
     lora_rank: Positive | None = Field(
         default=None, description="rank of the only updates of the weights (LoRA); null: of all"
     )
@@ -424,6 +433,7 @@ class EvaluateConfig(Section):
         default=None, description="epochs between two; null: at the end"
     )
     batch_size: Positive = Field(default=256, description="images or texts per forward pass")
+    pictures: bool = Field(default=True, description="draw what was measured, and the curves")
     zero_shot: EvaluationData | None = Field(
         default=None, description="class data; null: not measured"
     )

@@ -130,6 +130,24 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Try to hold the lock that a file is, until the end of this process at the latest.
+
+    Gives whether it does, or another process has it. Processes that are forked off do not share it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            yield False
+        else:
+            yield True
+
+
 def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
     """Add to `part` what it lacks."""
     have = _size(part)

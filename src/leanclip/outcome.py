@@ -62,7 +62,7 @@ def evaluate_only(
     preprocess = model_preprocess(config)
     report = evaluate(model.to(device), tasks, preprocess, guard=guard, before=before)
     report.source, report.command = source or str(folder), command
-    return finish(folder, report, 0.0) if rank == 0 else None
+    return finish(folder, report, 0.0, pictures=config.evaluate.pictures) if rank == 0 else None
 
 
 def summary(outcome: Outcome) -> str:
@@ -95,10 +95,10 @@ def summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def finish(folder: Path, report: Report, seconds: float) -> Outcome:
-    """Write report.json and the pictures."""
+def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> Outcome:
+    """Write report.json, and the pictures where they are wanted."""
     report.source = report.source or str(folder)
     report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder)
-    return Outcome(folder, report, run_pictures(folder, report), seconds)
+    return Outcome(folder, report, run_pictures(folder, report) if pictures else [], seconds)

@@ -15,8 +15,9 @@ from leanclip.distributed import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import METRICS, Task, open_guard, open_tasks
 from leanclip.finetune import Tuning
+from leanclip.frozen import frozen_towers
 from leanclip.images import Preprocess
-from leanclip.loss import Kind
+from leanclip.loss import KEPT, TILE, Kind
 from leanclip.model import CLIP
 from leanclip.optim import scaled_learning_rate
 from leanclip.settings import to_plain
@@ -37,6 +38,7 @@ class Plan:
     guard: Task | None
     preprocess: Preprocess
     loss: Kind
+    ranks: int
     batch_size: int  # pairs per step over all ranks
     steps_per_epoch: int
     steps: int
@@ -80,6 +82,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         guard=guard,
         preprocess=model_preprocess(config),
         loss=_loss(config, dataset),
+        ranks=world_size,
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
@@ -149,6 +152,10 @@ def headline(plan: Plan) -> str:
         if plan.batch_size < config.train.batch_size
         else ""
     )
+    frozen = "".join(
+        f"\nlocked: the {tower} tower runs once, its features are kept in {plan.folder}/features"
+        for tower in frozen_towers(config, plan.dataset)
+    )
     return "\n".join(
         (
             f"model: {parameters:,} parameters, {config.model.image_resolution} px, "
@@ -157,7 +164,7 @@ def headline(plan: Plan) -> str:
             f"steps: {plan.steps:,} = {config.train.epochs} epochs x {plan.steps_per_epoch} "
             f"batches of {plan.batch_size}{smaller}",
             f"rates: {rate}, {plan.warmup} steps of warm-up, then a cosine to zero",
-            f"folder: {plan.folder}",
+            f"folder: {plan.folder}{frozen}",
         )
     )
 
@@ -179,9 +186,10 @@ def _data_line(plan: Plan) -> str:
 def describe(plan: Plan) -> str:
     """What --dry-run prints: the resolved configuration as YAML, the rest as comments of it."""
     weights, activations = memory_estimate(plan)
+    whose = " of a rank" if plan.ranks > 1 else ""
     gigabytes = (
-        f"memory: about {(weights + activations) / 2**30:.2f} GiB = {weights / 2**30:.2f} for "
-        f"weights, gradients and moments + {activations / 2**30:.2f} for a batch's activations "
+        f"memory{whose}: about {(weights + activations) / 2**30:.2f} GiB = {weights / 2**30:.2f} "
+        f"for weights, gradients and moments + {activations / 2**30:.2f} for a batch's activations "
         f"(captions as long as the context; shorter ones take less)"
     )
     comments = "".join(f"# {line}\n" for line in (*headline(plan).splitlines(), gigabytes))
@@ -189,7 +197,7 @@ def describe(plan: Plan) -> str:
 
 
 def memory_estimate(plan: Plan) -> tuple[int, int]:
-    """Bytes for weights with gradients and AdamW's moments, and for a batch's activations.
+    """Bytes of a rank: weights with gradients and AdamW's moments, and activations with the loss.
 
     Activations are counted, not guessed: the model runs on the meta device, where nothing is
     computed, and the tensors that autograd keeps are added up; the sums of low-rank updates are
@@ -198,21 +206,34 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     Raises:
         ConfigError: the settings of `finetune` do not fit the model.
     """
+    settings = plan.config.train
     with torch.device("meta"):
         model = CLIP(**to_plain(plan.config.model))
         tuning = Tuning(model, plan.config.finetune)
-    if plan.config.train.checkpoint_activations:
+    if settings.checkpoint_activations:
         checkpoint_activations(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = 4 * model.parameter_count() + 12 * trained
     weights += sum(4 * mean.numel() for mean in tuning.average.values())
-    of_two, of_three = _kept_by_autograd(model, 2), _kept_by_autograd(model, 3)
+    if settings.sharding == "fsdp":
+        weights //= plan.ranks
+    of_two, of_three = (_kept_by_autograd(model, pairs) for pairs in (2, 3))
     per_pair = of_three - of_two
     always = of_two - 2 * per_pair
-    if plan.config.train.precision != "fp32":
+    if settings.precision != "fp32":
         per_pair //= 2
-    logits = 4 * 4 * plan.batch_size**2  # the loss: logits, two softmaxes, a gradient
-    return weights, always + plan.batch_size * per_pair + logits
+    own = -(-plan.batch_size // plan.ranks)
+    at_once = -(-own // settings.micro_batches)
+    return weights, always + at_once * per_pair + _loss_bytes(plan, own)
+
+
+def _loss_bytes(plan: Plan, own: int) -> int:
+    """What the loss takes for `own` pairs of a rank: features, their gradients, and logits."""
+    features = 4 * 4 * plan.batch_size * plan.config.model.embed_dim
+    if not plan.config.train.tiled_loss:
+        return features + 4 * 4 * plan.batch_size**2  # logits, two softmaxes, a gradient
+    logits = own * plan.batch_size
+    return features + 4 * (min(KEPT, logits) + 3 * min(TILE**2, logits))
 
 
 def _kept_by_autograd(model: CLIP, pairs: int) -> int:

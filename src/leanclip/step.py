@@ -80,7 +80,8 @@ def train_step(
     def forward(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
         tokens = part.tokens.to(device, non_blocking=True)  # (m, L)
-        pixels = normalize(pixels, preprocess.mean, preprocess.std)
+        if pixels.dim() == 4:  # not features already
+            pixels = normalize(pixels, preprocess.mean, preprocess.std)
         dtype = AUTOCAST.get(settings.precision)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             features = towers(pixels, tokens)
@@ -128,8 +129,8 @@ def train_step(
 class Part(NamedTuple):
     """A micro-batch; images without pairs (beyond `size`) are there to be run, not counted."""
 
-    images: torch.Tensor  # (m, 3, R, R) uint8
-    tokens: torch.Tensor  # (m, L)
+    images: torch.Tensor  # (m, 3, R, R) uint8, or (m, E) as in a Batch
+    tokens: torch.Tensor  # (m, L), or (m, E)
     size: int
 
 
@@ -140,10 +141,13 @@ def _micro_batches(batch: Batch, count: int, *, is_exact: bool) -> list[Part]:
     """
     images, tokens = (rows.tensor_split(count) for rows in (batch.images, batch.tokens))
     parts = [Part(i, t, len(i)) for i, t in zip(images, tokens, strict=True) if len(i)]
-    side = batch.images.shape[-1]
-    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    blank = batch.images.new_zeros(1, *batch.images.shape[1:])
+    has_features = batch.tokens.is_floating_point()
+    end = (
+        batch.tokens.new_zeros(1, batch.tokens.shape[1]) if has_features else torch.tensor([[END]])
+    )
     least = count if is_exact else 1
-    return parts + [Part(blank, torch.full((1, 1), END), 0)] * (least - len(parts))
+    return parts + [Part(blank, end, 0)] * (least - len(parts))
 
 
 def _cached_backward(

@@ -22,10 +22,12 @@ from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
 from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
-from leanclip.distributed import barrier, everyones, rank_and_world_size, total
+from leanclip.distributed import barrier, everyones, rank_and_world_size, together, total
 from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluate import Report, evaluate
+from leanclip.fetch import held
 from leanclip.finetune import Tuning
+from leanclip.frozen import Frozen, freeze
 from leanclip.loss_scale import LossScale
 from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
@@ -51,7 +53,8 @@ from leanclip.weights import load_into, read_weights
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 log = logging.getLogger("leanclip")
 
-# Settings, or groups, that may differ between two starts of a run: they do not change its weights.
+# Settings, or groups, that may differ between two starts of a run: they do not change its weights,
+# but by rounding in the case of micro-batches.
 FREE_SETTINGS = (
     "output_dir",
     "device",
@@ -61,9 +64,11 @@ FREE_SETTINGS = (
     "data.workers",
     "data.cache_gigabytes",
     "data.max_bad_share",
+    "train.micro_batches",
     "train.log_every",
     "train.report_to",
     "train.checkpoint_activations",
+    "finetune.cache_features",
     "evaluate",
     "checkpoint",
 )
@@ -80,7 +85,19 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
             there is no checkpoint.
         DataError: more than the allowed share of the data is unreadable.
         WeightsError: the weights to start from do not fit the model.
+        OSError: another process trains in the run's folder.
     """
+    if rank_and_world_size()[0] > 0:
+        together(problem="")
+        return _train(plan, must_resume)
+    with held(plan.folder / "lock") as is_ours:
+        problem = f"{plan.folder}: another process trains there; choose another --output-dir"
+        together(problem="" if is_ours else problem)
+        return _train(plan, must_resume)
+
+
+def _train(plan: Plan, must_resume: bool) -> Outcome | None:
+    """As `train`, in a folder that is this run's."""
     config, rank = plan.config, rank_and_world_size()[0]
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
@@ -107,7 +124,8 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
             done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
             if metrics is not None:
                 metrics.write(0, by_evaluation(done.before))
-        report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics)
+        frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
+        report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
     except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
         if isinstance(stopped, Stopped):
@@ -122,7 +140,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     if rank > 0:
         return None
     write_status(plan, "done", step=done.step)
-    return finish(plan.folder, report, done.seconds)
+    return finish(plan.folder, report, done.seconds, pictures=config.evaluate.pictures)
 
 
 def _fit(
@@ -133,6 +151,7 @@ def _fit(
     tuning: Tuning,
     done: checkpoint.Progress,
     metrics: MetricsLog | None,
+    frozen: Frozen,
 ) -> tuple[Report, checkpoint.Progress]:
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
@@ -151,6 +170,7 @@ def _fit(
         start=Position(done.epoch, done.sample),
         rank=rank,
         world_size=world_size,
+        undecoded=frozen.undecoded,
     )
     is_fp16 = config.train.precision == "fp16"
     loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
@@ -180,7 +200,7 @@ def _fit(
                 result = train_step(
                     model,
                     optimizer,
-                    batch,
+                    frozen.replace(batch),
                     plan.preprocess,
                     rate=rate,
                     settings=config.train,
@@ -191,7 +211,8 @@ def _fit(
                     loss_scale=loss_scale,
                 )
                 tuning.after_step(result.is_finite)
-                clock.work.add(len(batch), batch.tokens.shape[1])
+                if not frozen.is_used:
+                    clock.work.add(len(batch), batch.tokens.shape[1])
                 troubles.note(step + 1, result.is_finite, batch)
             done = replace(
                 done,
@@ -202,6 +223,7 @@ def _fit(
                 sources=_added(done.sources, seen.sources),
                 seconds=time.perf_counter() - began,
                 dataset_size=len(plan.dataset),
+                batch_size=plan.batch_size,
             )
             if must_log:
                 troubles.raise_if_many()  # waits for the device
@@ -310,7 +332,7 @@ def _checkpoint(plan: Plan, must_resume: bool) -> Path | None:
     for reason in skipped:
         log.warning("checkpoint skipped: %s", reason)
     if found is not None:
-        _same_run(plan)
+        _same_run(plan, checkpoint.progress_of(found).batch_size)
     elif must_resume:
         raise ConfigError(f"--resume: no checkpoint in {plan.folder}; leave --resume out to begin")
     return found
@@ -355,11 +377,12 @@ def _load(plan: Plan, model: CLIP) -> list[str]:
     return new
 
 
-def _same_run(plan: Plan) -> None:
-    """Refuse to go on in a folder whose run had other settings."""
+def _same_run(plan: Plan, batch_size: int) -> None:
+    """Refuse to go on in a folder whose run had other settings; `batch_size` is its global one."""
     path = plan.folder / "config.yaml"
     old = parse(Config, load_yaml(path.read_text("utf-8"), where=str(path)), where=str(path))
-    changed = differences(old, plan.config, ignore=FREE_SETTINGS)
+    split = ("train.batch_size",) if plan.batch_size == batch_size else ()  # among other ranks
+    changed = differences(old, plan.config, ignore=FREE_SETTINGS + split)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(

@@ -94,6 +94,8 @@ class Hub(Dataset):
 class Stream(Dataset):
     """Rows that are read in order and not stored; `visits` gives samples, not indices."""
 
+    is_stream = True
+
     def __init__(self, rows: Any, meaning: Meaning, config: DataConfig) -> None:
         self.rows, self.meaning, self.root = rows, meaning, config.root
         self.classes, self.templates = meaning.classes, meaning.templates

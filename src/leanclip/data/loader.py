@@ -11,7 +11,7 @@ Shapes: B batch, L tokens, R resolution.
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -53,8 +53,8 @@ class Visit(NamedTuple):
 class Batch:
     """Pairs, ready for the device; unusable samples are left out and named in `bad`."""
 
-    images: torch.Tensor  # (B, 3, R, R) uint8
-    tokens: torch.Tensor  # (B, L) int64, cut to the longest caption
+    images: torch.Tensor  # (B, 3, R, R) uint8; or (B, E), a locked tower's unit features
+    tokens: torch.Tensor  # (B, L) int64, cut to the longest caption; or (B, E) as above
     indices: torch.Tensor  # (B,) int64, of the samples in their data set; -1 in a stream
     labels: torch.Tensor  # (B,) int64, of class data; -1 elsewhere
     sources: torch.Tensor = field(  # (B,) int64, which one of a mixture
@@ -96,6 +96,7 @@ def training_batches(
     start: Position = Position(),  # noqa: B008, a constant
     rank: int = 0,
     world_size: int = 1,
+    undecoded: Mapping[int, Bad] | None = None,
 ) -> Iterator[tuple[Batch, Position]]:
     """Shuffled batches without end, from `start`, each with the position after it.
 
@@ -110,11 +111,12 @@ def training_batches(
         start: where to begin.
         rank: whose part of each batch is wanted: every `world_size`-th sample, from the rank-th.
         world_size: how many share a batch.
+        undecoded: leave the images as they are; the samples that cannot be used, by index.
     """
     size = len(dataset)
     if start.sample + batch_size > size:  # the batches were smaller when this was saved
         start = Position(start.epoch + 1, 0)
-    reader = _Reader(dataset, config, resolution, context_length, truncate, seed)
+    reader = _Reader(dataset, config, resolution, context_length, truncate, seed, undecoded)
     visits = _training_visits(dataset, batch_size, seed, start)
     position = start
     for batch in _load(reader, (part[rank::world_size] for part in visits), config.workers):
@@ -139,11 +141,25 @@ def evaluation_batches(
     the same whatever the number of ranks, and so is what a model makes of them.
     """
     size = min(len(dataset), limit or len(dataset))
-    reader = _Reader(dataset, config, resolution, context_length, True, None)
-    visits = (
-        [Visit(0, place, place) for place in range(first, min(first + batch_size, size))]
-        for first in range(rank * batch_size, size, world_size * batch_size)
+    starts = range(rank * batch_size, size, world_size * batch_size)
+    places = (range(n, min(n + batch_size, size)) for n in starts)
+    yield from batches_at(
+        dataset, config, places, resolution=resolution, context_length=context_length
     )
+
+
+def batches_at(
+    dataset: Dataset,
+    config: DataConfig,
+    places: Iterable[Sequence[int]],
+    *,
+    resolution: int,
+    context_length: int,
+    undecoded: Mapping[int, Bad] | None = None,
+) -> Iterator[Batch]:
+    """As `evaluation_batches`, of samples by their index; `undecoded` is as in training."""
+    reader = _Reader(dataset, config, resolution, context_length, True, None, undecoded)
+    visits = ([Visit(0, place, place) for place in several] for several in places)
     yield from _load(reader, visits, config.workers)
 
 
@@ -266,16 +282,18 @@ class _Reader:
         context_length: int,
         truncate: bool,
         seed: int | None,
+        undecoded: Mapping[int, Bad] | None,
     ) -> None:
         self.dataset, self.config, self.seed = dataset, config, seed
         self.resolution, self.context_length = resolution, context_length
-        self.truncate = truncate
+        self.truncate, self.undecoded = truncate, undecoded
 
     def __getitem__(self, visits: Sequence[Visit]) -> Batch:
         info = get_worker_info()
         me = self.reading[info.id if info else 0]
         me[0] = os.getpid()
-        images = torch.empty(len(visits), 3, self.resolution, self.resolution, dtype=torch.uint8)
+        side = 0 if self.undecoded is not None else self.resolution
+        images = torch.empty(len(visits), 3, side, side, dtype=torch.uint8)
         samples: list[Sample] = []
         indices, captions, digests, bad = [], [], [], []
         for visit in visits:
@@ -291,7 +309,8 @@ class _Reader:
                 name = sample.id if sample else self.dataset.name(index)
                 bad.append(Bad.of(name, error))
                 continue
-            images[len(samples)] = torch.from_numpy(pixels)
+            if pixels is not None:
+                images[len(samples)] = torch.from_numpy(pixels)
             samples.append(sample)
             indices.append(index)
             captions.append(caption)
@@ -308,17 +327,30 @@ class _Reader:
             bad,
         )
 
-    def _look(self, sample: Sample, visit: Visit) -> tuple[str, np.ndarray]:
+    def _look(self, sample: Sample, visit: Visit) -> tuple[str, np.ndarray | None]:
         """A caption and the pixels (3, R, R) of a visit."""
-        config = self.config
         if sample.error:
             raise sample.error
         if self.seed is None:
-            pixels = evaluation_pixels(sample.image, self.resolution, max_pixels=config.max_pixels)
+            pixels = self._pixels(sample, visit, None)
             return self._checked(sample, sample.captions[0]), pixels
         rng = np.random.default_rng([self.seed, visit.epoch, visit.place])
         caption = sample.captions[int(rng.integers(len(sample.captions)))]
-        pixels = training_pixels(
+        pixels = self._pixels(sample, visit, rng)
+        return self._checked(sample, caption), pixels
+
+    def _pixels(
+        self, sample: Sample, visit: Visit, rng: np.random.Generator | None
+    ) -> np.ndarray | None:
+        """(3, R, R) of a visit; without `rng` as evaluation sees the image."""
+        config = self.config
+        if self.undecoded is not None:
+            if isinstance(visit.what, int) and (bad := self.undecoded.get(visit.what)):
+                raise SampleError(bad.kind, bad.reason)
+            return None
+        if rng is None or not config.augment:
+            return evaluation_pixels(sample.image, self.resolution, max_pixels=config.max_pixels)
+        return training_pixels(
             sample.image,
             self.resolution,
             rng,
@@ -327,7 +359,6 @@ class _Reader:
             scaled_decoding=config.scaled_decoding,
             max_pixels=config.max_pixels,
         )
-        return self._checked(sample, caption), pixels
 
     def _checked(self, sample: Sample, caption: str) -> str:
         if not caption.strip():

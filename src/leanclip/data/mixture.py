@@ -33,6 +33,7 @@ class Mixture(Dataset):
         self.sources, self.size = list(sources), epoch_size or sum(sizes)
         self.shares = np.array(weights or sizes, float) / sum(weights or sizes)
         self.firsts = np.cumsum([0, *sizes])
+        self.is_stream = any(source.is_stream for source in sources)
         if len(sources) == 1:
             (only,) = sources
             self.classes, self.templates, self.about = only.classes, only.templates, only.about

@@ -35,11 +35,13 @@ class Dataset(ABC):
         classes: names, by label; empty where the samples have captions of their own.
         templates: captions of class data, with `{}` for the name.
         about: what sets this data apart, for the words of a report.
+        is_stream: some samples cannot be had by index, only as `visits` gives them.
     """
 
     classes: Sequence[str] = ()
     templates: Sequence[str] = ()
     about: str = ""
+    is_stream: bool = False
 
     @abstractmethod
     def __len__(self) -> int:

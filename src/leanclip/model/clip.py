@@ -87,9 +87,16 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection  # (B, E)
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
-        """Unit features of images and texts, in float32, and the factor on their cosines."""
-        image = F.normalize(self.encode_image(pixels).float(), dim=-1)
-        text = F.normalize(self.encode_text(tokens).float(), dim=-1)
+        """Unit features of images and texts, in float32, and the factor on their cosines.
+
+        In place of pixels (B, 3, R, R) or of tokens (B, L) there may be their unit features
+        (B, E) already, of a tower that is locked.
+        """
+        image, text = pixels, tokens
+        if pixels.dim() != 2:
+            image = F.normalize(self.encode_image(pixels).float(), dim=-1)
+        if not tokens.is_floating_point():
+            text = F.normalize(self.encode_text(tokens).float(), dim=-1)
         return Features(image, text, self.logit_scale.float().exp())
 
     @torch.no_grad()
