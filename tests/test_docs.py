@@ -78,6 +78,7 @@ def test_every_command_shows_an_example_that_it_understands() -> None:
         ["compare"],
         ["interpolate"],
         *(["data", *words] for words in commands),
+        *(["search", word] for word in ("build", "update", "find")),
     ):
         done = run_cli(*words, "--help")
         assert done.returncode == 0

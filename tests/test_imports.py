@@ -22,9 +22,9 @@ LEVELS = (
     ("report_page",),
     ("outcome", "watching", "best"),
     ("train", "inference", "charts", "embeddings"),
-    ("openai", "passl", "export", "compare", "sweep"),
+    ("openai", "passl", "export", "compare", "sweep", "search"),
     ("compare_page",),
-    ("cli", "cli_data", "cli_eval", "cli_use", "doctor"),
+    ("cli", "cli_data", "cli_eval", "cli_search", "cli_use", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
