@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from leanclip import cli_data, cli_use
+from leanclip import cli_app, cli_data, cli_use
 from leanclip.launch import (
     code_without_another,
     end_rank,
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_use.app)
+app.add_typer(cli_app.app)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
 Overrides = Annotated[

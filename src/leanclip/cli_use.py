@@ -301,8 +301,18 @@ class _Table:
 
 
 def _load(model: str | None, device: str, allow_urls: bool) -> "Clip":
-    from leanclip.errors import ConfigError
     from leanclip.inference import load
+
+    return load(find_model(model), device=device, allow_urls=allow_urls)
+
+
+def find_model(model: str | None) -> str:
+    """The model that is meant where none is named.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from leanclip.errors import ConfigError
 
     if model is None:
         if not (QUICKSTART / "checkpoints").is_dir():
@@ -313,7 +323,7 @@ def _load(model: str | None, device: str, allow_urls: bool) -> "Clip":
             )
         model = str(QUICKSTART)
         log.info("model: %s (another with --model)", model)
-    return load(model, device=device, allow_urls=allow_urls)
+    return model
 
 
 def _sources(given: Iterable[str]) -> "list[Source]":

@@ -1,0 +1,3 @@
+export function startSearch() {
+  return { shown: () => {}, about: () => {} };
+}
