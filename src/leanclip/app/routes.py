@@ -20,8 +20,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 
 from leanclip import __version__
 from leanclip.app import forms
@@ -38,6 +37,7 @@ from leanclip.evaluate import Calibration
 
 log = logging.getLogger("leanclip")
 PAGE = Path(__file__).parent / "page"
+KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
 @dataclass
@@ -258,6 +258,15 @@ async def page(request: Request) -> Response:
     return Response((PAGE / "index.html").read_bytes(), media_type="text/html")
 
 
+async def part_of_page(request: Request) -> Response:
+    """One of the files that the page is made of; a name is looked up, and leads nowhere else."""
+    files = {path.name: path for path in PAGE.iterdir() if path.suffix in KINDS}
+    path = files.get(request.path_params["name"])
+    if path is None:
+        raise HTTPException(404)
+    return Response(path.read_bytes(), media_type=KINDS[path.suffix])
+
+
 def make_app(service: Service, *, host: str = "127.0.0.1", token: str | None = None) -> Safety:
     """The whole application, to be served at an address."""
     app = Starlette(
@@ -284,7 +293,7 @@ ROUTES = [
     Route("/api/compare", compare, methods=["POST"]),
     Route("/api/classify", classify, methods=["POST"]),
     Route("/api/attention", attention, methods=["POST"]),
-    Mount("/", StaticFiles(directory=PAGE)),
+    Route("/{name}", part_of_page),
 ]
 
 

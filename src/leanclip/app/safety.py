@@ -237,6 +237,6 @@ class _Limited:
         message = await self._receive()
         self._read += len(message.get("body", b""))
         if self._read > self._limit:
-            self._sender.lingers = True
+            self._sender.lingers = bool(message.get("more_body"))
             raise too_large(self._limit)
         return message
