@@ -20,7 +20,7 @@ LEVELS = (
     ("plots", "towers", "plan", "step", "frozen"),
     ("outcome", "watching", "best"),
     ("train", "inference", "charts", "embeddings"),
-    ("openai", "passl"),
+    ("openai", "passl", "search"),
     ("cli", "cli_data", "cli_use", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,227 @@
+"""Where an index's images come from, and what is there now.
+
+    a folder       images at any depth, captions beside them (a.jpg, a.txt), and *.tar at its top
+    a .tar         WebDataset's: members of one name are an image, its .txt and its .cls
+    embeddings     what `leanclip embed` wrote: ids, which are paths below `root`, and features
+
+An image's label is the first folder below the source, or what its shard says.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from leanclip.data.pairs import list_images, no_images
+from leanclip.data.samples import read_class_names, read_lines
+from leanclip.data.sources.tar_index import PROBLEMS, shard_index
+from leanclip.embeddings import INDEX, read_index, shards_of
+from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.images import evaluation_pixels
+from leanclip.search.filters import absolute
+from leanclip.search.items import Entry
+
+MOST_TEXT = 1 << 20  # bytes of a shard's text
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, a shard or a folder of embeddings; `root` is where the embeddings' ids are."""
+
+    path: str
+    root: str | None = None
+
+    @classmethod
+    def of(cls, given: str | Path, root: str | Path | None = None) -> "Source":
+        """What a person named; paths become absolute.
+
+        Raises:
+            DataError: it is not there.
+            ConfigError: a root where none is needed.
+        """
+        path = Path(absolute(given))
+        if not path.exists():
+            raise DataError(f"{given}: no such folder")
+        if path.is_file() and path.suffix != ".tar":
+            raise DataError(f"{given}: is a file; give a folder of images, or a .tar")
+        if _is_embeddings(path):
+            return cls(str(path), absolute(root or "."))
+        if root is not None:
+            raise ConfigError(f"{given}: holds no embeddings, which --root is for")
+        return cls(str(path))
+
+    def weights(self) -> str | None:
+        """The weights that its features are of; None: it has none."""
+        return read_index(Path(self.path)).weights if self.root is not None else None
+
+    def entries(self) -> tuple[int, Iterator[tuple[Entry, np.ndarray | None]]]:
+        """What is there: how much, and each image, with features (E,) where there are some.
+
+        Raises:
+            DataError: it is gone or empty, so that all of it would be dropped.
+        """
+        path = Path(self.path)
+        if not path.exists():
+            raise DataError(
+                f"{path}: is not there any more; put it back, or build another index without it"
+            )
+        if self.root is not None:
+            return read_index(path).images, _embedded(path, Path(self.root))
+        is_file = path.is_file()
+        images, tars = ([], [path]) if is_file else (list_images(path), sorted(path.glob("*.tar")))
+        if not images and not tars:
+            raise no_images(path)
+        root = path.parent if is_file else path
+        total = len(images) + sum(len(shard_index(tar)) for tar in tars)
+        return total, _listed(images, tars, root)
+
+
+class Found(NamedTuple):
+    """An image that was read."""
+
+    entry: Entry
+    digest: bytes  # SHA-256 of its content
+    features: np.ndarray | None  # (E,), where its source has them
+    pixels: np.ndarray | None  # (3, R, R) uint8, where it must be embedded
+
+
+def read(
+    entry: Entry,
+    features: np.ndarray | None,
+    resolution: int,
+    is_known: Callable[[bytes], bool],
+) -> Found:
+    """Read an image's content and caption, and its pixels unless features are there or known.
+
+    Raises:
+        SampleError: it cannot be read.
+    """
+    if features is not None and not entry.mtime:  # its features are all that is left of it
+        return Found(entry, hashlib.sha256(features.tobytes()).digest(), features, None)
+    content = read_bytes(entry.path, entry.shard, entry.start, entry.size)
+    digest = hashlib.sha256(content).digest()
+    is_needed = features is None and not is_known(digest)
+    pixels = evaluation_pixels(content, resolution) if is_needed else None
+    return Found(with_caption(entry), digest, features, pixels)
+
+
+def read_bytes(path: str, shard: str | None, start: int, size: int) -> bytes:
+    """The content of an image's file, or of a shard's member.
+
+    Raises:
+        SampleError: it is not there any more.
+    """
+    try:
+        with Path(shard or path).open("rb") as file:
+            if shard is None:
+                return file.read()
+            file.seek(start)
+            return file.read(size)
+    except FileNotFoundError:
+        raise SampleError("missing file", f"{shard or path}: no such file") from None
+    except OSError as error:
+        reason = f"{shard or path}: cannot be read: {error.strerror}"
+        raise SampleError("unreadable file", reason) from None
+
+
+def with_caption(entry: Entry) -> Entry:
+    """The same with the text that lies beside the image, where there is one."""
+    if not entry.caption_mtime:
+        return entry
+    try:
+        lines = read_lines(Path(entry.path).with_suffix(".txt"))
+    except SampleError:  # a text that is none is no reason to lose the image
+        lines = []
+    return entry._replace(caption="\n".join(lines) or None)
+
+
+def _listed(
+    images: Sequence[Path], tars: Sequence[Path], root: Path
+) -> Iterator[tuple[Entry, None]]:
+    for image in images:
+        if (entry := _file(image, root)) is not None:
+            yield entry, None
+    for tar in tars:
+        yield from ((entry, None) for entry in _members(tar, root))
+
+
+def _embedded(path: Path, root: Path) -> Iterator[tuple[Entry, np.ndarray]]:
+    for ids, features in shards_of(path):
+        for name, vector in zip(ids, features, strict=True):
+            image = root / name
+            yield _file(image, root) or Entry(str(image), _below(image, root), 0, 0), vector
+
+
+def _is_embeddings(path: Path) -> bool:
+    """`leanclip data pack` writes an index.json too, beside its shards."""
+    if not (path / INDEX).is_file() or any(path.glob("*.tar")):
+        return False
+    try:
+        return "embed_dim" in json.loads((path / INDEX).read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _file(path: Path, root: Path) -> Entry | None:
+    """A file; None: it is gone."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    try:
+        caption_mtime = path.with_suffix(".txt").stat().st_mtime_ns
+    except OSError:
+        caption_mtime = 0
+    below = _below(path, root)
+    label = below.split("/")[0] or None
+    return Entry(
+        str(path), below, stat.st_size, stat.st_mtime_ns, label, caption_mtime=caption_mtime
+    )
+
+
+def _members(tar: Path, root: Path) -> Iterator[Entry]:
+    """The images of a shard."""
+    classes = _classes(tar.parent / "classes.txt")
+    stat, below = tar.stat(), _below(tar, root)
+    with tar.open("rb") as file:
+
+        def text(row: np.void, part: str) -> str | None:
+            if not row[part] or row[f"{part}_size"] > MOST_TEXT:
+                return None
+            content = os.pread(file.fileno(), int(row[f"{part}_size"]), int(row[part]))
+            return content.decode("utf-8-sig", "replace").strip() or None
+
+        for row in shard_index(tar):
+            if not row["image"] or (row["problem"] and PROBLEMS[row["problem"]]):
+                continue
+            name = row["key"].decode("utf-8", "surrogateescape")
+            label = text(row, "cls")
+            if label and label.isdigit() and int(label) < len(classes):
+                label = classes[int(label)]
+            yield Entry(
+                f"{tar}/{name}",
+                below,
+                int(row["image_size"]),
+                stat.st_mtime_ns,
+                label,
+                caption=text(row, "txt"),
+                shard=str(tar),
+                start=int(row["image"]),
+            )
+
+
+def _classes(path: Path) -> Sequence[str]:
+    return read_class_names(path) if path.is_file() else ()
+
+
+def _below(path: Path, root: Path) -> str:
+    try:
+        below = path.parent.relative_to(root).as_posix()
+    except ValueError:
+        return ""
+    return "" if below == "." else below
