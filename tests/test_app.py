@@ -24,8 +24,9 @@ import leanclip
 from leanclip.app.forms import MAX_PIXELS
 from leanclip.app.heat import heat_picture
 from leanclip.app.openapi import description
-from leanclip.app.routes import ROUTES, Service, make_app
+from leanclip.app.routes import ROUTES, make_app
 from leanclip.app.safety import HEADERS, MAX_BODY
+from leanclip.app.service import Service
 from leanclip.app.worker import MOST, Kept, Worker
 from leanclip.attention import gradient_map, rollout
 from leanclip.errors import WeightsError

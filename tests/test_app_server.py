@@ -16,6 +16,7 @@ from conftest import Command, Forked, assert_refused, noise_image
 from test_inference import save_tiny
 
 import leanclip
+from leanclip.search import Index
 
 CLIENTS = 200
 
@@ -169,6 +170,15 @@ def test_a_model_that_is_none_ends_it_with_a_line(tmp_path: Path) -> None:
         assert "nothing" in last
 
 
+def test_the_index_of_another_model_ends_it_with_a_line(place: Path, tmp_path: Path) -> None:
+    noise_image(1).save(tmp_path / "1.png")
+    Index.build(tmp_path, place / "tiny", tmp_path / "index").close()
+    other = save_tiny(tmp_path / "other", vision_layers=1)
+    with running(tmp_path, "--index", str(tmp_path / "index"), model=str(other)) as (process, _):
+        assert process.code() == 2
+        assert "is of another model" in process.said().splitlines()[-1]
+
+
 def test_mistakes_on_the_command_line(
     place: Path, port: int, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,4 +189,6 @@ def test_mistakes_on_the_command_line(
     assert_refused(command("app", *model, "--port", str(port)), str(port), "--port")
     assert_refused(command("app", *model, "--labels", "none.txt"), "none.txt")
     assert_refused(command("app", *model, "--calibration", "none"), "none", "--calibrate")
+    assert_refused(command("app", *model, "--index", "none"), "none", "leanclip search build")
+    assert_refused(command("app", *model, "--runs", "none"), "--runs none")
     assert_refused(command("app"), "--model")

@@ -1,18 +1,29 @@
 """`leanclip app`: the page in a browser."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from leanclip.cli_use import Device, Model, find_model
+from leanclip.cli_use import Device, Model, find_model, has_quickstart
 
+log = logging.getLogger("leanclip")
 app = typer.Typer(rich_markup_mode=None)
+
+RUNS = Path("runs")
 
 
 @app.command("app", epilog="Example: leanclip app --model runs/quickstart --runs runs --port 8000")
 def serve_page(
     model: Model = None,
+    index: Annotated[
+        Path | None, typer.Option(help="Pictures to search: what leanclip search build wrote.")
+    ] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="A folder of training runs; default: runs, where there is one."),
+    ] = None,
     labels: Annotated[
         list[Path] | None,
         typer.Option("--labels", help="A file with a label a line, to choose on the page."),
@@ -42,12 +53,18 @@ def serve_page(
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name}: is not installed; pip install 'leanclip[app]'") from None
 
+    if runs is not None and model is None and index is None and not has_quickstart():
+        log.info("no model: the runs alone are shown (another with --model)")
+    elif index is None or model is not None:
+        model = find_model(model)
     serve(
-        find_model(model),
+        model,
         host=host,
         port=port,
         token=token,
         device=device,
+        index=index,
+        runs=runs or (RUNS if RUNS.is_dir() else None),
         labels=tuple(labels or ()),
         calibration=calibration,
         started=lambda address: print(f"{address}   (Ctrl-C ends it)", flush=True),

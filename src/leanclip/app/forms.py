@@ -92,6 +92,17 @@ class Form:
         """A whole number."""
         return number(name, self._data.get(name), default, least=least, most=most)
 
+    def field(self, name: str) -> str | None:
+        """A field, as it is.
+
+        Raises:
+            Refused: it is a file.
+        """
+        value = self._data.get(name)
+        if value is not None and not isinstance(value, str):
+            raise Refused(400, f"{name}: found a file; give text")
+        return value
+
     async def images(self, name: str) -> list[Upload]:
         """The files of that name.
 

@@ -41,7 +41,28 @@ LABEL_SET = group(
 )
 MODEL = group({"name": TEXT, "resolution": INTEGER, "embed_dim": INTEGER, "context": INTEGER})
 LIMITS = group({"request_bytes": INTEGER, "pixels": INTEGER, "images": INTEGER, "texts": INTEGER})
+INDEX = group({"pictures": INTEGER, "labels": list_of(TEXT)})
 STATE = {"enum": ["ready", "loading", "failed", "no model"]}
+HIT = group(
+    {
+        "number": INTEGER,
+        "score": NUMBER,
+        "path": TEXT,
+        "caption": or_null(TEXT),
+        "label": or_null(TEXT),
+    }
+)
+RUN = group(
+    {
+        "name": TEXT,
+        "state": TEXT | {"description": "running, done, ...; silent: no word for two minutes"},
+        "step": or_null(INTEGER),
+        "steps": or_null(INTEGER),
+        "changed": NUMBER | {"description": "seconds since 1970"},
+        "has_report": TRUTH,
+    }
+)
+CURVE = group({"name": TEXT, "label": TEXT, "steps": list_of(INTEGER), "values": list_of(NUMBER)})
 GUESS = group({"label": TEXT, "probability": NUMBER, "similarity": NUMBER})
 
 SCHEMAS: dict[str, Schema] = {
@@ -55,6 +76,8 @@ SCHEMAS: dict[str, Schema] = {
             "version": TEXT,
             "state": STATE,
             "model": or_null(MODEL),
+            "index": or_null(INDEX),
+            "has_runs": TRUTH,
             "label_sets": list_of(LABEL_SET),
             "templates": list_of(TEXT),
             "limits": LIMITS,
@@ -75,6 +98,14 @@ SCHEMAS: dict[str, Schema] = {
             "guesses": list_of(GUESS, description="the most probable first"),
         }
     ),
+    "Hits": group(
+        {
+            "hits": list_of(HIT, description="the nearest first, from `offset` on"),
+            "is_end": TRUTH | {"description": "there are no more"},
+        }
+    ),
+    "Runs": group({"runs": list_of(RUN)}),
+    "Curves": group({"run": RUN, "curves": list_of(CURVE)}),
 }
 
 
@@ -109,6 +140,12 @@ def get(summary: str, good: Schema, *errors: str, parameters: list[Schema] | Non
     return {"get": found | ({"parameters": parameters} if parameters else {})}
 
 
+def query(name: str, schema: Schema, words: str, *, where: str = "query") -> Schema:
+    """A parameter."""
+    found = {"name": name, "in": where, "schema": schema, "description": words}
+    return found | ({"required": True} if where == "path" else {})
+
+
 def post(summary: str, good: Schema, fields: dict[str, Schema], *needed: str) -> Schema:
     """A POST of a form."""
     schema = {"type": "object", "properties": fields, "required": list(needed)}
@@ -124,6 +161,12 @@ def post(summary: str, good: Schema, fields: dict[str, Schema], *needed: str) ->
         }
     }
 
+
+PAGING: dict[str, tuple[Schema, str]] = {
+    "offset": (INTEGER | {"minimum": 0, "default": 0}, "hits to leave out"),
+    "limit": (INTEGER | {"minimum": 1, "maximum": 200, "default": 30}, "hits to give"),
+    "label": (TEXT, "only pictures with this label"),
+}
 
 PATHS: dict[str, Schema] = {
     "/healthz": get("Whether requests are answered", answer("Health", "they are")),
@@ -150,6 +193,41 @@ PATHS: dict[str, Schema] = {
         picture("the square that the model saw, under a heat map"),
         {"image": IMAGE, "texts": TEXTS},
         "image",
+    ),
+    "/api/search": {
+        **get(
+            "Pictures of the index by words, or like one of them",
+            answer("Hits", "a part of what was found"),
+            *("400", "401", "404", "409", "503"),
+            parameters=[
+                query("q", TEXT, "words"),
+                query("without", TEXT, "words for what is not wanted"),
+                query("like", INTEGER, "the number of a picture, in place of words"),
+                *(query(name, *more) for name, more in PAGING.items()),
+            ],
+        ),
+        **post(
+            "Pictures of the index by a picture",
+            answer("Hits", "a part of what was found"),
+            {"image": IMAGE, **{name: schema for name, (schema, _) in PAGING.items()}},
+            "image",
+        ),
+    },
+    "/api/pictures/{number}": get(
+        "A picture of the index, encoded anew",
+        picture("it, its long side at most `side` pixels"),
+        *("400", "401", "404", "409", "422", "503"),
+        parameters=[
+            query("number", INTEGER, "of a hit", where="path"),
+            query("side", INTEGER | {"minimum": 64, "maximum": 1024, "default": 320}, "pixels"),
+        ],
+    ),
+    "/api/runs": get("The training runs", answer("Runs", "the newest first"), "401", "409"),
+    "/api/curves": get(
+        "A run's figures by step",
+        answer("Curves", "a curve for each"),
+        *("401", "404", "409"),
+        parameters=[query("run", TEXT, "its name")],
     ),
 }
 PATHS["/healthz"]["get"]["responses"]["503"] = answer("Health", "the model is being loaded")

@@ -9,8 +9,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,100 +22,32 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from leanclip import __version__
-from leanclip.app import forms
-from leanclip.app.forms import Decoders, Upload, every, form_of
+from leanclip.app import forms, library
+from leanclip.app.forms import every, form_of
 from leanclip.app.heat import heat_picture
 from leanclip.app.openapi import description
 from leanclip.app.safety import MAX_BODY, Refused, Safety, cookie_name, is_same
-from leanclip.app.worker import KEPT, RETRY_AFTER, Kept, NotReady, Worker, mean_feature
-from leanclip.classifier import Classifier, check_labels, guesses
+from leanclip.app.service import Service, service_of
+from leanclip.app.worker import RETRY_AFTER, NotReady, mean_feature
+from leanclip.classifier import guesses
 from leanclip.data.folder import TEMPLATES
-from leanclip.data.samples import check_templates
 from leanclip.errors import LeanclipError
-from leanclip.evaluate import Calibration
 
 log = logging.getLogger("leanclip")
 PAGE = Path(__file__).parent / "page"
+MOST_LABELS = 1000  # of an index, offered to choose from
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-
-
-@dataclass
-class Service:
-    """What the server answers from."""
-
-    worker: Worker | None  # None: there is no model, only runs
-    model_name: str = ""
-    label_sets: dict[str, list[str]] = field(default_factory=dict)  # by names
-    calibration: Calibration | None = None
-    decoders: Decoders = field(default_factory=Decoders)
-    image_features: Kept = field(default_factory=Kept)
-    text_features: Kept = field(default_factory=Kept)
-    classifiers: Kept = field(default_factory=lambda: Kept(KEPT // 10))
-
-    @property
-    def model(self) -> Worker:
-        """The model.
-
-        Raises:
-            Refused: there is none.
-            NotReady: it is being loaded.
-        """
-        if self.worker is None:
-            raise Refused(409, "no model: start the page with one: leanclip app --model ...")
-        if self.worker.error is not None:
-            raise Refused(500, f"the model cannot be loaded: {self.worker.error}")
-        _ = self.worker.clip
-        return self.worker
-
-    async def image(self, upload: Upload) -> torch.Tensor:
-        """Unit features (E,) of an upload."""
-        worker, key = self.model, upload.key
-        if (found := self.image_features.get(key)) is None:
-            pixels = await self.decoders.pixels(upload, worker.clip.preprocess.resolution)
-            found = await asyncio.wrap_future(worker.image(pixels))
-            self.image_features.put(key, found)
-        return found
-
-    async def text(self, text: str) -> torch.Tensor:
-        """Unit features (E,) of a text."""
-        worker = self.model
-        if (found := self.text_features.get(text)) is None:
-            worker.clip.tokenize(text)  # one that is too long must not spoil the others' pass
-            found = await asyncio.wrap_future(worker.text(text))
-            self.text_features.put(text, found)
-        return found
-
-    async def classifier(self, labels: Sequence[str], templates: Sequence[str]) -> Classifier:
-        """A classifier; calibrated where the calibration is of these labels and templates."""
-        worker, key = self.model, (tuple(labels), tuple(templates))
-        future = self.classifiers.get(key)
-        if future is None:  # those who ask for the same meanwhile share it
-            names = check_labels(labels)
-            check_templates(templates, where="templates")
-            if len(names) * len(templates) > forms.MAX_PROMPTS:
-                raise Refused(
-                    400,
-                    f"{len(names)} labels in {len(templates)} templates are over "
-                    f"{forms.MAX_PROMPTS:,} sentences; give fewer",
-                )
-            future = worker.classifier(names, templates)
-            self.classifiers.put(key, future)
-        found = await asyncio.shield(asyncio.wrap_future(future))
-        if isinstance(found, Exception):
-            raise found
-        known = self.calibration
-        if known and (known.classes, known.templates) == (found.labels, tuple(templates)):
-            found = replace(found, calibration=known)
-        return found
 
 
 async def about(request: Request) -> Response:
     """What the page shows and offers."""
-    service = _service(request)
+    service = service_of(request)
     facts: dict[str, Any] = {
         "version": __version__,
         "state": state(service),
         "model": None,
+        "index": None,
+        "has_runs": service.runs is not None,
         "label_sets": [{"name": k, "labels": v} for k, v in service.label_sets.items()],
         "templates": list(TEMPLATES),
         "limits": {
@@ -130,6 +61,11 @@ async def about(request: Request) -> Response:
         known = service.calibration
         calibrated = {"name": "calibrated", "labels": list(known.classes)}
         facts["label_sets"].insert(0, calibrated | {"templates": list(known.templates)})
+    if service.opened is not None:
+        facts["index"] = {
+            "pictures": len(service.opened),
+            "labels": sorted(service.opened.labels())[:MOST_LABELS],
+        }
     if service.worker and service.worker.is_ready:
         clip = service.worker.clip
         facts["model"] = {
@@ -143,7 +79,7 @@ async def about(request: Request) -> Response:
 
 async def compare(request: Request) -> Response:
     """Cosines of images with texts."""
-    service = _service(request)
+    service = service_of(request)
     _ = service.model  # before a large form is read
     async with form_of(request) as form:
         uploads, texts = await form.images("images"), form.texts("texts")
@@ -163,7 +99,7 @@ async def compare(request: Request) -> Response:
 
 async def classify(request: Request) -> Response:
     """Which label fits an image."""
-    service = _service(request)
+    service = service_of(request)
     _ = service.model
     async with form_of(request) as form:
         upload, labels = await form.image("image"), form.texts("labels")
@@ -193,7 +129,7 @@ async def classify(request: Request) -> Response:
 
 async def attention(request: Request) -> Response:
     """A picture of where the model looked: for texts, whose mean is taken, or without any."""
-    service = _service(request)
+    service = service_of(request)
     worker = service.model
     async with form_of(request) as form:
         upload, texts = await form.image("image"), form.texts("texts")
@@ -211,7 +147,7 @@ async def attention(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """Whether requests are answered, for a load balancer or a script that waits."""
-    service = _service(request)
+    service = service_of(request)
     now = state(service)
     facts: dict[str, Any] = {"status": now}
     if service.worker:
@@ -293,12 +229,14 @@ ROUTES = [
     Route("/api/compare", compare, methods=["POST"]),
     Route("/api/classify", classify, methods=["POST"]),
     Route("/api/attention", attention, methods=["POST"]),
+    Route("/api/search", library.search_words),
+    Route("/api/search", library.search_picture, methods=["POST"]),
+    Route("/api/pictures/{number}", library.picture),
+    Route("/api/runs", library.runs),
+    Route("/api/curves", library.curves),
+    Route("/runs/report", library.report),
     Route("/{name}", part_of_page),
 ]
-
-
-def _service(request: Request) -> Service:
-    return request.app.state.service
 
 
 def _rounded(rows: list[list[float]]) -> list[list[float]]:

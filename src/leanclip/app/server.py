@@ -10,13 +10,15 @@ from pathlib import Path
 
 import uvicorn
 
-from leanclip.app.routes import Service, make_app
+from leanclip.app.routes import make_app
 from leanclip.app.safety import is_loopback
+from leanclip.app.service import Service
 from leanclip.app.worker import Worker
 from leanclip.classifier import check_labels, read_labels
 from leanclip.errors import ConfigError
 from leanclip.evaluate import Calibration
 from leanclip.inference import Clip, load
+from leanclip.search import Index
 
 log = logging.getLogger("leanclip")
 LEAST_TOKEN = 16  # characters
@@ -31,6 +33,8 @@ def serve(
     device: str = "auto",
     labels: tuple[Path, ...] = (),
     calibration: Path | None = None,
+    index: Path | None = None,
+    runs: Path | None = None,
     started: Callable[[str], object] = lambda address: None,
 ) -> None:
     """Serve the page until the process is told to stop.
@@ -43,6 +47,8 @@ def serve(
         device: of the model.
         labels: files with a label a line, offered by their names.
         calibration: of the model; its classes are offered as a label set.
+        index: of `leanclip search build`, made with the model.
+        runs: a folder of training runs.
         started: called with the page's address.
 
     Raises:
@@ -50,11 +56,21 @@ def serve(
         LeanclipError: the model, labels or a calibration cannot be read.
     """
     check_token(host, token)
+    if index is not None:
+        opened = Index.open(index)
+        model = model or opened.model.get("source")
+        opened.close()
+        if model is None:
+            raise ConfigError(f"{index}: does not say where its model is; give it with --model")
+    if runs is not None and not runs.is_dir():
+        raise ConfigError(f"--runs {runs}: no such folder")
     service = Service(
         worker=None,
         model_name=model or "",
         label_sets={path.stem: check_labels(read_labels(path)) for path in labels},
         calibration=Calibration.load(calibration) if calibration else None,
+        runs=runs,
+        has_index=index is not None,
     )
     with bound(host, port) as listener:
         address = listener.getsockname()
@@ -78,7 +94,7 @@ def serve(
             server.should_exit = True
 
         if model is not None:
-            worker = Worker(lambda: _loaded(model, device, service.calibration), failed=stop)
+            worker = Worker(lambda: _loaded(model, device, index, service), failed=stop)
             service.worker = worker
             worker.start()
         name = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -125,9 +141,12 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _loaded(model: str, device: str, calibration: Calibration | None) -> Clip:
+def _loaded(model: str, device: str, index: Path | None, service: Service) -> Clip:
+    """The model, which has to be that of the calibration and of the index."""
     clip = load(model, device=device)
-    if calibration is not None:
-        calibration.check(clip.model, calibration.classes, calibration.templates)
+    if known := service.calibration:
+        known.check(clip.model, known.classes, known.templates)
+    if index is not None:
+        service.opened = Index.open(index, clip)
     log.info("the model is loaded: %s", model)
     return clip
