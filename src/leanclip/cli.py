@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from leanclip import cli_app, cli_data, cli_use
+from leanclip import cli_app, cli_data, cli_search, cli_use
 from leanclip.launch import (
     code_without_another,
     end_rank,
@@ -36,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_search.app, name="search")
 app.add_typer(cli_use.app)
 app.add_typer(cli_app.app)
 
@@ -95,8 +96,10 @@ def _run(words: list[str]) -> None:
                 "train": "; the same command goes on from the last checkpoint",
                 "pack": "; the same command goes on at the shards that are not finished",
                 "embed": "; the same command goes on at the shards that are not finished",
+                "build": "; the same command goes on with what is not in the index",
+                "update": "; the same command goes on with what is not in the index",
             }
-            command = words[1] if words[0] == "data" else words[0]
+            command = words[1] if words[0] in ("data", "search") else words[0]
             print(f"interrupted{resumes.get(command, '')}", file=sys.stderr)
         if end.code in (130, 143):
             leave(end.code)

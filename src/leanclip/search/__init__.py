@@ -1,13 +1,17 @@
 """Search pictures by words or by pictures: an index on disk, exact or approximate.
 
-index.py     build, update, search
-sources.py   folders, shards, embeddings -> what is there now
-items.py     pictures and their files, in SQLite
-filters.py   which of them count
-vectors.py   their features in memory-mapped shards, and the exact product
+index.py         build, open, search
+update.py        what is new, changed or gone
+sources.py       folders, shards, embeddings -> what is there now
+items.py         pictures and their files, in SQLite
+filters.py       which of them count
+identity.py      which model an index is of
+vectors.py       their features in memory-mapped shards, and the exact product
+approximate.py   the same faster and less exactly, with FAISS
 """
 
-from leanclip.search.index import Changes, Hit, Index
+from leanclip.search.index import Hit, Index
 from leanclip.search.items import Item
+from leanclip.search.update import Changes
 
 __all__ = ["Changes", "Hit", "Index", "Item"]

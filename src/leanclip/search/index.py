@@ -1,21 +1,16 @@
 """An index of pictures: build it, keep it up to date, find pictures by words or pictures.
 
-    sources -> entries -> what is new or changed -> threads read and decode -> features
-            -> vectors (fp16 shards), then items (SQLite), committed together every so often
+    OUT/items.sqlite        pictures and their files; what the index is of
+    OUT/00000.f16 ...       their features
+    OUT/approximate.*       where there are approximate searches too
 
-A picture is in the index as soon as its row is committed, and its vector is on the disk before
-that: killed at any moment, it holds whole pictures, and the same command goes on.
+    words, pictures, vectors -> queries (Q, E) -> rows and scores -> hits
 
-Shapes: N rows, E embedding, Q queries.
+Shapes: N rows, E embedding, Q queries, k best.
 """
 
-import hashlib
-import json
-import logging
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +18,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.errors import ConfigError, DataError
 from leanclip.fetch import held
 from leanclip.inference import Clip, load
-from leanclip.inputs import ImageInput, in_threads
-from leanclip.search.filters import conditions
-from leanclip.search.items import FILE, Entry, Item, Items
-from leanclip.search.sources import Found, Source, read, read_bytes, with_caption
+from leanclip.inputs import ImageInput
+from leanclip.search import approximate
+from leanclip.search.approximate import FACT, MOST_OUTSIDE, QUERIES, RECALL, Approximate
+from leanclip.search.filters import Range, conditions
+from leanclip.search.identity import check_model, identity
+from leanclip.search.items import FILE, Item, Items
+from leanclip.search.sources import Source, read_bytes
+from leanclip.search.update import Changes, Update
 from leanclip.search.vectors import SHARD_ROWS, Vectors
-from leanclip.tokenizer import merges
-from leanclip.tracking import ProgressBar
-from leanclip.weights import fingerprint
-
-log = logging.getLogger("leanclip")
 
 Query = str | np.ndarray | torch.Tensor | Path | Image.Image | bytes
-Range = tuple[Any, Any]  # the least that counts, and the first that is too much; None: no limit
-
-MOST_PENDING = 1024  # pictures, or
-MOST_SECONDS = 5.0  # between two commits
-MOST_NAMED = 20  # of what cannot be read
-KNOWN_PARTS = {
-    "weights": "the weights",
-    "preprocess": "the preprocessing",
-    "tokenizer": "the tokeniser",
-}
 
 
 @dataclass(frozen=True)
@@ -55,19 +39,6 @@ class Hit(Item):
     """A picture that was found."""
 
     score: float  # cosine similarity; for several, see `Index.query`
-
-
-@dataclass
-class Changes:
-    """What an update came to."""
-
-    added: int = 0  # files, as all below
-    changed: int = 0
-    dropped: int = 0
-    unchanged: int = 0
-    skipped: int = 0  # cannot be read
-    files: int = 0
-    pictures: int = 0  # of different content
 
 
 class Index:
@@ -78,15 +49,14 @@ class Index:
     Args:
         path: the folder.
         items: its database.
-        clip: the model, where words and pictures shall be searched for.
     """
 
-    def __init__(self, path: Path, items: Items, clip: Clip | None = None) -> None:
-        self.path, self.items, self.clip = path, items, clip
+    def __init__(self, path: Path, items: Items) -> None:
+        self.path, self.items = path, items
+        self.clip: Clip | None = None
         self.model: dict[str, Any] = items.fact("model")
         self.vectors = Vectors(path, self.model["embed_dim"], self.model["shard_rows"])
-        if clip is not None:
-            check_model(self.model, identity(clip), path)
+        self._graph: tuple[object, Approximate] | None = None
 
     @classmethod
     def build(
@@ -113,27 +83,47 @@ class Index:
             ConfigError: `out` is of another model, or holds something else.
             DataError: a source is missing or empty, or too much of it is unreadable.
         """
+        clip = model if isinstance(model, Clip) else load(model)
+        source = None if isinstance(model, Clip) else model
+        more: dict[str, Any] = {"root": root, "shard_rows": shard_rows, "source": source}
+        return cls.begin(sources, clip, out, **more, **settings)[0]
+
+    @classmethod
+    def begin(
+        cls,
+        sources: str | Path | Sequence[str | Path],
+        clip: Clip,
+        out: str | Path,
+        *,
+        root: str | Path | None = None,
+        shard_rows: int = SHARD_ROWS,
+        source: str | Path | None = None,
+        **settings: Any,
+    ) -> tuple["Index", Changes]:
+        """`build` with a loaded model, `source` being where it is from; says what was changed.
+
+        Raises:
+            ConfigError: as `build`.
+            DataError: as `build`.
+        """
         given = [sources] if isinstance(sources, str | Path) else sources
-        wanted = [Source.of(source, root) for source in given]
+        wanted = [Source.of(one, root) for one in given]
         if not wanted:
             raise ConfigError("search: give a folder of images")
-        path, clip = Path(out), model if isinstance(model, Clip) else load(model)
-        facts = identity(clip)
-        for source in wanted:
-            _check_embeddings(source, facts)
+        path, facts = Path(out), identity(clip)
+        for one in wanted:
+            _check_embeddings(one, facts)
         if not (path / FILE).exists() and path.is_dir() and any(path.iterdir()):
             raise ConfigError(f"{path}: holds something else; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         items = Items(path, create=True)
         with items.transaction():
             if items.fact("model") is None:
-                name = None if isinstance(model, Clip) else _name(model)
+                name = None if source is None else _name(source)
                 items.note("model", facts | {"shard_rows": shard_rows, "source": name})
         index = cls(path, items)
-        check_model(index.model, facts, path)
-        index.clip = clip
-        index.update(wanted, **settings)
-        return index
+        index.use(clip)
+        return index, index.update(wanted, **settings)
 
     @classmethod
     def open(cls, path: str | Path, model: Clip | str | Path | None = None) -> "Index":
@@ -145,8 +135,19 @@ class Index:
         items = Items(Path(path))
         if items.fact("model") is None:
             raise ConfigError(f"{path}: was not begun in earnest; build it again")
-        clip = model if isinstance(model, Clip) or model is None else load(model)
-        return cls(Path(path), items, clip)
+        index = cls(Path(path), items)
+        if model is not None:
+            index.use(model if isinstance(model, Clip) else load(model))
+        return index
+
+    def use(self, clip: Clip) -> None:
+        """Give it its model, for searching words and pictures, and for updates.
+
+        Raises:
+            ConfigError: the index is of another.
+        """
+        check_model(self.model, identity(clip), self.path)
+        self.clip = clip
 
     def __len__(self) -> int:
         return self.items.count()
@@ -188,7 +189,13 @@ class Index:
                     _check_embeddings(source, self.model)
                 self.items.note("sources", [astuple(source) for source in chosen])
             there = [Source(*pair) for pair in self.items.fact("sources") or ()]
-            return _Update(self, clip, batch_size, workers, max_bad_share).run(there)
+            changes = Update(
+                self.items, self.vectors, clip, batch_size, workers, max_bad_share
+            ).run(there)
+            facts = self.items.fact(FACT)
+            if facts and self._approximate().share_outside() > MOST_OUTSIDE:
+                self.build_approximate(facts["kind"], wanted=facts["wanted"])
+            return changes
 
     def search(self, query: Query, **settings: Any) -> list[Hit]:
         """The pictures that are nearest to a text (str), an image, or a vector (E,).
@@ -219,6 +226,7 @@ class Index:
         folder: str | Path | None = None,
         size: Range | None = None,
         date: Range | None = None,
+        is_approximate: bool = False,
     ) -> list[list[Hit]]:
         """The nearest pictures to each of several vectors (Q, E), which cost one pass together.
 
@@ -231,9 +239,11 @@ class Index:
                 a source.
             size: bytes from, and bytes below.
             date: from, and before: datetimes, or seconds since 1970.
+            is_approximate: use what `build_approximate` made, where nothing is filtered.
 
         Raises:
             DataError: they are not of the index's width.
+            ConfigError: a setting is wrong, or there is nothing approximate.
         """
         vectors = np.asarray(queries, dtype=np.float32)
         width = self.model["embed_dim"]
@@ -243,12 +253,16 @@ class Index:
             raise ConfigError(f"k: should be 1 or more, found {k}")
         if not np.isfinite(vectors).all():
             raise DataError("query: holds values that are no numbers")
-        allowed = self.items.used()
+        numbers = self.items.numbers()
         condition, values = conditions(label=label, folder=folder, size=size, date=date)
-        if values:
-            allowed = allowed & self.items.rows_where(condition, values, len(allowed))
-        found = self.vectors.best(vectors, k, allowed)
-        return [list(self._hits(*one, minimum, condition, values)) for one in found]
+        if is_approximate and not values:
+            found = self._approximate().best(vectors, k)
+        else:
+            allowed = numbers > 0
+            if values:
+                allowed &= self.items.rows_where(condition, values, len(numbers))
+            found = self.vectors.best(vectors, k, allowed)
+        return [list(self._hits(*one, numbers, minimum, condition, values)) for one in found]
 
     def query(
         self,
@@ -284,6 +298,26 @@ class Index:
         if without:
             vector -= clip.embed_texts(list(without)).mean(axis=0)
         return vector.astype(np.float32)
+
+    def build_approximate(self, kind: str = "hnsw", *, wanted: float = RECALL) -> dict[str, Any]:
+        """Have approximate searches too, with FAISS; `update` keeps them up to date.
+
+        Args:
+            kind: "hnsw" or "ivfpq"; see approximate.py.
+            wanted: the recall@10 against exact search below which it warns.
+
+        Returns:
+            Its kind, the recall@10 that was measured, of pictures and of captions, and times.
+
+        Raises:
+            ConfigError: faiss is missing, `kind` is none or wants more pictures, or the index
+                was opened without its model.
+        """
+        clip = self._clip()
+        texts = clip.embed_texts(self.items.captions(QUERIES), truncate=True)
+        facts = approximate.build(self.path, self.items, self.vectors, kind, wanted, texts)
+        self._graph = None
+        return facts
 
     def item(self, number: int) -> Item:
         """A picture by its number.
@@ -324,6 +358,7 @@ class Index:
         self,
         rows: np.ndarray,
         scores: np.ndarray,
+        numbers: np.ndarray,
         minimum: float | None,
         condition: str,
         values: Sequence[object],
@@ -331,169 +366,26 @@ class Index:
         for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
             if minimum is not None and score < minimum:
                 return
-            number = self.items.number_at(row)  # None: it was dropped a moment ago
-            item = None if number is None else self.items.item(number, condition, values)
-            if item is not None:
+            item = self.items.item(int(numbers[row]), condition, values)
+            if item is not None:  # else it was dropped a moment ago
                 yield Hit(*(getattr(item, field.name) for field in fields(Item)), score)
+
+    def _approximate(self) -> Approximate:
+        facts = self.items.fact(FACT)
+        if facts is None:
+            raise ConfigError(
+                f"{self.path}: has nothing approximate; make it with: leanclip search update "
+                f"{self.path} --ann hnsw"
+            )
+        if self._graph is None or self._graph[0] != facts:
+            self._graph = (facts, Approximate(self.path, self.items, self.vectors))
+            approximate.warn_if_low(self.path, facts)
+        return self._graph[1]
 
     def _clip(self) -> Clip:
         if self.clip is None:
             raise ConfigError(f"{self.path}: was opened without a model; give it one")
         return self.clip
-
-
-class _Update:
-    """One run through the sources of an index."""
-
-    def __init__(
-        self, index: Index, clip: Clip, batch_size: int, workers: int | None, max_bad_share: float
-    ) -> None:
-        self.index, self.items, self.clip = index, index.items, clip
-        self.batch_size, self.workers, self.max_bad_share = batch_size, workers, max_bad_share
-        used = self.items.used()
-        self.free = iter(np.flatnonzero(~used).tolist())  # of pictures dropped before this run
-        self.end = len(used)
-        self.kept: set[int] = set()  # ids of items
-        self.pending: list[tuple[Entry, bytes, np.ndarray | None]] = []
-        self.digests: set[bytes] = set()  # of those
-        self.committed = time.monotonic()
-        self.changes = Changes()
-
-    def run(self, sources: Sequence[Source]) -> Changes:
-        """Bring the index to what is there."""
-        listings = [source.entries() for source in sources]
-        total = sum(count for count, _ in listings)
-        resolution = self.clip.preprocess.resolution
-
-        def work(_: int, one: tuple[Entry, np.ndarray | None]) -> Found | tuple[str, SampleError]:
-            try:
-                return read(*one, resolution, self._is_known)
-            except SampleError as error:
-                return one[0].path, error
-
-        new = (
-            (entry, features if self.items.known(entry.path) is None else None)  # else outdated
-            for _, entries in listings
-            for entry, features in entries
-            if not self._is_unchanged(entry)
-        )
-        batch: list[Found] = []
-        with ProgressBar("indexing", max(total, 1)) as bar:
-            for done, one in enumerate(in_threads(work, new, self.workers, self.batch_size), 1):
-                if isinstance(one, Found):
-                    batch.append(one)
-                else:
-                    self._skip(*one, total)
-                if len(batch) == self.batch_size:
-                    self._embed(batch)
-                    batch = []
-                bar.update(done + self.changes.unchanged)
-            self._embed(batch)
-            self._commit()
-        self.changes.dropped = self.items.drop_all_but(self.kept)
-        self.items.drop_pictures_without_items()
-        self.changes.files, self.changes.pictures = self.items.count_items(), self.items.count()
-        return self.changes
-
-    def _is_unchanged(self, entry: Entry) -> bool:
-        """Whether a file is as it was; a new caption or label is noted."""
-        known = self.items.known(entry.path)
-        if known is None or known[2:5] != (entry.size, entry.mtime, entry.start):
-            return False
-        self.kept.add(known.id)
-        self.changes.unchanged += 1
-        there = (known.caption_mtime, known.label, os.fsdecode(known.below))
-        if there != (entry.caption_mtime, entry.label, entry.below):
-            self.items.put(with_caption(entry), known.number)
-        return True
-
-    def _is_known(self, digest: bytes) -> bool:
-        return self.items.number_of(digest) is not None
-
-    def _skip(self, path: str, error: SampleError, total: int) -> None:
-        self.changes.skipped += 1
-        if self.changes.skipped <= MOST_NAMED:
-            log.warning("skipped: %s: %s", path, error)
-        if self.changes.skipped > self.max_bad_share * total:
-            self._commit()
-            raise DataError(
-                f"{self.changes.skipped} of {total} images are unreadable, allowed are "
-                f"{self.max_bad_share:.1%} (--max-bad-share); the last: {path}: {error}"
-            )
-
-    def _embed(self, batch: Sequence[Found]) -> None:
-        """Features of those that have none; of the same content once."""
-        new: dict[bytes, np.ndarray] = {}
-        for one in batch:
-            if one.pixels is not None and one.digest not in self.digests:
-                new[one.digest] = one.pixels
-        features = dict(zip(new, self._features(list(new.values())), strict=True))
-        for one in batch:
-            vector = features.get(one.digest) if one.features is None else one.features
-            self.pending.append((one.entry, one.digest, vector))
-            self.digests.add(one.digest)
-        is_late = time.monotonic() - self.committed > MOST_SECONDS
-        if len(self.pending) >= MOST_PENDING or is_late:
-            self._commit()
-
-    def _features(self, pixels: list[np.ndarray]) -> np.ndarray:
-        if not pixels:
-            return np.empty((0, self.index.model["embed_dim"]), np.float32)
-        return self.clip.embed_pixels(torch.from_numpy(np.stack(pixels))).numpy()
-
-    def _commit(self) -> None:
-        """Keep what is pending: vectors on the disk first, then the rows that name them."""
-        new: dict[bytes, np.ndarray] = {}
-        for _, digest, vector in self.pending:
-            if vector is not None and not self._is_known(digest):
-                new.setdefault(digest, vector)
-        rows = dict(zip(new, map(self._free_row, range(len(new))), strict=True))
-        values = np.array(list(new.values()), np.float16)
-        if not np.isfinite(values).all():
-            raise DataError("the model gives features that are no numbers")
-        self.index.vectors.write(list(rows.values()), values)
-        with self.items.transaction():
-            numbers = {digest: self.items.add_picture(row, digest) for digest, row in rows.items()}
-            for entry, digest, _ in self.pending:
-                number = numbers.get(digest) or self.items.number_of(digest)
-                assert number is not None
-                known = self.items.known(entry.path)
-                self.changes.added += known is None
-                self.changes.changed += known is not None
-                self.kept.add(self.items.put(entry, number))
-        self.pending, self.digests, self.committed = [], set(), time.monotonic()
-
-    def _free_row(self, _: int) -> int:
-        row = next(self.free, None)
-        if row is None:
-            row, self.end = self.end, self.end + 1
-        return row
-
-
-def identity(clip: Clip) -> dict[str, Any]:
-    """What decides a model's features: hashes of weights, preprocessing and tokeniser."""
-    words = [merges(), clip.model.context_length]
-    return {
-        "weights": fingerprint(clip.model.state_dict()),
-        "preprocess": _hash(asdict(clip.preprocess)),
-        "tokenizer": _hash(words),
-        "embed_dim": clip.model.config.embed_dim,
-    }
-
-
-def check_model(there: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
-    """See that a model is the one that an index is of.
-
-    Raises:
-        ConfigError: it is another.
-    """
-    differing = [words for name, words in KNOWN_PARTS.items() if there[name] != here[name]]
-    if differing:
-        source = f" ({there['source']})" if there.get("source") else ""
-        raise ConfigError(
-            f"{path}: is of another model{source}: {', '.join(differing)} differ; give that one, "
-            f"or build another index"
-        )
 
 
 def _check_embeddings(source: Source, model: Mapping[str, Any]) -> None:
@@ -503,10 +395,6 @@ def _check_embeddings(source: Source, model: Mapping[str, Any]) -> None:
             f"{source.path}: its embeddings are of other weights than the model's; give the model "
             f"that leanclip embed was given"
         )
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _name(model: str | Path) -> str:

@@ -152,15 +152,21 @@ class Items:
         query = "SELECT label, count(*) FROM items WHERE label IS NOT NULL GROUP BY label"
         return dict(self._all(query))
 
-    def used(self) -> np.ndarray:
-        """Which rows have a picture: (N,) bool, up to the last that has."""
+    def captions(self, count: int) -> list[str]:
+        """First lines of different captions, so many at most."""
+        query = "SELECT DISTINCT caption FROM items WHERE caption IS NOT NULL LIMIT ?"
+        return [text.split("\n")[0] for (text,) in self._all(query, count)]
+
+    def numbers(self) -> np.ndarray:
+        """The number of the picture in each row, (N,) int64; 0: the row is free. Do not change."""
         with self._lock:
             change = (self._one("PRAGMA data_version")[0], self._base.total_changes)
             if self._rows is None or self._rows[0] != change:
-                rows = np.fromiter((row for (row,) in self._all("SELECT row FROM pictures")), int)
-                used = np.zeros(int(rows.max()) + 1 if len(rows) else 0, dtype=bool)
-                used[rows] = True
-                self._rows = (change, used)
+                pairs = self._all("SELECT row, number FROM pictures")
+                found = np.array(pairs, np.int64).reshape(-1, 2)
+                numbers = np.zeros(int(found[:, 0].max()) + 1 if len(found) else 0, np.int64)
+                numbers[found[:, 0]] = found[:, 1]
+                self._rows = (change, numbers)
             return self._rows[1]
 
     def rows_where(self, condition: str, values: Sequence[object], total: int) -> np.ndarray:
@@ -170,11 +176,6 @@ class Items:
         found = np.zeros(total, dtype=bool)
         found[rows[rows < total]] = True
         return found
-
-    def number_at(self, row: int) -> int | None:
-        """The number of the picture whose vector is in a row."""
-        found = self._one("SELECT number FROM pictures WHERE row = ?", row)
-        return None if found is None else found[0]
 
     def row_of(self, number: int) -> int | None:
         """Where a picture's vector is; None: there is no such picture."""
@@ -201,7 +202,8 @@ class Items:
     def known(self, path: str) -> Known | None:
         """What is known of a path."""
         found = self._one(
-            "SELECT id, number, size, mtime, start, caption_mtime, label, below FROM items WHERE path = ?",
+            "SELECT id, number, size, mtime, start, caption_mtime, label, below "
+            "FROM items WHERE path = ?",
             os.fsencode(path),
         )
         return None if found is None else Known(*found)
