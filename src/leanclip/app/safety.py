@@ -103,10 +103,11 @@ class Safety:
         )
 
     def _check_origin(self, headers: Headers) -> None:
-        origin = headers.get("origin")
-        site = headers.get("sec-fetch-site", "same-origin")
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         is_own = origin is None or urlsplit(origin).netloc == headers.get("host")
-        if not is_own or site not in ("same-origin", "none"):
+        # Forms of a page without referrers come as "null"; but no page can make up Sec-Fetch-Site.
+        is_own = is_own or (origin == "null" and site == "same-origin")
+        if not is_own or site not in ("same-origin", "none", None):
             raise Refused(
                 403, f"Origin: found {str(origin)[:80]!r}; only this server's own page may do that"
             )

@@ -33,10 +33,7 @@ export async function ask(path, form, signal) {
   return found;
 }
 
-export function sentence(words) {
-  const text = words.charAt(0).toUpperCase() + words.slice(1);
-  return /[.!?…]$/.test(text) ? text : `${text}.`;
-}
+export const sentence = (words) => (/[.!?…]$/.test(words) ? words : `${words}.`);
 
 export function formOf(fields) {
   const form = new FormData();
@@ -92,9 +89,11 @@ export function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-// A share from 0 to 1 -> a blue, and an ink that can be read on it.
+// A share from 0 to 1 -> a blue, and whichever of black and white is the better to read on it.
 export function shade(share) {
   const [from, to] = [[240, 246, 255], [18, 62, 132]];
   const mixed = from.map((value, i) => Math.round(value + (to[i] - value) * share));
-  return { back: `rgb(${mixed.join(" ")})`, ink: share > 0.5 ? "#ffffff" : "#0d1520" };
+  const [red, green, blue] = mixed.map((value) => ((value / 255 + 0.055) / 1.055) ** 2.4);
+  const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue; // as WCAG has it
+  return { back: `rgb(${mixed.join(" ")})`, ink: luminance < 0.179 ? "#ffffff" : "#000000" };
 }
