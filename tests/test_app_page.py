@@ -4,10 +4,12 @@ LEANCLIP_SCREENSHOTS=docs/images has the pictures of docs/app.md made; the model
 are those of `make quickstart`, where it has run (else a model of a moment, and noise).
 """
 
+import contextlib
 import csv
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,35 +28,46 @@ from leanclip.search import Index
 pytestmark = pytest.mark.slow
 
 DEMO = Path(os.environ.get("LEANCLIP_DEMO", PROJECT))
-PICTURES = 100
 TEXTS = ["a red star", "a blue circle", "a green square", "a yellow triangle"]
 
 
 class Place:
-    """What the page is started with."""
+    """What the page is started with: a model, an index of pictures with labels, two runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        quickstart, drawings = DEMO / "runs/quickstart", DEMO / "data/shapes/val"
+        quickstart, drawings = DEMO / "runs/quickstart", DEMO / "data/shapes"
         self.is_demo = (quickstart / "checkpoints").is_dir() and drawings.is_dir()
-        self.model = quickstart if self.is_demo else save_tiny(folder / "tiny")
-        photos = folder / "photos"
-        photos.mkdir()
-        found = sorted(drawings.rglob("*.png"))[:PICTURES] if self.is_demo else []
-        for i in range(PICTURES):
-            name = photos / f"{i:03d}.png"
-            if self.is_demo:
-                shutil.copy(found[i], name)
-                shutil.copy(found[i].with_suffix(".txt"), name.with_suffix(".txt"))
-            else:
-                noise_image(i).save(name)
-        self.photos = sorted(photos.glob("*.png"))
+        if self.is_demo:
+            (folder / "quickstart").symlink_to(quickstart)
+            wanted = [path for i in range(5) for path in drawings.glob(f"unseen/*/{i:03d}.png")]
+            pairs = sorted((drawings / "val").rglob("*.png"))[:5]
+            self.texts = [path.with_suffix(".txt").read_text().strip() for path in pairs[:4]]
+        else:
+            save_tiny(folder / "quickstart")
+            wanted, pairs, self.texts = [None] * 100, [None] * 5, TEXTS
+        self.photos = [self._put(source, i) for i, source in enumerate(sorted(wanted))]
+        self.pairs = [self._put(source, i, "pairs") for i, source in enumerate(pairs)]
+        self.labels = [path.name.replace("_", " ") for path in (folder / "photos").iterdir()]
+        self.labels = sorted(self.labels)[:6]
+        self.model = folder / "quickstart"
         self.clip = leanclip.load(self.model, device="cpu")
-        Index.build(photos, self.clip, folder / "index").close()
+        Index.build(folder / "photos", self.clip, folder / "index").close()
         self._write_runs()
 
+    def _put(self, source: Path | None, number: int, kind: str = "photos") -> Path:
+        """A picture, in the folder of its class."""
+        name = source.parent.name if source else f"class {number % 7}"
+        path = self.folder / kind / name / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if source:
+            shutil.copy(source, path)
+        else:
+            noise_image(number).save(path)
+        return path
+
     def _write_runs(self) -> None:
-        done, running_ = self.folder / "runs/done", self.folder / "runs/training"
+        done, running_ = self.folder / "runs/quickstart", self.folder / "runs/training"
         done.mkdir(parents=True)
         running_.mkdir()
         if self.is_demo:
@@ -86,8 +99,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def server(place: Place) -> Iterator[tuple[Forked, int]]:
-    words = ("--index", str(place.folder / "index"), "--runs", str(place.folder / "runs"))
-    with running(place.folder, *words, model=str(place.model)) as (process, port):
+    with (
+        contextlib.chdir(place.folder),
+        running(place.folder, "--index", "index", model="quickstart") as (process, port),
+    ):
         until_ready(port)
         yield process, port
 
@@ -134,28 +149,28 @@ def write(page: Browser, selector: str, text: str) -> None:
 
 def compared(page: Browser, place: Place, count: int = 5) -> list[Path]:
     """The tab Compare with a matrix."""
-    chosen = place.photos[:count]
-    write(page, "#compare-texts", "\n".join(TEXTS))
+    chosen = place.pairs[:count]
+    write(page, "#compare-texts", "\n".join(place.texts))
     choose(page, "#compare-files", *chosen)
-    page.until(lambda: len(page.all("#compare-table tbody td")) == count * len(TEXTS))
+    page.until(lambda: len(page.all("#compare-table tbody td")) == count * len(place.texts))
     return chosen
 
 
 def test_compare(page: Browser, place: Place, tmp_path: Path) -> None:
     chosen = compared(page, place)
-    expected = place.clip.similarity([str(path) for path in chosen], TEXTS)
+    expected = place.clip.similarity([str(path) for path in chosen], place.texts)
     shown = [float(cell.text) for cell in page.all("#compare-table tbody td")]
     np.testing.assert_allclose(shown, expected.ravel(), atol=6e-4)
     best = [cell.text for cell in page.all("#compare-table td.best")]
     assert sorted(map(float, best)) == pytest.approx(sorted(expected.max(axis=0)), abs=6e-4)
-    assert f"5 of 5 images compared with {len(TEXTS)} texts" in page.text("#compare-status")
+    assert f"5 of 5 images compared with {len(place.texts)} texts" in page.text("#compare-status")
 
     page.one("#compare-csv").click()
     page.until(lambda: (page.downloads / "similarity.csv").exists())
     with (page.downloads / "similarity.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["text", *(path.name for path in chosen)]
-    assert [row[0] for row in rows[1:]] == TEXTS
+    assert [row[0] for row in rows[1:]] == place.texts
     np.testing.assert_allclose(np.array([r[1:] for r in rows[1:]], float), expected, atol=2e-6)
     page.one("#compare-png").click()
     page.until(lambda: (page.downloads / "similarity.png").exists())
@@ -204,20 +219,17 @@ def test_dropped_and_pasted_images(page: Browser) -> None:
     page.until(lambda: "notes.txt: no image" in page.text("#compare-error"))
 
 
-LABELS = ["red star", "blue circle", "green square"]
-
-
 def classified(page: Browser, place: Place) -> None:
     """The tab Classify with bars and a map."""
     open_tab(page, "classify")
-    write(page, "#classify-labels", "\n".join(LABELS))
+    write(page, "#classify-labels", "\n".join(place.labels))
     choose(page, "#classify-file", place.photos[0])
     page.until(lambda: page.one("#classify-map").get_property("naturalWidth") == 448)
 
 
 def test_classify(page: Browser, place: Place) -> None:
     classified(page, place)
-    expected = place.clip.classify(str(place.photos[0]), LABELS)
+    expected = place.clip.classify(str(place.photos[0]), place.labels)
     bars = [bar.text.split("\n") for bar in page.all("#classify-bars button")]
     assert [bar[0] for bar in bars] == [guess.label for guess in expected]
     assert [float(bar[1].rstrip("%")) for bar in bars] == pytest.approx(
@@ -238,7 +250,7 @@ def test_classify(page: Browser, place: Place) -> None:
     page.until(lambda: "has no {}" in page.text("#classify-error"))
     write(page, "#classify-templates", "the {}")
     page.one("#classify-form button[type=submit]").click()
-    expected = place.clip.classify(str(place.photos[0]), LABELS, "the {}")
+    expected = place.clip.classify(str(place.photos[0]), place.labels, "the {}")
     said = f"{expected[0].label}, {100 * expected[0].probability:.1f}%"
     page.until(lambda: said in page.text("#classify-status"))
 
@@ -272,31 +284,37 @@ def tiles(page: Browser) -> list[str]:
 def test_search(page: Browser, place: Place) -> None:
     index = Index.open(place.folder / "index", place.clip)
     open_tab(page, "search")
-    assert f"{PICTURES} pictures" in page.text("#search-status")
+    assert f"{len(place.photos)} pictures" in page.text("#search-status")
     searched(page)
-    assert len(tiles(page)) < PICTURES
+    assert len(tiles(page)) < len(place.photos)
     page.run("window.scrollTo(0, document.body.scrollHeight)")
     page.until(lambda: len(tiles(page)) >= 60)
-    while len(tiles(page)) < PICTURES:
+    while len(tiles(page)) < len(place.photos):
         page.run("window.scrollTo(0, document.body.scrollHeight)")
         time.sleep(0.05)
-    expected = [hit.score for hit in index.search(TEXTS[0], k=PICTURES)]
+    expected = [hit.score for hit in index.search(TEXTS[0], k=len(place.photos))]
     assert [float(score) for score in tiles(page)] == pytest.approx(expected, abs=6e-4)
     page.until(lambda: not page.one("#search-more").is_displayed())
     loaded = "return document.querySelectorAll('#search-grid img')[0].naturalWidth"
     page.run("window.scrollTo(0, 0)")
     page.until(lambda: page.run(loaded) > 0)
-    first = page.all("#search-grid .about")[2].text.split("\n")[1]
+    first = page.all("#search-grid button")[2].get_attribute("title").split("\n")[0]
+    assert page.all("#search-grid .about")[2].text.endswith("/".join(first.split("/")[-2:]))
     page.all("#search-grid button")[2].click()
     page.until(lambda: f"like {Path(first).name}" in page.text("#search-status"))
     page.until(lambda: tiles(page)[:1] == ["1.000"])
-    assert page.all("#search-grid .about")[0].text.split("\n")[1] == first
+    assert page.all("#search-grid button")[0].get_attribute("title").startswith(f"{first}\n")
     choose(page, "#search-file", place.photos[3])
-    page.until(lambda: "like 003.png" in page.text("#search-status"))
-    page.until(lambda: page.all("#search-grid .about")[0].text.endswith("003.png"))
+    page.until(lambda: f"like {place.photos[3].name}" in page.text("#search-status"))
+    page.until(lambda: page.all("#search-grid .about")[0].text.endswith(place.photos[3].name))
     write(page, "#search-text", "word " * 200)
     page.one("#search-form button[type=submit]").click()
     page.until(lambda: "context" in page.text("#search-error"))
+    write(page, "#search-text", TEXTS[0])
+    page.one("#search-label").send_keys(index.item(1).label)
+    page.one("#search-form button[type=submit]").click()
+    of_label = index.search(TEXTS[0], label=index.item(1).label, k=100)
+    page.until(lambda: f"{len(of_label)} pictures" in page.text("#search-status"))
     index.close()
 
 
@@ -317,7 +335,7 @@ def test_runs(page: Browser, place: Place) -> None:
     page.until(lambda: page.all("#runs-curves figcaption")[0].text != loss)
     label = page.all("#runs-curves svg")[0].get_attribute("aria-label")
     assert label.endswith(f"{3 * 0.99**490 + 0.5:.3g} at step 490")
-    page.all("#runs-list button")[names.index("done")].click()
+    page.all("#runs-list button")[names.index("quickstart")].click()
     page.until(lambda: page.all("#runs-links a"))
     before = page.driver.window_handles
     page.one("#runs-links a").click()
@@ -364,11 +382,11 @@ def test_every_tab_at_both_widths_light_and_dark(
         skip_loudly("there is no axe (npm install --prefix .venv axe-core@4.14.1)")
     compared(page, place)
     classified(page, place)
-    searched(page)
+    searched(page, f"a {place.labels[-1]}")
     open_tab(page, "runs")
     page.until(lambda: len(page.all("#runs-list button")) == 2)
     names = [button.text.split("\n")[0] for button in page.all("#runs-list button")]
-    page.all("#runs-list button")[names.index("done")].click()
+    page.all("#runs-list button")[names.index("quickstart")].click()
     page.until(lambda: page.all("#runs-curves svg"))
     for size, width in ((DESKTOP, "desktop"), (PHONE, "phone")):
         for scheme in ("light", "dark"):
@@ -399,11 +417,10 @@ def test_errors_of_every_tab_pass_axe_too(page: Browser, tmp_path: Path) -> None
 def test_a_server_that_is_gone_is_said_in_words(
     place: Place, window: Browser, tmp_path: Path
 ) -> None:
-    import signal
-
-    with running(tmp_path, "--token", "sixteen-characters", model=str(place.model)) as (
-        process,
-        port,
+    words = ("--token", "sixteen-characters")
+    with (
+        contextlib.chdir(tmp_path),  # where there are no runs
+        running(tmp_path, *words, model=str(place.model)) as (process, port),
     ):
         until_ready(port)
         window.look(DESKTOP)

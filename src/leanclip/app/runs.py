@@ -5,6 +5,7 @@ only ever compared with the names that are there: no path is made from what a br
 """
 
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -68,7 +69,7 @@ class Run:
                     steps, values = found.setdefault(name, ([], []))
                     steps.append(int(line["step"]))
                     values.append(float(value))
-        order = sorted(found, key=lambda name: (_place(name), name))
+        order = sorted(found, key=lambda name: (_place(name), _natural(name)))
         return [
             {"name": name, "label": _label(name), "steps": steps, "values": values}
             for name in order
@@ -112,6 +113,11 @@ def _label(name: str) -> str | None:
 def _place(name: str) -> int:
     names = list(CURVES)
     return names.index(name if name in CURVES else f"{name.partition('/')[0]}/")
+
+
+def _natural(name: str) -> list[str]:
+    """So that R@5 comes before R@10."""
+    return [part.zfill(9) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:

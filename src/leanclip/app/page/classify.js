@@ -3,9 +3,8 @@ import { ask, byId, formOf, linesOf, make, receive, sentence, thumbnail, tooLarg
 
 const OWN = "own";
 const SENTENCES = {
-  default: { name: "as the model's default", templates: [] },
+  default: { name: "a photo of a {}.", templates: ["a photo of a {}."] }, // or as the server says
   word: { name: "the label alone: {}", templates: ["{}"] },
-  photo: { name: "a photo of a {}.", templates: ["a photo of a {}."] },
   several: {
     name: "the mean of five sentences",
     templates: ["a photo of a {}.", "a picture of the {}.", "a drawing of a {}.", "a close-up of a {}.", "many {}."],
@@ -43,11 +42,15 @@ export function startClassify() {
 }
 
 function about(facts) {
-  if (JSON.stringify(facts.label_sets) === JSON.stringify(sets)) return;
-  sets = facts.label_sets;
+  if (facts.templates.length) {
+    SENTENCES.default = { name: facts.templates.join(" / "), templates: facts.templates };
+  }
+  if (JSON.stringify(facts.label_sets) !== JSON.stringify(sets)) {
+    sets = facts.label_sets;
+    offerSets();
+  }
   const calibrated = sets.find((set) => set.templates);
   if (calibrated) SENTENCES.calibrated.templates = calibrated.templates;
-  offerSets();
   offerSentences();
 }
 
@@ -148,8 +151,12 @@ async function classify() {
     error.textContent = "Choose an image.";
     return;
   }
-  byId("classify-status").textContent = "Classifying …";
   const asked = { image: file, labels, templates: templates(), top: 10 };
+  if (!asked.templates.length) {
+    error.textContent = "Write a sentence with {} for the label.";
+    return;
+  }
+  byId("classify-status").textContent = "Classifying …";
   try {
     const found = await ask("api/classify", formOf(asked));
     chosen = asked;
@@ -195,8 +202,7 @@ async function look(label, button) {
     other.setAttribute("aria-pressed", String(other === button));
   }
   byId("classify-whole").setAttribute("aria-pressed", String(label === null));
-  const sentences = chosen.templates.length ? chosen.templates : ["a photo of a {}."];
-  const texts = label === null ? [] : sentences.map((template) => template.replaceAll("{}", label));
+  const texts = label === null ? [] : chosen.templates.map((template) => template.replaceAll("{}", label));
   try {
     const picture = await ask("api/attention", formOf({ image: chosen.image, texts }));
     if (mine !== lastMap) return;

@@ -100,7 +100,7 @@ function tile(hit) {
     "span",
     { className: "about" },
     make("b", { textContent: hit.score.toFixed(3) }),
-    make("span", { textContent: hit.path }),
+    make("span", { textContent: shortened(hit.path) }),
   );
   const button = make("button", { type: "button", title: `${hit.path}\nClick for pictures like it` }, image, about);
   button.addEventListener("click", () => {
@@ -109,4 +109,10 @@ function tile(hit) {
     byId("search").scrollIntoView();
   });
   return make("li", {}, button);
+}
+
+// The end of a path, which tells pictures apart; the whole is the button's title.
+function shortened(path) {
+  const parts = path.split("/");
+  return parts.length > 3 ? `…/${parts.slice(-2).join("/")}` : path;
 }
