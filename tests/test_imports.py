@@ -21,7 +21,8 @@ LEVELS = (
     ("outcome", "watching", "best"),
     ("train", "inference", "charts", "embeddings"),
     ("openai", "passl", "search"),
-    ("cli", "cli_data", "cli_search", "cli_use", "doctor"),
+    ("app",),
+    ("cli", "cli_app", "cli_data", "cli_search", "cli_use", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -4,12 +4,11 @@ Images come as bytes in the form and in no other way: there is no path and no UR
 """
 
 import asyncio
-import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from anyio import CapacityLimiter
@@ -24,23 +23,25 @@ from leanclip.decoding import open_image
 from leanclip.errors import SampleError
 from leanclip.images import evaluation_pixels
 
+T = TypeVar("T")
+
 MAX_PIXELS = 50_000_000  # of an image: 150 MB when it is decoded
-MAX_IMAGES, MAX_TEXTS, MAX_PROMPTS = 64, 2000, 5000
+MAX_IMAGES, MAX_TEXTS, MAX_PROMPTS = 64, 2000, 2000
 MAX_TEXT = 10_000  # characters
 DECODERS = min(4, os.cpu_count() or 1)  # images that are decoded at once
 
 
 @dataclass
 class Upload:
-    """An image of a form."""
+    """An image of a form; its bytes, up to a megabyte, or a temporary file of them."""
 
     name: str
-    content: bytes = field(repr=False)
+    file: BinaryIO
 
-    @property
-    def key(self) -> str:
-        """A hash of its bytes."""
-        return hashlib.sha256(self.content).hexdigest()
+    def read(self) -> bytes:
+        """The bytes; only by those who decode, so that not all that waits is in memory."""
+        self.file.seek(0)
+        return self.file.read()
 
 
 @asynccontextmanager
@@ -103,7 +104,7 @@ class Form:
             raise Refused(400, f"{name}: found a file; give text")
         return value
 
-    async def images(self, name: str) -> list[Upload]:
+    def images(self, name: str) -> list[Upload]:
         """The files of that name.
 
         Raises:
@@ -114,14 +115,14 @@ class Form:
             if not isinstance(value, UploadFile):
                 raise Refused(400, f"{name}: found text; give an image as a file of the form")
             label = (value.filename or "").replace("\\", "/").rpartition("/")[2][:80]
-            found.append(Upload(label or f"image {len(found) + 1}", await value.read()))
+            found.append(Upload(label or f"image {len(found) + 1}", value.file))
         if not found:
             raise Refused(400, f"{name}: there is no image in the form; give one or more")
         return found
 
-    async def image(self, name: str) -> Upload:
+    def image(self, name: str) -> Upload:
         """The one file of that name."""
-        found = await self.images(name)
+        found = self.images(name)
         if len(found) > 1:
             raise Refused(400, f"{name}: found {len(found)} images; give one")
         return found[0]
@@ -147,35 +148,37 @@ class Decoders:
     def __init__(self) -> None:
         self._limit: CapacityLimiter | None = None
 
-    async def pixels(self, upload: Upload, resolution: int) -> torch.Tensor:
-        """An upload -> what the model sees, (3, R, R) uint8.
+    async def run(self, upload: Upload, work: Callable[[bytes], T]) -> T:
+        """What `work` makes of an upload's bytes.
 
         Raises:
             Refused: it cannot be read as an image.
         """
-        return await self._run(
-            upload,
-            lambda: torch.from_numpy(
-                evaluation_pixels(upload.content, resolution, max_pixels=MAX_PIXELS)
-            ),
-        )
-
-    async def picture(self, upload: Upload) -> Image.Image:
-        """An upload -> an upright RGB image.
-
-        Raises:
-            Refused: it cannot be read as an image.
-        """
-        return await self._run(upload, lambda: open_image(upload.content, max_pixels=MAX_PIXELS))
-
-    async def _run(self, upload: Upload, work: Any) -> Any:
         if self._limit is None:  # it belongs to the loop that runs now
             self._limit = CapacityLimiter(DECODERS)
         try:
-            return await run_sync(work, limiter=self._limit)
+            return await run_sync(lambda: work(upload.read()), limiter=self._limit)
         except SampleError as error:
             words = str(error).removeprefix("<bytes>: ")
             raise Refused(422, f"{upload.name}: {words}") from None
+
+
+def pixels_of(content: bytes, resolution: int) -> torch.Tensor:
+    """What the model sees of an image, (3, R, R) uint8.
+
+    Raises:
+        SampleError: it cannot be read as an image, or has too many pixels.
+    """
+    return torch.from_numpy(evaluation_pixels(content, resolution, max_pixels=MAX_PIXELS))
+
+
+def picture_of(content: bytes) -> Image.Image:
+    """An upright RGB image.
+
+    Raises:
+        SampleError: it cannot be read as an image, or has too many pixels.
+    """
+    return open_image(content, max_pixels=MAX_PIXELS)
 
 
 async def every(*waiting: Any) -> list[Any]:
@@ -186,4 +189,5 @@ async def every(*waiting: Any) -> list[Any]:
     except BaseException:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # what they use is closed after this
         raise

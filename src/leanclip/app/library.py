@@ -6,6 +6,7 @@
 /runs/report                    a run's report, as it is, where it can do nothing
 """
 
+import io
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from leanclip.app.forms import Upload, every, form_of, number
+from leanclip.app.forms import Upload, every, form_of, number, picture_of
 from leanclip.app.heat import as_jpeg
 from leanclip.app.runs import Run, runs_in
 from leanclip.app.safety import Refused
@@ -54,7 +55,7 @@ async def search_picture(request: Request) -> Response:
     service = service_of(request)
     index = service.index
     async with form_of(request) as form:
-        upload = await form.image("image")
+        upload = form.image("image")
         offset, limit = _page(form.field("offset"), form.field("limit"))
         label = form.field("label")
         features: torch.Tensor = await service.image(upload)
@@ -70,8 +71,8 @@ async def picture(request: Request) -> Response:
         content = await run_sync(index.read, at)
     except (DataError, OSError):
         raise _no_picture(at) from None
-    image: Image.Image = await service.decoders.picture(Upload(f"picture {at}", content))
-    jpeg = await run_sync(_small, image, side)
+    upload = Upload(f"picture {at}", io.BytesIO(content))
+    jpeg = await service.decoders.run(upload, lambda found: _small(picture_of(found), side))
     headers = {"cache-control": "private, max-age=3600"}  # a number is never used again
     return Response(jpeg, media_type="image/jpeg", headers=headers)
 

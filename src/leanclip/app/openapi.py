@@ -1,8 +1,8 @@
 """The API's description by OpenAPI 3.1, written by hand; a test compares it with the routes."""
 
+from importlib.metadata import version
 from typing import Any
 
-from leanclip import __version__
 from leanclip.app.forms import MAX_IMAGES, MAX_PROMPTS, MAX_TEXTS
 from leanclip.app.safety import MAX_BODY
 
@@ -239,7 +239,7 @@ def description() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "leanclip",
-            "version": __version__,
+            "version": version("leanclip"),
             "description": "The API behind `leanclip app`. Errors are JSON with `error`, a "
             "sentence. Requests of several people are put to the model together.",
         },

@@ -10,18 +10,19 @@
 import asyncio
 import logging
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from anyio.to_thread import run_sync
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from leanclip import __version__
 from leanclip.app import forms, library
 from leanclip.app.forms import every, form_of
 from leanclip.app.heat import heat_picture
@@ -43,7 +44,7 @@ async def about(request: Request) -> Response:
     """What the page shows and offers."""
     service = service_of(request)
     facts: dict[str, Any] = {
-        "version": __version__,
+        "version": version("leanclip"),
         "state": state(service),
         "model": None,
         "index": None,
@@ -82,7 +83,7 @@ async def compare(request: Request) -> Response:
     service = service_of(request)
     _ = service.model  # before a large form is read
     async with form_of(request) as form:
-        uploads, texts = await form.images("images"), form.texts("texts")
+        uploads, texts = form.images("images"), form.texts("texts")
         if not texts:
             raise Refused(400, "texts: there is none; give one or more")
         found = await every(*map(service.text, texts), *map(service.image, uploads))
@@ -102,7 +103,7 @@ async def classify(request: Request) -> Response:
     service = service_of(request)
     _ = service.model
     async with form_of(request) as form:
-        upload, labels = await form.image("image"), form.texts("labels")
+        upload, labels = form.image("image"), form.texts("labels")
         templates = form.texts("templates") or list(TEMPLATES)
         top = form.number("top", 5, least=1, most=forms.MAX_TEXTS)
         classifier, features = await every(
@@ -132,12 +133,14 @@ async def attention(request: Request) -> Response:
     service = service_of(request)
     worker = service.model
     async with form_of(request) as form:
-        upload, texts = await form.image("image"), form.texts("texts")
+        upload, texts = form.image("image"), form.texts("texts")
         resolution = worker.clip.preprocess.resolution
-        pixels, image, *features = await every(
-            service.decoders.pixels(upload, resolution),
-            service.decoders.picture(upload),
-            *map(service.text, texts),
+
+        def work(content: bytes) -> tuple[torch.Tensor, Image.Image]:
+            return forms.pixels_of(content, resolution), forms.picture_of(content)
+
+        (pixels, image), *features = await every(
+            service.decoders.run(upload, work), *map(service.text, texts)
         )
     text = mean_feature(features) if features else None
     heat = await asyncio.wrap_future(worker.map(pixels, text))

@@ -104,7 +104,7 @@ class Safety:
 
     def _check_origin(self, headers: Headers) -> None:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        is_own = origin is None or urlsplit(origin).netloc == headers.get("host")
+        is_own = origin is None or origin.partition("://")[2] == headers.get("host")
         # Forms of a page without referrers come as "null"; but no page can make up Sec-Fetch-Site.
         is_own = is_own or (origin == "null" and site == "same-origin")
         if not is_own or site not in ("same-origin", "none", None):

@@ -4,14 +4,16 @@ Shapes: E embedding.
 """
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from anyio.to_thread import run_sync
 from starlette.requests import Request
 
-from leanclip.app.forms import MAX_PROMPTS, Decoders, Upload
+from leanclip.app.forms import MAX_PROMPTS, Decoders, Upload, pixels_of
 from leanclip.app.safety import Refused
 from leanclip.app.worker import KEPT, Kept, Worker
 from leanclip.classifier import Classifier, check_labels
@@ -67,18 +69,27 @@ class Service:
 
     async def image(self, upload: Upload) -> torch.Tensor:
         """Unit features (E,) of an upload."""
-        worker, key = self.model, upload.key
-        if (found := self.image_features.get(key)) is None:
-            pixels = await self.decoders.pixels(upload, worker.clip.preprocess.resolution)
+        worker = self.model
+        resolution = worker.clip.preprocess.resolution
+
+        def work(content: bytes) -> tuple[str, torch.Tensor | None, torch.Tensor | None]:
+            key = hashlib.sha256(content).hexdigest()
+            found = self.image_features.get(key)
+            return key, found, pixels_of(content, resolution) if found is None else None
+
+        key, found, pixels = await self.decoders.run(upload, work)
+        if pixels is not None:
             found = await asyncio.wrap_future(worker.image(pixels))
             self.image_features.put(key, found)
+        assert found is not None
         return found
 
     async def text(self, text: str) -> torch.Tensor:
         """Unit features (E,) of a text."""
         worker = self.model
         if (found := self.text_features.get(text)) is None:
-            worker.clip.tokenize(text)  # one that is too long must not spoil the others' pass
+            # One that is too long must not spoil the others' pass.
+            await run_sync(worker.clip.tokenize, text)
             found = await asyncio.wrap_future(worker.text(text))
             self.text_features.put(text, found)
         return found

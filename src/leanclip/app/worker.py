@@ -220,23 +220,25 @@ _PASSES: dict[Kind, Callable[[Clip, Sequence[Any]], Sequence[Any]]] = {
 
 
 class Kept:
-    """The results that were asked for last, by key; one thread at a time uses it."""
+    """The results that were asked for last, by key; any thread may use it."""
 
     def __init__(self, most: int = KEPT) -> None:
-        self._most, self._values = most, OrderedDict()
+        self._most, self._values, self._lock = most, OrderedDict(), threading.Lock()
 
     def get(self, key: object) -> Any:
         """A result, or None."""
-        if key in self._values:
-            self._values.move_to_end(key)
-        return self._values.get(key)
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
 
     def put(self, key: object, value: object) -> None:
         """Keep a result, in place of the one that was least asked for of late."""
-        self._values[key] = value
-        self._values.move_to_end(key)
-        if len(self._values) > self._most:
-            self._values.popitem(last=False)
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            if len(self._values) > self._most:
+                self._values.popitem(last=False)
 
 
 def mean_feature(features: Sequence[torch.Tensor]) -> torch.Tensor:

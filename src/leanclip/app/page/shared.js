@@ -1,5 +1,6 @@
 // What every tab needs.
 const MAX_BYTES = 20 * 2 ** 20; // of a request, as the server has it
+const TRIES = 100; // two seconds each, while the model loads
 const ROOM = 64 * 1024; // of it, for texts and the form's own lines
 
 export const byId = (id) => document.getElementById(id);
@@ -13,13 +14,17 @@ export function make(tag, properties = {}, ...children) {
 }
 
 // A GET, or a POST where a form is given: JSON, a Blob for pictures, or an Error with words.
-export async function ask(path, form, signal) {
+// While the model loads it is asked again, for as long as that may take.
+export async function ask(path, form) {
   let answer;
-  try {
-    answer = await fetch(path, { method: form ? "POST" : "GET", body: form, signal });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Is leanclip app still running?");
+  for (let tries = 0; tries < TRIES; tries += 1) {
+    try {
+      answer = await fetch(path, { method: form ? "POST" : "GET", body: form });
+    } catch {
+      throw new Error("The server does not answer. Is leanclip app still running?");
+    }
+    if (answer.status !== 503) break;
+    await wait(1000 * Number(answer.headers.get("retry-after") ?? 2));
   }
   if (answer.ok && answer.headers.get("content-type") === "image/jpeg") return answer.blob();
   if (answer.status === 401) location.assign("sign-in");
