@@ -10,12 +10,12 @@ Shapes: N pictures, E embedding, Q queries, k best.
 """
 
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from leanclip.errors import ConfigError
 from leanclip.search.items import Items
@@ -129,7 +129,7 @@ def warn_if_low(folder: Path, facts: dict[str, Any]) -> None:
 
 def _graph(faiss: Any, kind: str, rows: np.ndarray, vectors: Vectors) -> Any:
     """An empty structure of a kind, with what it must learn first."""
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    faiss.omp_set_num_threads(torch.get_num_threads())
     width, metric = vectors.width, faiss.METRIC_INNER_PRODUCT
     if kind == "hnsw":
         graph = faiss.IndexHNSWSQ(width, faiss.ScalarQuantizer.QT_fp16, 32, metric)
@@ -137,7 +137,7 @@ def _graph(faiss: Any, kind: str, rows: np.ndarray, vectors: Vectors) -> Any:
         sample = rows[:1]  # fp16 has nothing to learn
     else:
         cells = int(min(4096, len(rows) // 40))
-        codes = next(n for n in (64, 32, 16, 8, 4, 2, 1) if width % n == 0)
+        codes = next(n for n in (64, 32, 16, 8, 4, 2, 1) if width % (8 * n) == 0 or n == 1)
         graph = faiss.index_factory(width, f"IVF{cells},PQ{codes}", metric)
         graph.nprobe = max(8, cells // 32)
         rng = np.random.default_rng(0)

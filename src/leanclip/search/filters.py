@@ -26,12 +26,10 @@ def conditions(
     """
     parts: list[str] = []
     values: list[object] = []
-    if label is not None:
+    if label:
         labels = [label] if isinstance(label, str) else list(label)
         parts.append(f"label IN ({', '.join('?' * len(labels))})")
-        values += labels or [None]
-        if not labels:
-            parts[-1] = "label IS ?"
+        values += labels
     if folder is not None:
         # A path below another begins with it and a slash; "0" comes after "/".
         words = [os.fsencode(absolute(folder)), os.fsencode(os.path.normpath(folder))]

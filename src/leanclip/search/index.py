@@ -10,7 +10,7 @@ Shapes: N rows, E embedding, Q queries, k best.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +368,7 @@ class Index:
                 return
             item = self.items.item(int(numbers[row]), condition, values)
             if item is not None:  # else it was dropped a moment ago
-                yield Hit(*(getattr(item, field.name) for field in fields(Item)), score)
+                yield Hit(**vars(item), score=score)
 
     def _approximate(self) -> Approximate:
         facts = self.items.fact(FACT)

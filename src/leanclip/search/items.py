@@ -162,8 +162,8 @@ class Items:
         with self._lock:
             change = (self._one("PRAGMA data_version")[0], self._base.total_changes)
             if self._rows is None or self._rows[0] != change:
-                pairs = self._all("SELECT row, number FROM pictures")
-                found = np.array(pairs, np.int64).reshape(-1, 2)
+                pairs = self._base.execute("SELECT row, number FROM pictures")
+                found = np.fromiter(pairs, np.dtype((np.int64, 2)))
                 numbers = np.zeros(int(found[:, 0].max()) + 1 if len(found) else 0, np.int64)
                 numbers[found[:, 0]] = found[:, 1]
                 self._rows = (change, numbers)

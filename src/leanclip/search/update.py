@@ -12,7 +12,7 @@ Shapes: E embedding.
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,7 @@ class Update:
         self.free = iter(np.flatnonzero(used == 0).tolist())  # of pictures dropped before this run
         self.end = len(used)
         self.kept: set[int] = set()  # ids of items
+        self.outdated: set[str] = set()  # paths
         self.pending: list[tuple[Entry, bytes, np.ndarray | None]] = []
         self.digests: set[bytes] = set()  # of those
         self.committed = time.monotonic()
@@ -81,12 +82,7 @@ class Update:
             except SampleError as error:
                 return one[0].path, error
 
-        new = (
-            (entry, features if self.items.known(entry.path) is None else None)  # else outdated
-            for _, entries in listings
-            for entry, features in entries
-            if not self._is_unchanged(entry)
-        )
+        new = (one for _, entries in listings for one in self._new(entries))
         batch: list[Found] = []
         with ProgressBar("indexing", max(total, 1)) as bar:
             for done, one in enumerate(in_threads(work, new, self.workers, self.batch_size), 1):
@@ -105,17 +101,23 @@ class Update:
         self.changes.files, self.changes.pictures = self.items.count_items(), self.items.count()
         return self.changes
 
-    def _is_unchanged(self, entry: Entry) -> bool:
-        """Whether a file is as it was; a new caption or label is noted."""
-        known = self.items.known(entry.path)
-        if known is None or known[2:5] != (entry.size, entry.mtime, entry.start):
-            return False
-        self.kept.add(known.id)
-        self.changes.unchanged += 1
-        there = (known.caption_mtime, known.label, os.fsdecode(known.below))
-        if there != (entry.caption_mtime, entry.label, entry.below):
-            self.items.put(with_caption(entry), known.number)
-        return True
+    def _new(
+        self, entries: Iterable[tuple[Entry, np.ndarray | None]]
+    ) -> Iterator[tuple[Entry, np.ndarray | None]]:
+        """What must be read; of what is as it was, a new caption or label is noted."""
+        for entry, features in entries:
+            known = self.items.known(entry.path)
+            if known is None:
+                yield entry, features
+            elif known[2:5] != (entry.size, entry.mtime, entry.start):
+                self.outdated.add(entry.path)
+                yield entry, None  # features that came with it are of what it was
+            else:
+                self.kept.add(known.id)
+                self.changes.unchanged += 1
+                there = (known.caption_mtime, known.label, os.fsdecode(known.below))
+                if there != (entry.caption_mtime, entry.label, entry.below):
+                    self.items.put(with_caption(entry), known.number)
 
     def _is_known(self, digest: bytes) -> bool:
         return self.items.number_of(digest) is not None
@@ -167,9 +169,9 @@ class Update:
             for entry, digest, _ in self.pending:
                 number = numbers.get(digest) or self.items.number_of(digest)
                 assert number is not None
-                known = self.items.known(entry.path)
-                self.changes.added += known is None
-                self.changes.changed += known is not None
+                is_outdated = entry.path in self.outdated
+                self.changes.changed += is_outdated
+                self.changes.added += not is_outdated
                 self.kept.add(self.items.put(entry, number))
         self.pending, self.digests, self.committed = [], set(), time.monotonic()
 

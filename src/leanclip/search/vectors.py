@@ -46,15 +46,18 @@ class Vectors:
     def write(self, rows: Sequence[int], values: np.ndarray) -> None:
         """Put values (n, E) where they belong; they are on the disk when this returns."""
         values = np.ascontiguousarray(values, dtype="<f2")
-        size, files = 2 * self.width, {}
-        for row, value in zip(rows, values, strict=True):
-            shard, place = divmod(row, self.shard_rows)
-            if shard not in files:
-                files[shard] = os.open(self._path(shard), os.O_WRONLY | os.O_CREAT, 0o666)
-            os.pwrite(files[shard], value.tobytes(), place * size)
-        for file in files.values():
-            os.fsync(file)
-            os.close(file)
+        files: dict[int, int] = {}
+        try:
+            for row, value in zip(rows, values, strict=True):
+                shard, place = divmod(row, self.shard_rows)
+                if shard not in files:
+                    files[shard] = os.open(self._path(shard), os.O_WRONLY | os.O_CREAT, 0o666)
+                _write(files[shard], value.tobytes(), place * 2 * self.width)
+            for file in files.values():
+                os.fsync(file)
+        finally:
+            for file in files.values():
+                os.close(file)
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The values of rows, (n, E) float16.
@@ -166,6 +169,12 @@ class Vectors:
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.f16"
+
+
+def _write(file: int, content: bytes, place: int) -> None:
+    done = os.pwrite(file, content, place)
+    if done < len(content):  # a full disk may take a part
+        os.pwrite(file, content[done:], place + done)  # and then says so
 
 
 def _products(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
