@@ -1,21 +1,27 @@
-"""`leanclip app` under load: seconds to each answer, and how many passes the model took.
+"""`leanclip app` under load: seconds to each answer, and what it buys to take requests together.
 
-    python benchmarks/app.py        # about a minute
+    python benchmarks/app.py        # a few minutes
 
-A ViT-B/32 with random weights in a process of its own on loopback; clients in this one, all
-starting at once, each with an image of its own (512 x 384 JPEG) and the same ten labels. For
-comparison the same requests one after the other. Prints JSON.
+Random weights, of the quickstart's size and of ViT-B/32, in a process of its own on loopback;
+clients in this one, all starting at once, each with an image of its own (512 x 384 JPEG) and the
+same ten labels. Then the model's thread alone, in this process: images that are waiting, taken
+together and taken one by one, in turn. Prints JSON.
 """
 
 import asyncio
 import io
+import itertools
 import json
+import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -23,78 +29,120 @@ import numpy as np
 import torch
 from PIL import Image
 
+from leanclip.app.worker import Worker
+from leanclip.config import load_config
 from leanclip.images import Preprocess
+from leanclip.inference import load
 from leanclip.model import CLIP
 from leanclip.model.presets import preset
+from leanclip.settings import to_plain
 from leanclip.weights import save_weights
 
 LABELS = [f"label {i}" for i in range(10)]
 CLIENTS = (1, 10, 200)
-ROUNDS = 3
+QUICKSTART = "configs/quickstart.yaml"
+ROUNDS = {QUICKSTART: 5, "ViT-B-32": 1}
+SHARES = (50, 90, 95, 99, 100)
 
 
 def main() -> None:
-    """Start the server, ask, and print what was measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "model"
-        weights.mkdir()
-        model = CLIP(**preset("ViT-B-32"))
-        preprocess = Preprocess(model.config.image_resolution)
-        save_weights(weights, model.state_dict(), model.config, preprocess, provenance="")
-        del model
-        server = subprocess.Popen(
-            [
-                *(sys.executable, "-c", "from leanclip.cli import main; main()"),
-                *("app", "--model", str(weights), "--port", "0"),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert server.stdout
-            found = re.match(r"http://\S+/", server.stdout.readline())
-            assert found
-            print(json.dumps(measure(found[0]), indent=1))
-        finally:
-            server.terminate()
-            server.wait()
-
-
-def measure(address: str) -> dict[str, object]:
-    """Latencies of so many clients at once."""
-    while httpx2.get(f"{address}healthz").status_code != 200:
-        time.sleep(0.1)
-    photographs = iter(photograph(i) for i in range(10_000))  # never the same, as they are kept
+    """Start a server for each model, ask, and print what was measured."""
     results: dict[str, object] = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "model": "ViT-B/32, float32",
-        "rounds": ROUNDS,
+        "load average before": round(os.getloadavg()[0], 1),
     }
+    for name, rounds in ROUNDS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            weights = write_model(name, Path(folder) / "model")
+            with serving(weights) as address:
+                under_load = measure(address, rounds)
+            results[name] = {
+                "rounds": rounds,
+                "clients at once": under_load,
+                "milliseconds an image, waiting images": together_or_not(weights),
+            }
+    print(json.dumps(results, indent=1))
+
+
+def write_model(name: str, folder: Path) -> Path:
+    """Random weights of a preset, or of a config's model."""
+    config = load_config(name).model if name.endswith(".yaml") else None
+    model = CLIP(**(to_plain(config) if config else preset(name)))
+    preprocess = Preprocess(model.config.image_resolution)
+    folder.mkdir()
+    save_weights(folder, model.state_dict(), model.config, preprocess, provenance="")
+    return folder
+
+
+@contextmanager
+def serving(weights: Path) -> Iterator[str]:
+    """A server, and its address once it answers."""
+    words = ("app", "--model", str(weights), "--port", "0")
+    command = [sys.executable, "-c", "from leanclip.cli import main; main()", *words]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout
+        found = re.match(r"http://\S+/", server.stdout.readline())
+        assert found
+        while httpx2.get(f"{found[0]}healthz").status_code != 200:
+            time.sleep(0.1)
+        yield found[0]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def measure(address: str, rounds: int) -> dict[str, object]:
+    """Latencies of so many clients at once."""
+    photographs = map(photograph, itertools.count())  # never the same, as features are kept
+    results: dict[str, object] = {}
     asyncio.run(ask(address, [next(photographs)]))  # the labels are encoded
     for clients in CLIENTS:
-        taken: list[float] = []
-        seconds, lost, passes = 0.0, 0, 0
-        for _ in range(ROUNDS):
+        taken: list[float | None] = []
+        seconds, passes = 0.0, 0
+        for _ in range(rounds):
             images = [next(photographs) for _ in range(clients)]
             before = httpx2.get(f"{address}healthz").json()["passes"]
             began = time.perf_counter()
-            found = asyncio.run(ask(address, images))
+            taken += asyncio.run(ask(address, images))
             seconds += time.perf_counter() - began
             passes += httpx2.get(f"{address}healthz").json()["passes"] - before
-            taken += [one for one in found if one is not None]
-            lost += sum(one is None for one in found)
-        results[f"{clients} at once"] = {
-            "lost": lost,
-            "passes a round": round(passes / ROUNDS, 1),
-            "seconds a round": round(seconds / ROUNDS, 3),
-            "latency_ms": {
-                f"p{share}": round(1000 * float(np.percentile(taken, share)))
-                for share in (50, 90, 95, 99, 100)
-            },
+        answered = [1000 * one for one in taken if one is not None]
+        results[str(clients)] = {
+            "lost": len(taken) - len(answered),
+            "passes a round": round(passes / rounds, 1),
+            "seconds a round": round(seconds / rounds, 3),
+            "latency_ms": {f"p{p}": round(float(np.percentile(answered, p))) for p in SHARES},
         }
     return results
+
+
+def together_or_not(weights: Path) -> dict[str, object]:
+    """Milliseconds an image of 10 and of 64 that wait, by passes of up to 64 and of one."""
+    clip = load(weights)
+    side = clip.preprocess.resolution
+    pixels = torch.randint(0, 256, (64, 3, side, side), dtype=torch.uint8)
+    found: dict[str, dict[str, list[float]]] = {}
+    for _ in range(3):
+        for count in (10, 64):
+            for name, most in (("together", 64), ("one by one", 1)):
+                worker = Worker(lambda: clip, most=most)
+                worker.start()
+                while not worker.is_ready:
+                    time.sleep(0.001)
+                worker.image(pixels[0]).result()
+                began = time.perf_counter()
+                for future in [worker.image(one) for one in pixels[:count]]:
+                    future.result()
+                taken = 1000 * (time.perf_counter() - began) / count
+                found.setdefault(str(count), {}).setdefault(name, []).append(taken)
+                worker.stop()
+    return {
+        count: {name: round(statistics.median(taken), 2) for name, taken in by_name.items()}
+        for count, by_name in found.items()
+    }
 
 
 async def ask(address: str, images: list[bytes]) -> list[float | None]:

@@ -23,7 +23,9 @@ from test_app_server import running, until_ready
 from test_inference import save_tiny
 
 import leanclip
+from leanclip.evaluate import Calibration
 from leanclip.search import Index
+from leanclip.weights import fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +59,17 @@ class Place:
         self.model = folder / "quickstart"
         self.clip = leanclip.load(self.model, device="cpu")
         Index.build(folder / "photos", self.clip, folder / "index").close()
+        (folder / "animals.txt").write_text("otter\nbadger\n")
+        Calibration(
+            temperature=2.0,
+            threshold=0.1,
+            floor=1000.0,  # everything is none of these
+            coverage=0.9,
+            images=100,
+            weights=fingerprint(self.clip.model.state_dict()),
+            classes=("a thing", "another"),
+            templates=("the {}",),
+        ).save(folder)
         self._write_runs()
 
     def _put(self, source: Path | None, number: int, kind: str = "photos") -> Path:
@@ -103,9 +116,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def server(place: Place) -> Iterator[tuple[Forked, int]]:
+    words = ("--index", "index", "--calibration", "calibration.json", "--labels", "animals.txt")
     with (
         contextlib.chdir(place.folder),
-        running(place.folder, "--index", "index", model="quickstart") as (process, port),
+        running(place.folder, *words, model="quickstart") as (process, port),
     ):
         until_ready(port)
         yield process, port
@@ -143,6 +157,13 @@ def open_tab(page: Browser, name: str) -> None:
 
 def choose(page: Browser, selector: str, *paths: Path) -> None:
     page.one(selector).send_keys("\n".join(map(str, paths)))
+
+
+def pick(page: Browser, selector: str, value: str) -> None:
+    """Choose one of a list."""
+    from selenium.webdriver.support.ui import Select
+
+    Select(page.one(selector)).select_by_value(value)
 
 
 def write(page: Browser, selector: str, text: str) -> None:
@@ -193,7 +214,7 @@ def test_compare(page: Browser, place: Place, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     large.write_bytes(bytes(21 << 20))
     choose(page, "#compare-files", large)
-    assert "20 MB" in page.text("#compare-error")
+    page.until(lambda: "20 MB" in page.text("#compare-error"))
 
 
 DROP = """
@@ -247,8 +268,7 @@ def test_classify(page: Browser, place: Place) -> None:
     page.one("#classify-whole").click()
     page.until(lambda: "whatever the words" in page.text("#classify-caption"))
 
-    page.run("document.querySelector('#classify-template').value = 'own'")
-    page.run("document.querySelector('#classify-template').dispatchEvent(new Event('change'))")
+    pick(page, "#classify-template", "own")
     write(page, "#classify-templates", "no place for it")
     page.one("#classify-form button[type=submit]").click()
     page.until(lambda: "has no {}" in page.text("#classify-error"))
@@ -259,6 +279,19 @@ def test_classify(page: Browser, place: Place) -> None:
     page.until(lambda: said in page.text("#classify-status"))
 
 
+def test_label_sets_of_the_server_and_none_of_these(page: Browser, place: Place) -> None:
+    classified(page, place)
+    pick(page, "#classify-set", "server:animals")
+    page.until(lambda: page.one("#classify-labels").get_property("value") == "otter\nbadger")
+    pick(page, "#classify-set", "server:calibrated")
+    page.until(lambda: page.one("#classify-labels").get_property("value") == "a thing\nanother")
+    page.one("#classify-form button[type=submit]").click()
+    page.until(lambda: "none of these" in page.text("#classify-status"))
+    assert "None of these" in page.text("#classify-heading")
+    assert "Calibrated" in page.text("#classify-note")
+    assert len(page.all("#classify-bars button")) == 2
+
+
 def test_label_sets_are_kept_in_the_browser(page: Browser) -> None:
     open_tab(page, "classify")
     write(page, "#classify-labels", "otter\nbadger")
@@ -267,7 +300,7 @@ def test_label_sets_are_kept_in_the_browser(page: Browser) -> None:
     page.driver.refresh()
     page.until(lambda: page.one("#classify").is_displayed())
     write(page, "#classify-labels", "x")
-    page.one("#classify-set").send_keys("otter")
+    pick(page, "#classify-set", "kept:otter, badger")
     page.until(lambda: page.one("#classify-labels").get_property("value") == "otter\nbadger")
     page.one("#classify-delete").click()
     assert "otter" not in page.one("#classify-set").text
@@ -315,7 +348,7 @@ def test_search(page: Browser, place: Place) -> None:
     page.one("#search-form button[type=submit]").click()
     page.until(lambda: "context" in page.text("#search-error"))
     write(page, "#search-text", TEXTS[0])
-    page.one("#search-label").send_keys(index.item(1).label)
+    pick(page, "#search-label", str(index.item(1).label))
     page.one("#search-form button[type=submit]").click()
     of_label = index.search(TEXTS[0], label=index.item(1).label, k=100)
     page.until(lambda: f"{len(of_label)} pictures" in page.text("#search-status"))

@@ -73,6 +73,7 @@ def test_every_command_shows_an_example_that_it_understands() -> None:
         ["eval"],
         ["classify"],
         ["similarity"],
+        ["app"],
         *(["data", *words] for words in commands),
     ):
         done = run_cli(*words, "--help")

@@ -54,6 +54,7 @@ class Worker:
         load: gives the model; called in the thread, as it may take minutes.
         failed: called when it raises, which `error` then holds.
         wait: see WAIT.
+        most: see MOST.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Worker:
         *,
         failed: Callable[[], object] = lambda: None,
         wait: float = WAIT,
+        most: int = MOST,
     ) -> None:
-        self._load, self._failed, self._wait = load, failed, wait
+        self._load, self._failed, self._wait, self._most = load, failed, wait, most
         self._queue: queue.Queue[_Job | None] = queue.Queue()
         self._clip: Clip | None = None
         self.error: Exception | None = None
@@ -143,7 +145,7 @@ class Worker:
         """The jobs of the next passes; none at the end."""
         jobs: list[_Job] = []
         deadline = float("inf")
-        while len(jobs) < MOST:
+        while len(jobs) < self._most:
             left = deadline - time.monotonic()
             try:  # what waits already is taken without waiting
                 block = not jobs or (left > 0 and self._queue.empty())

@@ -4,6 +4,7 @@ import { ask, byId, download, formOf, linesOf, make, receive, shade, thumbnail, 
 const items = []; // { file, url, column: numbers or null, error }
 let texts = []; // of the table
 let round = 0;
+let notTaken = []; // words on files that are too large
 
 export function startCompare() {
   receive(byId("compare-drop"), byId("compare-files"), {
@@ -13,6 +14,7 @@ export function startCompare() {
   });
   byId("compare-form").addEventListener("submit", (event) => {
     event.preventDefault();
+    notTaken = [];
     compare();
   });
   byId("compare-csv").addEventListener("click", () => {
@@ -26,9 +28,8 @@ export function startCompare() {
 }
 
 function add(files) {
-  byId("compare-error").textContent = "";
-  const wrong = files.map(tooLarge).filter(Boolean);
-  if (wrong.length) byId("compare-error").textContent = wrong.join(" ");
+  notTaken = files.map(tooLarge).filter(Boolean);
+  byId("compare-error").textContent = notTaken.join(" ");
   for (const file of files.filter((file) => !tooLarge(file))) {
     const item = { file, url: URL.createObjectURL(file), column: null, error: null };
     items.push(item);
@@ -66,7 +67,7 @@ async function compare() {
   columns.forEach((found, i) => items[i] && Object.assign(items[i], found));
   texts = asked;
   const problems = [...new Set(items.map((item) => item.error).filter(Boolean))];
-  error.textContent = problems.join(" ");
+  error.textContent = [...notTaken, ...problems].join(" ");
   const count = items.filter((item) => item.column).length;
   byId("compare-status").textContent = `${count} of ${items.length} images compared with ${texts.length} texts.`;
   show();
