@@ -145,11 +145,11 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def _whole(value: object) -> int | None:
+def _whole(value: Any) -> int | None:
     return int(value) if _is_number(value) else None
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) < float("inf")
 

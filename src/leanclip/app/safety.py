@@ -215,7 +215,7 @@ class _Sender:
         is_last = message["type"] == "http.response.body" and not message.get("more_body")
         if is_last and self.lingers:
             self.lingers = False
-            await self._send(message | {"more_body": True})
+            await self._send({**message, "more_body": True})
             await self._throw_away()
             message = {"type": "http.response.body", "body": b""}
         await self._send(message)

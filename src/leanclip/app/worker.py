@@ -134,8 +134,9 @@ class Worker:
             self._failed()
             return
         while jobs := self._next():
-            for kind in dict.fromkeys(job.kind for job in jobs):
-                self._work(kind, [job for job in jobs if job.kind == kind])
+            for kind in _PASSES:
+                if those := [job for job in jobs if job.kind == kind]:
+                    self._work(kind, those)
         while not self._queue.empty():
             job = self._queue.get()
             if job is not None:
