@@ -75,6 +75,7 @@ def test_every_command_shows_an_example_that_it_understands() -> None:
         ["similarity"],
         ["app"],
         *(["data", *words] for words in commands),
+        *(["search", word] for word in ("build", "update", "find")),
     ):
         done = run_cli(*words, "--help")
         assert done.returncode == 0
