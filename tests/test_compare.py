@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import browser
+from browser import chromium
 from conftest import Command, assert_refused
 from scipy.stats import binomtest, chi2
 from test_sweep import make_classes, make_model
@@ -146,7 +146,7 @@ def test_a_phone_shows_the_comparison(command: Command, workplace: Path) -> None
     done = command("compare", "a", "b", "--data", "pairs:data", "--out", "out")
     assert done.returncode == 0, done.stderr
     assert "<script" not in (workplace / "out/compare.html").read_text()
-    with browser() as page:
+    with chromium(tmp_path) as page:
         page.open(workplace / "out/compare.html", width=390)
         assert page.run("return document.documentElement.scrollWidth") == 390
         assert "<script>" in page.run("return document.body.textContent")

@@ -77,6 +77,7 @@ def test_every_command_shows_an_example_that_it_understands() -> None:
         ["export"],
         ["compare"],
         ["interpolate"],
+        ["app"],
         *(["data", *words] for words in commands),
         *(["search", word] for word in ("build", "update", "find")),
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import browser
+from browser import chromium
 from conftest import TINY, Command, noise_image
 from PIL import Image
 
@@ -220,7 +220,7 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_desk(tmp_path: Path) -> None:
     report = make_report(tmp_path)
     write_metrics(tmp_path / "run")
     path = write_report_page(tmp_path / "run", report)
-    with browser() as page:
+    with chromium(tmp_path) as page:
         for width, dark in ((390, False), (390, True), (1200, False), (320, False)):
             page.open(path, width=width, dark=dark)
             assert page.run("return document.documentElement.scrollWidth") <= width

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leanclip import cli_data, cli_eval, cli_search, cli_use
+from leanclip import cli_app, cli_data, cli_eval, cli_search, cli_use
 from leanclip.cli_eval import (
     Arch,
     ConfigFile,
@@ -47,6 +47,7 @@ app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_search.app, name="search")
 app.add_typer(cli_use.app)
 app.add_typer(cli_eval.app)
+app.add_typer(cli_app.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

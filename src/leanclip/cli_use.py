@@ -332,6 +332,11 @@ def _load(model: str | None, device: "str | torch.device", allow_urls: bool) -> 
     return load(find_model(model), device=device, allow_urls=allow_urls)
 
 
+def has_quickstart() -> bool:
+    """Whether `make quickstart` has trained a model here."""
+    return (QUICKSTART / "checkpoints").is_dir()
+
+
 def find_model(model: str | None) -> str:
     """The model that is meant where none is named.
 
@@ -341,7 +346,7 @@ def find_model(model: str | None) -> str:
     from leanclip.errors import ConfigError
 
     if model is None:
-        if not (QUICKSTART / "checkpoints").is_dir():
+        if not has_quickstart():
             raise ConfigError(
                 "--model: say which: a run's folder, a file or folder of weights, a published "
                 "name (ViT-B/32) or a hub id; without it, what `make quickstart` trained is used, "

@@ -1,0 +1,118 @@
+// Search: a grid that grows as one scrolls; a picture is a button that looks for its like.
+import { ask, byId, formOf, make, receive, tooLarge } from "./shared.js";
+
+const PART = 30;
+let wanted = null; // { words, query } or { words, file }
+let offset = 0;
+let isEnd = true;
+let isAsking = false;
+let round = 0;
+
+export function startSearch() {
+  receive(byId("search-drop"), byId("search-file"), {
+    take: ([file]) => {
+      const wrong = tooLarge(file);
+      if (wrong) byId("search-error").textContent = wrong;
+      else begin({ words: `like ${file.name}`, file });
+    },
+    fail: (words) => (byId("search-error").textContent = words),
+    isShown: () => !byId("search").hidden,
+  });
+  byId("search-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = byId("search-text").value.trim();
+    const without = byId("search-without").value.trim();
+    if (!text) {
+      byId("search-error").textContent = "Type what to look for.";
+      return;
+    }
+    const words = `“${text}”${without ? ` but not “${without}”` : ""}`;
+    begin({ words, query: { q: text, ...(without && { without }) } });
+  });
+  byId("search-label").addEventListener("change", () => wanted && begin(wanted));
+  byId("search-more").addEventListener("click", () => more(true));
+  new IntersectionObserver((entries) => {
+    if (entries.some((entry) => entry.isIntersecting)) more();
+  }, { rootMargin: "300px" }).observe(byId("search-more"));
+  return { shown: () => {}, about };
+}
+
+function about(facts) {
+  if (facts.state === "loading") return;
+  const words = byId("search-status");
+  if (!facts.index) {
+    byId("search-form").hidden = true;
+    words.textContent = "There is no index. Make one with: leanclip search build PHOTOS --model W --out index, and start the page with: leanclip app --index index";
+    return;
+  }
+  words.textContent = `${facts.index.pictures.toLocaleString("en")} pictures in the index.`;
+  const options = facts.index.labels.map((label) => make("option", { value: label, textContent: label }));
+  byId("search-label").append(...options);
+  byId("search-labels").hidden = !options.length;
+}
+
+function begin(what) {
+  wanted = what;
+  offset = 0;
+  isEnd = false;
+  isAsking = false;
+  round += 1;
+  byId("search-grid").replaceChildren();
+  byId("search-error").textContent = "";
+  more();
+}
+
+async function more(isFocused) {
+  if (isAsking || isEnd || !wanted) return;
+  isAsking = true;
+  const mine = round;
+  const page = { offset, limit: PART, label: byId("search-label").value };
+  if (!offset) byId("search-status").textContent = "Searching …";
+  try {
+    const found = wanted.file
+      ? await ask("api/search", formOf({ image: wanted.file, ...page }))
+      : await ask(`api/search?${new URLSearchParams({ ...wanted.query, ...page })}`);
+    if (mine !== round) return;
+    const tiles = found.hits.map(tile);
+    byId("search-grid").append(...tiles);
+    offset += found.hits.length;
+    isEnd = found.is_end || !found.hits.length;
+    byId("search-status").textContent = `${offset}${isEnd ? "" : " or more"} pictures, the nearest first: ${wanted.words}.`;
+    if (isFocused) tiles[0]?.firstChild.focus();
+  } catch (error) {
+    if (mine !== round) return;
+    isEnd = true;
+    byId("search-status").textContent = "";
+    byId("search-error").textContent = error.message;
+  }
+  isAsking = false;
+  const button = byId("search-more");
+  button.hidden = isEnd;
+  // What has been appended may leave the button in view, of which the observer says nothing.
+  if (!isEnd && button.getBoundingClientRect().top < innerHeight + 300) more();
+}
+
+function tile(hit) {
+  const name = hit.path.split("/").pop();
+  const words = hit.caption ?? hit.label ?? name;
+  const image = make("img", { src: `api/pictures/${hit.number}`, alt: words, loading: "lazy" });
+  const about = make(
+    "span",
+    { className: "about" },
+    make("b", { textContent: hit.score.toFixed(3) }),
+    make("span", { textContent: shortened(hit.path) }),
+  );
+  const button = make("button", { type: "button", title: `${hit.path}\nClick for pictures like it` }, image, about);
+  button.addEventListener("click", () => {
+    begin({ words: `like ${name}`, query: { like: hit.number } });
+    byId("search-status").focus();
+    byId("search").scrollIntoView();
+  });
+  return make("li", {}, button);
+}
+
+// The end of a path, which tells pictures apart; the whole is the button's title.
+function shortened(path) {
+  const parts = path.split("/");
+  return parts.length > 3 ? `…/${parts.slice(-2).join("/")}` : path;
+}

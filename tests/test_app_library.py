@@ -1,0 +1,233 @@
+"""The API's search and runs: what they find, and that paths lead nowhere."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import noise_image
+from PIL import Image
+from starlette.testclient import TestClient
+from test_app import check, png, refused, upload
+from test_inference import save_tiny
+
+import leanclip
+from leanclip.app.routes import make_app
+from leanclip.app.runs import MOST_POINTS
+from leanclip.app.service import Service
+from leanclip.app.worker import Worker
+from leanclip.search import Index
+
+PICTURES = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("library")
+    save_tiny(folder / "tiny")
+    for i in range(PICTURES):
+        inner = folder / "photos" / ("cats" if i % 3 else "dogs")
+        inner.mkdir(parents=True, exist_ok=True)
+        noise_image(i, (400, 300)).save(inner / f"{i:02d}.png")
+    write_run(folder / "runs/first", state="done", steps=[10, 20, 30])
+    write_run(folder / "runs/deep/second", state="running", steps=list(range(1, 2001)))
+    (folder / "runs/first/report.html").write_text("<script>alert(1)</script><p>report")
+    (folder / "secret").mkdir()
+    (folder / "secret/metrics.jsonl").write_text("")
+    (folder / "secret/report.html").write_text("secret")
+    return folder
+
+
+def write_run(folder: Path, *, state: str, steps: list[int]) -> None:
+    folder.mkdir(parents=True)
+    lines = [{"step": i, "time": 0.0, "train/loss": 4 - i / steps[-1]} for i in steps]
+    lines += [{"step": steps[-1], "time": 0.0, "val/zeroshot_top1": 0.5, "train/skipped": 0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(f'{text}{{"step": 7, "tra')  # cut short
+    facts = {"state": state, "steps": 2 * steps[-1], "step": steps[-1], "time": 0.0}
+    (folder / "status.json").write_text(json.dumps(facts))
+
+
+@pytest.fixture(scope="module")
+def index(place: Path) -> Iterator[Index]:
+    found = Index.build(place / "photos", place / "tiny", place / "index")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def client(place: Path, index: Index) -> Iterator[TestClient]:
+    clip = index.clip
+    assert clip is not None
+    worker = Worker(lambda: clip)
+    worker.start()
+    service = Service(worker, runs=place / "runs", has_index=True, opened=index)
+    with TestClient(make_app(service), base_url="http://127.0.0.1:8000") as client:
+        while not worker.is_ready:
+            pass
+        yield client
+    worker.stop()
+
+
+def found_by(client: TestClient, **query: str | int) -> list[dict]:
+    return check(client.get("/api/search", params=query), "Hits")["hits"]
+
+
+def test_words_find_what_the_index_finds(client: TestClient, index: Index) -> None:
+    expected = index.search("a red bowl", k=5)
+    found = found_by(client, q="a red bowl", limit=5)
+    assert [hit["number"] for hit in found] == [hit.number for hit in expected]
+    assert [hit["path"] for hit in found] == [hit.path for hit in expected]
+    scores = [hit.score for hit in expected]
+    assert [hit["score"] for hit in found] == pytest.approx(scores, abs=1e-6)
+    vector = index.query(texts=["a red bowl"], without=["a cat"])
+    less = index.search(vector, k=5)
+    found = found_by(client, q="a red bowl", without="a cat", limit=5)
+    assert [hit["score"] for hit in found] == pytest.approx([hit.score for hit in less], abs=1e-5)
+    dogs = found_by(client, q="a red bowl", label="dogs")
+    assert [hit["label"] for hit in dogs] == ["dogs"] * (PICTURES // 3)
+
+
+def test_pages_of_a_search_make_the_whole(client: TestClient, index: Index) -> None:
+    whole = [hit.number for hit in index.search("a red bowl", k=PICTURES)]
+    parts, ends = [], []
+    for offset in range(0, PICTURES, 5):
+        query = {"q": "a red bowl", "offset": offset, "limit": 5}
+        found = client.get("/api/search", params=query).json()
+        parts += [hit["number"] for hit in found["hits"]]
+        ends.append(found["is_end"])
+    assert (parts, ends) == (whole, [False, False, True])
+    past = client.get("/api/search", params={"q": "x", "offset": 100}).json()
+    assert past == {"hits": [], "is_end": True}
+
+
+def test_pictures_find_themselves(client: TestClient, index: Index) -> None:
+    for number in (1, 5):
+        assert found_by(client, like=number)[0]["number"] == number
+        files = upload(index.read(number), name="image")
+        answer = client.post("/api/search", files=files, data={"limit": "3", "offset": "0"})
+        found = check(answer, "Hits")
+        assert [len(found["hits"]), found["is_end"]] == [3, False]
+        assert found["hits"][0]["number"] == number
+        assert found["hits"][0]["score"] == pytest.approx(1, abs=2e-3)  # fp16 vectors
+
+
+def test_a_picture_is_encoded_anew(client: TestClient, index: Index) -> None:
+    answer = client.get("/api/pictures/3", params={"side": 128})
+    assert answer.headers["content-type"] == "image/jpeg"
+    image = Image.open(io.BytesIO(answer.content))
+    assert (image.format, image.size) == ("JPEG", (128, 96))
+    expected = Image.open(io.BytesIO(index.read(3))).convert("RGB").resize((128, 96))
+    far = np.asarray(image, dtype=float) - np.asarray(expected, dtype=float)
+    assert np.abs(far).mean() < 8
+
+
+@pytest.mark.parametrize(
+    "number", ["..%2f..%2fetc%2fpasswd", "..%2f1", "-1", "1.png", "%00", "1e3", "٣", "9" * 30]
+)
+def test_tricks_with_numbers(client: TestClient, number: str) -> None:
+    answer = client.get(f"/api/pictures/{number}")
+    refused(answer, 404 if "%2f" in number else 400)
+    assert "root:" not in answer.text
+    if "%2f" not in number:
+        refused(client.get(f"/api/search?like={number}"), 400, "picture")
+
+
+def test_numbers_that_are_none(client: TestClient, index: Index) -> None:
+    refused(client.get("/api/pictures/999"), 404, "picture 999")
+    refused(client.get("/api/search?like=999"), 404, "picture 999")
+    refused(client.get("/api/search"), 400, "q")
+    refused(client.get("/api/search?q=+"), 400, "q")
+    refused(client.get("/api/search?q=a&offset=-1"), 400, "offset")
+    refused(client.get("/api/search?q=a&limit=100000"), 400, "limit")
+    refused(client.get("/api/pictures/1?side=100000"), 400, "side")
+    refused(client.get("/api/search", params={"q": "word " * 400}), 400, "context")
+    refused(client.post("/api/search", files=upload(b"x", name="image")), 422, "0.png")
+
+
+def test_a_file_that_is_gone_or_is_no_picture_any_more(
+    client: TestClient, index: Index, place: Path
+) -> None:
+    path = Path(index.item(7).path)
+    content = path.read_bytes()
+    path.write_bytes(b"<html>" * (len(content) // 6) + b"x" * (len(content) % 6))
+    refused(client.get("/api/pictures/7"), 422, "picture 7")
+    path.unlink()
+    answer = client.get("/api/pictures/7")
+    refused(answer, 404, "picture 7")
+    assert str(place) not in answer.text
+    path.write_bytes(content)
+
+
+def test_about_says_what_there_is(client: TestClient) -> None:
+    found = check(client.get("/api/about"), "About")
+    assert found["index"] == {"pictures": PICTURES, "labels": ["cats", "dogs"]}
+    assert found["has_runs"]
+
+
+def test_without_an_index_or_runs_the_answer_says_how(client: TestClient) -> None:
+    with TestClient(make_app(Service(None)), base_url="http://127.0.0.1:8000") as bare:
+        refused(bare.get("/api/search?q=a"), 409, "leanclip app --index")
+        refused(bare.get("/api/pictures/1"), 409, "--index")
+        refused(bare.get("/api/runs"), 409, "leanclip app --runs")
+        refused(bare.get("/api/curves?run=first"), 409, "--runs")
+
+
+def test_runs_and_their_curves(client: TestClient, place: Path) -> None:
+    os.utime(place / "runs/first/metrics.jsonl", (1, 1))
+    runs = check(client.get("/api/runs"), "Runs")["runs"]
+    assert [run["name"] for run in runs] == ["deep/second", "first"]
+    assert [run["state"] for run in runs] == ["running", "done"]
+    assert (runs[1]["step"], runs[1]["steps"], runs[1]["has_report"]) == (30, 60, True)
+    found = check(client.get("/api/curves", params={"run": "first"}), "Curves")
+    assert [curve["name"] for curve in found["curves"]] == ["train/loss", "val/zeroshot_top1"]
+    assert found["curves"][0]["steps"] == [10, 20, 30]
+    assert found["curves"][0]["values"] == pytest.approx([4 - 1 / 3, 4 - 2 / 3, 3])
+    assert found["curves"][1]["label"] == "zero-shot top1"
+
+
+def test_long_curves_are_thinned_by_means(client: TestClient) -> None:
+    found = client.get("/api/curves", params={"run": "deep/second"}).json()
+    loss = found["curves"][0]
+    assert len(loss["steps"]) == len(loss["values"]) == MOST_POINTS
+    assert loss["steps"][-1] == 2000
+    assert loss["values"][0] == pytest.approx(4 - 2.5 / 2000)  # of steps 1 to 4
+
+
+def test_a_run_that_says_nothing_any_more(client: TestClient, place: Path) -> None:
+    for name in ("metrics.jsonl", "status.json"):
+        os.utime(place / "runs/deep/second" / name, (1, 1))
+    runs = client.get("/api/runs").json()["runs"]
+    assert {run["name"]: run["state"] for run in runs}["deep/second"] == "silent"
+
+
+def test_a_report_can_do_nothing(client: TestClient) -> None:
+    answer = client.get("/runs/report", params={"run": "first"})
+    assert answer.text.endswith("<p>report")
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("sandbox; default-src 'none'")
+    assert "script" not in policy
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "..%2fsecret", "first/../../secret", "/etc", "", "deep", "first/", "%00"]
+)
+def test_names_of_runs_are_compared_and_not_followed(client: TestClient, name: str) -> None:
+    for path in ("/api/curves", "/runs/report"):
+        answer = client.get(f"{path}?run={name}")
+        refused(answer, 404, "none of that name")
+        assert "secret" not in answer.text
+
+
+def test_the_index_of_another_model_is_refused(place: Path, index: Index, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "other", vision_layers=1)
+    with pytest.raises(leanclip.ConfigError, match="another model"):
+        Index.open(place / "index", leanclip.load(tmp_path / "other"))
+
+
+def test_a_picture_of_ones_own_is_none_of_the_index(client: TestClient) -> None:
+    found = client.post("/api/search", files=upload(png(99), name="image")).json()["hits"]
+    assert found[0]["score"] < 0.9999

@@ -1,0 +1,194 @@
+"""`leanclip app` as a process on loopback: uploads that are refused, many at once, its end."""
+
+import asyncio
+import io
+import json
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx2
+import pytest
+from conftest import Command, Forked, assert_refused, noise_image
+from test_inference import save_tiny
+
+import leanclip
+from leanclip.search import Index
+
+CLIENTS = 200
+
+
+@contextmanager
+def running(folder: Path, *words: str, model: str = "tiny") -> Iterator[tuple[Forked, int]]:
+    """The server and its port."""
+    process = Forked("app", "--port", "0", "--model", model, *words, folder=folder)
+    try:
+        process.until(lambda: "http://" in process.said())
+        yield process, int(process.said().split("/   ")[0].rpartition(":")[2])
+    finally:
+        with suppress(ProcessLookupError):  # it may have ended
+            process.send(signal.SIGKILL)
+            process.code()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("server")
+    save_tiny(folder / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port(place: Path) -> Iterator[int]:
+    with running(place, model=str(place / "tiny")) as (_, port):
+        until_ready(port)
+        yield port
+
+
+def until_ready(port: int) -> None:
+    while httpx2.get(f"http://127.0.0.1:{port}/healthz").status_code != 200:
+        time.sleep(0.02)
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    noise_image(seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def exchange(port: int, head: str, body: bytes = b"") -> tuple[int, dict]:
+    """What comes back for a request by hand, whose body may be cut."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as line:
+        line.sendall(head.encode() + b"\r\n" + body)
+        file = line.makefile("rb")
+        status = int(file.readline().split()[1])
+        length = 0
+        while (header := file.readline().strip().lower()) != b"":
+            if header.startswith(b"content-length:"):
+                length = int(header.split(b":")[1])
+        return status, json.loads(file.read(length))
+
+
+HEAD = "POST /api/compare HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+FORM = "Content-Type: multipart/form-data; boundary=b\r\n"
+
+
+def test_fifty_megabytes_are_refused_before_they_are_read(port: int) -> None:
+    """The answer is there when one byte of the body is."""
+    head = f"{HEAD}{FORM}Content-Length: {50 << 20}\r\n"
+    status, found = exchange(port, head, b"-")
+    assert status == 413
+    assert "20 MB" in found["error"]
+    status, _ = exchange(port, f"{head}Expect: 100-continue\r\n")
+    assert status == 413  # and no "100 Continue" before
+
+
+def test_who_sends_fifty_megabytes_all_the_same_gets_the_answer(port: int) -> None:
+    url = f"http://127.0.0.1:{port}/api/compare"
+    answer = httpx2.post(url, files={"images": bytes(50 << 20)}, data={"texts": "a"})
+    assert answer.status_code == 413
+
+    def pieces() -> Iterator[bytes]:
+        yield b'--b\r\ncontent-disposition: form-data; name="images"; filename="a"\r\n\r\n'
+        for _ in range(50):
+            yield bytes(1 << 20)
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    assert httpx2.post(url, content=pieces(), headers=headers).status_code == 413
+
+
+def test_nonsense_in_place_of_http_is_answered(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as line:
+        line.sendall(b"nonsense\r\n\r\n")
+        assert line.recv(100).startswith(b"HTTP/1.1 400")
+    assert (
+        exchange(port, f"{HEAD}Content-Length: x\r\n".replace("Length: x", "Length: 0"))[0] == 415
+    )
+    head = "GET /..%2f..%2f..%2fetc%2fpasswd HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    assert exchange(port, head)[0] == 404
+    assert exchange(port, head.replace("..%2f..%2f", "../../"))[0] == 404
+    two = "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as line:
+        line.sendall(two.encode() + b"\r\n")
+        assert line.recv(100).split()[1] in (b"400", b"403")
+
+
+def test_who_leaves_in_the_middle_harms_nobody(port: int) -> None:
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.sendall(f"{HEAD}{FORM}Content-Length: 1000\r\n\r\n--b".encode())
+    assert httpx2.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+
+
+def test_two_hundred_at_once_are_all_answered_in_few_passes(place: Path, port: int) -> None:
+    """Every one with what it would get alone."""
+    labels = ["cat", "dog", "red fox"]
+    images = [png(i) for i in range(CLIENTS)]
+    before = httpx2.get(f"http://127.0.0.1:{port}/healthz").json()
+
+    async def all_at_once() -> list[httpx2.Response]:
+        limits = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(limits=limits, timeout=120) as client:
+            url = f"http://127.0.0.1:{port}/api/classify"
+            asked = (
+                client.post(url, files={"image": image}, data={"labels": labels})
+                for image in images
+            )
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(all_at_once())
+    assert [answer.status_code for answer in answers] == [200] * CLIENTS
+    expected = leanclip.load(place / "tiny").classify(images, labels)
+    for answer, guesses in zip(answers, expected, strict=True):
+        for ours, theirs in zip(answer.json()["guesses"], guesses, strict=True):
+            assert ours["similarity"] == pytest.approx(theirs.similarity, abs=2e-6)
+    after = httpx2.get(f"http://127.0.0.1:{port}/healthz").json()
+    assert after["jobs"] - before["jobs"] == CLIENTS + 1  # and the labels, once
+    assert after["passes"] - before["passes"] < CLIENTS / 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_when_it_is_told_to(place: Path, number: int) -> None:
+    with running(place, model=str(place / "tiny")) as (process, port):
+        until_ready(port)
+        process.send(number)
+        code = process.code()
+        assert code in (130, -number)
+        assert "Traceback" not in process.said()
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"http://127.0.0.1:{port}/healthz")
+
+
+def test_a_model_that_is_none_ends_it_with_a_line(tmp_path: Path) -> None:
+    with running(tmp_path, model=str(tmp_path / "nothing")) as (process, _):
+        assert process.code() == 2
+        last = process.said().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "nothing" in last
+
+
+def test_the_index_of_another_model_ends_it_with_a_line(place: Path, tmp_path: Path) -> None:
+    noise_image(1).save(tmp_path / "1.png")
+    Index.build(tmp_path, place / "tiny", tmp_path / "index").close()
+    other = save_tiny(tmp_path / "other", vision_layers=1)
+    with running(tmp_path, "--index", str(tmp_path / "index"), model=str(other)) as (process, _):
+        assert process.code() == 2
+        assert "is of another model" in process.said().splitlines()[-1]
+
+
+def test_mistakes_on_the_command_line(
+    place: Path, port: int, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ("--model", str(place / "tiny"))
+    monkeypatch.delenv("LEANCLIP_TOKEN", raising=False)
+    assert_refused(command("app", *model, "--host", "0.0.0.0"), "--host", "LEANCLIP_TOKEN")
+    assert_refused(command("app", *model, "--token", "short"), "--token", "16")
+    assert_refused(command("app", *model, "--port", str(port)), str(port), "--port")
+    assert_refused(command("app", *model, "--labels", "none.txt"), "none.txt")
+    assert_refused(command("app", *model, "--calibration", "none"), "none", "--calibrate")
+    assert_refused(command("app", *model, "--index", "none"), "none", "leanclip search build")
+    assert_refused(command("app", *model, "--runs", "none"), "--runs none")
+    assert_refused(command("app"), "--model")
