@@ -146,7 +146,7 @@ def test_a_phone_shows_the_comparison(command: Command, workplace: Path) -> None
     done = command("compare", "a", "b", "--data", "pairs:data", "--out", "out")
     assert done.returncode == 0, done.stderr
     assert "<script" not in (workplace / "out/compare.html").read_text()
-    with chromium(tmp_path) as page:
+    with chromium(workplace) as page:
         page.open(workplace / "out/compare.html", width=390)
         assert page.run("return document.documentElement.scrollWidth") == 390
         assert "<script>" in page.run("return document.body.textContent")
