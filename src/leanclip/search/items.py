@@ -163,9 +163,10 @@ class Items:
             change = (self._one("PRAGMA data_version")[0], self._base.total_changes)
             if self._rows is None or self._rows[0] != change:
                 pairs = self._base.execute("SELECT row, number FROM pictures")
-                found = np.fromiter(pairs, np.dtype((np.int64, 2)))
-                numbers = np.zeros(int(found[:, 0].max()) + 1 if len(found) else 0, np.int64)
-                numbers[found[:, 0]] = found[:, 1]
+                flat = np.fromiter((value for pair in pairs for value in pair), np.int64)
+                rows = flat[::2]
+                numbers = np.zeros(int(rows.max()) + 1 if len(rows) else 0, np.int64)
+                numbers[rows] = flat[1::2]
                 self._rows = (change, numbers)
             return self._rows[1]
 
