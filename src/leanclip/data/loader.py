@@ -17,7 +17,7 @@ from hashlib import blake2b
 from itertools import islice
 from multiprocessing.queues import Queue
 from threading import Thread
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -74,12 +74,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         """On the way from a worker: of all tensors only the images are worth shared memory."""
         small = {k: v.numpy() for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return vars(self) | small | {"images": self.images}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             is_array = isinstance(value, np.ndarray)
             setattr(self, name, torch.from_numpy(value) if is_array else value)
