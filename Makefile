@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes, once) ..."
 	@test -x $(RUN)/python || $(PYTHON) -m venv .venv
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[app,dev,export,hub,plots,table,tensorboard]'
+	  -c constraints.txt -e '.[app,dev,export,hub,plots,search,table,tensorboard]'
 	@touch $@
 
 quickstart: $(READY)

@@ -90,7 +90,7 @@ def results_of(rank: int, world_size: int) -> list[tuple[dict[str, float], dict[
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_shards_train_as_one_rank_does(world_size: int, tmp_path: Path) -> None:
     """Two clipped steps of AdamW: weights, moments, the global norm and the towers' norms."""
     expected = results_of(0, 1)

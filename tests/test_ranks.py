@@ -135,6 +135,7 @@ def launched(*options: str) -> tuple[subprocess.Popen[str], list[int]]:
     return process, children(agent)
 
 
+@pytest.mark.slow
 def test_a_dead_rank_is_started_again(workplace: Path) -> None:
     process, ranks = launched("--max-restarts", "1")
     os.kill(ranks[1], signal.SIGKILL)

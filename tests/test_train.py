@@ -166,7 +166,7 @@ def test_deterministic_runs_are_equal_to_the_bit(command: Command, workplace: Pa
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bits(workplace: Path, workers: int) -> None:
     options = [
         "train", "-c", "config.yaml", "-o", "train.epochs=40",
