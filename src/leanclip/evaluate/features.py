@@ -26,7 +26,6 @@ from leanclip.distributed import everyones, gather_rows, rank_and_world_size
 from leanclip.errors import DataError
 from leanclip.images import Preprocess, normalize
 from leanclip.model import CLIP
-from leanclip.model.packed import encode_packed
 from leanclip.tokenizer import END, tokenize
 from leanclip.tracking import ProgressBar
 
@@ -195,7 +194,7 @@ def encode_texts(
         batch_size: texts of a forward pass.
         shared: every rank calls this, encodes its part, and gets all.
         truncate: cut texts that are over the context.
-        packed: batches of texts of several lengths, without padding; not of a model in shards.
+        packed: batches of texts of several lengths, without padding.
 
     Raises:
         DataError: a text is over the context, and `truncate` is false.
@@ -209,10 +208,7 @@ def encode_texts(
     own = [torch.empty(0).long()]
     for rows in _batches(lengths, batch_size, mixed=packed)[rank::world_size]:
         chosen = tokens[rows, : int(lengths[rows[-1]])].long().to(device)  # (B, L)
-        if packed:
-            encoded = encode_packed(model, chosen, lengths[rows].to(device))
-        else:
-            encoded = model.encode_text(chosen)
+        encoded = model.encode_packed(chosen) if packed else model.encode_text(chosen)
         parts.append(F.normalize(encoded.float(), dim=-1).cpu())
         own.append(rows)
     found, rows = torch.cat(parts), torch.cat(own)
