@@ -121,11 +121,14 @@ def resized(part: np.ndarray, resolution: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[0].numpy())
 
 
-def decoding_factor(box: Box, resolution: int) -> int:
-    """By how much a JPEG may be decoded smaller for a part of it to be resized to R x R."""
+def decoding_factor(box: Box, resolution: int, spare: float = SPARE) -> int:
+    """By how much a JPEG may be decoded smaller for a part of it to be resized to R x R.
+
+    Its short side then has at least `spare` times R pixels.
+    """
     left, top, right, bottom = box
     short = min(right - left, bottom - top)
-    return next((f for f in (8, 4, 2) if short >= f * SPARE * resolution), 1)
+    return next((f for f in (8, 4, 2) if short >= f * spare * resolution), 1)
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
