@@ -23,7 +23,7 @@ from test_inference import save_tiny
 import leanclip
 from leanclip.data.shapes import draw_dataset
 from leanclip.errors import ConfigError, DataError, SampleError
-from leanclip.fetch import held
+from leanclip.files import held
 from leanclip.images import CLIP_MEAN, Preprocess
 from leanclip.search import Index
 from leanclip.search.filters import date_range, size_range

@@ -15,7 +15,6 @@ the one of the best metric.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,12 +27,11 @@ from safetensors.torch import load_file, save_file
 
 from leanclip.distributed import gather_rows, rank_and_world_size, together
 from leanclip.errors import WeightsError
-from leanclip.fetch import digest
+from leanclip.files import digest, sync, write_text
 from leanclip.finetune import Tuning
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.sharded import is_sharded, placed_as
-from leanclip.tracking import write_text
 from leanclip.weights import SHARDS, describe_weights, load_into, read_weights, save_weights
 
 
@@ -119,7 +117,7 @@ def save(
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
-    _sync(root)
+    sync(root)
     write_text(root / "latest", folder.name + "\n")
     best = progress.best and f"step-{progress.best.step:08d}"
     if best and (root / best).is_dir():
@@ -294,13 +292,4 @@ def _write_manifest(folder: Path) -> None:
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

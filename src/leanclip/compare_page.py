@@ -10,6 +10,7 @@ from leanclip.errors import SampleError
 from leanclip.evaluate import Task
 from leanclip.evaluate.guard import HEADLINES
 from leanclip.evaluate.retrieval import WAYS
+from leanclip.files import write_text
 from leanclip.images import Source
 from leanclip.page import (
     Html,
@@ -24,7 +25,6 @@ from leanclip.page import (
 )
 from leanclip.plots import image_grid
 from leanclip.report_page import called, say
-from leanclip.tracking import write_text
 
 SHOWN = 24  # changed samples of a kind on the page
 DRAWN = 12  # in the picture

@@ -16,7 +16,6 @@ Shapes: n rows of a shard, N of all, E embedding.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -29,10 +28,11 @@ import torch
 from leanclip.data.pairs import find_images
 from leanclip.data.samples import Strings
 from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.files import whole_file, write_text
 from leanclip.images import evaluation_pixels
 from leanclip.inference import Clip
 from leanclip.inputs import in_threads
-from leanclip.tracking import ProgressBar, write_text
+from leanclip.tracking import ProgressBar
 from leanclip.weights import fingerprint
 
 log = logging.getLogger("leanclip")
@@ -257,9 +257,8 @@ def _open(out: Path, index: Index) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if any(path.suffix in (".npy", ".parquet") for path in out.iterdir()):
             raise ConfigError(f"{out}: holds files of something else; choose another --out")
-        part = out / f".{INDEX}.{os.getpid()}.part"  # several ranks may do this
-        part.write_text(json.dumps(asdict(index), indent=1) + "\n")
-        part.replace(out / INDEX)
+        with whole_file(out / INDEX, by_several=True) as part:
+            part.write_text(json.dumps(asdict(index), indent=1) + "\n")
         return
     there, here = asdict(read_index(out)), asdict(index)
     words = {"ids": "the images", "weights": "the weights", "images": "the number of images"}
@@ -308,18 +307,15 @@ def _write(
     if skipped:
         write_text(_skipped_file(out, shard), json.dumps(skipped, indent=1) + "\n")
     last = _last_file(out, shard, index.format)
-    part = last.with_name(f".{last.name}.part")
     if index.format == "npy":
         write_text(_ids_file(out, shard), json.dumps(ids))
-        with part.open("wb") as file:
+        with whole_file(last) as part, part.open("wb") as file:
             np.save(file, features)
-            file.flush()
-            os.fsync(file.fileno())
-    else:
-        pa, pq = _parquet()
-        values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)
+        return
+    pa, pq = _parquet()
+    values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)
+    with whole_file(last) as part:
         pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": values}), part)
-    part.replace(last)
 
 
 def _read_parquet(path: Path, index: Index) -> tuple[list[str], np.ndarray]:

@@ -4,19 +4,17 @@ URL -> path.part (goes on where it stopped) -> checksum -> path
 """
 
 import errno
-import fcntl
-import hashlib
 import logging
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from leanclip.errors import DataError
+from leanclip.files import digest
 
 log = logging.getLogger("leanclip")
 
@@ -110,42 +108,6 @@ def fetch_bytes(url: str, *, limit: int, seconds: float = 30) -> bytes:
 def is_url(text: str) -> bool:
     """Whether this is an address and no path."""
     return text.lower().startswith(("http://", "https://"))
-
-
-def digest(path: Path, length: int = 64) -> str:
-    """A file's SHA-256, or its MD5 for a `length` of 32 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5" if length == 32 else "sha256").hexdigest()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock that a file is, among all processes and threads of this machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # closing would not do: a process forked meanwhile holds the file open too
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-@contextmanager
-def held(path: Path) -> Iterator[bool]:
-    """Try to hold the lock that a file is, until the end of this process at the latest.
-
-    Gives whether it does, or another process has it. Processes that are forked off do not share it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            yield False
-        else:
-            yield True
 
 
 def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:

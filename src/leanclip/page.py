@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from leanclip.errors import SampleError
+from leanclip.files import write_text
 from leanclip.images import Source, open_image
-from leanclip.tracking import write_text
 
 SIDE = 112  # of a thumbnail, in pixels: twice what is shown, for fine screens
 _VOID = {  # elements without an inside, in HTML and in SVG

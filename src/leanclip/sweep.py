@@ -19,11 +19,11 @@ from leanclip.errors import ConfigError
 from leanclip.evaluate import Task
 from leanclip.evaluate.guard import HEADLINES
 from leanclip.evaluate.several import evaluate_each
+from leanclip.files import write_text
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.plots import pareto_picture
 from leanclip.settings import to_plain
-from leanclip.tracking import write_text
 from leanclip.weights import Weights, interpolate, write_weights
 from leanclip.weights.interpolate import between
 

@@ -27,7 +27,7 @@ from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed import barrier, everyones, rank_and_world_size, together, total
 from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluate import Report, evaluate
-from leanclip.fetch import held
+from leanclip.files import held, write_text
 from leanclip.finetune import Tuning
 from leanclip.frozen import Frozen, freeze
 from leanclip.loss_scale import LossScale
@@ -41,7 +41,7 @@ from leanclip.step import StepResult, train_step
 from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
 from leanclip.towers import prepare_towers
-from leanclip.tracking import MetricsLog, ProgressBar, write_text
+from leanclip.tracking import MetricsLog, ProgressBar
 from leanclip.watching import (
     Clock,
     LogLines,

@@ -4,15 +4,15 @@ A run is a folder with metrics.jsonl, up to three below. Its name is its path fr
 only ever compared with the names that are there: no path is made from what a browser sends.
 """
 
-import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanclip.files import read_facts
 from leanclip.tracking import read_metrics
 
 DEPTH = 3
@@ -44,7 +44,7 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What a list shows: its state, step of how many, when it last wrote, has it a report."""
-        status = _json(self.folder / "status.json")
+        status = read_facts(self.folder / "status.json")
         changed = max((_changed(self.folder / name) for name in NAMES), default=0.0)
         state = str(status.get("state", "unknown"))
         if state == "running" and time.time() - changed > STALE:
@@ -128,14 +128,6 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
     starts = range(0, len(steps), size)
     means = [sum(part) / len(part) for i in starts for part in [values[i : i + size]]]
     return [steps[min(i + size, len(steps)) - 1] for i in starts], means
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _changed(path: Path) -> float:

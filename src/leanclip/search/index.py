@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from leanclip.errors import ConfigError, DataError
-from leanclip.fetch import held
+from leanclip.files import held
 from leanclip.inference import Clip, load
 from leanclip.inputs import ImageInput
 from leanclip.search import approximate

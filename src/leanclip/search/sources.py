@@ -8,7 +8,6 @@ An image's label is the first folder below the source, or what its shard says.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from leanclip.data.samples import read_class_names, read_lines
 from leanclip.data.sources.tar_index import PROBLEMS, shard_index
 from leanclip.embeddings import INDEX, read_index, shards_of
 from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.files import read_facts
 from leanclip.images import evaluation_pixels
 from leanclip.search.filters import absolute
 from leanclip.search.items import Entry
@@ -161,10 +161,7 @@ def _is_embeddings(path: Path) -> bool:
     """`leanclip data pack` writes an index.json too, beside its shards."""
     if not (path / INDEX).is_file() or any(path.glob("*.tar")):
         return False
-    try:
-        return "embed_dim" in json.loads((path / INDEX).read_text())
-    except (OSError, ValueError):
-        return False
+    return "embed_dim" in read_facts(path / INDEX)
 
 
 def _file(path: Path, root: Path) -> Entry | None:

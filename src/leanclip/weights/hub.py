@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from leanclip.errors import DataError, WeightsError
-from leanclip.fetch import cache_folder, digest, fetch
+from leanclip.fetch import cache_folder, fetch
+from leanclip.files import digest
 from leanclip.tracking import ProgressBar
 
 # openai/CLIP, clip/clip.py: the SHA-256 of each file is a part of its address.

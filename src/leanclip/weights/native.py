@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.fetch import digest
+from leanclip.files import digest
 from leanclip.images import Preprocess
 from leanclip.settings import parse, to_plain
 from leanclip.weights.formats import read_safetensors

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from leanclip.data.sources.shard_list import shard_name
 from leanclip.errors import DataError, SampleError
-from leanclip.fetch import FetchError, cache_folder, fetch, locked
+from leanclip.fetch import FetchError, cache_folder, fetch
+from leanclip.files import locked
 
 log = logging.getLogger("leanclip")
 

@@ -17,7 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from leanclip.fetch import cache_folder, locked
+from leanclip.fetch import cache_folder
+from leanclip.files import locked
 
 log = logging.getLogger("leanclip")
 
