@@ -54,7 +54,7 @@ class ParquetRows:
             _write_arrow(self.paths, list(columns), self.batch, self.size, part)
 
         kind = f"arrow-{','.join(columns)}-{self.batch}"
-        self.arrow = cached(self.paths, kind, write, is_whole=_is_arrow, size=size)
+        self.arrow = cached(self.paths, kind, write, _whole_arrow, size=size)
 
     def __len__(self) -> int:
         return self.size
@@ -155,12 +155,12 @@ def _write_arrow(
             bar.update(done)
 
 
-def _is_arrow(path: Path) -> bool:
-    """Whether a file is whole; ValueError of pyarrow if not."""
+def _whole_arrow(path: Path) -> Path | None:
+    """The file itself, if it is whole; else a ValueError of pyarrow."""
     import pyarrow
 
     with pyarrow.OSFile(str(path), "rb") as file:
-        return pyarrow.ipc.open_file(file).num_record_batches > 0
+        return path if pyarrow.ipc.open_file(file).num_record_batches else None
 
 
 def _plain(field: "pyarrow.Field") -> "pyarrow.Field":
