@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from leanclip.compare import Change, Comparison, points, sentence
@@ -23,7 +22,7 @@ from leanclip.page import (
     thumbnail,
     write_page,
 )
-from leanclip.plots import image_grid
+from leanclip.plots import can_draw, image_grid
 from leanclip.report_page import called, say
 
 SHOWN = 24  # changed samples of a kind on the page
@@ -47,7 +46,7 @@ def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> 
                 )
                 drawn.append((task, one, words))
     images = [(image, words) for task, one, words in drawn if (image := _image(task, one))]
-    if images and find_spec("matplotlib") is not None:
+    if images and can_draw():
         pictures, titles = zip(*images, strict=True)
         image_grid(pictures, titles, folder / "changed.png")
         written.append(folder / "changed.png")

@@ -28,6 +28,7 @@ import torch
 from leanclip.data.pairs import find_images
 from leanclip.data.samples import Strings
 from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.extras import need
 from leanclip.files import whole_file, write_text
 from leanclip.images import evaluation_pixels
 from leanclip.inference import Clip
@@ -319,21 +320,13 @@ def _write(
 
 
 def _read_parquet(path: Path, index: Index) -> tuple[list[str], np.ndarray]:
-    _, pq = _parquet()
-    table = pq.read_table(path)
+    table = _parquet()[1].read_table(path)
     flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return table["id"].to_pylist(), flat.reshape(-1, index.embed_dim)
 
 
 def _parquet() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(
-            "parquet: pyarrow is missing; get it with: pip install -c constraints.txt -e '.[table]'"
-        ) from None
-    return pyarrow, pyarrow.parquet
+    return tuple(need(name, "parquet", extra="table") for name in ("pyarrow", "pyarrow.parquet"))
 
 
 def _missing(out: Path, index: Index) -> list[int]:

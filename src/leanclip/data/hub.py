@@ -21,6 +21,7 @@ from leanclip.data.order import shuffled
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.sources.columns import Meaning, check_count, choose_columns, class_names
 from leanclip.errors import DataError, SampleError
+from leanclip.extras import need
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -37,12 +38,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         DataError: `datasets` is missing, it cannot be opened, or lacks columns.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            "data.layout: hub needs datasets: pip install -c constraints.txt -e '.[hub]'"
-        ) from None
+    datasets = need("datasets", "data.layout: hub", extra="hub", error=DataError)
     with _in_one_line(config.root):
         rows = _load(config)
         # A stream of text files has no features yet; its first row has the columns.

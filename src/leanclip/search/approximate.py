@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from leanclip.errors import ConfigError
+from leanclip.extras import need
 from leanclip.files import whole_file
 from leanclip.search.items import Items
 from leanclip.search.vectors import Vectors
@@ -173,11 +174,4 @@ def _recall(approximate: Approximate, rows: np.ndarray, texts: np.ndarray) -> di
 
 
 def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise ConfigError(
-            "approximate search: faiss is missing; get it with: "
-            "pip install -c constraints.txt -e '.[search]'"
-        ) from None
-    return faiss
+    return need("faiss", "approximate search", extra="search")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from leanclip.data.sources.cached import cached
 from leanclip.data.sources.columns import check_count, sorted_values
 from leanclip.errors import DataError, SampleError
+from leanclip.extras import need
 from leanclip.tracking import ProgressBar
 
 if TYPE_CHECKING:
@@ -109,13 +110,9 @@ class ParquetRows:
 
 
 def _open(path: Path) -> Any:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: reading Parquet needs pyarrow: pip install -c constraints.txt -e '.[table]'"
-        ) from None
+    pyarrow = need("pyarrow", f"{path}: reading Parquet", extra="table", error=DataError)
+    from pyarrow import parquet
+
     try:
         return parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
