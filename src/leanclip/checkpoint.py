@@ -16,7 +16,7 @@ the one of the best metric.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +82,7 @@ def save(
     """
     folder = root / f"step-{progress.step:08d}"
     temporary = root / f".{folder.name}.tmp"
-    random_states = _random_states()
+    random_states, hashes = _random_states(), {}
     rank, has_shards = rank_and_world_size()[0], is_sharded(model)
     if rank > 0 and not has_shards:
         return folder
@@ -102,12 +102,13 @@ def save(
             tensors = random_states
         else:
             weights = tuning.weights() if tuning else model.state_dict()
-            save_weights(temporary, weights, model.config, preprocess)
+            sha256 = save_weights(temporary, weights, model.config, preprocess)
+            hashes["model.safetensors"] = sha256
             tensors = _moments(model, optimizer) | random_states
             tensors |= tuning.state() if tuning else {}
         save_file(tensors, temporary / "training.safetensors")
         (temporary / "state.json").write_text(json.dumps(vars(progress)))
-        _write_manifest(temporary)
+        _write_manifest(temporary, hashes)
         for problem in _problems(temporary):
             raise OSError(f"{problem}, right after it was written")
     except (OSError, SafetensorError) as error:
@@ -209,7 +210,7 @@ def merge(source: Path, destination: Path) -> Path:
     random_states = load_file(folder / "training.safetensors")
     save_file(moments | random_states, temporary / "training.safetensors")
     shutil.copyfile(folder / "state.json", temporary / "state.json")
-    _write_manifest(temporary)
+    _write_manifest(temporary, {"model.safetensors": config["sha256"]})
     temporary.rename(destination)
     return folder
 
@@ -284,11 +285,12 @@ def _random_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def _write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Size and SHA-256 of every file; `hashes` are those that are known."""
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     facts = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest(path)}
-        for path in files
+        name: {"size": path.stat().st_size, "sha256": hashes.get(name) or digest(path)}
+        for name, path in files.items()
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
     for path in (*folder.rglob("*"), folder):
