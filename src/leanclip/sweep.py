@@ -204,5 +204,5 @@ class Mixtures(Collection[tuple[CLIP, Preprocess]]):
             mixed = {name: between(first[name], second[name], alpha) for name in first}
             self._model.load_state_dict(mixed)
             preprocess = self._preprocess[alpha >= 0.5]
-            resolution = self._model.config.image_resolution
-            yield self._model, preprocess or Preprocess(resolution)
+            assert preprocess is not None
+            yield self._model, preprocess
