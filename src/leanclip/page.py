@@ -6,7 +6,6 @@ strangers. Charts are SVG and tables, so that a page needs no library to be draw
 
 import base64
 import html
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 
 from leanclip.errors import SampleError
 from leanclip.files import write_text
-from leanclip.images import Source, open_image
+from leanclip.images import Source, as_jpeg, middle_square, open_image
 
 SIDE = 112  # of a thumbnail, in pixels: twice what is shown, for fine screens
 _VOID = {  # elements without an inside, in HTML and in SVG
@@ -123,14 +122,10 @@ def thumbnail(source: Source, words: str = "", *, side: int = SIDE) -> Html:
         image = open_image(source)
     except SampleError:
         return tag("span", "no picture", class_="thumb missing")
-    short = min(image.size)
-    left, top = ((length - short) // 2 for length in image.size)
-    image = image.crop((left, top, left + short, top + short))
-    if short > side:
+    image = image.crop(middle_square(image))
+    if image.width > side:
         image = image.resize((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    data = base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(as_jpeg(image, 85)).decode()
     return tag(
         "img",
         src=f"data:image/jpeg;base64,{data}",

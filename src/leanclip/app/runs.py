@@ -87,7 +87,7 @@ def runs_in(top: Path) -> list[Run]:
 def _below(top: Path, folder: Path, depth: int) -> Iterator[Run]:
     if (folder / "metrics.jsonl").is_file():
         name = "." if folder == top else folder.relative_to(top).as_posix()
-        yield Run(_plain(name), folder)
+        yield Run(plain(name), folder)
         return
     if depth == 0:
         return
@@ -146,6 +146,6 @@ def _is_number(value: Any) -> bool:
     return is_number and abs(value) < float("inf")
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name as JSON can have it, whatever bytes the file system has."""
     return name.encode("utf-8", "replace").decode()

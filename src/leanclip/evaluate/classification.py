@@ -93,14 +93,10 @@ class Classification:
         def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:
             ranks_drawn = ranks[drawn]  # (R, N)
             right = ranks_drawn == 1
-            cells = labels[drawn] + size * np.arange(len(drawn))[:, None]
-            counts = np.bincount(cells.ravel(), minlength=size * len(drawn)).reshape(-1, size)
-            hits = np.bincount(cells[right], minlength=size * len(drawn)).reshape(-1, size)
-            shares = np.where(counts > 0, hits / np.maximum(counts, 1), 0)
             return {
                 "top1": right.mean(axis=1),
                 "top5": (ranks_drawn <= 5).mean(axis=1),
-                "mean_per_class": shares.sum(axis=1) / (counts > 0).sum(axis=1),
+                "mean_per_class": mean_per_class(right, labels[drawn], size),
             }
 
         return bootstrap(len(ranks), measure)
@@ -136,6 +132,19 @@ def classify(
         probabilities[rows] = (top.float() - total).exp().cpu()
         first += len(scores)
     return Classification(classes, indices, labels, features, ranks, tops, probabilities)
+
+
+def mean_per_class(right: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
+    """The mean of each class's share that is right, of the `size` classes that are there.
+
+    Of each row of `right` (R, N) bool and `labels` (R, N): (R,).
+    """
+    cells = labels + size * np.arange(len(labels))[:, None]
+    counts, hits = (
+        np.bincount(some.ravel(), minlength=size * len(labels)).reshape(-1, size)
+        for some in (cells, cells[right])
+    )
+    return (hits / np.maximum(counts, 1)).sum(axis=1) / (counts > 0).sum(axis=1)
 
 
 def rank_of(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
