@@ -24,7 +24,7 @@ LEVELS = (
     ("train", "inference", "charts", "embeddings"),
     ("openai", "passl", "export", "compare", "sweep", "search"),
     ("compare_page", "app"),
-    ("cli", "cli_app", "cli_data", "cli_eval", "cli_search", "cli_use", "doctor"),
+    ("cli", "cli_app", "cli_data", "cli_eval", "cli_options", "cli_search", "cli_use", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

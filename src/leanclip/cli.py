@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from leanclip import cli_app, cli_data, cli_eval, cli_search, cli_use
-from leanclip.cli_eval import (
+from leanclip.cli_options import (
     Arch,
     ConfigFile,
     NumGpus,

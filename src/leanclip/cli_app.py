@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from leanclip.cli_use import Device, Model, find_model, has_quickstart
+from leanclip.cli_options import Device, Model, find_model, has_quickstart
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(rich_markup_mode=None)
