@@ -46,8 +46,8 @@ def sync(path: Path) -> None:
 def read_json_lines(path: Path) -> list[Any]:
     """What each line holds, as JSON; none of no file. A line cut short by a crash is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with suppress(ValueError):
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return found
 

@@ -62,8 +62,6 @@ class Run:
         """Its figures by step, thinned to MOST_POINTS each: name, steps, values."""
         found: dict[str, tuple[list[int], list[float]]] = {}
         for line in read_metrics(self.folder):
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-                continue
             for name, value in line.items():
                 if _label(name) is not None and _is_number(value):
                     steps, values = found.setdefault(name, ([], []))
