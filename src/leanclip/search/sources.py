@@ -19,6 +19,7 @@ import numpy as np
 from leanclip.data.pairs import list_images, no_images
 from leanclip.data.samples import read_class_names, read_lines
 from leanclip.data.sources.tar_index import PROBLEMS, shard_index
+from leanclip.decoding import open_regular, refusing
 from leanclip.embeddings import INDEX, read_index, shards_of
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.files import read_facts
@@ -116,17 +117,11 @@ def read_bytes(path: str, shard: str | None, start: int, size: int) -> bytes:
     Raises:
         SampleError: it is not there any more.
     """
-    try:
-        with Path(shard or path).open("rb") as file:
-            if shard is None:
-                return file.read()
-            file.seek(start)
-            return file.read(size)
-    except FileNotFoundError:
-        raise SampleError("missing file", f"{shard or path}: no such file") from None
-    except OSError as error:
-        reason = f"{shard or path}: cannot be read: {error.strerror}"
-        raise SampleError("unreadable file", reason) from None
+    with refusing(f"{shard or path}: "), open_regular(shard or path) as file:
+        if shard is None:
+            return file.read()
+        file.seek(start)
+        return file.read(size)
 
 
 def with_caption(entry: Entry) -> Entry:
