@@ -232,11 +232,8 @@ def templates_in(content: bytes, *, where: str) -> list[str]:
     Raises:
         DataError: there are none, one lacks `{}`, or it is not UTF-8.
     """
-    try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: is not UTF-8 text") from None
-    lines = [line if "{}" in line else line.replace("{c}", "{}") for line in lines if line]
+    lines = [line for line in _lines_in(content, where) if line]
+    lines = [line if "{}" in line else line.replace("{c}", "{}") for line in lines]
     check_templates(lines, where=where)
     return lines
 
@@ -247,10 +244,7 @@ def class_names_in(content: bytes, *, where: str) -> list[str]:
     Raises:
         DataError: it is empty, not UTF-8, or has a blank line before others.
     """
-    try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: is not UTF-8 text") from None
+    lines = _lines_in(content, where)
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
@@ -261,3 +255,11 @@ def class_names_in(content: bytes, *, where: str) -> list[str]:
             f"write a name there, or remove the line"
         )
     return lines
+
+
+def _lines_in(content: bytes, where: str) -> list[str]:
+    """The lines of a text, stripped."""
+    try:
+        return [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: is not UTF-8 text") from None
