@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import PROJECT, run_cli
+from test_imports import arrows
 from typer.main import get_command
 
 from leanclip.cli import app
@@ -38,6 +39,16 @@ def test_the_file_tree_of_the_readme_is_true() -> None:
                 continue
             name = f"src/leanclip/{path.name}{'/' if path.is_dir() else ''}"
             assert name in package, f"{name} is not in the README's file tree"
+
+
+def test_the_file_tree_is_in_the_order_of_imports() -> None:
+    text = (PROJECT / "README.md").read_text()
+    found = re.findall(r"^    (\w+)(?:\.py|/) ", text, re.M)
+    imported = arrows()
+    order = [name for name in found if name in imported]
+    assert sorted(order) == sorted(imported)
+    for place, name in enumerate(order):
+        assert imported[name] <= set(order[:place]), f"{name} imports what stands below it"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
