@@ -86,7 +86,7 @@ def fetch(
     return path
 
 
-def fetch_bytes(url: str, *, limit: int, seconds: float = 30) -> bytes:
+def fetch_bytes(url: str, *, limit: int) -> bytes:
     """What is at a URL, in memory.
 
     Raises:
@@ -95,7 +95,7 @@ def fetch_bytes(url: str, *, limit: int, seconds: float = 30) -> bytes:
     if not is_url(url):
         raise FetchError(f"{url}: is not an http or https address")
     try:
-        with urllib.request.urlopen(url, timeout=seconds) as response:
+        with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read(limit + 1)
     except (OSError, HTTPException, ValueError) as error:
         status = error.code if isinstance(error, urllib.error.HTTPError) else None

@@ -18,6 +18,7 @@ from leanclip.files import write_text
 from leanclip.images import Source, as_jpeg, middle_square, open_image
 
 SIDE = 112  # of a thumbnail, in pixels: twice what is shown, for fine screens
+MOST_POINTS = 400  # of a line
 _VOID = {  # elements without an inside, in HTML and in SVG
     "img",
     "meta",
@@ -116,15 +117,15 @@ def bar(share: float, *, low: float | None = None, high: float | None = None) ->
     return tag("span", parts, class_="bar", aria_hidden="true")
 
 
-def thumbnail(source: Source, words: str = "", *, side: int = SIDE) -> Html:
+def thumbnail(source: Source, words: str = "") -> Html:
     """A picture inside the page, cut to a square; its words are for who cannot see it."""
     try:
         image = open_image(source)
     except SampleError:
         return tag("span", "no picture", class_="thumb missing")
     image = image.crop(middle_square(image))
-    if image.width > side:
-        image = image.resize((side, side), Image.Resampling.LANCZOS)
+    if image.width > SIDE:
+        image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     data = base64.b64encode(as_jpeg(image, 85)).decode()
     return tag(
         "img",
@@ -265,8 +266,8 @@ def _tick(value: float, top: float) -> str:
     return words if len(words) < 8 else f"{value:.1e}".replace("e-0", "e-")
 
 
-def _thinned(line: Points, count: int = 400) -> list[tuple[float, float]]:
-    """Of a long line so many points, evenly, and the last; no infinite ones."""
+def _thinned(line: Points) -> list[tuple[float, float]]:
+    """Of a long line MOST_POINTS, evenly, and the last; no infinite ones."""
     finite = [point for point in line if all(map(math.isfinite, point))]
-    step = -(-len(finite) // count) if finite else 1
+    step = -(-len(finite) // MOST_POINTS) if finite else 1
     return [*finite[::step], *finite[-1:]]

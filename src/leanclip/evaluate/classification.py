@@ -157,13 +157,13 @@ def rank_of(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return (~(scores <= value) | (before & (scores == value))).sum(dim=1) + 1
 
 
-def calibration_error(confidences: torch.Tensor, hits: torch.Tensor, bins: int = BINS) -> float:
+def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> float:
     """Expected calibration error: the mean distance of confidence and accuracy, by bin.
 
     Bins of equal width over (0, 1], the upper edge within; weighted by their samples.
     """
-    places = (confidences.double() * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.float64)
+    places = (confidences.double() * BINS).ceil().long().clamp(1, BINS) - 1
+    gaps = torch.zeros(BINS, dtype=torch.float64)
     gaps.index_add_(0, places, hits.double() - confidences.double())
     return gaps.abs().sum().item() / len(hits)
 
