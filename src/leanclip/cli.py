@@ -20,6 +20,7 @@ from leanclip.cli_options import (
     NumGpus,
     NumProcs,
     Overrides,
+    Rows,
     count_ranks,
     launch_ranks,
 )
@@ -244,25 +245,19 @@ def models() -> None:
 
     GFLOPs are of one image and one caption of the whole context, forward; a multiply-add is two.
     """
-    import json
+    from rich.console import Console
 
     from leanclip.model.presets import summaries
 
-    if not sys.stdout.isatty():
+    headings = ("model", "parameters (M)", "forward GFLOPs", "pixels", "activation")
+    rows = Rows(*headings, numbers=range(1, 4), as_json=False)
+    with Console(stderr=True).status("counting operations ..."):
         for summary in summaries():
-            print(json.dumps(summary))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("model")
-    for heading in ("parameters (M)", "forward GFLOPs", "pixels", "activation"):
-        table.add_column(heading, justify="left" if heading == "activation" else "right")
-    console = Console()
-    with console.status("counting operations ..."):
-        for summary in summaries():
-            table.add_row(*(str(value) for value in summary.values()))
-    console.print(table)
+            if rows.is_json:
+                rows.add_json(summary)
+            else:
+                rows.add(*map(str, summary.values()))
+    rows.end()
 
 
 @app.command()
