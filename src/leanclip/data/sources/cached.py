@@ -39,7 +39,8 @@ def cached(
         identity: what the sources are known by in place of their paths and times.
 
     Raises:
-        DataError: the cache folder cannot be written, or is too full.
+        DataError: the cache folder cannot be written, or is too full; or a source was changed
+            meanwhile.
         OSError: a source cannot be read.
     """
     path = cached_path(sources, kind, identity)
@@ -59,7 +60,8 @@ def cached(
             f"{sources[0]}: cannot keep what is worked out from it in {path.parent}: "
             f"{error.strerror or error}; set LEANCLIP_CACHE to a folder with room"
         ) from None
-    assert found is not None, path
+    if found is None:
+        raise DataError(f"{sources[0]}: was changed while it was read; try again")
     return found
 
 
