@@ -26,7 +26,7 @@ from leanclip.cli_options import (
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from leanclip.search import Changes, Hit, Index
+    from leanclip.search import Hit, Index
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(
@@ -73,7 +73,7 @@ def build(
     from leanclip.search import Index
 
     source = find_model(model)
-    index, changes = Index.begin(
+    index = Index.build(
         sources,
         load(source, device=device),
         out,
@@ -83,7 +83,7 @@ def build(
         workers=workers,
         max_bad_share=max_bad_share,
     )
-    _finish(index, changes, ann, recall, as_json)
+    _finish(index, ann, recall, as_json)
 
 
 @app.command(epilog="Example: leanclip search update index")
@@ -100,8 +100,8 @@ def update(
 ) -> None:
     """Add what is new in an index's folders, drop what is gone, embed again what has changed."""
     opened = _open(index, model, device)
-    changes = opened.update(batch_size=batch_size, workers=workers, max_bad_share=max_bad_share)
-    _finish(opened, changes, ann, recall, as_json)
+    opened.update(batch_size=batch_size, workers=workers, max_bad_share=max_bad_share)
+    _finish(opened, ann, recall, as_json)
 
 
 @app.command(
@@ -190,10 +190,9 @@ def _open(path: Path, model: str | None, device: str) -> "Index":
     return opened
 
 
-def _finish(
-    index: "Index", changes: "Changes", ann: str | None, recall: float, as_json: bool
-) -> None:
+def _finish(index: "Index", ann: str | None, recall: float, as_json: bool) -> None:
     """Build what is approximate, and say what was done."""
+    changes = index.changes
     facts: dict[str, Any] = {"index": str(index.path), **asdict(changes)}
     if ann:
         facts["approximate"] = index.build_approximate(ann, wanted=recall)
