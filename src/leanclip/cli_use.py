@@ -31,7 +31,6 @@ from leanclip.cli_options import (
 if TYPE_CHECKING:
     from leanclip.classifier import Guess
     from leanclip.decoding import Source
-    from leanclip.inference import Clip
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -197,7 +196,7 @@ def embed(
     The same command goes on where an earlier one was interrupted or killed.
     """
     from leanclip.distributed import choose_device
-    from leanclip.launch import is_rank, join_launch, launch
+    from leanclip.launch import is_rank, join_launch, launch, rank, world_size
 
     ranks = count_ranks(num_gpus, num_procs)
     device = choose_device("cpu" if num_procs > 1 else "auto", num_gpus)
@@ -209,9 +208,25 @@ def embed(
         if code := launch(context.obj, ranks=ranks):
             raise SystemExit(code)
     else:
+        from leanclip.embeddings import Source
+        from leanclip.embeddings import embed as write
+
         join_launch()
-        settings = (shard_size, batch_size, workers, format, dtype, max_bad_share)
-        _embed(folder, out, load_model(model, device), *settings)
+        clip = load_model(model, device)
+        paths = list(_lines(sys.stdin)) if folder == "-" else None
+        write(
+            clip,
+            Source(None, paths) if paths is not None else Source.of(Path(folder)),
+            out,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            workers=workers,
+            format=format,
+            dtype=dtype,
+            max_bad_share=max_bad_share,
+            rank=rank(),
+            world_size=world_size(),
+        )
     if not is_rank():
         _say_embedded(out)
 
@@ -232,41 +247,6 @@ def export(
 
     facts = write(load(source, device="cpu"), out, to, int8=int8)
     print(summary(out, facts))
-
-
-def _embed(
-    folder: str,
-    out: Path,
-    clip: "Clip",
-    shard_size: int,
-    batch_size: int,
-    workers: int | None,
-    format: str,
-    dtype: str,
-    max_bad_share: float,
-) -> None:
-    """As one of the ranks, or alone."""
-    from leanclip import embeddings
-    from leanclip.launch import rank, world_size
-
-    source = (
-        embeddings.Source(None, list(_lines(sys.stdin)))
-        if folder == "-"
-        else embeddings.Source.of(Path(folder))
-    )
-    embeddings.embed(
-        clip,
-        source,
-        out,
-        shard_size=shard_size,
-        batch_size=batch_size,
-        workers=workers,
-        format=format,
-        dtype=dtype,
-        max_bad_share=max_bad_share,
-        rank=rank(),
-        world_size=world_size(),
-    )
 
 
 def _say_embedded(out: Path) -> None:
