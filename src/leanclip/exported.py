@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from leanclip.config import ModelConfig
-from leanclip.errors import ConfigError, WeightsError
+from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.extras import need
 from leanclip.images import Preprocess
 from leanclip.settings import parse
@@ -124,7 +124,7 @@ def _onnx(path: Path) -> Tower:
             providers=["CPUExecutionProvider"],
         )
     except Exception as error:  # onnxruntime's own kinds
-        raise ValueError(f"{path.name}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path.name}: {one_line(error)}") from None
     name = session.get_inputs()[0].name
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -137,5 +137,5 @@ def _torch(path: Path) -> Tower:
     try:
         program = torch.export.load(path).module()
     except Exception as error:  # of zips, of schemas, of its own
-        raise ValueError(f"{path.name}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path.name}: {one_line(error)}") from None
     return lambda x: program(x.cpu())

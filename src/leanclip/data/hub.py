@@ -20,7 +20,7 @@ from leanclip.config import DataConfig
 from leanclip.data.order import shuffled
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.sources.columns import Meaning, check_count, choose_columns, class_names
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, one_line
 from leanclip.extras import need
 
 _SUFFIXES = {
@@ -233,5 +233,4 @@ def _in_one_line(root: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        words = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"data.root: {root}: cannot be read: {words}") from None
+        raise DataError(f"data.root: {root}: cannot be read: {one_line(error)}") from None

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from leanclip.errors import DataError, WeightsError
+from leanclip.errors import DataError, WeightsError, one_line
 from leanclip.extras import need
 from leanclip.fetch import cache_folder, fetch
 from leanclip.files import digest
@@ -80,7 +80,6 @@ def _fetch_hub(repository: str) -> Path:
             folder = Path(hub.snapshot_download(repository, allow_patterns=list(_PICKLED)))
         return folder
     except Exception as error:  # it raises errors of its own, of requests and of the file system
-        reason = " ".join(str(error).split())[:200]
         raise WeightsError(
-            f"{repository}: no such file, and the hub did not give it: {reason}"
+            f"{repository}: no such file, and the hub did not give it: {one_line(error)}"
         ) from None

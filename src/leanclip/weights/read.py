@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leanclip.config import ModelConfig
-from leanclip.errors import ConfigError, WeightsError
+from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.model.presets import PRESETS, preset
 from leanclip.settings import parse
 from leanclip.strict_yaml import load_yaml
@@ -45,8 +45,7 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
             return _read_file(path, given)
         return _read_folder(_newest_checkpoint(path) or path, given)
     except _ODD as error:  # what no reader foresaw in a stranger's file is still its fault
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{path}: cannot be read: {reason}") from error
+        raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def _newest_checkpoint(run: Path) -> Path | None:

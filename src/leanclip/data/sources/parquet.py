@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from leanclip.data.sources.cached import cached
 from leanclip.data.sources.columns import check_count, sorted_values
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, one_line
 from leanclip.extras import need
 from leanclip.tracking import ProgressBar
 
@@ -116,7 +116,7 @@ def _open(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {_line(error)}") from None
+        raise DataError(f"{path}: cannot be read as Parquet: {one_line(error)}") from None
 
 
 def _bytes(file: Any, columns: Sequence[str]) -> int:
@@ -180,7 +180,7 @@ def _read(
                 yield table.select(columns).cast(schema)
         except (KeyError, pyarrow.ArrowException) as error:
             raise DataError(
-                f"{path}: is damaged, or has other columns than {paths[0].name}: {_line(error)}"
+                f"{path}: is damaged, or has other columns than {paths[0].name}: {one_line(error)}"
             ) from None
 
 
@@ -197,7 +197,3 @@ def _even(tables: Iterator["pyarrow.Table"], rows: int) -> Iterator["pyarrow.Rec
         rest = rest.slice(whole)
     if rest is not None and rest.num_rows:
         yield from rest.combine_chunks().to_batches()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
