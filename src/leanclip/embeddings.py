@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from leanclip.data.pairs import find_images
 from leanclip.data.samples import Strings
+from leanclip.data.sources.image_files import find_images
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.extras import need
 from leanclip.files import whole_file, write_text

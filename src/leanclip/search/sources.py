@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from leanclip.data.pairs import list_images, no_images
 from leanclip.data.samples import read_class_names, read_lines
+from leanclip.data.sources.image_files import list_images, no_images
 from leanclip.data.sources.tar_index import PROBLEMS, shard_index
 from leanclip.decoding import open_regular, refusing
 from leanclip.embeddings import INDEX, read_index, shards_of
