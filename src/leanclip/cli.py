@@ -278,21 +278,12 @@ def _with_resume_value(words: list[str]) -> list[str]:
 
 
 def _show_log() -> None:
-    """Print leanclip's notes and warnings as plain lines to whatever stderr is at the time.
-
-    A warning is printed once: each evaluation of a run finds the same bad images again.
-    """
-    warned = set()
+    """Print leanclip's notes and warnings as plain lines to whatever stderr is at the time."""
 
     class ToStderr(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            line = record.getMessage()
-            if record.levelno >= logging.WARNING:
-                line = f"warning: {line}"
-                if line in warned:
-                    return
-                warned.add(line)
-            print(line, file=sys.stderr)
+            prefix = "warning: " if record.levelno >= logging.WARNING else ""
+            print(prefix + record.getMessage(), file=sys.stderr)
 
     log.handlers = [ToStderr()]
     log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
