@@ -153,19 +153,6 @@ def test_the_seed_makes_the_run(command: Command, workplace: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_deterministic_runs_are_equal_to_the_bit(command: Command, workplace: Path) -> None:
-    """With multi-positive loss and micro-batches, which scatter and add."""
-    more = ("train.deterministic=true", "train.loss=multi-positive", "train.micro_batches=2")
-    words = ("train", "-c", "config.yaml", *(word for one in more for word in ("-o", one)))
-    for run in ("a", "b"):
-        done = command(*words, "--output-dir", run)
-        assert done.returncode == 0, done.stderr
-        assert torch.are_deterministic_algorithms_enabled()
-    assert weights_hash(workplace / "a") == weights_hash(workplace / "b")
-    command("train", "-c", "config.yaml")
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bits(workplace: Path, workers: int) -> None:
     options = [
