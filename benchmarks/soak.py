@@ -8,13 +8,14 @@ the end of each piece it is ended, by SIGTERM and SIGKILL in turn, and the next 
 again. Called again with the same FOLDER it goes on with more pieces and reports on all of them.
 
 While it runs, /proc is read once a second for the process and all that it started: memory that is
-theirs alone (RssAnon) and shared (RssShmem), open files, threads, child processes, zombies. The
-first WARM_UP steps of a piece do not count. Then
+theirs alone (RssAnon) and shared (RssShmem), open files, threads, child processes, zombies. An
+evaluation starts workers of its own and takes memory for a moment, so what counts is the least that
+was there in each tenth of a piece, after its first WARM_UP steps:
 
-- a line through the memory, with a height of its own in each piece, gives the growth per 1000
-  steps: at most LIMIT KiB, or three standard errors of that growth where they are more;
-- of files, threads, children and zombies there must be no more in the last third of a piece than
-  in the second, and of files in the run's folder no more after a piece than after those before.
+- a line through the least memory, with a height of its own in each piece, gives the growth per
+  1000 steps: at most LIMIT KiB, or three standard errors of that growth where they are more;
+- the least number of files, threads, children and zombies must be no more in the second half of a
+  piece than in the first, and that of files in the run's folder no more after any than the first.
 
 Exit code 1 where anything grows.
 """
@@ -35,6 +36,7 @@ from PIL import Image
 
 PAIRS, BATCH = 400, 16
 WARM_UP = 500  # steps
+TENTHS = 10
 LIMIT = 100  # KiB per 1000 steps
 MEMORY = ("main_kib", "others_kib", "shared_kib")
 COUNTS = ("files", "threads", "children", "zombies")
@@ -205,23 +207,22 @@ def watch(training: Training, seconds: float, number: int) -> tuple[list[Sample]
 # --- what is made of it
 
 
-def after_warm_up(samples: list[Sample]) -> list[Sample]:
-    """From WARM_UP steps after the first step of this piece."""
+def after_warm_up(samples: list[Sample], steps: int) -> list[Sample]:
+    """From so many steps after the first step of this piece."""
     moving = [sample for sample in samples if sample.step > samples[0].step]
-    return [sample for sample in moving if sample.step >= moving[0].step + WARM_UP]
+    return [sample for sample in moving if sample.step >= moving[0].step + steps]
 
 
 def growth(pieces: list[list[Sample]], name: str) -> tuple[float, float]:
-    """KiB per 1000 steps of one line through all pieces, each with a height of its own.
+    """KiB per 1000 steps of one line through the least of each stretch, and its standard error.
 
-    With its standard error, from the means of ten stretches of each piece: neighbouring samples
-    are not independent.
+    Each piece has a height of its own.
     """
     steps, values = [], []  # of the stretches, each less its piece's mean
     for piece in pieces:
-        stretches = np.array_split(np.arange(len(piece)), min(10, len(piece)))
-        x = np.array([np.mean([piece[i].step for i in some]) for some in stretches])
-        y = np.array([np.mean([getattr(piece[i], name) for i in some]) for some in stretches])
+        parts = stretches(piece)
+        x = np.array([np.mean([sample.step for sample in part]) for part in parts])
+        y = np.array([min(getattr(sample, name) for sample in part) for part in parts])
         steps.append(x - x.mean())
         values.append(y - y.mean())
     dx, dy = np.concatenate(steps), np.concatenate(values)
@@ -231,11 +232,15 @@ def growth(pieces: list[list[Sample]], name: str) -> tuple[float, float]:
     return 1000 * slope, 1000 * error
 
 
-def thirds(piece: list[Sample], name: str) -> tuple[int, int]:
-    """The most of it in the second third of a piece and in the last."""
+def stretches(piece: list[Sample]) -> list[list[Sample]]:
+    """A piece in TENTHS parts of as many samples."""
+    return [[piece[i] for i in part] for part in np.array_split(np.arange(len(piece)), TENTHS)]
+
+
+def halves(piece: list[Sample], name: str) -> tuple[int, int]:
+    """The least of it in the first half of a piece and in the second."""
     values = [getattr(sample, name) for sample in piece]
-    third = len(values) // 3
-    return max(values[third : 2 * third]), max(values[2 * third :])
+    return min(values[: len(values) // 2]), min(values[len(values) // 2 :])
 
 
 @dataclass
@@ -247,12 +252,12 @@ class Piece:
     samples: list[Sample]
 
 
-def report(pieces: list[Piece]) -> dict:
+def report(pieces: list[Piece], warm_up: int = WARM_UP) -> dict:
     """The judgement, with its numbers."""
-    warm = [after_warm_up(piece.samples) for piece in pieces]
-    used = [some for some in warm if len(some) >= 9]
+    warm = [after_warm_up(piece.samples, warm_up) for piece in pieces]
+    used = [some for some in warm if len(some) >= TENTHS]
     if not used:
-        raise SystemExit(f"no piece lasted longer than its warm-up of {WARM_UP} steps")
+        raise SystemExit(f"no piece lasted longer than its warm-up of {warm_up} steps")
     grows, memory, counts = [], {}, {}
     for name in MEMORY:
         slope, error = growth(used, name)
@@ -266,8 +271,8 @@ def report(pieces: list[Piece]) -> dict:
         if slope > max(LIMIT, 3 * error):
             grows.append(f"{name}: {slope:.0f} KiB per 1000 steps")
     for name in COUNTS:
-        both = [thirds(some, name) for some in used]
-        counts[name] = {"second third": [a for a, _ in both], "last third": [b for _, b in both]}
+        both = [halves(some, name) for some in used]
+        counts[name] = {"first half": [a for a, _ in both], "second half": [b for _, b in both]}
         if any(after > before for before, after in both):
             grows.append(f"{name}: {both}")
     kept = [piece.kept for piece in pieces]
@@ -299,6 +304,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="of all pieces")
     parser.add_argument("--pieces", type=int, default=4)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps of each piece")
     settings = parser.parse_args()
     folder = settings.folder
     if not (folder / "config.yaml").is_file():
@@ -316,7 +322,7 @@ def main() -> None:
         facts = json.loads(line)
         facts["samples"] = [Sample(**sample) for sample in facts["samples"]]
         pieces.append(Piece(**facts))
-    found = report(pieces)
+    found = report(pieces, settings.warm_up)
     print(json.dumps({"ranks": settings.ranks, **found}, indent=1))
     sys.exit(0 if found["passes"] else 1)
 

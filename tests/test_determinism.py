@@ -15,7 +15,7 @@ WORDS = ("train", "-c", "config.yaml", *(word for one in OPTIONS for word in ("-
 
 
 def test_two_runs_are_equal_to_the_bit(command: Command, workplace: Path) -> None:
-    """In two processes, with a loss and micro-batches that scatter and add, and with workers."""
+    """In two processes, with a loss and micro-batches that scatter and add."""
     seen = set()
     hook = register_module_forward_hook(
         lambda *_: seen.add(torch.are_deterministic_algorithms_enabled())
@@ -29,7 +29,7 @@ def test_two_runs_are_equal_to_the_bit(command: Command, workplace: Path) -> Non
         assert seen == {True, False}
     finally:
         hook.remove()
-    done = run_cli(*WORDS, "--output-dir", "b", "-o", "data.workers=1", cwd=workplace)
+    done = run_cli(*WORDS, "--output-dir", "b", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert weights_hash(workplace / "a") == weights_hash(workplace / "b")
     assert report_of(workplace / "a")["metrics"] == report_of(workplace / "b")["metrics"]

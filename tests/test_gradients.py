@@ -32,7 +32,7 @@ CASES = list(itertools.product(KINDS, (True, False)))  # kind, is_tiled
 def inputs() -> list[torch.Tensor]:
     """Features of five pairs, the scale and the bias."""
     generator = torch.Generator().manual_seed(2)
-    z = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
+    z = torch.randn(2, 5, 2, dtype=torch.float64, generator=generator)
     scalars = [torch.tensor(value, dtype=torch.float64) for value in (3.0, -2.0)]
     return [value.requires_grad_() for value in (*F.normalize(z, dim=-1), *scalars)]
 
