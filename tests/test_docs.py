@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, run_cli
+from conftest import PROJECT, Command
 from test_imports import arrows
 from typer.main import get_command
 
@@ -77,7 +77,7 @@ def test_commands_have_the_options_that_are_shown(document: Path) -> None:
                 assert word.split("=")[0] in known, f"{document.name}: {line}"
 
 
-def test_every_command_shows_an_example_that_it_understands() -> None:
+def test_every_command_shows_an_example_that_it_understands(command: Command) -> None:
     commands = (["shapes"], ["food101"], ["pack"], ["check"])
     for words in (
         ["train"],
@@ -92,7 +92,7 @@ def test_every_command_shows_an_example_that_it_understands() -> None:
         *(["data", *words] for words in commands),
         *(["search", word] for word in ("build", "update", "find")),
     ):
-        done = run_cli(*words, "--help")
+        done = command(*words, "--help")
         assert done.returncode == 0
         assert "Example: leanclip " + " ".join(words) in done.stdout
 

@@ -13,7 +13,7 @@ LEVELS = (
     ("errors", "extras", "files", "strict_yaml", "settings", "config", "launch", "stopping"),
     ("tokenizer", "decoding", "images", "tracking", "fetch", "prompts"),
     ("data", "model"),
-    ("distributed", "loss", "weights", "optim", "finetune"),
+    ("determinism", "distributed", "loss", "weights", "optim", "finetune"),
     ("norms", "loss_scale", "utilisation"),
     ("sharded", "shard_files", "evaluate", "inputs", "classifier", "attention", "exported"),
     ("checkpoint",),

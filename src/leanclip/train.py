@@ -7,7 +7,6 @@ The same command in the same folder goes on from the newest checkpoint.
 """
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
 from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
+from leanclip.determinism import only_deterministic
 from leanclip.distributed import barrier, everyones, rank_and_world_size, together, total
 from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluate import Report, evaluate
@@ -101,9 +101,6 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
 def _train(plan: Plan, must_resume: bool) -> Outcome | None:
     """As `train`, in a folder that is this run's."""
     config, rank = plan.config, rank_and_world_size()[0]
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for this
-    torch.use_deterministic_algorithms(config.train.deterministic)
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
     found = _checkpoint(plan, must_resume)
@@ -125,12 +122,13 @@ def _train(plan: Plan, must_resume: bool) -> Outcome | None:
         report_to = config.train.report_to
         metrics = MetricsLog(plan.folder, after_step=after_step, report_to=report_to)
     try:
-        if plan.guard is not None and not found:  # what there is to forget
-            done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
-            if metrics is not None:
-                metrics.write(0, by_evaluation(done.before))
-        frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
-        report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
+        with only_deterministic(config.train.deterministic):
+            if plan.guard is not None and not found:  # what there is to forget
+                done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
+                if metrics is not None:
+                    metrics.write(0, by_evaluation(done.before))
+            frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
+            report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
     except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
         if isinstance(stopped, Stopped):
