@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from leftovers import Leftovers, watched
 from PIL import Image
 
 from leanclip.config import DataConfig
@@ -142,6 +144,11 @@ def fork_ranks(world_size: int, *words: str, folder: Path) -> list[Forked]:
     words = (*words, "--num-gpus", "0")
     numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     return [Forked(*words, folder=folder, environment=shared | number) for number in numbers]
+
+
+def tries(default: int) -> int:
+    """How often a slow test hurts something: LEANCLIP_TRIES, for a long run, or `default`."""
+    return int(os.environ.get("LEANCLIP_TRIES", default))
 
 
 def weights_hash(run: Path) -> str:
@@ -276,6 +283,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_pairs(tmp_path / "data")
     make_config(tmp_path / "config.yaml")
     return tmp_path
+
+
+@pytest.fixture
+def left(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
+    """Sees at the end, and at every `left.check()`, that nothing is left of what was hurt."""
+    with watched(workplace) as leftovers:
+        monkeypatch.setenv("TMPDIR", str(leftovers.temporary))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield leftovers
 
 
 @pytest.fixture

@@ -9,13 +9,18 @@ Shapes: B batch, L tokens, R resolution.
 """
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from multiprocessing.queues import Queue
+from multiprocessing.util import Finalize
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
@@ -204,6 +209,7 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = min(8, max(1, len(os.sched_getaffinity(0)) // processes))
     reader.reading = torch.full((max(workers, 1), 2), -1).share_memory_()
+    sockets = tempfile.mkdtemp(prefix="leanclip-") if workers else ""
     loader = DataLoader(
         reader,  # pyright: ignore[reportArgumentType]: a reader of lists of visits
         batch_size=None,  # a list of visits is a batch already
@@ -212,11 +218,13 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         prefetch_factor=4 if workers else None,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_end_with_parent_only,
+        worker_init_fn=partial(_begin_worker, sockets, os.getpid()),
         generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
     )
     batches = iter(loader)
-    if workers:  # PyTorch raises a worker's death wherever the program is just then
+    if workers:
+        Finalize(batches, shutil.rmtree, (sockets, True), exitpriority=-1)  # after the workers' end
+        # PyTorch raises a worker's death wherever the program is just then
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
@@ -230,11 +238,14 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         yield batch
 
 
-def _end_with_parent_only(_: int) -> None:
+def _begin_worker(sockets: str, parent: int, _: int) -> None:
     """In a worker: signals to a whole group of processes are for the training process to answer.
 
-    The one that it ends by is its parent's SIGTERM.
+    The one that it ends by is its parent's SIGTERM, or it sees that its parent is gone: PyTorch
+    alone would let it wait, some seconds or with batches that nobody takes for ever. `sockets` is
+    a folder for those that its batches go through, which would be left by one that is ended.
     """
+    multiprocessing.current_process()._config["tempdir"] = sockets  # pyright: ignore[reportAttributeAccessIssue]
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -244,8 +255,11 @@ def _end_with_parent_only(_: int) -> None:
     )
 
     def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            continue
+        while os.getppid() == parent:
+            asked = signal.sigtimedwait([signal.SIGTERM], 1)
+            if asked is not None and asked.si_pid == parent:
+                os._exit(0)
+        shutil.rmtree(sockets, ignore_errors=True)
         os._exit(0)
 
     Thread(target=wait, daemon=True).start()

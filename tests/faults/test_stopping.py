@@ -13,6 +13,8 @@ from conftest import Command, Forked, fork_ranks, weights_hash
 from leanclip import checkpoint
 from leanclip.tracking import read_metrics
 
+pytestmark = pytest.mark.usefixtures("left")
+
 OPTIONS = (
     "train", "-c", "config.yaml", "-o", "train.epochs=15", "-o", "evaluate.retrieval=null",
     "-o", "checkpoint.every_epochs=null", "-o", "checkpoint.every_steps=20",

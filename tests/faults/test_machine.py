@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import make_config
 
+pytestmark = pytest.mark.usefixtures("left")
+
 LEANCLIP = f"{sys.executable} -c 'from leanclip.cli import main; main()'"
 TRAIN = f"{LEANCLIP} train -c config.yaml -o evaluate.retrieval=null"
 

@@ -15,6 +15,8 @@ from conftest import Command, Forked, weights_hash
 from leanclip import checkpoint
 from leanclip.tracking import read_metrics
 
+pytestmark = pytest.mark.usefixtures("left")
+
 OPTIONS = (
     "train", "-c", "config.yaml", "-o", "evaluate.retrieval=null", "-o", "checkpoint.every_steps=1",
 )  # fmt: skip
