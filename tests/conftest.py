@@ -113,6 +113,22 @@ class Forked:
         """Send a signal to its whole group, as a terminal and some schedulers do."""
         os.killpg(self.pid, number)
 
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
+    def kill_after(self, is_so: Callable[[], object], seconds: float, *, all_of_it: bool) -> bool:
+        """End it some time after something is so, or all its processes; false if it was done."""
+        deadline = time.monotonic() + 120
+        while self.is_running() and not is_so():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(seconds)
+        (self.send_all if all_of_it else self.send)(signal.SIGKILL)
+        code = self.code()
+        assert code in (0, -signal.SIGKILL), self.said()
+        return code != 0
+
     def until(self, is_so: Callable[[], object]) -> None:
         """Wait until something is so, while it runs."""
         deadline = time.monotonic() + 120

@@ -3,11 +3,12 @@
 import ctypes
 import getpass
 import os
+import shutil
 import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -31,24 +32,21 @@ class Leftovers:
         self._processes = set(_descendants(os.getpid()))
         self._shared = _names(SHARED_MEMORY)
 
-    def check(self, *, was_killed: bool = False) -> None:
+    def check(self, *, goes_on: bool = False, killed_all: bool = False) -> None:
         """Nothing is left when what is ending has ended.
 
         Args:
-            was_killed: a whole group of processes ended by SIGKILL. None of them could tidy up:
-                a half-written file waits for the command that goes on, and of each data loader
-                there is an empty folder with sockets in TMPDIR.
+            goes_on: it was killed, and a half-written file waits for the command that goes on.
+            killed_all: so was every process that could have tidied up: of each data loader there
+                is a folder in TMPDIR with nothing but sockets, which is removed here.
         """
         _until_empty("processes", lambda: [_said(pid, "cmdline") for pid in self.orphans()])
         _until_empty("shared memory", lambda: sorted(_names(SHARED_MEMORY) - self._shared))
-        if was_killed:
-            for path in self.temporary.glob("leanclip-*/*"):
-                assert stat.S_ISSOCK(path.stat().st_mode), path
-                path.unlink()
-            for path in self.temporary.glob("leanclip-*"):
-                path.rmdir()
+        for path in self.temporary.glob("leanclip-*") if killed_all else ():
+            assert all(stat.S_ISSOCK(one.stat().st_mode) for one in path.iterdir()), path
+            shutil.rmtree(path)
         _until_empty("files in TMPDIR", lambda: sorted(_names(self.temporary) - CACHES))
-        if not was_killed:
+        if not goes_on:
             _until_empty("temporary files", self._files)
 
     def orphans(self) -> list[int]:
@@ -88,17 +86,19 @@ def _until_empty(what: str, found: Callable[[], list]) -> None:
         time.sleep(0.02)
 
 
-def _descendants(pid: int) -> Iterator[int]:
-    """The processes below one that have not ended."""
+def children(pid: int) -> list[int]:
+    """The processes that one started and that have not ended."""
+    found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in path.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            if "State:\tZ" not in _said(child, "status"):
-                yield child
-            yield from _descendants(child)
+        with suppress(OSError):
+            found += [int(child) for child in path.read_text().split()]
+    return [child for child in found if "State:\tZ" not in _said(child, "status")]
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    for child in children(pid):
+        yield child
+        yield from _descendants(child)
 
 
 def _said(pid: int, name: str) -> str:

@@ -19,7 +19,6 @@ from conftest import (
     make_config,
     make_pairs,
     noise_image,
-    run_cli,
     weights_hash,
 )
 from torch.nn import functional as F
@@ -164,37 +163,6 @@ def test_deterministic_runs_are_equal_to_the_bit(command: Command, workplace: Pa
     assert weights_hash(workplace / "a") == weights_hash(workplace / "b")
     command("train", "-c", "config.yaml")
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_to_the_same_bits(workplace: Path, workers: int) -> None:
-    options = [
-        "train", "-c", "config.yaml", "-o", "train.epochs=40",
-        "-o", "checkpoint.every_steps=5", "-o", f"data.workers={workers}",
-    ]  # fmt: skip
-    run_cli(*options, "--output-dir", "whole", cwd=workplace)
-    killed = workplace / "killed"
-    command = [sys.executable, "-c", "from leanclip.cli import main; main()", *options]
-    process = subprocess.Popen(
-        [*command, "--output-dir", "killed"], stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while len(list(killed.glob("checkpoints/step-*"))) < 2:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (killed / "report.json").exists()
-    done = run_cli(*options, "--output-dir", "killed", cwd=workplace)
-    assert done.returncode == 0, done.stderr
-    assert "going on from killed/checkpoints/step-" in done.stderr
-    assert weights_hash(killed) == weights_hash(workplace / "whole")
-    losses = [
-        [(line["step"], line["train/loss"]) for line in read_metrics(run) if "train/loss" in line]
-        for run in (killed, workplace / "whole")
-    ]
-    assert losses[0] == losses[1]
 
 
 def test_ctrl_c_says_how_to_go_on(workplace: Path) -> None:

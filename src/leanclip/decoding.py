@@ -29,7 +29,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from leanclip.errors import SampleError
+from leanclip.errors import SampleError, is_shortage
 
 Source = str | Path | bytes | Image.Image
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -111,6 +111,8 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, Bina
     except FileNotFoundError:
         raise SampleError("missing file", f"{name}: no such image") from None
     except Exception as error:  # decoders raise many kinds on damaged files
+        if is_shortage(error):
+            raise
         kind, reason = _fault(error)
         message = f"{name}: cannot be read as an image: {reason}"
         raise SampleError(kind, message) from None

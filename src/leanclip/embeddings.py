@@ -18,6 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from leanclip.data.pairs import find_images
 from leanclip.data.samples import Strings
 from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.fetch import held
 from leanclip.images import evaluation_pixels
 from leanclip.inference import Clip
 from leanclip.inputs import in_threads
@@ -125,6 +127,34 @@ def embed(
     """
     index = _index(clip, source, shard_size, format, dtype)
     _open(out, index)
+    lock = out / f".{rank}-of-{world_size}.lock"
+    with held(lock) as is_ours:
+        if not is_ours:
+            raise ConfigError(f"{out}: another process embeds there; choose another --out")
+        try:
+            _make_shards(
+                clip, source, out, index, batch_size, workers, max_bad_share, rank, world_size
+            )
+        finally:
+            lock.unlink(missing_ok=True)
+    if not _missing(out, index):
+        for part in out.glob(".*.part"):  # of starts that were killed
+            part.unlink(missing_ok=True)
+
+
+def _make_shards(
+    clip: Clip,
+    source: Source,
+    out: Path,
+    index: Index,
+    batch_size: int,
+    workers: int | None,
+    max_bad_share: float,
+    rank: int,
+    world_size: int,
+) -> None:
+    """This rank's shards that are not there yet."""
+    format, dtype = index.format, index.dtype
     mine = range(rank, index.shards, world_size)
     pending = [number for number in mine if not _last_file(out, number, format).exists()]
     sizes = {number: len(_part(index, number)) for number in mine}
@@ -309,17 +339,22 @@ def _write(
         write_text(_skipped_file(out, shard), json.dumps(skipped, indent=1) + "\n")
     last = _last_file(out, shard, index.format)
     part = last.with_name(f".{last.name}.part")
-    if index.format == "npy":
-        write_text(_ids_file(out, shard), json.dumps(ids))
-        with part.open("wb") as file:
-            np.save(file, features)
-            file.flush()
-            os.fsync(file.fileno())
-    else:
-        pa, pq = _parquet()
-        values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)
-        pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": values}), part)
-    part.replace(last)
+    try:
+        if index.format == "npy":
+            write_text(_ids_file(out, shard), json.dumps(ids))
+            with part.open("wb") as file:
+                np.save(file, features)
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            pa, pq = _parquet()
+            values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)
+            pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": values}), part)
+        part.replace(last)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _read_parquet(path: Path, index: Index) -> tuple[list[str], np.ndarray]:

@@ -21,6 +21,7 @@ from leanclip.errors import DataError
 log = logging.getLogger("leanclip")
 
 TRIES = 5  # of a transfer that does not get on; the pause between two doubles from a second on
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BUSY = (408, 425, 429)  # answers of 4xx that another time may differ
 
 
@@ -71,7 +72,7 @@ def fetch(
             _transfer(url, part, progress)
             break
         except (OSError, HTTPException, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 raise DataError(f"{part}: no space is left for {url}; make some") from None
             failures = 1 if _size(part) > most else failures + 1
             most = max(most, _size(part))
@@ -116,6 +117,11 @@ def digest(path: Path, length: int = 64) -> str:
     """A file's SHA-256, or its MD5 for a `length` of 32 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5" if length == 32 else "sha256").hexdigest()
+
+
+def last_use(seconds: float) -> float:
+    """A kept file's time, to sort by; 0 where it is yet to come: the clock has gone back since."""
+    return seconds if seconds < time.time() + 60 else 0.0
 
 
 @contextmanager
@@ -170,7 +176,7 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
         with part.open("ab" if have else "wb") as file:
-            while chunk := response.read(1 << 20):
+            while chunk := response.read1(1 << 20):  # what has come is kept if this is ended
                 file.write(chunk)
                 have += len(chunk)
                 progress(have, total)

@@ -1,21 +1,25 @@
-"""Killed at any moment, a run goes on to the same weights; a full disk costs a checkpoint only."""
+"""Killed at any moment, a command goes on: the same bits, nothing lost, nothing left."""
 
-import contextlib
+import hashlib
+import io
+import json
 import random
-import resource
 import signal
-import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import Command, Forked, weights_hash
+from conftest import Command, Forked, make_model, noise_image, tries, weights_hash
+from leftovers import Leftovers
+from web import Server, serving
 
+import leanclip
 from leanclip import checkpoint
+from leanclip.embeddings import read_embeddings
 from leanclip.tracking import read_metrics
-
-pytestmark = pytest.mark.usefixtures("left")
 
 OPTIONS = (
     "train", "-c", "config.yaml", "-o", "evaluate.retrieval=null", "-o", "checkpoint.every_steps=1",
@@ -26,13 +30,10 @@ def is_being_written(run: Path) -> bool:
     return any(run.glob("checkpoints/.step-*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("kills", "epochs"), [(4, 8), pytest.param(20, 60, marks=pytest.mark.slow)]
-)
-def test_kills_at_random_moments(
-    command: Command, workplace: Path, kills: int, epochs: int
-) -> None:
-    options = (*OPTIONS, "-o", f"train.epochs={epochs}")
+@pytest.mark.parametrize("kills", [4, pytest.param(tries(20), marks=pytest.mark.slow)])
+def test_training(command: Command, workplace: Path, left: Leftovers, kills: int) -> None:
+    """Every second kill is in the midst of a checkpoint, every third of all its processes."""
+    options = (*OPTIONS, "-o", f"train.epochs={2 * kills}", "-o", "data.workers=1")
     command(*options, "--output-dir", "whole")
     run, chance, in_the_middle = workplace / "run", random.Random(7), 0
     for kill in range(kills):
@@ -42,12 +43,14 @@ def test_kills_at_random_moments(
         if kill % 2:
             process.until(lambda: is_being_written(run))
         time.sleep(chance.uniform(0, 0.04))  # of the order of a step with its checkpoint
-        process.send_all(signal.SIGKILL)
+        (process.send_all if kill % 3 else process.send)(signal.SIGKILL)
         assert process.code() == -signal.SIGKILL
+        left.check(goes_on=True, killed_all=kill % 3 > 0)
         in_the_middle += is_being_written(run)
         found, skipped = checkpoint.newest(run / "checkpoints")
         assert skipped == []  # what has the name of a step is whole
         assert found is not None or kill == 0
+    print(f"training: {kills} kills, {in_the_middle} in the midst of a checkpoint")
     assert in_the_middle > 0
     done = command(*options, "--output-dir", "run")
     assert done.returncode == 0, done.stderr
@@ -57,72 +60,137 @@ def test_kills_at_random_moments(
     ]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "latest",
-        f"step-{epochs * 3 - 1:08d}",
-        f"step-{epochs * 3:08d}",
+        f"step-{kills * 6 - 1:08d}",
+        f"step-{kills * 6:08d}",
     ]
 
 
-# --- no room
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def assert_went_on_without(said: str, run: Path, steps: list[int]) -> None:
-    """Checkpoints of these steps are whole, and for each later one there is a word."""
-    assert said.count("no checkpoint at step") == 9 - len(steps) - 1
-    assert "those before it are as they were" in said
-    last = said.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "step-00000009: cannot be written" in last
-    assert len(read_metrics(run)) == 9
-    found, skipped = checkpoint.newest(run / "checkpoints")
-    assert skipped == []
-    assert (found and int(found.name[-8:])) == (steps[-1] if steps else None)
-    assert not is_being_written(run)
+@pytest.mark.parametrize("kills", [3, pytest.param(tries(12), marks=pytest.mark.slow)])
+def test_packing(command: Command, workplace: Path, left: Leftovers, kills: int) -> None:
+    (workplace / "large").mkdir()
+    for i in range(12 * kills):
+        noise_image(i, (600, 500)).save(workplace / f"large/{i:03d}.jpg")
+        (workplace / f"large/{i:03d}.txt").write_text(f"picture number {i}\n")
+    words = ("data", "pack", "pairs:large", "killed", "--shard-size", "3", "--workers", "2")
+    packed, chance, killed, half = workplace / "killed", random.Random(3), 0, 0
+    kept: dict[Path, int] = {}
+    for kill in range(kills):
+        process = Forked(*words, folder=workplace)
+        killed += process.kill_after(
+            lambda before=kept: len(list(packed.glob("0*.json"))) > len(before),
+            chance.uniform(0, 0.03),
+            all_of_it=kill % 3 > 0,
+        )
+        left.check(goes_on=True, killed_all=kill % 3 > 0)
+        half += any(packed.glob("*.part"))
+        for path, changed in kept.items():
+            assert path.stat().st_mtime_ns == changed, "a finished shard was made again"
+        kept = {
+            path.with_suffix(".tar"): path.with_suffix(".tar").stat().st_mtime_ns
+            for path in packed.glob("0*.json")
+        }
+    print(f"packing: {killed} kills, {half} in the midst of a shard")
+    assert killed == kills
+    assert command(*words).returncode == 0
+    assert command(*words[:3], "whole", *words[4:-1], "0").returncode == 0
+    assert digests(packed) == digests(workplace / "whole")
+    assert len(digests(packed)) == 4 * kills + 1
 
 
-def test_a_file_that_cannot_be_written_costs_a_checkpoint_only(workplace: Path) -> None:
-    def limit() -> None:  # AdamW's moments are 13 MB
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
-
-    options = (*OPTIONS, "-o", "train.epochs=3", "--output-dir", "run")
-    process = Forked(*options, folder=workplace, before=limit)
-    assert process.code() == 2
-    assert_went_on_without(process.said(), workplace / "run", [])
-    process = Forked(*options, folder=workplace)
-    assert process.code() == 0, process.said()
+@pytest.mark.parametrize("kills", [3, pytest.param(tries(12), marks=pytest.mark.slow)])
+def test_embedding(workplace: Path, left: Leftovers, kills: int) -> None:
+    make_model(workplace / "tiny")
+    for i in range(4 * kills):
+        noise_image(i).save(workplace / f"data/more-{i:03d}.png")
+    count = 12 + 4 * kills
+    words = ("embed", "data", "--model", "tiny", "--out", "out", "--shard-size", "2")
+    words = (*words, "--batch-size", "1", "--num-gpus", "0")
+    out, chance, killed = workplace / "out", random.Random(5), 0
+    kept: dict[Path, int] = {}
+    for kill in range(kills):
+        process = Forked(*words, folder=workplace)
+        killed += process.kill_after(
+            lambda before=kept: len(list(out.glob("0*.npy"))) > len(before),
+            chance.uniform(0, 0.01),
+            all_of_it=kill % 3 > 0,
+        )
+        left.check(goes_on=True)
+        for path, changed in kept.items():
+            assert path.stat().st_mtime_ns == changed, "a finished shard was made again"
+        kept = {path: path.stat().st_mtime_ns for path in out.glob("0*.npy")}
+        for path in kept:
+            assert np.load(path).shape[0] == len(
+                json.loads(path.with_suffix(".ids.json").read_text())
+            )
+    print(f"embedding: {killed} kills")
+    assert killed == kills
+    last = Forked(*words, folder=workplace)
+    assert last.code() == 0, last.said()
+    assert f"{len(kept)} of {count // 2} shards are there" in last.said()
+    ids, features = read_embeddings(out)
+    paths = sorted(workplace.glob("data/*.png"))
+    assert ids == [path.name for path in paths]
+    expected = leanclip.load("tiny").embed_images(paths)
+    np.testing.assert_allclose(features, expected, atol=1e-6)
 
 
 @pytest.fixture
-def small_disk(workplace: Path) -> Iterator[Path]:
-    """A file system with room for two checkpoints, not three."""
-    disk = workplace / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=50m", "leanclip", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def server(workplace: Path) -> Iterator[Server]:
+    """It serves a small food-101.tar, slowly."""
+    (workplace / "served").mkdir()
+    names = [f"apple_pie/{i}" for i in range(20)]
+    files = {f"images/{name}.jpg": jpeg(i) for i, name in enumerate(names)}
+    files |= {"meta/train.txt": "\n".join(names).encode(), "meta/classes.txt": b"apple_pie\n"}
+    with tarfile.open(workplace / "served/food-101.tar", "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"food-101/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with serving(workplace / "served") as server:
+        server.pause = 0.01
+        yield server
 
 
-def test_a_full_disk_leaves_the_checkpoints_before(small_disk: Path, workplace: Path) -> None:
-    options = (*OPTIONS, "-o", "train.epochs=3", "--output-dir", str(small_disk / "run"))
-    process = Forked(*options, folder=workplace)
-    assert process.code() == 2
-    assert_went_on_without(process.said(), small_disk / "run", [1, 2])
+def jpeg(seed: int) -> bytes:
+    file = io.BytesIO()
+    noise_image(seed, (300, 200)).save(file, "JPEG", quality=95)
+    return file.getvalue()
 
 
-def test_a_full_disk_does_not_end_a_run(small_disk: Path, workplace: Path) -> None:
-    run = small_disk / "run"
-    options = (*OPTIONS, "-o", "train.epochs=15", "--output-dir", str(run))
-    process = Forked(*options, folder=workplace)
-    process.until(lambda: list(run.glob("checkpoints/step-*2")))
-    with contextlib.suppress(OSError), (small_disk / "other").open("wb", buffering=0) as other:
-        while other.write(bytes(4096)):  # nothing is left, not even for metrics
-            continue
-    process.until(lambda: "metrics" in process.said())
-    (small_disk / "other").unlink()
-    assert process.code() == 2  # there is still no room for a third
-    assert "step-00000045: cannot be written" in process.said()
-    assert read_metrics(run)[-1]["step"] == 45
-    found, skipped = checkpoint.newest(run / "checkpoints")
-    assert found is not None
-    assert skipped == []
+@pytest.mark.parametrize("kills", [3, pytest.param(tries(12), marks=pytest.mark.slow)])
+def test_downloading(server: Server, workplace: Path, left: Leftovers, kills: int) -> None:
+    archive = workplace / "served/food-101.tar"
+    checksum = hashlib.md5(archive.read_bytes()).hexdigest()
+    words = ("data", "food101", "food/food-101", "--url", f"{server.url}/food-101.tar")
+    words = (*words, "--checksum", checksum)
+    part, chance, killed = workplace / "food/food-101.tar.part", random.Random(9), 0
+    server.pause = 0.5 / (archive.stat().st_size / 16_384)
+    have: list[int] = [0]
+    for _ in range(kills):
+        asked = len(server.asked)
+        process = Forked(*words, folder=workplace)
+        killed += process.kill_after(
+            lambda before=asked: len(server.asked) > before,
+            chance.uniform(0, 1.2 / kills),
+            all_of_it=False,
+        )
+        left.check(goes_on=True)
+        have.append(part.stat().st_size if part.is_file() else 0)
+    print(f"downloading: {killed} kills, at {have[1:]} of {archive.stat().st_size} bytes")
+    assert killed >= kills - 1
+    assert have == sorted(have), "what had come was thrown away"
+    last = Forked(*words, folder=workplace)
+    assert last.code() == 0, last.said()
+    assert [wanted for _, wanted in server.asked] == [
+        f"bytes={size}-" if size else None for size in have
+    ]
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None
+            assert (workplace / "food" / member.name).read_bytes() == file.read()
+    assert sorted(path.name for path in (workplace / "food").iterdir()) == ["food-101"]

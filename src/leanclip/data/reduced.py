@@ -7,7 +7,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from leanclip.data.samples import Sample
 from leanclip.decoding import open_regular
-from leanclip.errors import SampleError
+from leanclip.errors import SampleError, is_shortage
 from leanclip.images import FORMATS, open_image
 
 MARGIN = 2  # a decoder's own reduction keeps this many times the wanted side; benchmarks/pack.py
@@ -27,6 +27,8 @@ def image_bytes(sample: Sample) -> bytes:
     except (FileNotFoundError, ValueError):  # or no name that a file can have
         raise SampleError("missing file", f"{sample.image}: no such image") from None
     except OSError as error:
+        if is_shortage(error):
+            raise
         raise SampleError(
             "unreadable file", f"{sample.image}: cannot be read: {error.strerror}"
         ) from None
@@ -50,6 +52,8 @@ def open_header(data: bytes, *, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise SampleError("too many pixels", str(error)) from None
     except Exception as error:  # decoders raise many kinds on damaged files
+        if is_shortage(error):
+            raise
         raise SampleError("damaged image", f"cannot be read as an image: {error}") from None
     if image.width * image.height > max_pixels:
         size = f"{image.width}x{image.height}"

@@ -21,7 +21,7 @@ from leanclip.data.pairs import list_images, no_images
 from leanclip.data.samples import read_class_names, read_lines
 from leanclip.data.sources.tar_index import PROBLEMS, shard_index
 from leanclip.embeddings import INDEX, read_index, shards_of
-from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.errors import ConfigError, DataError, SampleError, is_shortage
 from leanclip.images import evaluation_pixels
 from leanclip.search.filters import absolute
 from leanclip.search.items import Entry
@@ -125,6 +125,8 @@ def read_bytes(path: str, shard: str | None, start: int, size: int) -> bytes:
     except FileNotFoundError:
         raise SampleError("missing file", f"{shard or path}: no such file") from None
     except OSError as error:
+        if is_shortage(error):
+            raise
         reason = f"{shard or path}: cannot be read: {error.strerror}"
         raise SampleError("unreadable file", reason) from None
 
