@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Forked, assert_refused, make_pairs, noise_image
+from conftest import assert_refused, make_pairs, noise_image
 from PIL import Image
 from skimage import data as photographs
 
@@ -182,32 +182,6 @@ def test_bytes_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     assert digests(tmp_path / "0") == digests(tmp_path / "1") == digests(tmp_path / "3")
     pack(source, tmp_path / "other", side=20, shard_size=3, workers=0, seed=1)
     assert digests(tmp_path / "other") != digests(tmp_path / "0")
-
-
-def test_a_killed_pack_goes_on_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_pairs(tmp_path / "data", 0)
-    for i in range(60):
-        noise_image(i, (1000, 800)).save(tmp_path / f"data/{i:03d}.png", compress_level=1)
-        (tmp_path / f"data/{i:03d}.txt").write_text(f"picture number {i}\n")
-    words = ["data", "pack", "pairs:data", "killed", "--shard-size", "6", "--workers", "2"]
-    process = Forked(*words, folder=tmp_path)
-    process.until(lambda: list(tmp_path.glob("killed/0*.tar")))
-    process.send(signal.SIGKILL)
-    assert process.code() == -signal.SIGKILL
-    assert not (tmp_path / "killed/index.json").exists(), "it was done before it was killed"
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/0*.json")}
-    (tmp_path / "killed/00009.tar.1.part").write_bytes(b"half a shard")
-    again = Forked(*words, folder=tmp_path)
-    assert again.code() == 0, again.said()
-    for path in kept:
-        assert path.with_suffix(".tar").stat().st_mtime_ns <= kept[path], "it was made again"
-    whole = Forked(*words[:3], "whole", *words[4:-1], "0", folder=tmp_path)
-    assert whole.code() == 0, whole.said()
-    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
-    assert len(digests(tmp_path / "whole")) == 10 + 1
 
 
 def test_a_finished_pack_is_left_alone(tmp_path: Path) -> None:

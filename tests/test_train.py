@@ -15,7 +15,6 @@ from conftest import (
     PROJECT,
     TINY,
     Command,
-    Forked,
     assert_refused,
     make_config,
     make_pairs,
@@ -151,31 +150,6 @@ def test_the_seed_makes_the_run(command: Command, workplace: Path) -> None:
         command("train", "-c", "config.yaml", "--output-dir", name, "-o", f"seed={seed}")
     hashes = [weights_hash(workplace / name) for name in "abc"]
     assert hashes[0] == hashes[1] != hashes[2]
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_to_the_same_bits(workplace: Path, workers: int) -> None:
-    options = (
-        "train", "-c", "config.yaml", "-o", "train.epochs=20",
-        "-o", "checkpoint.every_steps=5", "-o", f"data.workers={workers}",
-    )  # fmt: skip
-    whole = Forked(*options, "--output-dir", "whole", folder=workplace)
-    assert whole.code() == 0, whole.said()
-    killed = workplace / "killed"
-    process = Forked(*options, "--output-dir", "killed", folder=workplace)
-    process.until(lambda: len(list(killed.glob("checkpoints/step-*"))) >= 2)
-    process.send_all(signal.SIGKILL)
-    assert process.code() == -signal.SIGKILL
-    assert not (killed / "report.json").exists()
-    again = Forked(*options, "--output-dir", "killed", folder=workplace)
-    assert again.code() == 0, again.said()
-    assert "going on from killed/checkpoints/step-" in again.said()
-    assert weights_hash(killed) == weights_hash(workplace / "whole")
-    losses = [
-        [(line["step"], line["train/loss"]) for line in read_metrics(run) if "train/loss" in line]
-        for run in (killed, workplace / "whole")
-    ]
-    assert losses[0] == losses[1]
 
 
 def test_ctrl_c_says_how_to_go_on(workplace: Path) -> None:

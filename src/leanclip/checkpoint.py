@@ -217,13 +217,16 @@ def merge(source: Path, destination: Path) -> Path:
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint under `root` that is whole, and why newer ones are not."""
-    skipped = []
+    found, skipped = None, []
     for folder in _by_age(root, unreadable=1 << 62):  # so that it is looked at, and named
-        problem = next(_problems(folder), None)
-        if problem is None:
-            return folder, skipped
-        skipped.append(problem)
-    return None, skipped
+        if found is not None and folder.name < found.name:
+            continue
+        problem = next(_problems(folder), None)  # of one of a later step also where it looks older
+        if problem is not None:
+            skipped.append(problem)
+        elif found is None:
+            found = folder
+    return found, skipped
 
 
 def _begin(temporary: Path) -> str:
@@ -241,14 +244,15 @@ def _problems(folder: Path) -> Iterator[str]:
     """What is wrong with a checkpoint by its manifest."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        expected = {name: (facts["size"], facts["sha256"]) for name, facts in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         yield f"{folder}: has no manifest"
         return
-    for name, facts in manifest.items():
+    for name, (size, sha256) in expected.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["size"]:
+        if not path.is_file() or path.stat().st_size != size:
             yield f"{path}: is missing or cut short"
-        elif digest(path) != facts["sha256"]:
+        elif digest(path) != sha256:
             yield f"{path}: differs from its checksum"
 
 

@@ -81,6 +81,10 @@ def _run(words: list[str]) -> None:
         if debug:
             raise
         leave(2, f"error: {' '.join(str(error).split())}")
+    except MemoryError:
+        if debug:
+            raise
+        leave(2, "error: there is not enough memory; give it more, or a smaller batch")
     except SystemExit as end:
         if end.code == 130 and not is_rank():  # Ctrl-C; for ranks the launcher speaks
             resumes = {

@@ -29,7 +29,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from leanclip.errors import SampleError
+from leanclip.errors import SampleError, is_shortage
 
 Source = str | Path | bytes | Image.Image
 File = BinaryIO | Image.Image  # an image that is opened already stands for its file
@@ -105,6 +105,8 @@ def refusing(name: str = "") -> Iterator[None]:
     except FileNotFoundError:
         raise SampleError("missing file", f"{name}no such image") from None
     except Exception as error:  # decoders raise many kinds on damaged files
+        if is_shortage(error):
+            raise
         kind, reason = _fault(error)
         raise SampleError(kind, f"{name}cannot be read as an image: {reason}") from None
 

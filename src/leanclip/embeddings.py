@@ -29,7 +29,7 @@ from leanclip.data.samples import Strings
 from leanclip.data.sources.image_files import find_images
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.extras import need
-from leanclip.files import whole_file, write_text
+from leanclip.files import held, whole_file, write_text
 from leanclip.images import evaluation_pixels
 from leanclip.inference import Clip
 from leanclip.inputs import in_threads
@@ -126,6 +126,34 @@ def embed(
     """
     index = _index(clip, source, shard_size, format, dtype)
     _open(out, index)
+    lock = out / f".{rank}-of-{world_size}.lock"
+    with held(lock) as is_ours:
+        if not is_ours:
+            raise ConfigError(f"{out}: another process embeds there; choose another --out")
+        try:
+            _make_shards(
+                clip, source, out, index, batch_size, workers, max_bad_share, rank, world_size
+            )
+        finally:
+            lock.unlink(missing_ok=True)
+    if not _missing(out, index):
+        for part in out.glob(".*.part"):  # of starts that were killed
+            part.unlink(missing_ok=True)
+
+
+def _make_shards(
+    clip: Clip,
+    source: Source,
+    out: Path,
+    index: Index,
+    batch_size: int,
+    workers: int | None,
+    max_bad_share: float,
+    rank: int,
+    world_size: int,
+) -> None:
+    """This rank's shards that are not there yet."""
+    format, dtype = index.format, index.dtype
     mine = range(rank, index.shards, world_size)
     pending = [number for number in mine if not _last_file(out, number, format).exists()]
     sizes = {number: len(_part(index, number)) for number in mine}

@@ -19,6 +19,7 @@ from leanclip.files import digest
 log = logging.getLogger("leanclip")
 
 TRIES = 5  # of a transfer that does not get on; the pause between two doubles from a second on
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BUSY = (408, 425, 429)  # answers of 4xx that another time may differ
 
 
@@ -69,7 +70,7 @@ def fetch(
             _transfer(url, part, progress)
             break
         except (OSError, HTTPException, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 raise DataError(f"{part}: no space is left for {url}; make some") from None
             failures = 1 if _size(part) > most else failures + 1
             most = max(most, _size(part))
@@ -132,7 +133,7 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
         with part.open("ab" if have else "wb") as file:
-            while chunk := response.read(1 << 20):
+            while chunk := response.read1(1 << 20):  # what has come is kept if this is ended
                 file.write(chunk)
                 have += len(chunk)
                 progress(have, total)

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,8 +15,12 @@ from typing import Any
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 @contextmanager
@@ -65,6 +70,11 @@ def digest(path: Path, length: int = 64) -> str:
     """A file's SHA-256, or its MD5 for a `length` of 32 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5" if length == 32 else "sha256").hexdigest()
+
+
+def last_use(seconds: float) -> float:
+    """A kept file's time, to sort by; 0 where it is yet to come: the clock has gone back since."""
+    return seconds if seconds < time.time() + 60 else 0.0
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from leanclip.data.reduced import image_bytes, is_turned, open_header, open_redu
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.errors import DataError, SampleError
-from leanclip.files import read_facts, whole_file, write_text
+from leanclip.files import held, read_facts, whole_file, write_text
 from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
 
@@ -88,6 +88,26 @@ def pack(
     }
     if _begin(destination, facts):
         return json.loads((destination / "index.json").read_text("utf-8"))
+    with held(destination / "pack.json") as is_ours:
+        if not is_ours:
+            raise DataError(f"{destination}: another process packs there; choose another folder")
+        if (destination / "index.json").is_file():  # it has just ended
+            _clear(destination)
+            return json.loads((destination / "index.json").read_text("utf-8"))
+        _sweep(destination)
+        return _pack(dataset, config, destination, facts, workers, progress)
+
+
+def _pack(
+    dataset: Dataset,
+    config: DataConfig,
+    destination: Path,
+    facts: dict[str, Any],
+    workers: int | None,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """As `pack`, in a folder that is this process's."""
+    side, quality, shard_size = facts["side"], facts["quality"], facts["shard_size"]
     if workers is None:
         workers = config.workers or len(os.sched_getaffinity(0))
     maker = _ShardMaker(dataset, destination, side, quality, shard_size, config.max_pixels)
@@ -249,7 +269,6 @@ def _begin(destination: Path, facts: dict[str, Any]) -> bool:
         DataError: it holds something else.
     """
     index, start = destination / "index.json", destination / "pack.json"
-    _sweep(destination)
     for path in (index, start):
         if not path.is_file():
             continue
@@ -262,6 +281,7 @@ def _begin(destination: Path, facts: dict[str, Any]) -> bool:
                 )
         if path is index:
             _clear(destination)
+            _sweep(destination)
             return True
         return False
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

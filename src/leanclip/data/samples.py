@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 
 from leanclip.data.order import shuffled
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, is_shortage
 from leanclip.prompts import TEMPLATES
 
 
@@ -193,6 +193,8 @@ def read_lines(path: Path) -> list[str]:
     except FileNotFoundError:
         raise SampleError("missing file", f"{path}: no such file") from None
     except OSError as error:
+        if is_shortage(error):
+            raise
         raise SampleError("unreadable file", f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SampleError("caption not UTF-8", f"{path}: is not UTF-8 text") from None

@@ -20,7 +20,7 @@ from leanclip.distributed import everyones, rank_and_world_size
 from leanclip.evaluate.classification import Classification, classify
 from leanclip.evaluate.features import Encoded, encode_texts
 from leanclip.fetch import cache_folder
-from leanclip.files import whole_file
+from leanclip.files import last_use, whole_file
 from leanclip.model import CLIP
 from leanclip.weights import fingerprint
 
@@ -130,7 +130,9 @@ def _keep(path: Path, key: str, classifier: torch.Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, by_several=True) as part:
             save_file(tensors, part, {"key": key, "sha256": fingerprint(tensors)})
-        by_age = sorted(path.parent.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)
+        by_age = sorted(
+            path.parent.glob("*.safetensors"), key=lambda one: last_use(one.stat().st_mtime)
+        )
         for old in by_age[:-KEPT]:
             old.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
