@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -39,6 +39,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines on a terminal too.")]
 AllowUrls = Annotated[
     bool, typer.Option("--allow-urls", help="Images may be http or https addresses.")
+]
+AllowPrivateUrls = Annotated[
+    bool, typer.Option("--allow-private-urls", help="And addresses of your own network too.")
 ]
 Truncate = Annotated[
     bool, typer.Option("--truncate", help="Cut texts that are over the model's context.")
@@ -90,6 +93,7 @@ def classify(
     device: Device = "auto",
     truncate: Truncate = False,
     allow_urls: AllowUrls = False,
+    allow_private_urls: AllowPrivateUrls = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which of your words fits an image best, without training."""
@@ -97,7 +101,7 @@ def classify(
     from leanclip.prompts import TEMPLATES
 
     _only_one_reads_stdin([*images, labels])
-    clip = _load(model, device, allow_urls)
+    clip = _load(model, device, "private" if allow_private_urls else allow_urls)
     classifier = clip.classifier(
         _labels(labels), templates or TEMPLATES, calibration=calibration, truncate=truncate
     )
@@ -154,11 +158,12 @@ def similarity(
     device: Device = "auto",
     truncate: Truncate = False,
     allow_urls: AllowUrls = False,
+    allow_private_urls: AllowPrivateUrls = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare images with texts: the cosine of every image with every text."""
     _only_one_reads_stdin([*images, *texts])
-    clip = _load(model, device, allow_urls)
+    clip = _load(model, device, "private" if allow_private_urls else allow_urls)
     sources, captions = _sources(images), [text for given in texts for text in _texts(given)]
     cosines = clip.similarity(sources, captions, truncate=truncate)  # (M, N)
     names = [_name(source) for source in sources]
@@ -326,7 +331,9 @@ class _Table:
         Console().print(table)
 
 
-def _load(model: str | None, device: "str | torch.device", allow_urls: bool) -> "Clip":
+def _load(
+    model: str | None, device: "str | torch.device", allow_urls: bool | Literal["private"]
+) -> "Clip":
     from leanclip.inference import load
 
     return load(find_model(model), device=device, allow_urls=allow_urls)

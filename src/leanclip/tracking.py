@@ -137,14 +137,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; a line cut short by a crash is left out."""
+    """The lines of a run's metrics.jsonl; one cut short by a crash, or without a step, is left out."""
     path = folder / "metrics.jsonl"
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            lines.append(found)
     return lines
 
 

@@ -133,7 +133,7 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
 def _json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -6,7 +6,7 @@ import warnings
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from leanclip.data.samples import Sample
-from leanclip.decoding import open_regular
+from leanclip.decoding import check_scans, open_regular
 from leanclip.errors import SampleError
 from leanclip.images import FORMATS, open_image
 
@@ -44,6 +44,8 @@ def open_header(data: bytes, *, max_pixels: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of bombs; max_pixels refuses them
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format in ("JPEG", "MPO"):
+            check_scans(data)
     except UnidentifiedImageError:  # its own message names an address in memory
         reason = f"cannot be read as an image: it is none of {', '.join(FORMATS)}"
         raise SampleError("not an image", reason) from None

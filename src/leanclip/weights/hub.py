@@ -70,6 +70,7 @@ def _fetch_openai(name: str) -> Path:
 
 def _fetch_hub(repository: str) -> Path:
     """A snapshot of a repository through huggingface_hub, its cache and its offline mode."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
