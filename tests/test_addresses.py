@@ -60,12 +60,20 @@ def test_addresses_that_are(address: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1", "localhost", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "[::ffff:127.0.0.1]"],
+    [
+        "127.0.0.1",
+        "localhost",
+        "2130706433",
+        "0x7f000001",
+        "0177.0.0.1",
+        "127.1",
+        "[::ffff:127.0.0.1]",
+    ],
 )
 def test_a_strangers_url_leads_to_nothing_private(server: Server, host: str) -> None:
     """All these forms reach the server, as the second try shows."""
     url = f"http://{host}:{server.server_address[1]}/file"
-    with pytest.raises(FetchError, match="not a public address.*; allow_urls='private'"):
+    with pytest.raises(FetchError, match=r"not a public address.*; allow_urls='private'"):
         fetch_bytes(url, limit=100)
     assert server.asked == []
     assert fetch_bytes(url, limit=100, private=True) == b"content"

@@ -13,19 +13,18 @@ from web import serving
 
 WATCH = """
 import json, sys
-def watch(event, arguments, file=open({path!r}, "a")):
+def watch(event, arguments, file=open({path!r}, "a", buffering=1)):
     if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
-        file.write(json.dumps([event, repr(arguments[-2:])]) + "\\\\n")
-    elif event == "socket.connect" and isinstance(arguments[1], tuple):
-        file.write(json.dumps([event, repr(arguments[1])]) + "\\\\n")
-    file.flush()
+        print(json.dumps([event, repr(arguments)]), file=file)
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):  # not a local socket's path
+        print(json.dumps([event, repr(arguments[1])]), file=file)
 sys.addaudithook(watch)
 """
 
 
 def watching(path: Path) -> Callable[[], None]:
     """Has a process note every attempt to reach another by the network."""
-    return lambda: exec(WATCH.format(path=str(path)).replace("\\\\", "\\"), {})
+    return lambda: exec(WATCH.format(path=str(path)), {})
 
 
 def attempts(path: Path) -> list[list[str]]:
@@ -64,18 +63,22 @@ def test_imports_ask_nobody_and_hub_data_on_the_disk_neither(tmp_path: Path) -> 
     noted = tmp_path / "noted"
     make_pairs(tmp_path / "data", 2)
     (tmp_path / "data" / "metadata.csv").write_text("file_name,text\n000.png,a\n001.png,b\n")
-    code = WATCH.format(path=str(noted)).replace("\\\\", "\\") + """
+    code = (
+        WATCH.format(path=str(noted))
+        + """
 import pkgutil, importlib, leanclip
 for module in pkgutil.walk_packages(leanclip.__path__, "leanclip."):
     importlib.import_module(module.name)
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
 for streaming in (False, True):
-    data = DataConfig(layout="hub", root="data", streaming=streaming, epoch_size=2 if streaming else None)
+    size = 2 if streaming else None
+    data = DataConfig(layout="hub", root="data", streaming=streaming, epoch_size=size)
     next(iter(open_dataset(data).visits([0])))
 import huggingface_hub.constants as constants
 assert constants.HF_HUB_DISABLE_TELEMETRY
 """
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -121,7 +124,9 @@ def test_every_requirement_is_pinned() -> None:
     assert wanted - pins == set()
 
 
-@pytest.mark.parametrize("line", re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", (PROJECT / "SECURITY.md").read_text()))
+@pytest.mark.parametrize(
+    "line", re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", (PROJECT / "SECURITY.md").read_text())
+)
 def test_the_tests_that_security_md_names_are_there(line: tuple[str, str]) -> None:
     path, name = line
     assert (PROJECT / path).exists()

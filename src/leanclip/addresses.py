@@ -123,7 +123,7 @@ class Guard:
         raise error
 
     def check_beyond_proxy(self, host: str) -> None:
-        """Refuse numbers and this machine; other names are the proxy's to look up, and to refuse."""
+        """Refuse numbers and this machine; other names are the proxy's to look up and refuse."""
         try:
             place = socket.inet_ntoa(socket.inet_aton(host))  # takes all spellings of a number
         except OSError:

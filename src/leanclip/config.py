@@ -61,9 +61,7 @@ class ModelConfig(Section):
     vision_norm_after_pool: bool = Field(
         default=False, description="with vision_pool avg: the last LayerNorm comes after the mean"
     )
-    context_length: Size = Field(
-        default=77, description="tokens of a caption, with start and end"
-    )
+    context_length: Size = Field(default=77, description="tokens of a caption, with start and end")
     vocab_size: Size = Field(default=49408, description="number of token ids")
     transformer_width: Size = Field(description="width of the text tower")
     transformer_heads: Size = Field(description="attention heads of the text tower")

@@ -46,6 +46,7 @@ from leanclip.weights.hub import OPENAI_FILES
 from leanclip.weights.read import Architecture
 from leanclip.weights.weights import check_shapes
 
+MOST_RESOLUTION = 8192  # pixels a side that a stranger's preprocessing may ask for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -396,6 +397,11 @@ def load(
     model = CLIP(**to_plain(weights.model)).to(_device(device))
     load_into(model, weights, partial=partial)
     preprocess = weights.preprocess or Preprocess(weights.model.image_resolution)
+    if not 0 < preprocess.resolution <= MOST_RESOLUTION:
+        raise WeightsError(
+            f"{weights.source}: images of {preprocess.resolution} pixels a side, at most "
+            f"{MOST_RESOLUTION} are made"
+        )
     return Clip(model.to(DTYPES[name]).eval(), preprocess, allow_urls)
 
 

@@ -147,7 +147,7 @@ def _chunks(text: str) -> list[str]:
 
 
 def _unescape(text: str) -> str:
-    """html.unescape, which takes no numbers of over 4300 digits: of those, the first ones will do."""
+    """html.unescape, which takes no number of over 4300 digits; its first ones will do."""
     if len(text) > _LONG:
         text = _LONG_NUMBER.sub(lambda found: f"&#{(found[1].lstrip('0') or '0')[:9]}", text)
     return html.unescape(text)

@@ -137,7 +137,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; one cut short by a crash, or without a step, is left out."""
+    """The lines of a run's metrics.jsonl; one cut short, or without a step, is left out."""
     path = folder / "metrics.jsonl"
     lines = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():

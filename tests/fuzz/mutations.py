@@ -124,8 +124,7 @@ def bounded(
         try:
             yield
         except LeanclipError as error:
-            assert str(error), "an error without words"
-            assert "\n" not in str(error), f"an error of several lines: {error}"
+            check_words(error)
         grown = _megabytes("VmHWM") - start
         assert grown < megabytes, f"it took {grown} MB"
     except BaseException:
@@ -136,15 +135,21 @@ def bounded(
         signal.signal(signal.SIGALRM, before)
 
 
+def check_words(error: Exception) -> None:
+    """That an error is one line."""
+    assert str(error), "an error without words"
+    assert "\n" not in str(error), f"an error of several lines: {error}"
+
+
 def keep(data: bytes | str, name: str) -> None:
     """Put a file aside, in a long run."""
     if _KEEP:
         content = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
         Path(_KEEP).mkdir(exist_ok=True)
         stem, dot, suffix = name.partition(".")
-        (Path(_KEEP) / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{dot}{suffix}").write_bytes(
-            content
-        )
+        (
+            Path(_KEEP) / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{dot}{suffix}"
+        ).write_bytes(content)
 
 
 def _megabytes(what: str) -> int:

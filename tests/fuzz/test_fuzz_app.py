@@ -28,11 +28,14 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 
 def form(*parts: tuple[str, str, bytes]) -> bytes:
-    return b"".join(
-        b'--b\r\ncontent-disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
-        % (name.encode(), f'; filename="{file}"'.encode() if file else b"", content)
-        for name, file, content in parts
-    ) + b"--b--\r\n"
+    return (
+        b"".join(
+            b'--b\r\ncontent-disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+            % (name.encode(), f'; filename="{file}"'.encode() if file else b"", content)
+            for name, file, content in parts
+        )
+        + b"--b--\r\n"
+    )
 
 
 FORMS = {
@@ -54,7 +57,9 @@ def checked(answer: Any) -> None:
 @given(EDITS)
 def test_a_form(client: TestClient, name: str, edits: Edits) -> None:
     data = FORMS[name]
-    content = edited(data, edits, [m.start() for m in re.finditer(rb"\r\n|--b|name|PNG|IHDR", data)])
+    content = edited(
+        data, edits, [m.start() for m in re.finditer(rb"\r\n|--b|name|PNG|IHDR", data)]
+    )
     kind = {"content-type": "multipart/form-data; boundary=b"}
     with bounded(content, f"{name}.form", megabytes=200):
         checked(client.post(f"/api/{name}", content=content, headers=kind))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import noise_image
 from hypothesis import given
-from mutations import EDITS, Edits, bounded, edited, examples
+from mutations import EDITS, Edits, bounded, check_words, edited, examples
 from PIL import Image
 
 from leanclip.data.reduced import image_bytes, is_turned, open_header, open_reduced
@@ -37,7 +37,9 @@ def _seeds() -> dict[str, bytes]:
         "cmyk.jpeg": saved(image.convert("CMYK"), "JPEG"),
         "mpo": saved(image, "MPO", save_all=True, append_images=frames),
         "png": saved(image.convert("RGBA"), "PNG", exif=exif),
-        "grey16.png": saved(Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20)), "PNG"),
+        "grey16.png": saved(
+            Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20)), "PNG"
+        ),
         "palette.png": saved(image.quantize(16), "PNG", transparency=3),
         "apng": saved(frames[0], "PNG", save_all=True, append_images=frames[1:]),
         "gif": saved(frames[0], "GIF", save_all=True, append_images=frames[1:], transparency=1),
@@ -54,7 +56,9 @@ def _seeds() -> dict[str, bytes]:
 
 
 SEEDS = _seeds()
-_SIGNS = rb"\xff[\xc0-\xcf\xd8-\xfe]|IHDR|IDAT|PLTE|tRNS|eXIf|acTL|fcTL|VP8.|ANIM|ANMF|Exif|II\*|MM\0"
+_SIGNS = (
+    rb"\xff[\xc0-\xcf\xd8-\xfe]|IHDR|IDAT|PLTE|tRNS|eXIf|acTL|fcTL|VP8.|ANIM|ANMF|Exif|II\*|MM\0"
+)
 MARKS = {
     name: [0, 4, 6, 8, 16, 22, 28, *(found.start() for found in re.finditer(_SIGNS, data))]
     for name, data in SEEDS.items()
@@ -73,7 +77,7 @@ def everything(data: bytes) -> None:
         try:
             read()
         except LeanclipError as error:
-            assert "\n" not in str(error), error
+            check_words(error)
 
 
 def packed(data: bytes) -> None:

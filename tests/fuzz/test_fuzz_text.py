@@ -18,8 +18,35 @@ from leanclip.settings import parse
 from leanclip.strict_yaml import load_yaml
 from leanclip.tokenizer import encode, tokenize
 
-PIECES = ["&amp;", "amp;", "&#38;", "#38;", "&", "&lt;", "<", ";", "&#xFF06;", "＆", "ï¼†", "Ã©", "é"]
-PIECES += ["\u0301", "“", "\x1b[0m", "\0", "\n", "\r\n", "\ud800", "ﬁ", "<|endoftext|>", "a", " ", "9"]
+PIECES = [
+    "&amp;",
+    "amp;",
+    "&#38;",
+    "#38;",
+    "&",
+    "&lt;",
+    "<",
+    ";",
+    "&#xFF06;",
+    "＆",
+    "ï¼†",
+    "Ã©",
+    "é",
+]
+PIECES += [
+    "\u0301",
+    "“",
+    "\x1b[0m",
+    "\0",
+    "\n",
+    "\r\n",
+    "\ud800",
+    "ﬁ",
+    "<|endoftext|>",
+    "a",
+    " ",
+    "9",
+]
 
 
 @examples(60)
@@ -55,7 +82,10 @@ def test_an_entity_of_thousands_of_digits() -> None:
 @pytest.mark.parametrize("levels", [1, 5, 15])
 def test_a_long_caption_of_some_levels_is_as_the_reference_has_it(levels: int) -> None:
     words = "caf\u00c3\u00a9 “quoted” \u0132 " * 60
-    for text in ("&" + "amp;" * levels + "lt; " + words, words + "<br> &" + "amp;" * levels + "gt;"):
+    for text in (
+        "&" + "amp;" * levels + "lt; " + words,
+        words + "<br> &" + "amp;" * levels + "gt;",
+    ):
         assert len(text) > 1000
         assert encode(text) == reference(text)
         lines = text + "\n" + "é < &" + "amp;" * levels + "\n&amp;amp;"
@@ -66,8 +96,12 @@ def test_a_long_caption_of_some_levels_is_as_the_reference_has_it(levels: int) -
 _SCALARS = st.one_of(
     st.text(max_size=12),
     st.integers(-(10**40), 10**40).map(str),
-    st.sampled_from(["1e999", ".nan", "5e-4", "0x1F", "~", "<<", "=", "!!bool x", "!!set", "&a", "*a"]),
-    st.sampled_from(['"\\UFFFFFFFF"', '"\\uD800"', "|\n ", ">9", "!<x> y", "%YAML 9.9", "---", "...", "?"]),
+    st.sampled_from(
+        ["1e999", ".nan", "5e-4", "0x1F", "~", "<<", "=", "!!bool x", "!!set", "&a", "*a"]
+    ),
+    st.sampled_from(
+        ['"\\UFFFFFFFF"', '"\\uD800"', "|\n ", ">9", "!<x> y", "%YAML 9.9", "---", "...", "?"]
+    ),
 )
 _NESTED = st.recursive(
     _SCALARS,

@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, make_model
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import EDITS, Edits, bounded, edited, examples, odd_values
+from mutations import EDITS, Edits, bounded, check_words, edited, examples, odd_values
 
 import leanclip
 from leanclip.shard_files import read_shards, save_shards
@@ -113,7 +113,9 @@ def test_a_folder(
 
 @examples(12)
 @given(EDITS)
-def test_shards_of_a_checkpoint(seeds: dict[str, Path], tmp_path_factory: Any, edits: Edits) -> None:
+def test_shards_of_a_checkpoint(
+    seeds: dict[str, Path], tmp_path_factory: Any, edits: Edits
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "shards"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(seeds["shards"], folder)
@@ -125,7 +127,7 @@ def test_shards_of_a_checkpoint(seeds: dict[str, Path], tmp_path_factory: Any, e
         try:
             read_shards(folder)
         except OSError as error:  # as it says; a checkpoint's reader makes a line of it
-            assert "cannot be read" in str(error) or str(folder) in str(error)
+            check_words(error)
 
 
 def _number(form: str) -> Callable[[int], bytes]:
@@ -167,7 +169,9 @@ OPERATIONS = st.one_of(
     st.sampled_from(["f4", "O", "u1", "latin1", "storage", "0", "cpu", "hex", "|"]).map(
         lambda text: b"\x8c" + bytes([len(text)]) + text.encode()
     ),
-    st.tuples(st.sampled_from([b"r", b"j"]), _SIZES).map(lambda one: one[0] + _number("<I")(one[1])),
+    st.tuples(st.sampled_from([b"r", b"j"]), _SIZES).map(
+        lambda one: one[0] + _number("<I")(one[1])
+    ),
     st.integers(-(2**70), 2**70).map(lambda n: b"I%d\n" % n),
     st.binary(max_size=12).map(lambda data: b"C" + bytes([len(data)]) + data),
     st.floats().map(lambda value: b"G" + struct.pack(">d", value)),

@@ -190,7 +190,7 @@ class _OldStorages:
     def find(self, identity: object) -> _Storage:
         if type(identity) is not tuple or len(identity) != 6:
             raise WeightsError("refers to data outside the pickle in an unknown form")
-        kind, storage_type, key, device, count, view = identity
+        kind, storage_type, key, _, count, view = identity
         name = storage_type.name if isinstance(storage_type, Name) else "something else"
         if type(kind) is not str or kind != "storage" or name not in _STORAGES:
             raise WeightsError(f"a storage's type is {name}")
@@ -201,7 +201,9 @@ class _OldStorages:
         if key not in self._known:
             self._left -= size
             if self._left < 0:
-                raise EOFError(f"truncated: storage {key!r:.80} has {size} bytes, more than is left")
+                raise EOFError(
+                    f"truncated: storage {key!r:.80} has {size} bytes, more than is left"
+                )
             self._known[key] = _Storage(memoryview(bytearray(size)), dtype)
         storage = self._known[key]
         if storage.dtype != dtype or len(storage.data) != size:
