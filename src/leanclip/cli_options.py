@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -76,6 +76,9 @@ MaxBadShare = Annotated[
 AllowUrls = Annotated[
     bool, typer.Option("--allow-urls", help="Images may be http or https addresses.")
 ]
+AllowPrivateUrls = Annotated[
+    bool, typer.Option("--allow-private-urls", help="And addresses of your own network too.")
+]
 Truncate = Annotated[
     bool, typer.Option("--truncate", help="Cut texts that are over the model's context.")
 ]
@@ -84,7 +87,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines on a term
 
 
 def load_model(
-    model: str | None, device: "str | torch.device", *, allow_urls: bool = False
+    model: str | None,
+    device: "str | torch.device",
+    *,
+    allow_urls: bool | Literal["private"] = False,
 ) -> "Clip":
     """The model that is meant, loaded.
 

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from leanclip.cli_options import (
+    AllowPrivateUrls,
     AllowUrls,
     AsJson,
     BatchSize,
@@ -82,6 +83,7 @@ def classify(
     device: Device = "auto",
     truncate: Truncate = False,
     allow_urls: AllowUrls = False,
+    allow_private_urls: AllowPrivateUrls = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which of your words fits an image best, without training."""
@@ -89,7 +91,8 @@ def classify(
     from leanclip.prompts import TEMPLATES
 
     _only_one_reads_stdin([*images, labels])
-    clip = load_model(model, device, allow_urls=allow_urls)
+    allowed = "private" if allow_private_urls else allow_urls
+    clip = load_model(model, device, allow_urls=allowed)
     classifier = clip.classifier(
         _labels(labels), templates or TEMPLATES, calibration=calibration, truncate=truncate
     )
@@ -146,11 +149,13 @@ def similarity(
     device: Device = "auto",
     truncate: Truncate = False,
     allow_urls: AllowUrls = False,
+    allow_private_urls: AllowPrivateUrls = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare images with texts: the cosine of every image with every text."""
     _only_one_reads_stdin([*images, *texts])
-    clip = load_model(model, device, allow_urls=allow_urls)
+    allowed = "private" if allow_private_urls else allow_urls
+    clip = load_model(model, device, allow_urls=allowed)
     sources, captions = _sources(images), [text for given in texts for text in _texts(given)]
     cosines = clip.similarity(sources, captions, truncate=truncate)  # (M, N)
     names = [_name(source) for source in sources]

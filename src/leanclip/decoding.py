@@ -17,6 +17,7 @@ take (other formats, CMYK, damage of any kind) is Pillow's to decide. What an im
 import errno
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +40,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 178_956_970  # Pillow's own bound for "decompression bomb" errors
+MAX_SCANS = 100  # of a JPEG: each goes over all pixels; progressive ones have about ten
+_BAND = 1 << 22  # pixels that are converted at once
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # of a JPEG, but those without a length
 
 # EXIF's orientations: flip the stored image, then swap its axes where that is needed.
 MIRRORED = (2, 3, 7, 8)  # left for right
@@ -129,7 +133,26 @@ def read_header(file: File, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         size = f"{image.width}x{image.height}"
         raise SampleError("too many pixels", f"{size} pixels are over the limit of {max_pixels}")
+    if not isinstance(file, Image.Image) and image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        check_scans(file.read())
     return image
+
+
+def check_scans(data: bytes) -> None:
+    """Refuse a JPEG of so many scans that a megabyte of them would be decoded for minutes.
+
+    Raises:
+        ValueError: it has over MAX_SCANS.
+    """
+    if data.count(b"\xff\xda") <= MAX_SCANS:  # as many as there can be
+        return
+    scans, at = 0, 2
+    while (found := _MARKER.search(data, at)) and found[0] != b"\xff\xd9":  # the image's end
+        scans += found[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            raise ValueError(f"it has over {MAX_SCANS} scans")
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
 
 
 class _Quiet:
@@ -253,14 +276,35 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _from_16_bits(image).convert("RGB")
+        return _in_bands(image, _from_16_bits)
     if image.mode in ("I", "F"):
-        return _stretched(np.asarray(image)).convert("RGB")
+        low, high = _range_of(image)
+        return _in_bands(image, lambda band: _stretched(band, low, high))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        return _in_bands(image, _on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Rows of an image with the number of their first, so that copies of all need no memory."""
+    rows = max(1, _BAND // image.width)
+    if rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_bands(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    result = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        result.paste(to_rgb(band), (0, top))
+    return result
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
@@ -269,14 +313,22 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     grey = ((values + 128) // 257).astype(np.uint8)
     if "transparency" in image.info:  # PNG's: one value that is not to be seen
         grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey)
+    return Image.fromarray(grey).convert("RGB")
 
 
-def _stretched(values: np.ndarray) -> Image.Image:
-    """Values of any range -> 0 to 255, from the least finite one to the greatest."""
-    values = values.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+def _range_of(image: Image.Image) -> tuple[float, float]:
+    """The least and the greatest finite value."""
+    low, high = np.inf, -np.inf
+    for _, band in _bands(image):
+        values = np.asarray(band).astype(np.float64)
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            low, high = min(low, finite.min()), max(high, finite.max())
+    return (float(low), float(high)) if low <= high else (0.0, 0.0)
+
+
+def _stretched(image: Image.Image, low: float, high: float) -> Image.Image:
+    """Values of any range -> 0 to 255, from `low` to `high`."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=low, posinf=high, neginf=low)
     grey = np.round((values - low) * (255 / (high - low) if high > low else 0))
-    return Image.fromarray(grey.astype(np.uint8))
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -6,6 +6,7 @@ URL -> path.part (goes on where it stopped) -> checksum -> path
 import errno
 import logging
 import os
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
+from leanclip.addresses import Guard, PrivateAddressError, Resolve
 from leanclip.errors import DataError
 from leanclip.files import digest
 
@@ -47,6 +49,9 @@ def fetch(
 ) -> Path:
     """Fetch a URL into a file, whole or not at all; a broken transfer is taken up where it broke.
 
+    The URL is one that the user named, and may be of a private network; one of the internet must
+    not redirect there.
+
     Args:
         url: http or https.
         path: where it shall be; `path` with `.part` holds what came so far.
@@ -76,6 +81,7 @@ def fetch(
             most = max(most, _size(part))
             status = error.code if isinstance(error, urllib.error.HTTPError) else None
             refused = status is not None and 400 <= status < 500 and status not in _BUSY
+            refused = refused or _is_private(error)
             if refused or failures >= tries or isinstance(error, InvalidURL | ValueError):
                 raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
             log.warning("%s: %s; trying again", url, error)
@@ -87,20 +93,40 @@ def fetch(
     return path
 
 
-def fetch_bytes(url: str, *, limit: int) -> bytes:
-    """What is at a URL, in memory.
+def fetch_bytes(
+    url: str,
+    *,
+    limit: int,
+    seconds: float = 60,
+    private: bool = False,
+    resolve: Resolve = socket.getaddrinfo,
+) -> bytes:
+    """What is at a URL, which may be a stranger's, in memory.
+
+    Args:
+        url: http or https.
+        limit: bytes.
+        seconds: for all of it.
+        private: whether it may lead to this machine or a local network.
+        resolve: looks names up.
 
     Raises:
-        FetchError: it cannot be fetched, or is larger than `limit` bytes.
+        FetchError: it cannot be fetched, is larger than `limit` bytes, takes too long, or leads to
+            an address that is not public.
     """
     if not is_url(url):
         raise FetchError(f"{url}: is not an http or https address")
+    guard = Guard(private=private, resolve=resolve)
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with guard.within(seconds), guard.open(url, timeout=seconds) as response:
             content = response.read(limit + 1)
+        if guard.is_late or (response.length and len(content) <= limit):
+            raise OSError("the connection ended before all was there")
     except (OSError, HTTPException, ValueError) as error:
         status = error.code if isinstance(error, urllib.error.HTTPError) else None
-        raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
+        words = f"over the time of {seconds:g} s" if guard.is_late else str(error)
+        words += "; allow_urls='private' has those fetched too" if _is_private(error) else ""
+        raise FetchError(f"{url}: cannot be fetched: {words}", status) from None
     if len(content) > limit:
         raise FetchError(f"{url}: is over the limit of {limit} bytes")
     return content
@@ -111,12 +137,16 @@ def is_url(text: str) -> bool:
     return text.lower().startswith(("http://", "https://"))
 
 
+def _is_private(error: Exception) -> bool:
+    return isinstance(getattr(error, "reason", error), PrivateAddressError)
+
+
 def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
     """Add to `part` what it lacks."""
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=60)
+        response = Guard(private=None).open(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing is left to send: it was all there, or of another file
             raise

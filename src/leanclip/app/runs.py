@@ -141,7 +141,7 @@ def _whole(value: Any) -> int | None:
 
 def _is_number(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < float("inf")
+    return is_number and abs(value) < 1e308  # JSON has whole numbers that no float holds
 
 
 def plain(name: str) -> str:

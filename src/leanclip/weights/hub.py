@@ -72,6 +72,7 @@ def _fetch_openai(name: str) -> Path:
 
 def _fetch_hub(repository: str) -> Path:
     """A snapshot of a repository through huggingface_hub, its cache and its offline mode."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     what = f"{repository}: no such file, and fetching it from the hub"
     hub = need("huggingface_hub", what, extra="hub", error=WeightsError)
     try:

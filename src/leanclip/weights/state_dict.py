@@ -9,6 +9,7 @@ import torch
 from leanclip.errors import WeightsError
 from leanclip.weights.archive import Module, module_tensors, read_torch_legacy, read_torch_zip
 from leanclip.weights.formats import sniff
+from leanclip.weights.unpickle import check_sharing, refusing
 
 TORCHSCRIPT = ("TorchScript code, which was not read",)
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema")
@@ -27,9 +28,14 @@ def read_torch(
     """
     is_zip = (kind or sniff(path)) == "zip"
     loaded = read_torch_zip(path) if is_zip else read_torch_legacy(path)
+    others: tuple[str, ...] = TORCHSCRIPT
     if isinstance(loaded, Module):
-        return module_tensors(loaded), TORCHSCRIPT
-    return unwrap(loaded, path)
+        tensors = module_tensors(loaded)
+    else:
+        tensors, others = unwrap(loaded, path)
+    with refusing(path, "file of PyTorch's"):
+        check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
+    return tensors, others
 
 
 def unwrap(loaded: object, source: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:

@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,7 +30,9 @@ PROBLEMS = (  # by their number in an index; 0: none
 )
 _LONGEST_KEY = 255  # bytes that are kept of one
 _BLOCK = 512  # of a tar
-_DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+_LONGEST_NOTES, _MOST_NOTES = 1 << 16, 1000  # bytes of a header's, number of all members'
+_DIGITS = re.compile(rb"[0-9]{300}")  # more than a file's name can have
+_DAMAGE = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError, MemoryError)
 _KEY = re.compile(r"((?:.*/|)[^./][^/.]*)[.]([^/]*)", re.DOTALL)  # path to the first dot, the rest
 
 
@@ -116,6 +118,27 @@ class _Row:
         return next((self.members[name] for name in names if name in self.members), (0, 0))
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header, whose notes (pax) are within reason.
+
+    The standard library takes quadratic time over digits in them, in some versions, and over many
+    notes that hold for all members.
+    """
+
+    def _proc_pax(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        file: Any = tarfile_.fileobj
+        place = file.tell()
+        notes = file.read(min(max(self.size, 0), _LONGEST_NOTES + 1))
+        file.seek(place)
+        if (
+            len(notes) > _LONGEST_NOTES
+            or len(tarfile_.pax_headers) > _MOST_NOTES
+            or _DIGITS.search(notes)
+        ):
+            raise tarfile.ReadError("a header's notes are beyond reason")
+        return super()._proc_pax(tarfile_)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, str, int, int]]:
     """Each regular member: key, extension in lower case (or a problem), offset and size.
 
@@ -123,7 +146,9 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, str, int, int]]:
     between two.
     """
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, the caller closes the file
+        tar = tarfile.open(  # noqa: SIM115, the caller closes the file
+            fileobj=file, mode="r:", tarinfo=_Header
+        )
     except _DAMAGE:
         log.warning("%s: is not a tar file, or a compressed one", path)
         yield "the whole file", "not a tar file", 0, 0
