@@ -21,7 +21,9 @@ from leanclip.files import digest
 log = logging.getLogger("leanclip")
 
 TRIES = 5  # of a transfer that does not get on; the pause between two doubles from a second on
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PIECE = 1 << 20  # bytes that are asked for at once
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 _BUSY = (408, 425, 429)  # answers of 4xx that another time may differ
 
 
@@ -77,6 +79,8 @@ def fetch(
         except (OSError, HTTPException, ValueError) as error:
             if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 raise DataError(f"{part}: no space is left for {url}; make some") from None
+            if isinstance(error, OSError) and error.errno in _NOT_OURS:  # of the file alone
+                raise DataError(f"{part}: cannot be written: {error.strerror}") from None
             failures = 1 if _size(part) > most else failures + 1
             most = max(most, _size(part))
             status = error.code if isinstance(error, urllib.error.HTTPError) else None
@@ -163,7 +167,8 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
         with part.open("ab" if have else "wb") as file:
-            while chunk := response.read1(1 << 20):  # what has come is kept if this is ended
+            # What has come is kept if this is ended; at the end nothing more is waited for.
+            while chunk := response.read1(min(PIECE, total - have) if total else PIECE):
                 file.write(chunk)
                 have += len(chunk)
                 progress(have, total)

@@ -21,12 +21,12 @@ OPTIONS = (
 
 @pytest.fixture
 def stopped(workplace: Path) -> Path:
-    """A run that was killed and has three checkpoints."""
+    """A run that was stopped and has three checkpoints."""
     run = workplace / "stopped"
     process = Forked(*OPTIONS, "--output-dir", "stopped", folder=workplace)
     process.until(lambda: (run / "checkpoints/step-00000009").is_dir())
-    process.send(signal.SIGKILL)
-    process.code()
+    process.send(signal.SIGTERM)
+    assert process.code() == 143
     return run
 
 
@@ -51,15 +51,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     for attempt in range(count):
         run = workplace / f"run-{attempt}"
         shutil.copytree(stopped, run)
-        newest, _ = checkpoint.newest(run / "checkpoints")
-        assert newest is not None
+        *_, before, newest = sorted((run / "checkpoints").glob("step-*"))
         what = hurt(chance.choice(sorted(newest.iterdir())), chance)
         process = Forked(*OPTIONS, "--output-dir", run.name, folder=workplace)
         assert process.code() == 0, f"{what}: {process.said()}"
         said = process.said()
         assert f"warning: checkpoint skipped: {run.name}/checkpoints/{newest.name}" in said, what
-        before = int(newest.name[-8:]) - 3
-        assert f"going on from {run.name}/checkpoints/step-{before:08d}" in said, what
+        assert f"going on from {run.name}/checkpoints/{before.name}," in said, what
         assert weights_hash(run) == weights_hash(workplace / "whole"), what
         left.check()
         shutil.rmtree(run)
@@ -111,8 +109,8 @@ def test_a_changed_configuration_is_refused(
 def test_a_second_start_in_the_same_folder_is_refused(
     workplace: Path, left: Leftovers, name: str
 ) -> None:
-    for i in range(30):
-        noise_image(i, (900, 700)).save(workplace / f"data/{i:03d}.png", compress_level=1)
+    for i in range(16):
+        noise_image(i, (600, 500)).save(workplace / f"data/{i:03d}.png", compress_level=1)
         (workplace / f"data/{i:03d}.txt").write_text("words")
     make_model(workplace / "tiny")
     words, begun = {

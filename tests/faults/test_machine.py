@@ -77,6 +77,12 @@ def prepared(workplace: Path) -> Iterator[dict[str, tuple[str, ...]]]:
         yield words | {"download": (*words["download"], "--url", f"{server.url}/food-101.tar")}
 
 
+def limit_of(name: str) -> Callable[[], None]:
+    """Gives a command no file that is as long as it needs one."""
+    limit = COMMANDS[name][1]
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
 def digests(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -130,10 +136,7 @@ def test_too_few_open_files_are_said(workplace: Path, left: Leftovers) -> None:
 def test_a_file_that_cannot_be_written_is_said(
     prepared: dict[str, tuple[str, ...]], workplace: Path, left: Leftovers, name: str
 ) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (COMMANDS[name][1], COMMANDS[name][1]))
-
-    process = Forked(*prepared[name], folder=workplace, before=limit)
+    process = Forked(*prepared[name], folder=workplace, before=limit_of(name))
     assert_said(process, "File too large", "cannot be written", "no space")
     left.check(goes_on=name == "download")
     process = Forked(*prepared[name], folder=workplace)
@@ -148,9 +151,11 @@ def small_disk(workplace: Path, left: Leftovers) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", "size=50m", "leanclip", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("NOT TESTED: this user may not mount file systems")
-    yield disk
-    left.check()
-    subprocess.run(["umount", str(disk)], check=True)
+    try:
+        yield disk
+        left.check()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(small_disk: Path, workplace: Path) -> None:
@@ -190,8 +195,13 @@ def test_a_folder_that_is_read_only_is_said(
     prepared: dict[str, tuple[str, ...]], workplace: Path, name: str
 ) -> None:
     """What an earlier start left there stays as it is."""
-    process = Forked(*prepared[name], folder=workplace)
-    process.kill_after(lambda: len(list(Path("out/run").rglob("*"))) > 3, 0, all_of_it=False)
+    if name == "train":
+        process = Forked(*prepared[name], folder=workplace)
+        process.until(lambda: list(workplace.glob("out/run/checkpoints/step-*")))
+        process.send(signal.SIGTERM)
+        assert process.code() == 143
+    else:
+        assert Forked(*prepared[name], folder=workplace, before=limit_of(name)).code() == 2
     before = digests(workplace / "out")
     mount = in_own_mounts(f"--bind -o ro {workplace}/out {workplace}/out")
     process = Forked(*prepared[name], folder=workplace, before=mount)

@@ -224,11 +224,10 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         worker_init_fn=partial(_begin_worker, sockets, os.getpid()),
         generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
     )
+    # Of a negative priority: at the end after that of the workers.
+    tidy_up = Finalize(loader, shutil.rmtree, (sockets, True), exitpriority=-1)
     batches = iter(loader)
-    if workers:
-        # At the end, after that of the workers: of a negative priority.
-        tidy_up = Finalize(batches, shutil.rmtree, (sockets, True), exitpriority=-1)
-        # PyTorch raises a worker's death wherever the program is just then
+    if workers:  # PyTorch raises a worker's death wherever the program is just then
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
@@ -238,8 +237,7 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         except (RuntimeError, OSError, EOFError) as error:  # the latter of what a dead worker sent
             workers_ = getattr(batches, "_workers", ())
             dead = {w.pid: w.exitcode for w in workers_ if w.join(1) or w.exitcode}
-            if workers:
-                tidy_up()  # a rank does not come to the end
+            tidy_up()  # a rank does not come to the end
             for pid in dead:  # PyTorch leaves what it could not map into memory
                 for path in Path("/dev/shm").glob(f"torch_{pid}_*"):
                     path.unlink(missing_ok=True)

@@ -349,7 +349,7 @@ def _finish(
 
 
 def _clear(destination: Path) -> None:
-    for path in (*destination.glob("[0-9]*.json"), destination / "pack.json"):
+    for path in (*destination.glob("[0-9]*.json"), *destination.glob("pack.json")):
         path.unlink(missing_ok=True)
 
 
