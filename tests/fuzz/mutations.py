@@ -8,6 +8,7 @@ time:
 makes 2000 of each, and keeps the files that something went wrong with in the folder `found`.
 """
 
+import copy
 import hashlib
 import os
 import random
@@ -99,7 +100,7 @@ def odd_values(facts: Any, edits: Edits) -> Any:
                 if kind == "cut" and isinstance(place, dict):
                     del place[key]
                 else:
-                    place[key] = ODD[what % len(ODD)]
+                    place[key] = copy.deepcopy(ODD[what % len(ODD)])
                 break
             place = place[key]
     return facts

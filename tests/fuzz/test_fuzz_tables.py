@@ -156,9 +156,7 @@ def test_tars_that_lie(tmp_path: Path, name: str, content: bytes) -> None:
 def test_a_row_of_many_megabytes_is_a_bad_one(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name.endswith(".csv"):
-        path.write_bytes(
-            b'image,caption\n1.png,a\n2.png,"' + b"\n" * 2 + b"x" * (17 << 20) + b'"\n'
-        )
+        path.write_bytes(b"image,caption\n1.png,a\n2.png," + b"x" * (17 << 20) + b"\n3.png,b\n")
     else:
         row = b'{"image": "1.png", "caption": "a"}\n'
         path.write_bytes(row + b'{"image": [' + b"[]," * (6 << 20) + b"[]]}\n" + row)

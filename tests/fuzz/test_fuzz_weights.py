@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -40,23 +41,16 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["legacy"] = top / "legacy.pt"
     torch.save(dict(tensors), found["legacy"], _use_new_zipfile_serialization=False)
     found["script"] = top / "script.pt"
-    module = torch.nn.Module()
-    for name in ("ln_final", "text"):
-        module.add_module(name, torch.nn.LayerNorm(8))
-    torch.jit.save(torch.jit.trace_module(_Norm(), {"forward": torch.ones(1, 8)}), found["script"])
-    found["shards"] = top / "shards"
-    net = leanclip.CLIP(**TINY | SMALL)
-    save_shards(found["shards"], net, torch.optim.AdamW(net.parameters()))
+    net = leanclip.CLIP(**TINY | SMALL).eval()
+    inputs = {"encode_image": torch.zeros(1, 3, 32, 32)}
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # both are deprecated; what they wrote will be there for long
+        torch.jit.save(torch.jit.trace_module(net, inputs), found["script"])
+        found["shards"] = top / "shards"
+        save_shards(found["shards"], net, torch.optim.AdamW(net.parameters()))
     return found
-
-
-class _Norm(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ln_final = torch.nn.LayerNorm(8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ln_final(x)
 
 
 def marks_of(data: bytes) -> list[int]:
