@@ -15,6 +15,7 @@ from leanclip.settings import Section, kind, parse
 from leanclip.strict_yaml import load_yaml
 
 Positive = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, le=100_000_000)]  # of a model
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 Ratio = Annotated[float, Field(gt=0, le=100)]
@@ -35,18 +36,18 @@ _VIT_ONLY = (  # a ResNet takes none of these, or only their defaults
 class ModelConfig(Section):
     """The architecture, in the keys of OpenAI's code and of PASSL's `arch` dict."""
 
-    embed_dim: Positive = Field(description="width of the shared feature space")
-    image_resolution: Positive = Field(description="side of the square input image, in pixels")
+    embed_dim: Size = Field(description="width of the shared feature space")
+    image_resolution: Size = Field(description="side of the square input image, in pixels")
     vision_layers: int | tuple[int, int, int, int] = Field(
         description="a number: blocks of a ViT; four: bottlenecks of a ResNet's stages"
     )
-    vision_width: Positive = Field(
+    vision_width: Size = Field(
         description="width of the vision tower; of a ResNet: channels after the stem"
     )
-    vision_patch_size: Positive | None = Field(
+    vision_patch_size: Size | None = Field(
         default=None, description="side of a ViT's patch, in pixels; of a ResNet: null or 0"
     )
-    vision_heads: Positive | None = Field(
+    vision_heads: Size | None = Field(
         default=None,
         description="attention heads of the vision tower; of a ResNet: of its attention pool; "
         "null: OpenAI's, 64 channels each",
@@ -60,12 +61,10 @@ class ModelConfig(Section):
     vision_norm_after_pool: bool = Field(
         default=False, description="with vision_pool avg: the last LayerNorm comes after the mean"
     )
-    context_length: Positive = Field(
-        default=77, description="tokens of a caption, with start and end"
-    )
-    vocab_size: Positive = Field(default=49408, description="number of token ids")
-    transformer_width: Positive = Field(description="width of the text tower")
-    transformer_heads: Positive = Field(description="attention heads of the text tower")
+    context_length: Size = Field(default=77, description="tokens of a caption, with start and end")
+    vocab_size: Size = Field(default=49408, description="number of token ids")
+    transformer_width: Size = Field(description="width of the text tower")
+    transformer_heads: Size = Field(description="attention heads of the text tower")
     transformer_layers: Annotated[int, Field(gt=0, le=1000)] = Field(
         description="blocks of the text tower"
     )

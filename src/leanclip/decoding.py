@@ -17,10 +17,11 @@ take (other formats, CMYK, damage of any kind) is Pillow's to decide. What an im
 import errno
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
@@ -29,15 +30,19 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from leanclip.errors import SampleError
+from leanclip.errors import SampleError, is_shortage
 
 Source = str | Path | bytes | Image.Image
+File = BinaryIO | Image.Image  # an image that is opened already stands for its file
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 # Names the decoders that may run: Pillow would otherwise hand EPS files to Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 178_956_970  # Pillow's own bound for "decompression bomb" errors
+MAX_SCANS = 100  # of a JPEG: each goes over all pixels; progressive ones have about ten
+_BAND = 1 << 22  # pixels that are converted at once
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # of a JPEG, but those without a length
 
 # EXIF's orientations: flip the stored image, then swap its axes where that is needed.
 MIRRORED = (2, 3, 7, 8)  # left for right
@@ -72,10 +77,10 @@ def open_part(
         SampleError: as `open_image`.
     """
     with _opened(source, max_pixels) as (image, file):
-        if file is None or not _is_plain_jpeg(image):
+        if isinstance(file, Image.Image) or not _is_plain_jpeg(image):
             image = _upright_rgb(image)
             return np.array(image.crop(choose(*image.size)[0]))
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         width, height = image.size
         box, factor = choose(*((height, width) if orientation in SWAPPED else (width, height)))
         pixels = _decode_jpeg(file, image.size, factor)
@@ -86,34 +91,68 @@ def open_part(
 
 
 @contextmanager
-def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, BinaryIO | None]]:
+def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, File]]:
     """The image with only its header read, and its file; what fails within is a SampleError."""
     name = source if isinstance(source, str | Path) else f"<{type(source).__name__}>"
+    with refusing(f"{name}: "), _file(source) as file:
+        yield read_header(file, max_pixels), file
+
+
+@contextmanager
+def refusing(name: str = "") -> Iterator[None]:
+    """Turn what goes wrong with an image into a SampleError that begins with `name`."""
     try:
-        with _quiet, _file(source) as file:  # Pillow warns of bombs; max_pixels refuses them
-            if isinstance(source, Image.Image):
-                image = source
-            else:
-                assert file is not None
-                if not file.read(1):
-                    reason = "cannot be read as an image: it is empty"
-                    raise SampleError("empty file", f"{name}: {reason}")
-                image = Image.open(file, formats=FORMATS)  # from the start of the file
-            if not image.width * image.height:
-                raise ValueError("it has no pixels")
-            if image.width * image.height > max_pixels:
-                size = f"{image.width}x{image.height}"
-                reason = f"{size} pixels are over the limit of {max_pixels}"
-                raise SampleError("too many pixels", f"{name}: {reason}")
-            yield image, file
-    except SampleError:
-        raise
+        with _quiet:  # Pillow warns of bombs; max_pixels refuses them
+            yield
+    except SampleError as error:
+        raise SampleError(error.kind, f"{name}{error}") from None
     except FileNotFoundError:
-        raise SampleError("missing file", f"{name}: no such image") from None
+        raise SampleError("missing file", f"{name}no such image") from None
     except Exception as error:  # decoders raise many kinds on damaged files
+        if is_shortage(error):
+            raise
         kind, reason = _fault(error)
-        message = f"{name}: cannot be read as an image: {reason}"
-        raise SampleError(kind, message) from None
+        raise SampleError(kind, f"{name}cannot be read as an image: {reason}") from None
+
+
+def read_header(file: File, max_pixels: int) -> Image.Image:
+    """The image, its pixels not yet decoded; within `refusing`.
+
+    Raises:
+        SampleError: the file is empty, or its header declares more than `max_pixels` pixels.
+        Exception: one of those that `refusing` makes a SampleError.
+    """
+    if isinstance(file, Image.Image):
+        image = file
+    elif file.read(1):
+        image = Image.open(file, formats=FORMATS)  # from the start of the file
+    else:
+        raise SampleError("empty file", "cannot be read as an image: it is empty")
+    if not image.width * image.height:
+        raise ValueError("it has no pixels")
+    if image.width * image.height > max_pixels:
+        size = f"{image.width}x{image.height}"
+        raise SampleError("too many pixels", f"{size} pixels are over the limit of {max_pixels}")
+    if not isinstance(file, Image.Image) and image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        check_scans(file.read())
+    return image
+
+
+def check_scans(data: bytes) -> None:
+    """Refuse a JPEG of so many scans that a megabyte of them would be decoded for minutes.
+
+    Raises:
+        ValueError: it has over MAX_SCANS.
+    """
+    if data.count(b"\xff\xda") <= MAX_SCANS:  # as many as there can be
+        return
+    scans, at = 0, 2
+    while (found := _MARKER.search(data, at)) and found[0] != b"\xff\xd9":  # the image's end
+        scans += found[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            raise ValueError(f"it has over {MAX_SCANS} scans")
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
 
 
 class _Quiet:
@@ -156,9 +195,9 @@ def open_regular(path: str | Path) -> BinaryIO:
     return file
 
 
-def _file(source: Source) -> "BinaryIO | nullcontext[None]":
+def _file(source: Source) -> AbstractContextManager[File]:
     if isinstance(source, Image.Image):
-        return nullcontext()
+        return nullcontext(source)
     return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
 
 
@@ -173,7 +212,7 @@ def _fault(error: Exception) -> tuple[str, str]:
     return "damaged image", str(error) or type(error).__name__
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """EXIF's (or XMP's) 1 to 8; 1 where there is none or it is broken."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -230,21 +269,42 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()  # TIFF turns itself while it loads, and then has no orientation any more
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     image = _rgb(image)
     return image if orientation == 1 else Image.fromarray(_turned(np.asarray(image), orientation))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _from_16_bits(image).convert("RGB")
+        return _in_bands(image, _from_16_bits)
     if image.mode in ("I", "F"):
-        return _stretched(np.asarray(image)).convert("RGB")
+        low, high = _range_of(image)
+        return _in_bands(image, lambda band: _stretched(band, low, high))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        return _in_bands(image, _on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Rows of an image with the number of their first, so that copies of all need no memory."""
+    rows = max(1, _BAND // image.width)
+    if rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_bands(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    result = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        result.paste(to_rgb(band), (0, top))
+    return result
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
@@ -253,14 +313,22 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     grey = ((values + 128) // 257).astype(np.uint8)
     if "transparency" in image.info:  # PNG's: one value that is not to be seen
         grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey)
+    return Image.fromarray(grey).convert("RGB")
 
 
-def _stretched(values: np.ndarray) -> Image.Image:
-    """Values of any range -> 0 to 255, from the least finite one to the greatest."""
-    values = values.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+def _range_of(image: Image.Image) -> tuple[float, float]:
+    """The least and the greatest finite value."""
+    low, high = np.inf, -np.inf
+    for _, band in _bands(image):
+        values = np.asarray(band).astype(np.float64)
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            low, high = min(low, finite.min()), max(high, finite.max())
+    return (float(low), float(high)) if low <= high else (0.0, 0.0)
+
+
+def _stretched(image: Image.Image, low: float, high: float) -> Image.Image:
+    """Values of any range -> 0 to 255, from `low` to `high`."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=low, posinf=high, neginf=low)
     grey = np.round((values - low) * (255 / (high - low) if high > low else 0))
-    return Image.fromarray(grey.astype(np.uint8))
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

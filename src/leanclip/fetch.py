@@ -4,23 +4,26 @@ URL -> path.part (goes on where it stopped) -> checksum -> path
 """
 
 import errno
-import fcntl
-import hashlib
 import logging
 import os
+import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
+from leanclip.addresses import Guard, PrivateAddressError, Resolve
 from leanclip.errors import DataError
+from leanclip.files import digest
 
 log = logging.getLogger("leanclip")
 
 TRIES = 5  # of a transfer that does not get on; the pause between two doubles from a second on
+PIECE = 1 << 20  # bytes that are asked for at once
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 _BUSY = (408, 425, 429)  # answers of 4xx that another time may differ
 
 
@@ -48,6 +51,9 @@ def fetch(
 ) -> Path:
     """Fetch a URL into a file, whole or not at all; a broken transfer is taken up where it broke.
 
+    The URL is one that the user named, and may be of a private network; one of the internet must
+    not redirect there.
+
     Args:
         url: http or https.
         path: where it shall be; `path` with `.part` holds what came so far.
@@ -71,12 +77,15 @@ def fetch(
             _transfer(url, part, progress)
             break
         except (OSError, HTTPException, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 raise DataError(f"{part}: no space is left for {url}; make some") from None
+            if isinstance(error, OSError) and error.errno in _NOT_OURS:  # of the file alone
+                raise DataError(f"{part}: cannot be written: {error.strerror}") from None
             failures = 1 if _size(part) > most else failures + 1
             most = max(most, _size(part))
             status = error.code if isinstance(error, urllib.error.HTTPError) else None
             refused = status is not None and 400 <= status < 500 and status not in _BUSY
+            refused = refused or _is_private(error)
             if refused or failures >= tries or isinstance(error, InvalidURL | ValueError):
                 raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
             log.warning("%s: %s; trying again", url, error)
@@ -88,20 +97,40 @@ def fetch(
     return path
 
 
-def fetch_bytes(url: str, *, limit: int, seconds: float = 30) -> bytes:
-    """What is at a URL, in memory.
+def fetch_bytes(
+    url: str,
+    *,
+    limit: int,
+    seconds: float = 60,
+    private: bool = False,
+    resolve: Resolve = socket.getaddrinfo,
+) -> bytes:
+    """What is at a URL, which may be a stranger's, in memory.
+
+    Args:
+        url: http or https.
+        limit: bytes.
+        seconds: for all of it.
+        private: whether it may lead to this machine or a local network.
+        resolve: looks names up.
 
     Raises:
-        FetchError: it cannot be fetched, or is larger than `limit` bytes.
+        FetchError: it cannot be fetched, is larger than `limit` bytes, takes too long, or leads to
+            an address that is not public.
     """
     if not is_url(url):
         raise FetchError(f"{url}: is not an http or https address")
+    guard = Guard(private=private, resolve=resolve)
     try:
-        with urllib.request.urlopen(url, timeout=seconds) as response:
+        with guard.within(seconds), guard.open(url, timeout=seconds) as response:
             content = response.read(limit + 1)
+        if guard.is_late or (response.length and len(content) <= limit):
+            raise OSError("the connection ended before all was there")
     except (OSError, HTTPException, ValueError) as error:
         status = error.code if isinstance(error, urllib.error.HTTPError) else None
-        raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
+        words = f"over the time of {seconds:g} s" if guard.is_late else str(error)
+        words += "; allow_urls='private' has those fetched too" if _is_private(error) else ""
+        raise FetchError(f"{url}: cannot be fetched: {words}", status) from None
     if len(content) > limit:
         raise FetchError(f"{url}: is over the limit of {limit} bytes")
     return content
@@ -112,40 +141,8 @@ def is_url(text: str) -> bool:
     return text.lower().startswith(("http://", "https://"))
 
 
-def digest(path: Path, length: int = 64) -> str:
-    """A file's SHA-256, or its MD5 for a `length` of 32 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5" if length == 32 else "sha256").hexdigest()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock that a file is, among all processes and threads of this machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # closing would not do: a process forked meanwhile holds the file open too
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-@contextmanager
-def held(path: Path) -> Iterator[bool]:
-    """Try to hold the lock that a file is, until the end of this process at the latest.
-
-    Gives whether it does, or another process has it. Processes that are forked off do not share it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            yield False
-        else:
-            yield True
+def _is_private(error: Exception) -> bool:
+    return isinstance(getattr(error, "reason", error), PrivateAddressError)
 
 
 def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
@@ -153,7 +150,7 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=60)
+        response = Guard(private=None).open(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing is left to send: it was all there, or of another file
             raise
@@ -170,7 +167,8 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
         with part.open("ab" if have else "wb") as file:
-            while chunk := response.read(1 << 20):
+            # What has come is kept if this is ended; at the end nothing more is waited for.
+            while chunk := response.read1(min(PIECE, total - have) if total else PIECE):
                 file.write(chunk)
                 have += len(chunk)
                 progress(have, total)

@@ -35,7 +35,7 @@ from leanclip.evaluate import Calibration, build_classifier
 from leanclip.evaluate.features import encode_texts
 from leanclip.exported import is_exported, read_exported
 from leanclip.images import Preprocess, normalize
-from leanclip.inputs import ImageInput, ImageInputs, gather, pixel_batches
+from leanclip.inputs import AllowUrls, ImageInput, ImageInputs, gather, pixel_batches
 from leanclip.model import CLIP
 from leanclip.prompts import TEMPLATES
 from leanclip.settings import to_plain
@@ -46,6 +46,7 @@ from leanclip.weights.hub import OPENAI_FILES
 from leanclip.weights.read import Architecture
 from leanclip.weights.weights import check_shapes
 
+MOST_RESOLUTION = 8192  # pixels a side that a stranger's preprocessing may ask for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,7 +61,7 @@ class Clip:
 
     model: CLIP = field(repr=False)
     preprocess: Preprocess  # an image -> (3, R, R) float32
-    allow_urls: bool = False
+    allow_urls: AllowUrls = False
 
     @property
     def device(self) -> torch.device:
@@ -357,7 +358,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     partial: bool = False,
-    allow_urls: bool = False,
+    allow_urls: AllowUrls = False,
     backend: str | None = None,
 ) -> Clip:
     """Load weights of any dialect, in evaluation mode, or what `leanclip export` wrote.
@@ -368,7 +369,8 @@ def load(
         device: "auto" (CUDA where there is one), "cpu", "cuda", or another of torch's.
         dtype: what the towers compute in: "float32", "bfloat16" or "float16".
         partial: keep a new model's values for missing keys; drop left-over ones.
-        allow_urls: images may be http or https addresses, which are then fetched.
+        allow_urls: images may be http or https addresses, which are then fetched; "private": from
+            this machine and local networks too.
         backend: of an exported folder, which runs on the CPU: "onnx", or "torch", whose programs
             are to be trusted: PyTorch runs pickles that are in them; None: onnx.
 
@@ -385,7 +387,7 @@ def load(
     if backend is not None:
         raise ConfigError(f"{source}: backend={backend!r} is for a folder that was exported")
     weights = read_weights(source, arch=arch)
-    if weights.model is None:
+    if weights.model is None or weights.preprocess is None:
         raise WeightsError(
             f"{weights.source}: a {weights.dialect} without its architecture (the tensors do not "
             f"tell the activation); say it with arch=, for example arch='ViT-B-32' (exact GELU) "
@@ -394,8 +396,12 @@ def load(
     check_shapes(weights, weights.model)
     model = CLIP(**to_plain(weights.model)).to(_device(device))
     load_into(model, weights, partial=partial)
-    preprocess = weights.preprocess or Preprocess(weights.model.image_resolution)
-    return Clip(model.to(DTYPES[name]).eval(), preprocess, allow_urls)
+    if not 0 < weights.preprocess.resolution <= MOST_RESOLUTION:
+        raise WeightsError(
+            f"{weights.source}: images of {weights.preprocess.resolution} pixels a side, at most "
+            f"{MOST_RESOLUTION} are made"
+        )
+    return Clip(model.to(DTYPES[name]).eval(), weights.preprocess, allow_urls)
 
 
 def _device(name: str | torch.device) -> torch.device:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.data.pairs import find_images
+from leanclip.data.sources.image_files import find_images
 from leanclip.errors import DataError, SampleError
 from leanclip.fetch import fetch_bytes, is_url
 from leanclip.images import SUFFIXES, Source, evaluation_pixels
@@ -28,6 +28,7 @@ from leanclip.images import SUFFIXES, Source, evaluation_pixels
 S = TypeVar("S")
 R = TypeVar("R")
 ImageInput = Source | np.ndarray
+AllowUrls = bool | Literal["private"]
 ImageInputs = ImageInput | Iterable[ImageInput]
 
 MAX_URL_BYTES = 64 << 20
@@ -72,7 +73,7 @@ def pixel_batches(
     *,
     batch_size: int,
     workers: int | None = None,
-    allow_urls: bool = False,
+    allow_urls: AllowUrls = False,
 ) -> Iterator[torch.Tensor]:
     """Batches of evaluation pixels (B, 3, R, R) uint8, in order; one batch is read ahead.
 
@@ -82,7 +83,8 @@ def pixel_batches(
         batch_size: the most of a batch.
         workers: threads that decode; 0: this one; None: one per CPU core, eight at most, among the
             processes of this machine.
-        allow_urls: fetch what is named by an http or https address.
+        allow_urls: fetch what is named by an http or https address; "private": even from this
+            machine and local networks.
 
     Raises:
         SampleError: an image cannot be read; it says which one.
@@ -133,7 +135,7 @@ def in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def to_source(image: ImageInput, *, allow_urls: bool = False) -> Source:
+def to_source(image: ImageInput, *, allow_urls: AllowUrls = False) -> Source:
     """An image that can be opened: arrays become PIL images, URLs bytes.
 
     Raises:
@@ -142,7 +144,7 @@ def to_source(image: ImageInput, *, allow_urls: bool = False) -> Source:
     if isinstance(image, str) and is_url(image):
         if not allow_urls:
             raise DataError(f"{image}: is a URL; allow_urls=True has it fetched")
-        return fetch_bytes(image, limit=MAX_URL_BYTES)
+        return fetch_bytes(image, limit=MAX_URL_BYTES, private=allow_urls == "private")
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, bytearray):

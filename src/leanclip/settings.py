@@ -30,7 +30,7 @@ def parse(section: type[S], values: Mapping[str, Any], *, where: str) -> S:
     """
     try:
         text = json.dumps(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {error}") from None
     try:
         # JSON mode takes lists for tuples and nothing else; Python mode has no such strictness.

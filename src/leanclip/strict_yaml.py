@@ -28,7 +28,7 @@ def load_yaml(text: str, *, where: str) -> Any:
         mark = error.problem_mark
         line = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{where}{line}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
 
 
@@ -50,6 +50,10 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise ComposerError(
                 None, None, "aliases are not supported: write it out", self.peek_event().start_mark
+            )
+        if getattr(self.peek_event(), "tag", None) is not None:
+            raise ComposerError(
+                None, None, "tags are not supported: remove it", self.peek_event().start_mark
             )
         self.depth += 1
         if self.depth > _MAX_DEPTH:

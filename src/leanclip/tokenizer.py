@@ -55,6 +55,8 @@ _SUSPECT = re.compile("[^\x00-\x7f–—’…]{2}|[\x80-\x9fÂÃÎÐØÙŒœ]")
 _SINGLE_QUOTES = re.compile("[\u02bc\u2018-\u201b]")
 _DOUBLE_QUOTES = re.compile("[\u201c-\u201f]")
 _SEGMENT = 1_000_000  # characters, the most that ftfy repairs in one piece
+_LONG, _MOST_ROUNDS = 1000, 20  # characters; see _fix_text
+_LONG_NUMBER = re.compile("&#([0-9]{1000,})")
 
 _KEPT_CHUNKS = 1 << 16  # about 10 MB of English, and 30 MB of any text
 _KEPT_LENGTH = 32  # characters
@@ -140,8 +142,15 @@ def _chunks(text: str) -> list[str]:
     Python's white space is Unicode's and the four separators from \\x1c, which ftfy removes.
     """
     if not _PLAIN.fullmatch(text):
-        text = html.unescape(html.unescape(_repair(text)))
+        text = _unescape(_unescape(_repair(text)))
     return text.lower().split()
+
+
+def _unescape(text: str) -> str:
+    """html.unescape, which takes no number of over 4300 digits; its first ones will do."""
+    if len(text) > _LONG:
+        text = _LONG_NUMBER.sub(lambda found: f"&#{(found[1].lstrip('0') or '0')[:9]}", text)
+    return html.unescape(text)
 
 
 def _repair(text: str) -> str:
@@ -150,18 +159,52 @@ def _repair(text: str) -> str:
     Entities and quotes are repaired here; where there is more to do, ftfy does it all.
     """
     if len(text) > _SEGMENT:
-        return ftfy.fix_text(text)
-    fixed, before = text, None
+        return _fix_text(text)
+    fixed, before, rounds = text, None, 0
     while fixed != before:
-        before = fixed
+        before, rounds = fixed, rounds + 1
+        if rounds > _MOST_ROUNDS:
+            return _fix_text(text)
         if "&" in fixed and "<" not in text:  # ftfy takes `<` for a sign of HTML that is meant
             fixed = unescape_html(fixed)
         if _REPLACED.search(fixed) or (_SUSPECT.search(fixed) and is_bad(fixed)):
-            return ftfy.fix_text(text)
+            return _fix_text(text)
         if not fixed.isascii():
             fixed = _SINGLE_QUOTES.sub("'", _DOUBLE_QUOTES.sub('"', fixed))
             if not is_normalized("NFC", fixed):
-                return ftfy.fix_text(text)
+                return _fix_text(text)
+    return fixed
+
+
+def _fix_text(text: str) -> str:
+    """ftfy.fix_text, in a bounded number of rounds where a line is long.
+
+    ftfy goes over a line as long as it changes, and each level of entities within entities
+    (`&amp;amp;amp;lt;`) is a round: a hundred kilobytes would take half a minute. A line of over
+    _LONG characters that still changes after _MOST_ROUNDS is left as it is then; no other differs.
+    """
+    if len(text) <= _LONG:
+        return ftfy.fix_text(text)
+    fixed, unescapes = [], True
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        for start in range(0, len(line), _SEGMENT):
+            piece = line[start : start + _SEGMENT]
+            unescapes = unescapes and "<" not in piece  # from there on, as ftfy has it
+            fixed.append(_fix_piece(piece, unescapes))
+    return "".join(fixed)
+
+
+def _fix_piece(piece: str, unescapes: bool) -> str:
+    """What ftfy repairs at once."""
+    if not unescapes:
+        return ftfy.fix_text(piece, unescape_html=False)
+    if len(piece) <= _LONG:
+        return ftfy.fix_text(piece)
+    fixed = piece
+    for _ in range(_MOST_ROUNDS):
+        before, fixed = fixed, ftfy.fix_text(unescape_html(fixed), unescape_html=False)
+        if fixed == before:
+            return ftfy.fix_text(piece)
     return fixed
 
 

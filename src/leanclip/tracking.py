@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from leanclip.errors import ConfigError
+from leanclip.files import read_json_lines, write_text
 
 
 def check_tracker(report_to: str | None) -> None:
@@ -129,23 +130,10 @@ class _Run:
         self._library.finish()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; a line cut short by a crash is left out."""
-    path = folder / "metrics.jsonl"
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    """The lines of a run's metrics.jsonl; one without a step is left out."""
+    lines = read_json_lines(folder / "metrics.jsonl")
+    return [one for one in lines if isinstance(one, dict) and isinstance(one.get("step"), int)]
 
 
 class ProgressBar:

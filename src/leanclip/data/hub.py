@@ -8,6 +8,7 @@ Its rows mean what a table's do: leanclip.data.sources.columns. Images are not d
 `shuffle_buffer` samples.
 """
 
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ from leanclip.config import DataConfig
 from leanclip.data.order import shuffled
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.sources.columns import Meaning, check_count, choose_columns, class_names
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, one_line
+from leanclip.extras import need
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -37,12 +39,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         DataError: `datasets` is missing, it cannot be opened, or lacks columns.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            "data.layout: hub needs datasets: pip install -c constraints.txt -e '.[hub]'"
-        ) from None
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
+    datasets = need("datasets", "data.layout: hub", extra="hub", error=DataError)
     with _in_one_line(config.root):
         rows = _load(config)
         # A stream of text files has no features yet; its first row has the columns.
@@ -100,6 +98,9 @@ class Stream(Dataset):
         self.rows, self.meaning, self.root = rows, meaning, config.root
         self.classes, self.templates = meaning.classes, meaning.templates
         self.block = config.shuffle_buffer
+        # Rows may name files of their own repository, and have no other fetched.
+        name = re.escape(config.root.partition(":")[0])
+        self._own_file = re.compile(rf"((zip|tar)://[^:]*::)?hf://datasets/{name}[@/][^:]*")
         split = (rows.info.splits or {}).get(str(rows.split))
         size = (split.num_examples if split else None) or config.epoch_size
         if not size:
@@ -165,7 +166,7 @@ class Stream(Dataset):
         path, content = "row", None
         if isinstance(image, Mapping):
             path, content = image.get("path") or path, image.get("bytes")
-            if content is None and path.rpartition("::")[2].startswith("hf://"):
+            if content is None and self._own_file.fullmatch(path):
                 with _in_one_line(f"{self.root}: {path}"):
                     content = _fetched(path)
                 row = {**row, self.meaning.columns.image: content}
@@ -237,5 +238,4 @@ def _in_one_line(root: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        words = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"data.root: {root}: cannot be read: {words}") from None
+        raise DataError(f"data.root: {root}: cannot be read: {one_line(error)}") from None

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from leanclip.tracking import ProgressBar
 log = logging.getLogger("leanclip")
 
 _TEXTS = 4096  # that are tokenised at a time
+_NAMED: WeakKeyDictionary[Dataset, set[str]] = WeakKeyDictionary()  # ids that a warning named
 
 
 class Encoded(NamedTuple):
@@ -155,14 +157,18 @@ def encode_each(
 
 
 def _report_bad(dataset: Dataset, data: DataConfig, bad: Sequence[Bad]) -> dict[str, str]:
-    """What all ranks could not read: id -> reason.
+    """What all ranks could not read: id -> reason. What was not said of the data set before is.
 
     Raises:
         DataError: too many, on every rank.
     """
     every = sorted(one for part in everyones(list(bad)) for one in part)
-    for reason in BadSamples(len(dataset), data.max_bad_share).add(every):
-        log.warning("skipped: %s", reason)
+    BadSamples(len(dataset), data.max_bad_share).add(every)
+    named = _NAMED.setdefault(dataset, set())
+    for one in {one.id: one for one in every}.values():
+        if one.id not in named:
+            log.warning("skipped: %s", one.reason)
+            named.add(one.id)
     return {one.id: one.reason for one in every}
 
 

@@ -5,7 +5,8 @@ in `<root>/data/<key>`:
 
     file -> members, checked -> interpret(data.pkl) -> tensors, views of the mapped file
 
-Nothing of torch.load or torch.jit is used for the zips; TorchScript's code is not looked at.
+Nothing of torch.load or torch.jit is used: even its safe loader calls functions that a few hundred
+bytes make fill the memory. TorchScript's code is not looked at.
 """
 
 import io
@@ -71,21 +72,29 @@ def read_torch_zip(path: str | Path) -> object:
 
 
 def read_torch_legacy(path: str | Path) -> object:
-    """Read a torch.save file from before PyTorch 1.6, with torch's own safe loader.
+    """Read a torch.save file from before PyTorch 1.6: four pickles, keys, and each key's values.
+
+    What comes back is as of `read_torch_zip`, but the values are in memory.
 
     Raises:
         WeightsError: the file is missing or damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
-    # Nothing else reaches torch.load, which hands zips of TorchScript's on to torch.jit.
     if (kind := sniff(path)) != "torch-legacy":
         raise WeightsError(f"{path}: not an old file of torch.save's but a {kind}")
-    with refusing(path, "file of PyTorch's"):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # it raises many kinds for damage
-            reason = " ".join(str(error).split())[:200]
-            raise WeightsError(f"refused by torch.load(weights_only=True): {reason}") from None
+    with refusing(path, "file of PyTorch's"), path.open("rb") as file:
+        size = path.stat().st_size
+
+        def plain() -> object:
+            return interpret(file, size - file.tell(), {})
+
+        _, protocol, facts = plain(), plain(), plain()
+        if protocol != 1001 or type(facts) is not dict or facts.get("little_endian") is not True:
+            raise WeightsError("of an unknown protocol, or written on a big-endian machine")
+        storages = _OldStorages(size)
+        loaded = interpret(file, size - file.tell(), _torch_names(), storages.find)
+        storages.fill(file, plain())
+        return loaded
 
 
 class Module(Unfinished):
@@ -171,6 +180,51 @@ class _Storages:
         return storage
 
 
+class _OldStorages:
+    """Persistent ids of old files: ("storage", type, key, device, numel, view), filled later."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size  # bytes that the file may still promise
+        self._known: dict[str, _Storage] = {}
+
+    def find(self, identity: object) -> _Storage:
+        if type(identity) is not tuple or len(identity) != 6:
+            raise WeightsError("refers to data outside the pickle in an unknown form")
+        kind, storage_type, key, _, count, view = identity
+        name = storage_type.name if isinstance(storage_type, Name) else "something else"
+        if type(kind) is not str or kind != "storage" or name not in _STORAGES:
+            raise WeightsError(f"a storage's type is {name}")
+        if type(key) is not str or type(count) is not int or count < 0 or view is not None:
+            raise WeightsError("a storage's key or size has an unknown form, or it is a view")
+        dtype = _STORAGES[name]
+        size = count * dtype.itemsize
+        if key not in self._known:
+            self._left -= size
+            if self._left < 0:
+                raise EOFError(
+                    f"truncated: storage {key!r:.80} has {size} bytes, more than is left"
+                )
+            self._known[key] = _Storage(memoryview(bytearray(size)), dtype)
+        storage = self._known[key]
+        if storage.dtype != dtype or len(storage.data) != size:
+            raise WeightsError(f"storage {key!r:.80} has two types or sizes")
+        return storage
+
+    def fill(self, file: io.BufferedReader, keys: object) -> None:
+        """Read the values of each key: a count of eight bytes, then as many values."""
+        if type(keys) is not list or not all(type(key) is str for key in keys):
+            raise WeightsError("its list of storages has an unknown form")
+        if len(set(keys)) < len(keys) or set(keys) != self._known.keys():
+            raise WeightsError("its list of storages is not that of its tensors")
+        for key in keys:
+            data, dtype = self._known[key].data, self._known[key].dtype
+            count = int.from_bytes(file.read(8), "little")
+            if count * dtype.itemsize != len(data) or file.readinto(data) < len(data):
+                raise EOFError(f"truncated: storage {key!r:.80} has fewer than {len(data)} bytes")
+            if dtype == torch.bool and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+                raise WeightsError("a boolean storage holds other bytes than 0 and 1")
+
+
 def _rebuild_tensor(
     storage: object,
     offset: object,
@@ -218,6 +272,7 @@ class _TorchNames(dict[str, object]):
 
 def _torch_names() -> _TorchNames:
     calls = {
+        "torch._utils._rebuild_tensor": lambda *parts: _rebuild_tensor(*parts, False, None),
         "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
         "torch._utils._rebuild_parameter": _rebuild_parameter,
         "torch.Size": lambda sizes: sizes,

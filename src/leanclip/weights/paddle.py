@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from leanclip.errors import WeightsError
+from leanclip.weights.unpickle import check_sharing, refusing
 
 _NAME_TABLE = "StructuredToParameterName@@"
 _SLICE_TABLE = "UnpackBigParamInfor@@"
@@ -38,6 +39,8 @@ def paddle_arrays(loaded: object, source: str | Path = ".pdparams") -> dict[str,
         for name, value in loaded.items()
         if name not in (_NAME_TABLE, _SLICE_TABLE)
     }
+    with refusing(Path(source), "pickle"):
+        check_sharing((a.__array_interface__["data"][0], a.nbytes) for a in arrays.values())
     for name, facts in _slice_table(loaded, source).items():
         arrays[name] = _joined(name, facts, arrays, source)
     if not arrays:

@@ -9,22 +9,33 @@ import torch
 from leanclip.errors import WeightsError
 from leanclip.weights.archive import Module, module_tensors, read_torch_legacy, read_torch_zip
 from leanclip.weights.formats import sniff
+from leanclip.weights.unpickle import check_sharing, refusing
 
 TORCHSCRIPT = ("TorchScript code, which was not read",)
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
 
 
-def read_torch(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+def read_torch(
+    path: Path, kind: str | None = None
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """The tensors of a torch.save file or TorchScript archive, and what else it holds.
+
+    `kind` is what `sniff` said of it, where that is known.
 
     Raises:
         WeightsError: the file is damaged, holds more than data, or no state dict.
     """
-    loaded = read_torch_zip(path) if sniff(path) == "zip" else read_torch_legacy(path)
+    is_zip = (kind or sniff(path)) == "zip"
+    loaded = read_torch_zip(path) if is_zip else read_torch_legacy(path)
+    others: tuple[str, ...] = TORCHSCRIPT
     if isinstance(loaded, Module):
-        return module_tensors(loaded), TORCHSCRIPT
-    return unwrap(loaded, path)
+        tensors = module_tensors(loaded)
+    else:
+        tensors, others = unwrap(loaded, path)
+    with refusing(path, "file of PyTorch's"):
+        check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
+    return tensors, others
 
 
 def unwrap(loaded: object, source: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:

@@ -15,7 +15,7 @@ straight into the memory that the arrays keep.
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from leanclip.errors import WeightsError
 _MOST_OPERATIONS = 5_000_000  # a ViT-L/14 with its optimiser takes about 50,000
 _DEEPEST = 100
 _LONGEST_NAME = 1000
+_SHARED = 64 << 20  # bytes
 _DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 # What parsing something damaged raises; RecursionError and torch's errors are RuntimeErrors.
 _DAMAGE = (EOFError, OSError, ValueError, TypeError, LookupError, ArithmeticError)
@@ -62,6 +63,27 @@ def refusing(path: Path, kind: str) -> Iterator[None]:
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:200] or "no reason given"
         raise WeightsError(f"{path}: damaged {kind}: {type(error).__name__}: {reason}") from None
+
+
+def check_sharing(places: Iterable[tuple[int, int]]) -> None:
+    """Refuse values that so many names share that a copy of each would fill the memory.
+
+    Args:
+        places: where the values of each name begin in memory, and how many bytes they are.
+
+    Raises:
+        WeightsError: they come to over four times what there is, and over 64 MiB.
+    """
+    held: dict[int, int] = {}
+    total = 0
+    for place, size in places:
+        total += size
+        held[place] = max(held.get(place, 0), size)
+    if total > 4 * sum(held.values()) + _SHARED:
+        raise WeightsError(
+            f"{total:,} bytes by name, of which {sum(held.values()):,} are there: too many names "
+            f"share their values"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,6 +26,7 @@ log = logging.getLogger("leanclip")
 
 VISION_POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 TEXT_POSITIONS = "positional_embedding"
+_MOST_GROWTH = 10  # of an architecture's parameters over those of the tensors for it
 INVISIBLE = (  # settings that no tensor's shape or name shows
     "activation",
     "attention_heads",
@@ -45,10 +46,14 @@ class Weights:
     dialect: str  # "leanclip", "openai", "open_clip", "hf", "passl", or "state dict"
     tensors: dict[str, torch.Tensor]
     model: ModelConfig | None = None  # None: the source does not say enough
-    preprocess: Preprocess | None = None
+    preprocess: Preprocess | None = None  # where it is not given, OpenAI's at the model's size
     absent: tuple[str, ...] = ()  # tensors that the dialect never holds; they become zeros
     notes: tuple[str, ...] = ()  # what a person should know
     others: tuple[str, ...] = ()  # what the source holds besides tensors of the model
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.preprocess is None:
+            object.__setattr__(self, "preprocess", Preprocess(self.model.image_resolution))
 
 
 def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[str]:
@@ -151,10 +156,21 @@ def check_shapes(weights: Weights, model: ModelConfig) -> None:
     Positional embeddings may be of another size.
 
     Raises:
-        WeightsError: a shape differs; names the first.
+        WeightsError: a shape differs; names the first. Or the architecture has so many more
+            parameters that building it might fill the memory.
     """
-    with torch.device("meta"):
-        expected = CLIP(**to_plain(model)).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = CLIP(**to_plain(model)).state_dict()
+    except (RuntimeError, OverflowError):  # a tensor of more bytes than there are numbers for
+        raise WeightsError(f"{weights.source}: its architecture has sizes beyond reason") from None
+    wanted = sum(tensor.numel() for tensor in expected.values())
+    held = sum(tensor.numel() for tensor in weights.tensors.values())
+    if wanted > _MOST_GROWTH * held + 10**7:
+        raise WeightsError(
+            f"{weights.source}: the architecture has {wanted:,} parameters, the tensors {held:,}; "
+            f"one of the two is not of these weights"
+        )
     for name, tensor in weights.tensors.items():
         fits = name.endswith("positional_embedding") or name not in expected
         if not fits and tensor.shape != expected[name].shape:

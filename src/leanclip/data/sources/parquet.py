@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from leanclip.data.sources.cached import cached
 from leanclip.data.sources.columns import check_count, sorted_values
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, one_line
+from leanclip.extras import need
 from leanclip.tracking import ProgressBar
 
 if TYPE_CHECKING:
     import pyarrow
 
 _BATCH = 1 << 18  # bytes
+_MOST_BYTES, _MOST_GROWTH = 1 << 30, 200  # of a batch and a file; of a file over its own size
 
 
 class ParquetRows:
@@ -54,7 +56,7 @@ class ParquetRows:
             _write_arrow(self.paths, list(columns), self.batch, self.size, part)
 
         kind = f"arrow-{','.join(columns)}-{self.batch}"
-        self.arrow = cached(self.paths, kind, write, is_whole=_is_arrow, size=size)
+        self.arrow = cached(self.paths, kind, write, _whole_arrow, size=size)
 
     def __len__(self) -> int:
         return self.size
@@ -91,9 +93,9 @@ class ParquetRows:
         try:
             notes = json.loads((self.schema.metadata or {})[b"huggingface"])
             names = notes["info"]["features"][column]["names"]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             return None
-        return [str(name) for name in names]
+        return [str(name) for name in names] if isinstance(names, list) else None
 
     def _file(self) -> Any:
         import pyarrow
@@ -108,18 +110,31 @@ class ParquetRows:
         return self.__dict__ | {"_opened": (0, None)}
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, columns: Sequence[str] = ()) -> Any:
+    """A Parquet file; where it has the texts of `columns` each once, they are read so."""
+    pyarrow = need("pyarrow", f"{path}: reading Parquet", extra="table", error=DataError)
+    from pyarrow import parquet
+
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: reading Parquet needs pyarrow: pip install -c constraints.txt -e '.[table]'"
-        ) from None
-    try:
-        return parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path)
+        once = [name for name in _dictionaries(file) if name.split(".")[0] in columns]
+        return parquet.ParquetFile(path, read_dictionary=once) if once else file
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {_line(error)}") from None
+        raise DataError(f"{path}: cannot be read as Parquet: {one_line(error)}") from None
+
+
+def _dictionaries(file: Any) -> list[str]:
+    """The columns of texts or bytes whose values may stand for many rows."""
+    if not file.metadata.num_row_groups:
+        return []
+    group = file.metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    return [
+        column.path_in_schema
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY"
+        and any(name.endswith("DICTIONARY") for name in column.encodings)
+    ]
 
 
 def _bytes(file: Any, columns: Sequence[str]) -> int:
@@ -155,12 +170,12 @@ def _write_arrow(
             bar.update(done)
 
 
-def _is_arrow(path: Path) -> bool:
-    """Whether a file is whole; ValueError of pyarrow if not."""
+def _whole_arrow(path: Path) -> Path | None:
+    """The file itself, if it is whole; else a ValueError of pyarrow."""
     import pyarrow
 
     with pyarrow.OSFile(str(path), "rb") as file:
-        return pyarrow.ipc.open_file(file).num_record_batches > 0
+        return path if pyarrow.ipc.open_file(file).num_record_batches else None
 
 
 def _plain(field: "pyarrow.Field") -> "pyarrow.Field":
@@ -176,15 +191,42 @@ def _read(
 ) -> Iterator["pyarrow.Table"]:
     import pyarrow
 
+    total = 0
     for path in paths:
         try:
-            for batch in _open(path).iter_batches(batch_size=16 * rows, columns=columns):
-                table = pyarrow.Table.from_batches([batch])
-                yield table.select(columns).cast(schema)
+            file = _open(path, columns)
+            allowed = max(_MOST_BYTES, _MOST_GROWTH * path.stat().st_size)
+            for batch in file.iter_batches(batch_size=16 * rows, columns=columns):
+                table = pyarrow.Table.from_batches([batch]).select(columns)
+                for first in range(0, len(table), rows):
+                    piece = table.slice(first, rows)
+                    size = sum(_unpacked(part) for c in piece.columns for part in c.chunks)
+                    total += size
+                    if size > _MOST_BYTES or total > allowed:
+                        raise DataError(
+                            f"{path}: unpacks to over {_MOST_GROWTH} times its size: the same "
+                            f"large values in many rows"
+                        )
+                    yield piece.cast(schema)
         except (KeyError, pyarrow.ArrowException) as error:
             raise DataError(
-                f"{path}: is damaged, or has other columns than {paths[0].name}: {_line(error)}"
+                f"{path}: is damaged, or has other columns than {paths[0].name}: {one_line(error)}"
             ) from None
+
+
+def _unpacked(array: Any) -> int:
+    """Bytes of an array in which each row has its own value."""
+    import pyarrow
+    from pyarrow import compute
+
+    if isinstance(array, pyarrow.DictionaryArray):
+        lengths = compute.fill_null(compute.binary_length(array.dictionary), 0)
+        return compute.sum(lengths.cast("int64").take(array.indices.drop_null())).as_py() or 0
+    if isinstance(array, pyarrow.StructArray):
+        return sum(map(_unpacked, array.flatten()))
+    if isinstance(array, pyarrow.ListArray | pyarrow.LargeListArray):
+        return _unpacked(array.flatten())
+    return array.nbytes
 
 
 def _even(tables: Iterator["pyarrow.Table"], rows: int) -> Iterator["pyarrow.RecordBatch"]:
@@ -200,7 +242,3 @@ def _even(tables: Iterator["pyarrow.Table"], rows: int) -> Iterator["pyarrow.Rec
         rest = rest.slice(whole)
     if rest is not None and rest.num_rows:
         yield from rest.combine_chunks().to_batches()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -197,7 +197,7 @@ def _read_sizes(
         sizes = sizes_in(json.loads(content))
         if not all(isinstance(name, str) and "/" not in name for name in sizes):
             raise ValueError
-        if not all(type(size) is int and size >= 0 for size in sizes.values()):
+        if not all(type(size) is int and 0 <= size < 1 << 40 for size in sizes.values()):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{path}: does not hold the sizes of shards; mend or remove it") from None

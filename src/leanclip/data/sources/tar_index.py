@@ -6,18 +6,16 @@ WebDataset's rule says what a sample is: consecutive members whose paths are the
 first dot of the last name; what follows the dot says what a member is.
 """
 
-import hashlib
 import logging
-import os
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from leanclip.fetch import cache_folder, locked
+from leanclip.data.sources.cached import cached, cached_path
 
 log = logging.getLogger("leanclip")
 
@@ -31,9 +29,10 @@ PROBLEMS = (  # by their number in an index; 0: none
     "not a tar file",
 )
 _LONGEST_KEY = 255  # bytes that are kept of one
-_VERSION = 1  # of what is kept; part of its name
 _BLOCK = 512  # of a tar
-_DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+_LONGEST_NOTES, _MOST_NOTES = 1 << 16, 1000  # bytes of a header's, number of all members'
+_DIGITS = re.compile(rb"[0-9]{300}")  # more than a file's name can have
+_DAMAGE = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError, MemoryError)
 _KEY = re.compile(r"((?:.*/|)[^./][^/.]*)[.]([^/]*)", re.DOTALL)  # path to the first dot, the rest
 
 
@@ -42,46 +41,33 @@ def shard_index(path: Path, identity: str | None = None) -> np.ndarray:
 
     Args:
         path: a tar file.
-        identity: what it is called in the cache; else its path, size and time of change.
+        identity: as of `cached`.
 
     Returns:
         Rows of `key` (bytes), `problem` (index into PROBLEMS) and, for each of PARTS, `<part>`
         and `<part>_size`: where its data begins in the file, and how long it is; 0: not there.
 
     Raises:
-        OSError: it cannot be read.
+        DataError: the cache folder cannot be written.
+        OSError: the shard cannot be read.
     """
-    kept = index_path(path, identity)
-    if (index := _load(kept)) is not None:
-        return index
-    with locked(kept.with_suffix(".lock")):
-        if (index := _load(kept)) is None:
-            index = build_index(path)
-            part = kept.with_suffix(f".{os.getpid()}.npy")
-            with part.open("wb") as file:
-                np.save(file, index)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(kept)
-    return index
+    return cached([path], "npy", lambda part: _save(path, part), _load, identity=identity)
+
+
+def is_indexed(path: Path) -> bool:
+    """Whether a shard has been looked through before."""
+    return cached_path([path], "npy").is_file()
+
+
+def _save(path: Path, part: Path) -> None:
+    with part.open("wb") as file:
+        np.save(file, build_index(path))
 
 
 def _load(kept: Path) -> np.ndarray | None:
-    """An index; None where there is none, or what a crash or a full disk left of one."""
-    try:
-        index = np.load(kept, mmap_mode="r" if kept.stat().st_size > 1 << 16 else None)
-    except (FileNotFoundError, EOFError, ValueError):
-        return None
+    """An index; None of what a crash or a full disk left of one."""
+    index = np.load(kept, mmap_mode="r" if kept.stat().st_size > 1 << 16 else None)
     return index if isinstance(index, np.ndarray) and index.dtype.names else None
-
-
-def index_path(path: Path, identity: str | None = None) -> Path:
-    """Where a shard's index is kept."""
-    if identity is None:
-        stat = path.stat()
-        identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    name = hashlib.sha256(f"{_VERSION} {identity}".encode("utf-8", "surrogateescape")).hexdigest()
-    return cache_folder() / "shards" / f"{name[:32]}.npy"
 
 
 def build_index(path: Path) -> np.ndarray:
@@ -132,6 +118,27 @@ class _Row:
         return next((self.members[name] for name in names if name in self.members), (0, 0))
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header, whose notes (pax) are within reason.
+
+    The standard library takes quadratic time over digits in them, in some versions, and over many
+    notes that hold for all members.
+    """
+
+    def _proc_pax(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        file: Any = tarfile_.fileobj
+        place = file.tell()
+        notes = file.read(min(max(self.size, 0), _LONGEST_NOTES + 1))
+        file.seek(place)
+        if (
+            len(notes) > _LONGEST_NOTES
+            or len(tarfile_.pax_headers) > _MOST_NOTES
+            or _DIGITS.search(notes)
+        ):
+            raise tarfile.ReadError("a header's notes are beyond reason")
+        return super()._proc_pax(tarfile_)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, str, int, int]]:
     """Each regular member: key, extension in lower case (or a problem), offset and size.
 
@@ -139,7 +146,9 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, str, int, int]]:
     between two.
     """
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, the caller closes the file
+        tar = tarfile.open(  # noqa: SIM115, the caller closes the file
+            fileobj=file, mode="r:", tarinfo=_Header
+        )
     except _DAMAGE:
         log.warning("%s: is not a tar file, or a compressed one", path)
         yield "the whole file", "not a tar file", 0, 0

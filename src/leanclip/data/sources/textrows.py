@@ -25,6 +25,7 @@ from leanclip.tracking import ProgressBar
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _CHUNK = 1 << 23  # bytes that are looked through at once
 _LONGEST = 1 << 27  # bytes without the end of a line: no text file
+_LONGEST_ROW = 1 << 24  # bytes; JSON may take twenty times as much memory
 _MOST_LINES = 1000  # of a row; a quote that stays open longer was a slip
 _BLOCK = 1 << 14  # rows
 _NEWLINE, _RETURN, _QUOTE = b'\n\r"'
@@ -43,12 +44,11 @@ class TextRows:
     def __init__(self, path: Path) -> None:
         self.path, self.delimiter = path, _delimiter(path)
         self._file = _File(path)
-        kind = f"rows-{self.delimiter}"
         index = cached(
             [path],
-            kind,
+            f"rows-{self.delimiter}",
             lambda part: _write_index(path, self.delimiter, part),
-            is_whole=lambda index: _ends_with(index, path.stat().st_size),
+            lambda index: index if _ends_with(index, path.stat().st_size) else None,
         )
         self._index = _File(index)
         self._header = int(self.delimiter is not None)
@@ -62,6 +62,11 @@ class TextRows:
 
     def __getitem__(self, index: int) -> Mapping[str, object]:
         first, last = struct.unpack("<qq", self._index.read(8 * (index + self._header), 16))
+        if last - first > _LONGEST_ROW:
+            raise SampleError(
+                "oversized row",
+                f"{self.name(index)}: {last - first} bytes, at most {_LONGEST_ROW} are read",
+            )
         return self._parse(self._file.read(first, last - first), self.name(index))
 
     def name(self, index: int) -> str:
@@ -85,8 +90,7 @@ class TextRows:
             part.write_text(json.dumps(sorted_values(values)))
 
         kind = f"labels-{self.delimiter}-{column}"
-        path = cached([self.path], kind, write, is_whole=lambda path: bool(_labels(path)))
-        return _labels(path)
+        return cached([self.path], kind, write, _labels)
 
     def _columns(self) -> list[str]:
         if self._header:
@@ -130,6 +134,11 @@ class TextRows:
         """What a column has in a block of rows."""
         raw = self._index.read(8 * (first + self._header), 8 * (last - first + 1))
         offsets = np.frombuffer(raw, "<i8")
+        if int(offsets[-1] - offsets[0]) > _LONGEST_ROW:
+            if last - first > 1:
+                middle = (first + last) // 2
+                return self._values(first, middle, column) | self._values(middle, last, column)
+            return set()  # a row that is not read
         data = self._file.read(int(offsets[0]), int(offsets[-1] - offsets[0]))
         if (values := self._plain_values(data, last - first, column)) is not None:
             return values

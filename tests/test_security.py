@@ -1,0 +1,133 @@
+"""What SECURITY.md says of the network: nothing is asked that was not told to."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, Forked, make_pairs
+from web import serving
+
+WATCH = """
+import json, sys
+def watch(event, arguments, file=open({path!r}, "a", buffering=1)):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        print(json.dumps([event, repr(arguments)]), file=file)
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):  # not a local socket's path
+        print(json.dumps([event, repr(arguments[1])]), file=file)
+sys.addaudithook(watch)
+"""
+
+
+def watching(path: Path) -> Callable[[], None]:
+    """Has a process note every attempt to reach another by the network."""
+    return lambda: exec(WATCH.format(path=str(path)), {})
+
+
+def attempts(path: Path) -> list[list[str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_training_evaluating_and_classifying_ask_nobody(workplace: Path) -> None:
+    noted = workplace / "noted"
+    for words in (
+        "train -c config.yaml --output-dir runs/one -o data.workers=1 -o train.epochs=1",
+        "eval --model runs/one --data pairs:data",
+        "classify data/000.png --labels ant,bee --model runs/one",
+        "embed data --out embedded --model runs/one",
+        "convert runs/one other --to hf",
+        "data check pairs:data",
+    ):
+        process = Forked(*words.split(), folder=workplace, before=watching(noted))
+        code = process.code()
+        assert code == 0, process.said()
+        assert attempts(noted) == [], words
+
+
+def test_an_attempt_would_be_noted(workplace: Path) -> None:
+    noted = workplace / "noted"
+    with serving(make_pairs(workplace / "more", 1)) as server:
+        words = ["classify", f"{server.url}/000.png", "--labels", "ant,bee", "--model", "none.pt"]
+        Forked(*words, folder=workplace, before=watching(noted)).code()
+        assert attempts(noted) == []  # not without --allow-urls
+        words = ["data", "check", f"shards:{server.url}/0.tar", "-o", "allow_urls=true"]
+        Forked(*words, folder=workplace, before=watching(noted)).code()
+    assert any("127.0.0.1" in where for _, where in attempts(noted))
+
+
+def test_imports_ask_nobody_and_hub_data_on_the_disk_neither(tmp_path: Path) -> None:
+    noted = tmp_path / "noted"
+    for words in make_pairs(tmp_path / "data", 2).glob("*.txt"):
+        words.unlink()  # `datasets` would take them for the data
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,text\n000.png,a\n001.png,b\n")
+    code = (
+        WATCH.format(path=str(noted))
+        + """
+import pkgutil, importlib, leanclip
+for module in pkgutil.walk_packages(leanclip.__path__, "leanclip."):
+    importlib.import_module(module.name)
+from leanclip.config import DataConfig
+from leanclip.data import open_dataset
+for streaming in (False, True):
+    size = 2 if streaming else None
+    data = DataConfig(layout="hub", root="data", streaming=streaming, epoch_size=size)
+    next(iter(open_dataset(data).visits([0])))
+import huggingface_hub.constants as constants
+assert constants.HF_HUB_DISABLE_TELEMETRY
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert attempts(noted) == []
+
+
+def test_rows_of_a_stream_name_no_files_of_others() -> None:
+    """A row may name a file of its own repository on the hub; `datasets` writes it so."""
+    from leanclip.config import DataConfig
+    from leanclip.data.hub import Stream
+
+    class Rows:
+        split, info = None, type("Info", (), {"splits": None})()
+
+    class Meaning:
+        classes, templates = (), ()
+
+    config = DataConfig(layout="hub", root="user/name:config", streaming=True, epoch_size=1)
+    is_own = Stream(Rows(), Meaning(), config)._own_file.fullmatch  # type: ignore[arg-type]
+    assert is_own("hf://datasets/user/name@main/images/0.png")
+    assert is_own("zip://images/0.png::hf://datasets/user/name@0a1b/images.zip")
+    for other in (
+        "hf://datasets/user/names@main/0.png",
+        "hf://datasets/other/secret/0.png",
+        "hf://user/name/0.png",
+        "ssh://host/x::hf://datasets/user/name@main/0.png",
+        "reference://::hf://datasets/user/name@main/0.json",
+        "http://10.0.0.1/0.png",
+    ):
+        assert not is_own(other), other
+
+
+def test_every_requirement_is_pinned() -> None:
+    text = (PROJECT / "pyproject.toml").read_text()
+    pins = {
+        re.split(r"[=<>!;\[ ]", line)[0].lower().replace("_", "-").replace(".", "-")
+        for line in (PROJECT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    part = text[text.index("dependencies = [") : text.index("[project.scripts]")]
+    wanted = {name.lower().replace("_", "-") for name in re.findall(r'"([A-Za-z][\w.-]*)', part)}
+    assert wanted - pins == set()
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", (PROJECT / "SECURITY.md").read_text())
+)
+def test_the_tests_that_security_md_names_are_there(line: tuple[str, str]) -> None:
+    path, name = line
+    assert (PROJECT / path).exists()
+    assert not name or f"def {name}(" in (PROJECT / path).read_text()
