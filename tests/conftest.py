@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ class Forked:
         environment: dict[str, str] | None = None,
         before: Callable[[], object] = lambda: None,
     ) -> None:
+        for name in ("leanclip.train", "torch._dynamo"):  # a second of each process that is forked
+            import_module(name)
         self.folder = folder
         number = len(list(folder.glob("*.said")))
         self._file = folder / f"{number}.said"
