@@ -86,8 +86,8 @@ class Forked:
         environment: dict[str, str] | None = None,
         before: Callable[[], object] = lambda: None,
     ) -> None:
-        for name in ("leanclip.train", "torch._dynamo"):  # a second of each process that is forked
-            import_module(name)
+        for name in ("leanclip.train", "torch._dynamo", "torch.utils.tensorboard"):
+            import_module(name)  # or every process that is forked does, which takes seconds
         self.folder = folder
         number = len(list(folder.glob("*.said")))
         self._file = folder / f"{number}.said"
