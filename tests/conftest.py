@@ -89,7 +89,7 @@ class Forked:
     ) -> None:
         for name in ("leanclip.train", "torch._dynamo", "torch.utils.tensorboard"):
             import_module(name)  # or every process that is forked does, which takes a second
-        tokenize("")  # reads the vocabulary
+        tokenize("a")  # reads the vocabulary
         self.folder = folder
         number = len(list(folder.glob("*.said")))
         self._file = folder / f"{number}.said"
