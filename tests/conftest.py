@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from leanclip.errors import LeanclipError
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.strict_yaml import dump_yaml
+from leanclip.tokenizer import tokenize
 from leanclip.weights import save_weights
 
 # Models this small gain nothing from a second thread, and processes side by side lose by it.
@@ -87,6 +89,9 @@ class Forked:
         environment: dict[str, str] | None = None,
         before: Callable[[], object] = lambda: None,
     ) -> None:
+        for name in ("leanclip.train", "torch._dynamo", "torch.utils.tensorboard"):
+            import_module(name)  # or every process that is forked does, which takes a second
+        tokenize("a")  # reads the vocabulary
         self.folder = folder
         number = len(list(folder.glob("*.said")))
         self._file = folder / f"{number}.said"
