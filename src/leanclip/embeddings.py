@@ -34,7 +34,7 @@ from leanclip.fetch import held
 from leanclip.images import evaluation_pixels
 from leanclip.inference import Clip
 from leanclip.inputs import in_threads
-from leanclip.tracking import ProgressBar, write_text
+from leanclip.tracking import ProgressBar, write_array, write_text
 from leanclip.weights import fingerprint
 
 log = logging.getLogger("leanclip")
@@ -342,10 +342,7 @@ def _write(
     try:
         if index.format == "npy":
             write_text(_ids_file(out, shard), json.dumps(ids))
-            with part.open("wb") as file:
-                np.save(file, features)
-                file.flush()
-                os.fsync(file.fileno())
+            write_array(part, features)
         else:
             pa, pq = _parquet()
             values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)

@@ -4,8 +4,10 @@ metrics.jsonl is always written. A tracker is imported only where it is chosen: 
 (by default where it is installed), Weights & Biases, or trackio.
 """
 
+import io
 import json
 import logging
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -139,6 +142,16 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             part.unlink()
         raise
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """As `np.save`, which says nothing when a disk is full: an error then. Flushed to the disk."""
+    content = io.BytesIO()
+    np.save(content, array)
+    with path.open("wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

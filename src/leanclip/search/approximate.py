@@ -20,6 +20,7 @@ import torch
 from leanclip.errors import ConfigError
 from leanclip.search.items import Items
 from leanclip.search.vectors import Vectors
+from leanclip.tracking import write_array
 
 log = logging.getLogger("leanclip")
 
@@ -103,7 +104,7 @@ def build(
         graph.add(vectors.read(rows[first : first + _PART]).astype(np.float32))
     part = folder / f".{_FILE}.part"
     faiss.write_index(graph, str(part))
-    np.save(folder / f".{_NUMBERS}.part.npy", np.stack([rows, numbers[rows]]))
+    write_array(folder / f".{_NUMBERS}.part.npy", np.stack([rows, numbers[rows]]))
     items.note(FACT, None)  # the two files belong together
     part.replace(folder / _FILE)
     (folder / f".{_NUMBERS}.part.npy").replace(folder / _NUMBERS)
