@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,8 @@ class Forked:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         time.sleep(seconds)
-        (self.send_all if all_of_it else self.send)(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended just now
+            (self.send_all if all_of_it else self.send)(signal.SIGKILL)
         code = self.code()
         assert code in (0, -signal.SIGKILL), self.said()
         return code != 0
@@ -170,6 +171,11 @@ def fork_ranks(world_size: int, *words: str, folder: Path) -> list[Forked]:
 def tries(default: int) -> int:
     """How often a slow test hurts something: LEANCLIP_TRIES, for a long run, or `default`."""
     return int(os.environ.get("LEANCLIP_TRIES", default))
+
+
+def some_of(names: Iterable[str], *quick: str) -> list[Any]:
+    """Parameters of a test: those that are not quick are of the slow tests."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def weights_hash(run: Path) -> str:

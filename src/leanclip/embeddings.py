@@ -29,7 +29,7 @@ from leanclip.data.samples import Strings
 from leanclip.data.sources.image_files import find_images
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.extras import need
-from leanclip.files import held, whole_file, write_text
+from leanclip.files import held, whole_file, write_array, write_text
 from leanclip.images import evaluation_pixels
 from leanclip.inference import Clip
 from leanclip.inputs import in_threads
@@ -338,8 +338,8 @@ def _write(
     last = _last_file(out, shard, index.format)
     if index.format == "npy":
         write_text(_ids_file(out, shard), json.dumps(ids))
-        with whole_file(last) as part, part.open("wb") as file:
-            np.save(file, features)
+        with whole_file(last) as part:
+            write_array(part, features)
         return
     pa, pq = _parquet()
     values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)

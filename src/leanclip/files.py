@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import time
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,6 +24,13 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """As `np.save`, which says nothing when a disk is full: an error then."""
+    content = io.BytesIO()
+    np.save(content, array)
+    path.write_bytes(content.getbuffer())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Command, Forked, make_model, noise_image, tries, weights_hash
+from conftest import Command, Forked, make_model, noise_image, some_of, tries, weights_hash
 from leftovers import Leftovers
 
 from leanclip import checkpoint
@@ -42,7 +42,7 @@ def hurt(path: Path, chance: random.Random) -> str:
     return f"a bit of byte {place} of {path.name} flipped"
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(tries(25), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(tries(25), marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_passed_over_and_named(
     command: Command, workplace: Path, stopped: Path, left: Leftovers, count: int
 ) -> None:
@@ -76,17 +76,19 @@ def test_a_checkpoint_whose_place_is_damaged_is_named(workplace: Path, stopped: 
     assert skipped == [f"{state}: is missing or cut short"]
 
 
-@pytest.mark.parametrize("change", [('"size"', '"sizd"'), ("{", "["), ('"', "\xff")])
-def test_a_manifest_that_is_none(stopped: Path, change: tuple[str, str]) -> None:
+def test_a_manifest_that_is_none(stopped: Path) -> None:
     newest, _ = checkpoint.newest(stopped / "checkpoints")
     assert newest is not None
     manifest = newest / "manifest.json"
-    manifest.write_bytes(manifest.read_text().replace(*change).encode("latin-1"))
-    found, skipped = checkpoint.newest(stopped / "checkpoints")
-    assert found is not None
-    assert skipped == [f"{newest}: has no manifest"]
+    whole = manifest.read_text()
+    for old, new in (('"size"', '"sizd"'), ("{", "["), ('"', "\xff")):
+        manifest.write_bytes(whole.replace(old, new).encode("latin-1"))
+        found, skipped = checkpoint.newest(stopped / "checkpoints")
+        assert found is not None
+        assert skipped == [f"{newest}: has no manifest"]
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_is_refused(
     command: Command, workplace: Path, stopped: Path
 ) -> None:
@@ -105,7 +107,7 @@ def test_a_changed_configuration_is_refused(
     assert weights_hash(stopped) == weights_hash(workplace / "whole")
 
 
-@pytest.mark.parametrize("name", ["train", "pack", "embed"])
+@pytest.mark.parametrize("name", some_of(["train", "pack", "embed"], "train"))
 def test_a_second_start_in_the_same_folder_is_refused(
     workplace: Path, left: Leftovers, name: str
 ) -> None:

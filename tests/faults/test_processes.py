@@ -36,10 +36,11 @@ RANKS = (*OPTIONS, "-o", "train.batch_size=2", "--num-procs", "2", "--output-dir
 # --- data workers
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(tries(6), marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_killed_worker_is_said_and_the_run_goes_on(
-    command: Command, workplace: Path, left: Leftovers, kills: int
+    command: Command, workplace: Path, left: Leftovers
 ) -> None:
+    kills = tries(4)
     options = (*OPTIONS, "-o", f"train.epochs={10 * kills}", "-o", "data.workers=2")
     command(*options, "--output-dir", "whole")
     run, chance = workplace / "run", random.Random(11)
@@ -77,6 +78,7 @@ def test_a_worker_without_memory_is_said(workplace: Path, left: Leftovers) -> No
     left.check()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_trainer_that_took_no_batches(
     workplace: Path, left: Leftovers
 ) -> None:
@@ -93,7 +95,7 @@ def test_workers_end_with_a_killed_trainer_that_took_no_batches(
     time.sleep(1)  # they fill it
     process.send(signal.SIGKILL)
     assert process.code() == -signal.SIGKILL
-    left.check(goes_on=True)
+    left.goes_on = True
 
 
 @pytest.mark.slow
@@ -186,7 +188,7 @@ def test_ranks_end_with_what_started_them(workplace: Path, left: Leftovers, whic
     os.kill(process.pid if which == "launcher" else agent, signal.SIGKILL)
     end_of(process)
     assert process.returncode == (-signal.SIGKILL if which == "launcher" else 1)
-    left.check(goes_on=True)
+    left.goes_on = True
 
 
 @pytest.mark.slow
@@ -200,9 +202,10 @@ def test_a_second_ctrl_c_ends_all_ranks_at_once(workplace: Path, left: Leftovers
     errors = end_of(process)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    left.check(goes_on=True)
+    left.goes_on = True
 
 
+@pytest.mark.slow
 def test_a_fault_on_one_rank_is_said_before_others_miss_it(
     workplace: Path, left: Leftovers
 ) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from leanclip.errors import ConfigError
 from leanclip.extras import need
-from leanclip.files import whole_file
+from leanclip.files import whole_file, write_array
 from leanclip.search.items import Items
 from leanclip.search.vectors import Vectors
 
@@ -105,8 +105,7 @@ def build(
         graph.add(vectors.read(rows[first : first + _PART]).astype(np.float32))
     with whole_file(folder / _FILE) as part, whole_file(folder / _NUMBERS) as other:
         faiss.write_index(graph, str(part))
-        with other.open("wb") as file:
-            np.save(file, np.stack([rows, numbers[rows]]))
+        write_array(other, np.stack([rows, numbers[rows]]))
         items.note(FACT, None)  # the two files belong together
     facts = {"kind": kind, "wanted": wanted, "seconds": round(time.monotonic() - start, 1)}
     facts |= _recall(Approximate(folder, items, vectors), rows, texts)
