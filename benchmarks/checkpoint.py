@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measuring import agree, chosen, compared, finish, options, significant
-from models import random_model
 
 from leanclip import checkpoint
 from leanclip.config import OptimizerConfig
 from leanclip.images import Preprocess
 from leanclip.optim import build_optimizer
+from measuring import agree, chosen, compared, finish, options, significant
+from models import random_model
 
 
 def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -23,6 +23,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+import leanclip
+from leanclip.inference import Clip
 from measuring import (
     agree,
     chosen,
@@ -36,13 +43,6 @@ from measuring import (
     spread,
 )
 from models import FOODS, MANY_TEMPLATES, write_model
-from PIL import Image
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
-
-import leanclip
-from leanclip.inference import Clip
 
 PARTS = ("pixels", "file", "101 prompts", "8,080 prompts")
 BATCH, EVERY = 256, 8
@@ -88,7 +88,7 @@ def pixels_part(
 ) -> dict[str, Any]:
     """encode_image of batches that are on the device, in turn with a product of matrices."""
     side, results = clip.preprocess.resolution, {}
-    product, of_product = product_rate(given.device, torch.float32, 64 if given.tiny else 2048)
+    product, of_product = product_rate(given.device, torch.float32, 64 if given.tiny else None)
     for size in sizes:
         pixels = torch.randn(size, 3, side, side, device=given.device)
 

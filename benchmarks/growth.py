@@ -22,11 +22,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from measuring import chosen, finish, options, significant, spread
-from models import QUICKSTART, architecture, write_model
 from PIL import Image
 
 from leanclip.strict_yaml import dump_yaml
+from measuring import chosen, finish, options, significant, spread
+from models import QUICKSTART, architecture, write_model
 
 CODE = """
 import sys

@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
+
+from leanclip.loss import Kind, contrastive_loss
 from measuring import (
     agree,
     chosen,
@@ -26,9 +29,6 @@ from measuring import (
     resident_bytes,
     significant,
 )
-from torch.nn import functional as F
-
-from leanclip.loss import Kind, contrastive_loss
 
 KINDS: tuple[Kind, ...] = ("clip", "multi-positive", "siglip")
 WIDTH, BOUND = 512, 1e-5
@@ -37,9 +37,7 @@ WAYS = {"leanclip": True, "dense": False}
 
 def features(pairs: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    zimg, ztxt = (
-        F.normalize(torch.randn(pairs, WIDTH, device=device), dim=-1) for _ in range(2)
-    )
+    zimg, ztxt = (F.normalize(torch.randn(pairs, WIDTH, device=device), dim=-1) for _ in range(2))
     return zimg.requires_grad_(), ztxt.requires_grad_()
 
 

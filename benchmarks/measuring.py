@@ -82,7 +82,10 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
     for name in PEERS:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    script, words = Path(sys.argv[0]), sys.argv[1:]
+    script, words = Path(sys.argv[0]), list(sys.argv[1:])
+    for name, count in (("--out", 2), ("--add", 1), ("--note", 2)):  # say nothing of the figures
+        if name in words:
+            del words[words.index(name) : words.index(name) + count]
     is_script = script.resolve().parent == HERE
     commit, is_dirty = _commit()
     return {
@@ -259,8 +262,11 @@ def command_line(*words: str) -> list[str]:
     return [sys.executable, "-c", "from leanclip.cli import main; main()", *words]
 
 
-def product_rate(device: str, dtype: torch.dtype, size: int) -> tuple[Callable[[], object], int]:
-    """A matrix product of so many rows and columns, and its FLOPs."""
+def product_rate(
+    device: str, dtype: torch.dtype, size: int | None = None
+) -> tuple[Callable[[], object], int]:
+    """A matrix product of so many rows and columns, enough by default, and its FLOPs."""
+    size = size or (8192 if device.startswith("cuda") else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out), 2 * size**3

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from captions import plain_caption
 
+from captions import plain_caption
 from leanclip.config import load_config
 from leanclip.data.loader import Batch, trim
 from leanclip.images import Preprocess

@@ -22,14 +22,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from images import make_photographs
-from measuring import NotTheSame, chosen, command_line, finish, in_turn, options, spread
-from models import QUICKSTART, architecture, realistic_captions
 
+from images import make_photographs
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.loader import Batch, training_batches
 from leanclip.strict_yaml import dump_yaml
+from measuring import NotTheSame, chosen, command_line, finish, in_turn, options, spread
+from models import QUICKSTART, architecture, realistic_captions
 
 BATCH = 32
 
@@ -98,7 +98,9 @@ def training(name: str, root: Path, folder: Path, steps: int, given: argparse.Na
         rates = [line["train/samples_per_second"] for line in lines[1:]]
         results[f"{workers} workers"] = {
             "images_per_second": spread(rates),
-            "share_waiting": round(statistics.mean(x["train/data_wait_share"] for x in lines[1:]), 3),
+            "share_waiting": round(
+                statistics.mean(x["train/data_wait_share"] for x in lines[1:]), 3
+            ),
         }
     return results
 

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measuring import chosen, finish, in_turn, options, product_rate, significant, spread
-from models import lengths_of
 from torch.utils.flop_counter import FlopCounterMode
-from train_step import BATCHES, Ours, flops_of, inputs_of
 
 from leanclip.images import normalize
 from leanclip.step import AUTOCAST
+from measuring import chosen, finish, in_turn, options, product_rate, significant, spread
+from models import lengths_of
+from train_step import BATCHES, Ours, flops_of, inputs_of
 
 MOVED = 7 * 4  # bytes for each parameter by AdamW in float32
 
@@ -103,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = options(__doc__, batch=None, compile=False)
     parser.add_argument("--models", nargs="*", default=["ViT-B-32", "quickstart"])
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--product", type=int, default=2048)
+    parser.add_argument("--product", type=int)
     given = chosen(parser, words)
     if given.tiny:
         given.models, given.product = ["tiny"], 64

@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring import NotTheSame, chosen, finish, options, ratios, significant, spread
-from models import random_model, tokens_of, training_batch
 
 from leanclip.config import OptimizerConfig, TrainConfig
 from leanclip.distributed import join_group, rank_and_world_size
@@ -37,6 +35,8 @@ from leanclip.model.presets import forward_gflops
 from leanclip.optim import build_optimizer
 from leanclip.step import train_step
 from leanclip.towers import prepare_towers
+from measuring import NotTheSame, chosen, finish, options, ratios, significant, spread
+from models import random_model, tokens_of, training_batch
 
 PAPER_BATCH = 1024  # pairs of a rank
 PAPER_FLOPS = 0.45 * 989e12  # 45% of an H100's published bf16 rate, the aim of this project
@@ -142,7 +142,10 @@ class Volume(NamedTuple):
 
 
 def measured(name: str, batch: int, steps: int, given: argparse.Namespace) -> dict[str, Any]:
-    groups = {f"{size} rank{'s' if size > 1 else ''}": Group(size, name, batch, "realistic") for size in (1, 2)}
+    groups = {
+        f"{size} rank{'s' if size > 1 else ''}": Group(size, name, batch, "realistic")
+        for size in (1, 2)
+    }
     losses = [group.steps(1)[1] for group in groups.values()]
     if abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0]):
         raise NotTheSame(f"loss of one rank {losses[0]}, of two {losses[1]}")

@@ -18,9 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from PIL import Image
+
 from measuring import agree, chosen, command_line, compared, finish, options
 from models import write_model
-from PIL import Image
 
 LABELS = [f"label {number}" for number in range(10)]
 OURS = """

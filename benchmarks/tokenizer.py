@@ -28,8 +28,8 @@ os.environ["RAYON_NUM_THREADS"] = "1"  # transformers' tokenisers, one thread as
 import ftfy
 import torch
 import transformers
-from captions import mixed_caption, plain_caption
 
+from captions import mixed_caption, plain_caption
 from leanclip import tokenizer
 from leanclip.tokenizer import merges, tokenize, vocabulary
 

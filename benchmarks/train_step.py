@@ -15,7 +15,7 @@ Before anything is timed, the loss and the gradients of all parameters must agre
 the gradients (norm over norm) stands in the table. A product of two square matrices is timed in
 turn with the steps: `share of the product rate` is the FLOPs of leanclip's step, counted by
 PyTorch while it runs, over its time, over that rate. Peak memory is of fresh processes that do
-three steps each (VmHWM; on CUDA what PyTorch allocated), of which the imports take what the table
+two steps each (VmHWM; on CUDA what PyTorch allocated), of which the imports take what the table
 says. Ratios are the peer's time over leanclip's, the median of the rounds'.
 """
 
@@ -28,6 +28,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from leanclip.config import OptimizerConfig, TrainConfig
+from leanclip.data.loader import Batch
+from leanclip.images import Preprocess, normalize
+from leanclip.optim import build_optimizer
+from leanclip.step import AUTOCAST, train_step
+from leanclip.towers import prepare_towers
 from measuring import (
     agree,
     chosen,
@@ -51,14 +59,6 @@ from models import (
     training_batch,
     write_model,
 )
-from torch.utils.flop_counter import FlopCounterMode
-
-from leanclip.config import OptimizerConfig, TrainConfig
-from leanclip.data.loader import Batch
-from leanclip.images import Preprocess, normalize
-from leanclip.optim import build_optimizer
-from leanclip.step import AUTOCAST, train_step
-from leanclip.towers import prepare_towers
 
 CAPTIONS = ("realistic", "full")
 BATCHES = {"ViT-B-32": 32, "ViT-B-16": 8, "quickstart": 32, "tiny": 4}  # on the CPU
@@ -66,7 +66,7 @@ LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
 GRADIENT_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 WAYS = ("leanclip", "transformers, to 77", "transformers, to the longest", "open_clip")
 SETTINGS = OptimizerConfig(learning_rate=1e-6)
-MEMORY_STEPS = 3
+MEMORY_STEPS = 2
 
 Gradients = dict[str, torch.Tensor]
 
@@ -288,7 +288,7 @@ def memory(
 
 
 def once(words: Sequence[str], chosen: argparse.Namespace) -> int:
-    """Peak bytes of three steps."""
+    """Peak bytes of two steps."""
     from transformers import CLIPModel
 
     way, name, captions, folder, more = words
@@ -312,7 +312,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help="pairs; on a GPU, as many as fit")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--product", type=int, default=2048, help="rows of the square matrices")
+    parser.add_argument("--product", type=int, help="rows of the square matrices")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     given = chosen(parser, words)
     if given.once:
