@@ -2,12 +2,14 @@
 # make test         set up, run the tests
 # make lint         style and types
 # make test-slow    the longer tests
+# make bench        measure everything: about an hour and a half of a machine without other work
+# make bench-tiny   every benchmark with sizes of a moment, to see that it works
 
 PYTHON ?= python3
 RUN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup quickstart test test-slow lint format clean
+.PHONY: setup quickstart test test-slow bench bench-tiny lint format clean
 
 setup: $(READY)
 
@@ -30,6 +32,19 @@ test: $(READY)
 
 test-slow: $(READY)
 	@$(RUN)/python -m pytest -q -m slow
+
+BENCHMARKS := train_step roofline encode images pipeline tokenizer loss checkpoint read_weights \
+  startup scaling growth pack table embed search app sweep
+
+# Each on its own: make bench BENCHMARKS="loss startup"
+bench: $(READY)
+	@for name in $(BENCHMARKS); do echo "$$name ..."; \
+	  $(RUN)/python benchmarks/$$name.py --out benchmarks/$$name.json || exit 1; done
+	@$(RUN)/python benchmarks/render.py
+
+bench-tiny: $(READY)
+	@for name in $(BENCHMARKS); do echo "$$name ..."; \
+	  $(RUN)/python benchmarks/$$name.py --tiny > /dev/null || exit 1; done
 
 lint: $(READY)
 	@$(RUN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Images and prompts to features, beside transformers: batches of 1, 32 and 256; 101 and 8,080 prompts.
+"""Images and prompts to features, beside transformers: batches of 1 to 256, 101 and 8,080 prompts.
 
     python benchmarks/encode.py --out benchmarks/encode.json
 

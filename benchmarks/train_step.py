@@ -325,7 +325,10 @@ def main(words: Sequence[str] | None = None) -> None:
         with TemporaryDirectory() as folder:
             hf = write_model(name, Path(folder) / "hf", "hf")
             for captions in given.captions:
-                results[f"{name}, {captions}"] = measure(name, captions, hf, given)
+                key = f"{name}, {captions}"
+                if given.device != "cpu":
+                    key += f", CUDA, {given.precision}{', compiled' if given.compile else ''}"
+                results[key] = measure(name, captions, hf, given)
     finish(results, given)
 
 
