@@ -97,7 +97,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     kinds = KINDS
     if given.tiny:
-        given.pairs, given.memory, kinds = [64, 128], [128], KINDS[:1]
+        given.pairs, given.memory, kinds = [64, 128], given.memory and [128], KINDS[:1]
     results: dict[str, Any] = {}
     for kind in kinds:
         results[kind] = {f"{n:,} pairs": time_of(kind, n, given) for n in given.pairs}
