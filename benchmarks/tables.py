@@ -44,9 +44,14 @@ def train_step(records: Records) -> list[str]:
     lines += ["The peer's time over leanclip's; share of the ceiling; peak memory in GB:", ""]
     head = ["model, captions", "commit", *(f"over {way}" for way in peers), "% of product rate"]
     head += ["product, GFLOP/s", "GB leanclip", "GB to 77", "GB to the longest", "GB imports"]
+    fits = [
+        [name, *(show(r, "largest_batch", w) for w in ("leanclip", *peers))] for _, name, r in rows
+    ]
     gates = [found(r, "gate", way) for _, _, r in rows for way in peers]
     worst = max((gate for gate in gates if gate is not None), default=None)
     lines += table(head, costs)
+    head = ["largest batch on a GPU", "leanclip", *peers]
+    lines += ["", *table(head, [row for row in fits if "CUDA" in row[0]])]
     return [*lines, "", f"Greatest difference of gradients, norm over norm: {number(worst)}."]
 
 

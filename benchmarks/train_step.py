@@ -1,6 +1,8 @@
-"""A whole training step: images a second and peak memory, beside transformers and open_clip.
+r"""A whole training step: images a second and peak memory, beside transformers and open_clip.
 
-    python benchmarks/train_step.py --models ViT-B-32 --out benchmarks/train_step.json
+    python benchmarks/train_step.py --out benchmarks/train_step.json
+    python benchmarks/train_step.py --device cuda --precision bf16 --compile --fit --captions full \
+      --models ViT-B-32 ViT-B-16 ViT-L-14 --batch 512 --add --out benchmarks/train_step.json
 
 Forward, loss, backward and AdamW on one batch that is on the device already: leanclip's
 `train_step` in turn with transformers' `CLIPModel` and its own loss, from the same random weights
@@ -16,7 +18,7 @@ the gradients (norm over norm) stands in the table. A product of two square matr
 turn with the steps: `share of the product rate` is the FLOPs of leanclip's step, counted by
 PyTorch while it runs, over its time, over that rate. Peak memory is of fresh processes that do
 two steps each (VmHWM; on CUDA what PyTorch allocated), of which the imports take what the table
-says. Ratios are the peer's time over leanclip's, the median of the rounds'.
+says. `--fit` doubles the batch in fresh processes until it does not fit on the GPU.
 """
 
 import argparse
@@ -259,8 +261,10 @@ def measure(name: str, captions: str, folder: Path, chosen: argparse.Namespace) 
     flops = flops_of(inputs, chosen)
     rates = [of_product / taken for taken in seconds.pop("product")]
     shares = [flops / t / rate for t, rate in zip(seconds["leanclip"], rates, strict=True)]
+    fits = chosen.fit and most_pairs(name, captions, list(present), folder, chosen)
     return {
         "batch": size,
+        **({"largest_batch": fits} if fits else {}),
         "tokens": {"median": median(lengths), "least": min(lengths), "greatest": max(lengths)},
         "precision": chosen.precision,
         "compiled": chosen.compile,
@@ -280,11 +284,35 @@ def memory(
     """Peak gigabytes of each way in a process of its own, and of the imports alone."""
     if chosen.no_memory:
         return {}
-    kept = ("batch", "device", "precision", "compile", "threads")
-    words = json.dumps({key: getattr(chosen, key) for key in kept})
+    words = json.dumps(_for_child(chosen))
     names = (*ways, "imports")
     peaks = {w: in_own_process(__file__, w, name, captions, folder, words) for w in names}
     return {way: significant(peak / 1e9, 3) for way, peak in peaks.items()}
+
+
+def most_pairs(
+    name: str, captions: str, ways: Sequence[str], folder: Path, chosen: argparse.Namespace
+) -> dict[str, int]:
+    """The largest batch of each way, by doubling, that two steps fit into the GPU's memory with."""
+    found = {}
+    for way in ways:
+        size = batch_of(name, chosen)
+        while True:
+            words = json.dumps(_for_child(chosen) | {"batch": 2 * size})
+            try:
+                in_own_process(__file__, way, name, captions, folder, words)
+            except RuntimeError as error:
+                if "OutOfMemoryError" not in str(error):
+                    raise
+                break
+            size *= 2
+        found[way] = size
+    return found
+
+
+def _for_child(chosen: argparse.Namespace) -> dict[str, Any]:
+    kept = ("batch", "device", "precision", "compile", "threads")
+    return {key: getattr(chosen, key) for key in kept}
 
 
 def once(words: Sequence[str], chosen: argparse.Namespace) -> int:
@@ -313,6 +341,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--product", type=int, help="rows of the square matrices")
+    parser.add_argument("--fit", action="store_true", help="find the largest batch, on a GPU")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     given = chosen(parser, words)
     if given.once:
