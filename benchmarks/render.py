@@ -11,6 +11,7 @@ import argparse
 import ast
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,7 @@ def prose_of(name: str) -> tuple[str, str]:
     paragraphs = doc.split("\n\n")
     commands = [part for part in paragraphs if part.startswith("    ")]
     words = [part for part in paragraphs if not part.startswith("    ")]
-    command = "\n".join(line.strip().split("  #")[0].rstrip() for line in commands[0].splitlines())
-    return "\n\n".join(words), command
+    return "\n\n".join(words), textwrap.dedent(commands[0])
 
 
 def about(record: dict[str, Any]) -> str:
