@@ -4,9 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
-
 from cells import Records, found, merged
 
 STYLE = {
@@ -92,12 +89,18 @@ CHARTS: dict[str, Callable[[Records, Path], None]] = {
 
 
 def _axes(height: float) -> tuple[Any, Any]:
+    import matplotlib as mpl
+
     mpl.use("Agg")
     mpl.rcParams.update(STYLE)
+    from matplotlib import pyplot as plt
+
     return plt.subplots(figsize=(6.5, height), layout="constrained")
 
 
 def _save(figure: Any, axes: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
     axes.legend(frameon=False, fontsize=8, loc="best")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
