@@ -11,9 +11,9 @@ of the length that ImageNet's have. transformers tokenises as fast as it can and
 of a batch, its best, or to 77. leanclip does not pad, and computes what prompts begin with once.
 
 Of 8,080 prompts transformers encodes every sixteenth batch of 256, and its time is multiplied by
-what was left out. Features must agree before anything is timed: within 1e-4 (norm over norm) for pixels
-and prompts; for a file within 0.02, as transformers cuts the square from pixel 55 of 335, and
-OpenAI's transform, like ours, from 56. Ratios are the other's time over leanclip's.
+what was left out. Features must agree before anything is timed: within 1e-4 (norm over norm) for
+pixels and prompts; for a file within 0.02, as transformers cuts the square from pixel 55 of 335,
+and OpenAI's transform, like ours, from 56. Ratios are the other's time over leanclip's.
 """
 
 import argparse
