@@ -24,6 +24,8 @@ says. `--fit` doubles the batch in fresh processes until it does not fit on the 
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -212,6 +214,8 @@ def made(way: str, inputs: Inputs, folder: Path, chosen: argparse.Namespace) -> 
     if way == "leanclip":
         return Ours(inputs, chosen)
     if way.startswith("transformers"):
+        if find_spec("transformers") is None:
+            return None
         return Transformers(folder, inputs, chosen, is_best=way.endswith("longest"))
     make = open_clip_model(architecture(inputs.name))
     return make and OpenClip(make, inputs, chosen)
@@ -317,13 +321,14 @@ def _for_child(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def once(words: Sequence[str], chosen: argparse.Namespace) -> int:
     """Peak bytes of two steps."""
-    from transformers import CLIPModel
+    with suppress(ImportError):  # so that the imports are the same for all ways
+        from transformers import CLIPModel
 
+        assert CLIPModel is not None
     way, name, captions, folder, more = words
     vars(chosen).update(json.loads(more))
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    assert CLIPModel is not None  # imported for all ways
     if way != "imports":
         step = made(way, inputs_of(name, captions, chosen), Path(folder), chosen)
         assert step is not None
