@@ -71,6 +71,7 @@ GRADIENT_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 WAYS = ("leanclip", "transformers, to 77", "transformers, to the longest", "open_clip")
 SETTINGS = OptimizerConfig(learning_rate=1e-6)
 MEMORY_STEPS = 2
+SHORT = 1e11  # FLOPs of a step below which four times as many rounds are made
 
 Gradients = dict[str, torch.Tensor]
 
@@ -261,8 +262,9 @@ def measure(name: str, captions: str, folder: Path, chosen: argparse.Namespace) 
     dtype = AUTOCAST.get(chosen.precision, torch.float32)
     product, of_product = product_rate(chosen.device, dtype, chosen.product)
     runs: dict[str, Callable[[], object]] = {w: step.run for w, step in present.items()}
-    seconds = in_turn(runs | {"product": product}, chosen.rounds, device=chosen.device)
     flops = flops_of(inputs, chosen)
+    rounds = chosen.rounds * (1 if flops > SHORT or chosen.tiny else 4)
+    seconds = in_turn(runs | {"product": product}, rounds, device=chosen.device)
     rates = [of_product / taken for taken in seconds.pop("product")]
     shares = [flops / t / rate for t, rate in zip(seconds["leanclip"], rates, strict=True)]
     fits = chosen.fit and most_pairs(name, captions, list(present), folder, chosen)
