@@ -13,7 +13,7 @@ of a batch, its best, or to 77. leanclip does not pad, and computes what prompts
 Of 8,080 prompts transformers encodes every sixteenth batch of 256, and its time is multiplied by
 what was left out. Features must agree before anything is timed: within 1e-4 (norm over norm) for
 pixels, prompts and the same file cut to a square; of the whole file transformers takes the square
-from pixel 55 of 335, and OpenAI's transform, like ours, from 56. Ratios are the other's time over leanclip's.
+from pixel 55 of 335, and OpenAI's transform, like ours, from 56.
 """
 
 import argparse
