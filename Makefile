@@ -2,7 +2,8 @@
 # make test         set up, run the tests
 # make lint         style and types
 # make test-slow    the longer tests
-# make bench        measure everything: about an hour and a half of a machine without other work
+# make bench        measure everything, on a machine without other work: an hour or two on two cores
+#                   (an estimate: it was not yet run whole)
 # make bench-tiny   every benchmark with sizes of a moment, to see that it works
 
 PYTHON ?= python3

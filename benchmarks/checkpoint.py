@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py --out benchmarks/checkpoint.json
 
-ViT-B/32 with AdamW's moments (1.8 GB). leanclip writes safetensors with checksums, syncs them to
+ViT-B/32 with AdamW's moments. leanclip writes safetensors with checksums, syncs them to
 the disk, reads them once more to verify, and renames; it never runs a pickle. `torch.save` writes
 what the page cache takes: with `and synced` it is made to reach the disk too, as a checkpoint must.
 Loading verifies the checksums (`newest`) and puts weights, moments and random states back;

@@ -69,7 +69,8 @@ def about(record: dict[str, Any]) -> str:
         ("load_average", "load average {} at the end"),
     ):
         if machine.get(key) is not None:
-            parts.append(words.format(machine[key]))
+            word = words.format(machine[key])
+            parts.append(word.removesuffix("s") if machine[key] == 1 else word)
     shown = {"torch": "PyTorch", "transformers": "transformers", "open_clip_torch": "open_clip"}
     parts += [f"{shown[name]} {versions[name]}" for name in shown if versions.get(name)]
     commit = record.get("commit") or "not known"

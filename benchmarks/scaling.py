@@ -10,8 +10,8 @@ volume beside it is that of a ring: 2 (W-1)/W of the gradients, (W-1) n E of tex
 much of their gradients.
 
 On paper: the measured volume, scaled by that formula to W ranks with a batch of their own each (so
-that work grows with W), over an assumed bandwidth, wholly hidden behind nothing; the step's own
-time is its FLOPs over an assumed rate. Both assumptions stand in the table. Nothing of that part
+that work grows with W), over an assumed bandwidth, none of it while the GPU works; the step's own
+time is its FLOPs over an assumed rate. The assumptions stand beside the table. Nothing of that part
 was run on a GPU.
 """
 

@@ -289,13 +289,10 @@ def scaling(records: Records) -> list[str]:
                     [f"{name}, {ranks}", show(result, ranks, "mb_sent_by_a_rank_in_a_step")]
                 )
                 rows[-1] += [link, number(share, 100, ".0f")]
-        assumed = found(result, "assumed") or {}
-        lines += [
-            "",
-            "On paper, not run: " + "; ".join(f"{k}: {number(v)}" for k, v in assumed.items()),
-        ]
+        assumed = "; ".join(": ".join(row) for row in listed(found(result, "assumed")))
         step = show(result, "seconds of a step without communication")
-        lines[-1] += f". A step without communication then takes {step} s."
+        lines += ["", f"On paper, not run: {assumed or NOT_MEASURED}."]
+        lines += [f"Seconds of a step without communication: {step}."]
     return [*lines, "", *table(["", "MB a rank and step", "over", "efficiency, %"], rows)]
 
 
