@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from cells import NOT_MEASURED, Records, found, merged, number, show, table
+from cells import NOT_MEASURED, Records, found, listed, merged, number, show, table
 
 CAPTIONS = ("realistic", "full")
 
@@ -57,11 +57,9 @@ def train_step(records: Records) -> list[str]:
 
 def roofline(records: Records) -> list[str]:
     results = merged(records)
-    rows = [
-        [name, number(v)] for name, v in (results.get("product_gflops_per_second") or {}).items()
-    ]
+    rows = listed(results.get("product_gflops_per_second"))
     lines = table(["product", "GFLOP/s"], rows or [["float32", NOT_MEASURED]])
-    rows = [[name, number(v)] for name, v in (results.get("memory_gb_per_second") or {}).items()]
+    rows = listed(results.get("memory_gb_per_second"))
     lines += ["", *table(["memory", "GB/s"], rows or [["copy", NOT_MEASURED]]), ""]
     rows = []
     for commit, _, models in ((c, n, r) for c, n, r in _by_record(records) if n == "models"):
@@ -323,7 +321,7 @@ def pack(records: Records) -> list[str]:
     return [
         *lines,
         "",
-        *table(["grey levels", "mean difference"], [[k, number(v)] for k, v in levels.items()]),
+        *table(["grey levels", "mean difference"], listed(levels)),
     ]
 
 
@@ -363,7 +361,7 @@ def embed(records: Records) -> list[str]:
             f"{number(min(values, default=None))}, {number(max(values, default=None))}",
         ],
     ]
-    rows += [[key, number(v)] for key, v in (results.get("killed and continued") or {}).items()]
+    rows += listed(results.get("killed and continued"))
     return table(["", ""], rows)
 
 
@@ -375,10 +373,8 @@ def search(records: Records) -> list[str]:
     rows = [[key, show(results, key)] for key in
             ("GB/s of the pass", "1 query / pass", "32 queries / 32 passes",
              "seconds to build from embeddings")]  # fmt: skip
-    rows += [
-        [f"resident MB, {key}", number(v)] for key, v in (results.get("resident MB") or {}).items()
-    ]
-    rows += [[f"HNSW, {key}", number(v)] for key, v in (results.get("hnsw") or {}).items()]
+    rows += listed(results.get("resident MB"), "resident MB, ")
+    rows += listed(results.get("hnsw"), "HNSW, ")
     return [*lines, "", *table(["", ""], rows)]
 
 
