@@ -64,7 +64,8 @@ class Theirs:
 
     def file(self, path: str) -> torch.Tensor:
         image = Image.open(path).convert("RGB")
-        return self.pixels(self.processor(images=[image], return_tensors="pt")["pixel_values"])
+        pixels = self.processor(images=[image], return_tensors="pt")["pixel_values"]
+        return self.pixels(pixels.to(self.model.device))
 
     @torch.inference_mode()
     def prompts(self, prompts: Sequence[str], padding: bool | str) -> torch.Tensor:
