@@ -101,7 +101,11 @@ def _axes(height: float) -> tuple[Any, Any]:
 def _save(figure: Any, axes: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
-    axes.legend(frameon=False, fontsize=8, loc="best")
+    lines, names = axes.get_legend_handles_labels()
+    columns = min(3, len(names))
+    figure.legend(
+        lines, names, frameon=False, fontsize=8, loc="outside upper center", ncols=columns
+    )
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
