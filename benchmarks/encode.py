@@ -54,7 +54,8 @@ class Theirs:
     """transformers' model with its tokeniser and image processor."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        self.model = CLIPModel.from_pretrained(folder).eval().to(device)
+        self.model: Any = CLIPModel.from_pretrained(folder).eval()
+        self.model.to(device)
         self.processor: Any = CLIPImageProcessor.from_pretrained(folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 

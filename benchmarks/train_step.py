@@ -219,7 +219,7 @@ def made(way: str, inputs: Inputs, folder: Path, chosen: argparse.Namespace) -> 
             return None
         return Transformers(folder, inputs, chosen, is_best=way.endswith("longest"))
     make = open_clip_model(architecture(inputs.name))
-    return make and OpenClip(make, inputs, chosen)
+    return OpenClip(make, inputs, chosen) if make else None
 
 
 def batch_of(name: str, chosen: argparse.Namespace) -> int:
