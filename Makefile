@@ -2,6 +2,9 @@
 # make test         set up, run the tests
 # make lint         style and types
 # make test-slow    the longer tests
+# make bench        measure everything, on a machine without other work: an hour or two on two cores
+#                   (an estimate: it was not yet run whole)
+# make bench-tiny   every benchmark with sizes of a moment, to see that it works
 
 PYTHON ?= python3
 RUN := .venv/bin
@@ -9,7 +12,7 @@ RUN := .venv/bin
 PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 READY := .venv/.ready
 
-.PHONY: setup quickstart test test-slow lint format clean
+.PHONY: setup quickstart test test-slow bench bench-tiny lint format clean
 
 setup: $(READY)
 
@@ -32,6 +35,19 @@ test: $(READY)
 
 test-slow: $(READY)
 	@$(RUN)/python -m pytest -q -m slow
+
+BENCHMARKS := train_step roofline encode images pipeline tokenizer loss checkpoint read_weights \
+  startup scaling growth pack table embed search app sweep
+
+# Each on its own: make bench BENCHMARKS="loss startup"
+bench: $(READY)
+	@for name in $(BENCHMARKS); do echo "$$name ..."; \
+	  $(RUN)/python benchmarks/$$name.py --out benchmarks/$$name.json || exit 1; done
+	@$(RUN)/python benchmarks/render.py
+
+bench-tiny: $(READY)
+	@for name in $(BENCHMARKS); do echo "$$name ..."; \
+	  $(RUN)/python benchmarks/$$name.py --tiny > /dev/null || exit 1; done
 
 lint: $(READY)
 	@$(RUN)/ruff format --check .

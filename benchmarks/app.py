@@ -1,29 +1,28 @@
 """`leanclip app` under load: seconds to each answer, and what it buys to take requests together.
 
-    python benchmarks/app.py        # a few minutes
+    python benchmarks/app.py --out benchmarks/app.json
 
 Random weights, of the quickstart's size and of ViT-B/32, in a process of its own on loopback;
 clients in this one, all starting at once, each with an image of its own (512 x 384 JPEG) and the
 same ten labels: seconds to each answer, and the server's processor time. Then the model's thread
 alone, in this process: images that are waiting, taken together and taken one by one, in turn, by
-processor time. Prints JSON.
+processor time. Rounds are five of the small model and one of ViT-B/32. Two cores serve both the
+server and its clients; none may be lost.
 """
 
 import asyncio
 import io
 import itertools
-import json
 import os
-import platform
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -31,57 +30,40 @@ import torch
 from PIL import Image
 
 from leanclip.app.worker import Worker
-from leanclip.config import load_config
-from leanclip.images import Preprocess
 from leanclip.inference import load
-from leanclip.model import CLIP
-from leanclip.model.presets import preset
-from leanclip.settings import to_plain
-from leanclip.weights import save_weights
+from measuring import chosen, command_line, finish, options
+from models import QUICKSTART, write_model
 
 LABELS = [f"label {i}" for i in range(10)]
 CLIENTS = (1, 10, 200)
-QUICKSTART = "configs/quickstart.yaml"
-ROUNDS = {QUICKSTART: 5, "ViT-B-32": 1}
 SHARES = (50, 90, 95, 99, 100)
 
 
-def main() -> None:
-    """Start a server for each model, ask, and print what was measured."""
-    results: dict[str, object] = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load average before": round(os.getloadavg()[0], 1),
-    }
-    for name, rounds in ROUNDS.items():
+def main(words: Sequence[str] | None = None) -> None:
+    """Start a server for each model, ask, and say what was measured."""
+    parser = options(__doc__)
+    given = chosen(parser, words)
+    models, clients = {QUICKSTART: given.rounds, "ViT-B-32": 1}, CLIENTS
+    if given.tiny:
+        models, clients = {"tiny": 1}, (1, 2)
+    results: dict[str, Any] = {}
+    for name, rounds in models.items():
         with tempfile.TemporaryDirectory() as folder:
             weights = write_model(name, Path(folder) / "model")
             with serving(weights) as (address, process):
-                under_load = measure(address, process, rounds)
+                under_load = measure(address, process, rounds, clients)
             results[name] = {
                 "rounds": rounds,
                 "clients at once": under_load,
                 "processor ms an image, of images that wait": together_or_not(weights, rounds),
             }
-    print(json.dumps(results, indent=1))
-
-
-def write_model(name: str, folder: Path) -> Path:
-    """Random weights of a preset, or of a config's model."""
-    config = load_config(name).model if name.endswith(".yaml") else None
-    model = CLIP(**(to_plain(config) if config else preset(name)))
-    preprocess = Preprocess(model.config.image_resolution)
-    folder.mkdir()
-    save_weights(folder, model.state_dict(), model.config, preprocess, provenance="")
-    return folder
+    finish(results, given)
 
 
 @contextmanager
 def serving(weights: Path) -> Iterator[tuple[str, int]]:
     """A server: its address, once it answers, and its process."""
-    words = ("app", "--model", str(weights), "--port", "0")
-    command = [sys.executable, "-c", "from leanclip.cli import main; main()", *words]
+    command = command_line("app", "--model", str(weights), "--port", "0")
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout
@@ -95,12 +77,12 @@ def serving(weights: Path) -> Iterator[tuple[str, int]]:
         server.wait()
 
 
-def measure(address: str, process: int, rounds: int) -> dict[str, object]:
+def measure(address: str, process: int, rounds: int, at_once: Sequence[int]) -> dict[str, object]:
     """Latencies of so many clients at once."""
     photographs = map(photograph, itertools.count())  # never the same, as features are kept
     results: dict[str, object] = {}
     asyncio.run(ask(address, [next(photographs)]))  # the labels are encoded
-    for clients in CLIENTS:
+    for clients in at_once:
         taken: list[float | None] = []
         seconds, passes, worked = 0.0, 0, processor_seconds(process)
         for _ in range(rounds):

@@ -1,6 +1,6 @@
 """`leanclip embed` over 20,000 images: its memory, a kill; its rate beside the model's alone.
 
-python benchmarks/embed.py [--images 20000] > benchmarks/embed.json
+    python benchmarks/embed.py --out benchmarks/embed.json
 
 The images are drawn JPEGs of 64 x 64 pixels, the models ViTs of 4 layers with random weights.
 As processes of their own, with a small model: one run from start to end, whose memory is looked at
@@ -10,14 +10,13 @@ and `Clip.embed_pixels` on one batch again and again, in turn, nine rounds; the 
 rounds' ratios.
 """
 
-import argparse
-import json
-import os
+import contextlib
+import itertools
 import signal
 import statistics
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +29,7 @@ from leanclip.embeddings import Source, embed, read_embeddings
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.weights import save_weights
+from measuring import chosen, command_line, finish, in_turn, options, resident_bytes
 
 ARCH = {
     "embed_dim": 128,
@@ -43,16 +43,19 @@ ARCH = {
     "transformer_layers": 1,
 }
 WIDE = ARCH | {"vision_width": 256, "vision_heads": 4}
-BATCH, SHARD, ROUNDS, PART = 64, 1000, 9, 400
+BATCH, SHARD, PART = 64, 1000, 400
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__, rounds=9, threads=1)
     parser.add_argument("--images", type=int, default=20_000)
-    count = parser.parse_args().images
+    given = chosen(parser, words)
+    shard, part, count = SHARD, PART, given.images
+    if given.tiny:
+        shard, part, count, given.rounds = 20, 20, 80, 2
     with TemporaryDirectory() as name:
         folder = Path(name)
-        draw(folder / "images", count)
+        draw(folder / "images", count, shard)
         for name, arch in (("model", ARCH), ("wide", WIDE)):
             torch.manual_seed(0)
             model = CLIP(**arch)
@@ -60,75 +63,75 @@ def main() -> None:
             preprocess = Preprocess(model.config.image_resolution)
             state = model.state_dict()
             save_weights(folder / name, state, model.config, preprocess, provenance="a benchmark")
-        report: dict = {"threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0))}
-        report["rates"] = rates(folder)
-        report["one run"] = watched(folder, "whole", count)
-        report["killed and continued"] = killed(folder, count)
+        report: dict = {"rates": rates(folder, part, given.rounds)}
+        report["one run"] = watched(folder, "whole", count, shard)
+        report["killed and continued"] = killed(folder, count, shard)
         whole, again = (read_embeddings(folder / out) for out in ("whole", "killed"))
         report["killed and continued"]["ids are the same"] = whole[0] == again[0]
         report["killed and continued"]["greatest difference"] = float(
             np.abs(whole[1] - again[1]).max()
         )
-    print(json.dumps(report, indent=1))
+    finish(report, given)
 
 
-def draw(folder: Path, count: int) -> None:
+def draw(folder: Path, count: int, shard: int) -> None:
     rng = np.random.default_rng(0)
     for number in range(count):
-        path = folder / f"{number // 1000:03d}" / f"{number:06d}.jpg"
+        path = folder / f"{number // shard:03d}" / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         blocks = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(blocks).resize((64, 64), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def rates(folder: Path) -> dict:
+def rates(folder: Path, part: int, rounds: int) -> dict:
     """Images a second of the model alone, and of `embed`."""
     clip = leanclip.load(folder / "wide", device="cpu")
     source = Source.of(folder / "images/000")
-    source = Source(source.folder, source.names[:PART])
+    source = Source(source.folder, source.names[:part])
     side = clip.preprocess.resolution
     pixels = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8)
-    clip.embed_pixels(pixels)
-    alone, whole = [], []
-    for number in range(ROUNDS):
-        start = time.perf_counter()
-        for first in range(0, PART, BATCH):
-            clip.embed_pixels(pixels[: PART - first])
-        alone.append(PART / (time.perf_counter() - start))
-        start = time.perf_counter()
-        embed(clip, source, folder / f"rate-{number}", shard_size=SHARD, batch_size=BATCH)
-        whole.append(PART / (time.perf_counter() - start))
-    ratios = [b / a for a, b in zip(alone, whole, strict=True)]
+    numbers = itertools.count()
+
+    def alone() -> None:
+        for first in range(0, part, BATCH):
+            clip.embed_pixels(pixels[: part - first])
+
+    def whole() -> None:
+        out = folder / f"rate-{next(numbers)}"
+        embed(clip, source, out, shard_size=SHARD, batch_size=BATCH)
+
+    seconds = in_turn({"alone": alone, "embed": whole}, rounds)
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     return {
-        "model alone, images/s": [round(rate, 1) for rate in alone],
-        "embed, images/s": [round(rate, 1) for rate in whole],
+        "model alone, images/s": [round(part / taken, 1) for taken in seconds["alone"]],
+        "embed, images/s": [round(part / taken, 1) for taken in seconds["embed"]],
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
     }
 
 
-def started(folder: Path, out: str) -> subprocess.Popen:
+def started(folder: Path, out: str, shard: int) -> subprocess.Popen:
     words = ["embed", str(folder / "images"), "--model", str(folder / "model"), "--num-gpus", "0"]
-    words += ["--out", str(folder / out), "--shard-size", str(SHARD), "--batch-size", str(BATCH)]
-    code = "from leanclip.cli import main; main()"
-    return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)
+    words += ["--out", str(folder / out), "--shard-size", str(shard), "--batch-size", str(BATCH)]
+    return subprocess.Popen(command_line(*words), stdout=subprocess.DEVNULL)
 
 
 def shards(folder: Path, out: str) -> list[Path]:
     return sorted((folder / out).glob("*.npy"))
 
 
-def watched(folder: Path, out: str, count: int) -> dict:
+def watched(folder: Path, out: str, count: int, shard: int) -> dict:
     """Resident memory when each tenth of the shards is there."""
-    process, start = started(folder, out), time.perf_counter()
-    total, seen = -(-count // SHARD), {}
+    process, start = started(folder, out, shard), time.perf_counter()
+    total, seen = -(-count // shard), {}
     while process.poll() is None:
         done = len(shards(folder, out))
         if done:
-            seen.setdefault(done, resident(process.pid))
+            with contextlib.suppress(OSError, IndexError):  # it may end just now
+                seen.setdefault(done, resident_bytes(process.pid) // 2**20)
         time.sleep(0.05)
     assert process.returncode == 0
-    megabytes = {f"{done * SHARD} images": mb for done, mb in seen.items() if mb}
+    megabytes = {f"{done * shard} images": mb for done, mb in seen.items()}
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "shards": total,
@@ -136,25 +139,16 @@ def watched(folder: Path, out: str, count: int) -> dict:
     }
 
 
-def resident(pid: int) -> int | None:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith("VmRSS")]
-    return int(found[0].split()[1]) // 1024 if found else None
-
-
-def killed(folder: Path, count: int) -> dict:
+def killed(folder: Path, count: int, shard: int) -> dict:
     """Killed when half of the shards are there; how many were made again."""
-    total = -(-count // SHARD)
-    process = started(folder, "killed")
+    total = -(-count // shard)
+    process = started(folder, "killed", shard)
     while len(shards(folder, "killed")) < total // 2:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in shards(folder, "killed")}
-    process, start = started(folder, "killed"), time.perf_counter()
+    process, start = started(folder, "killed", shard), time.perf_counter()
     assert process.wait() == 0
     kept = sum(path.stat().st_mtime_ns == at for path, at in before.items())
     return {

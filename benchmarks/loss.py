@@ -1,106 +1,127 @@
-"""What the tiled loss costs: memory at a large batch, time against the plain equations.
+r"""The loss: time and memory against the number of pairs, dense and in tiles, there and back.
 
-    python benchmarks/loss.py > benchmarks/loss.json
+    python benchmarks/loss.py --out benchmarks/loss.json
+    python benchmarks/loss.py --device cuda --pairs 32768 65536 131072 262144 \
+      --memory 32768 65536 131072 262144 --add --out benchmarks/loss.json
 
-Memory: in a fresh process for each kind, the rise of the most resident memory (VmHWM) over forward
-and backward of 65,536 pairs of 512 values, above what the features take. Time: forward and backward
-at 16,384 pairs, tiled and dense in turn in one process with two threads, the best of each.
+Features of 512 values, float32. Time: forward and backward of the tiled loss and of the plain
+equations on the whole matrix (`is_tiled=False`), in turn in one process; loss and gradients must
+agree within 1e-5 (norm over norm) before. Memory: in a fresh process for each, the rise of the most
+resident memory over forward and backward, above what the features take (VmHWM; on CUDA what
+PyTorch allocated). The dense loss keeps a matrix of N x N and its gradient; where that does not fit
+on a GPU, there is leanclip's figure alone.
 """
 
+import argparse
 import json
-import platform
-import re
-import subprocess
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from leanclip.loss import Kind, contrastive_loss
+from measuring import (
+    agree,
+    chosen,
+    compared,
+    finish,
+    in_own_process,
+    options,
+    peak_bytes,
+    resident_bytes,
+    significant,
+)
 
 KINDS: tuple[Kind, ...] = ("clip", "multi-positive", "siglip")
-WIDTH, MEMORY_BATCH, TIME_BATCH, ROUNDS = 512, 65_536, 16_384, 3
+WIDTH, BOUND = 512, 1e-5
+WAYS = {"leanclip": True, "dense": False}
 
 
-def features(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def features(pairs: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    zimg, ztxt = (F.normalize(torch.randn(batch, WIDTH), dim=-1) for _ in range(2))
+    zimg, ztxt = (F.normalize(torch.randn(pairs, WIDTH, device=device), dim=-1) for _ in range(2))
     return zimg.requires_grad_(), ztxt.requires_grad_()
 
 
-def forward_and_backward(
+def there_and_back(
     kind: Kind, zimg: torch.Tensor, ztxt: torch.Tensor, *, is_tiled: bool
-) -> float:
+) -> dict[str, torch.Tensor]:
+    """The loss and all gradients."""
     zimg.grad = ztxt.grad = None
-    scale = torch.tensor(50.0, requires_grad=True)
-    groups = torch.arange(len(zimg)) // 2
-    bias = torch.tensor(-10.0, requires_grad=True) if kind == "siglip" else None
+    scale = torch.tensor(50.0, device=zimg.device, requires_grad=True)
+    groups = torch.arange(len(zimg), device=zimg.device) // 2
+    bias = None
+    if kind == "siglip":
+        bias = torch.tensor(-10.0, device=zimg.device, requires_grad=True)
     loss = contrastive_loss(
         zimg, ztxt, scale, kind=kind, bias=bias, groups=groups, is_tiled=is_tiled
     )
     loss.backward()
-    return loss.item()
+    assert zimg.grad is not None
+    assert ztxt.grad is not None
+    return {"loss": loss.detach(), "images": zimg.grad, "texts": ztxt.grad}
 
 
-def peak_bytes() -> int:
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+def time_of(kind: Kind, pairs: int, given: argparse.Namespace) -> dict[str, Any]:
+    both = features(pairs, given.device)
+    try:
+        ours, dense = (there_and_back(kind, *both, is_tiled=on) for on in (True, False))
+    except torch.OutOfMemoryError:
+        alone = {"leanclip": lambda: there_and_back(kind, *both, is_tiled=True)}
+        return compared(alone, given.rounds, device=given.device, warm=0)
+    difference = agree(ours, dense, BOUND, f"{kind} of {pairs} pairs")
+    ways: dict[str, Callable[[], object]] = {
+        way: lambda on=on: there_and_back(kind, *both, is_tiled=on) for way, on in WAYS.items()
+    }
+    found = compared(ways, given.rounds, device=given.device, warm=0)
+    return found | {"difference": significant(difference, 2)}
 
 
-def resident_bytes() -> int:
-    found = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
-def measure_memory(kind: Kind) -> None:
-    forward_and_backward(kind, *features(64), is_tiled=True)  # what the first call loads
-    zimg, ztxt = features(MEMORY_BATCH)
+def once(words: Sequence[str]) -> int:
+    """Bytes above the features."""
+    kind, pairs, way, device = words
+    which = next(one for one in KINDS if one == kind)
+    there_and_back(which, *features(64, device), is_tiled=WAYS[way])  # what the first call loads
+    both = features(int(pairs), device)
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        there_and_back(which, *both, is_tiled=WAYS[way])
+        return torch.cuda.max_memory_allocated() - before
     before = resident_bytes()
-    forward_and_backward(kind, zimg, ztxt, is_tiled=True)
-    print(json.dumps({"gb_above_features": round((peak_bytes() - before) / 1e9, 3)}))
+    there_and_back(which, *both, is_tiled=WAYS[way])
+    return peak_bytes() - before
 
 
-def measure_time(kind: Kind) -> dict[str, float]:
-    zimg, ztxt = features(TIME_BATCH)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(ROUNDS):
-        for is_tiled in seconds:
-            began = time.perf_counter()
-            forward_and_backward(kind, zimg, ztxt, is_tiled=is_tiled)
-            seconds[is_tiled].append(time.perf_counter() - began)
-    tiled, dense = min(seconds[True]), min(seconds[False])
-    return {
-        "tiled_seconds": round(tiled, 2),
-        "dense_seconds": round(dense, 2),
-        "ratio": round(tiled / dense, 3),
-    }
+def memory_of(kind: Kind, pairs: int, device: str) -> dict[str, float]:
+    """Gigabytes of each way that fits."""
+    found = {}
+    for way in WAYS:
+        try:
+            found[way] = in_own_process(__file__, kind, pairs, way, device) / 1e9
+        except RuntimeError as error:
+            if "OutOfMemoryError" not in str(error):
+                raise
+    return {way: significant(gb, 3) for way, gb in found.items()}
 
 
-def main() -> None:
-    torch.set_num_threads(2)
-    if len(sys.argv) > 1:
-        measure_memory(next(kind for kind in KINDS if kind == sys.argv[1]))
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--pairs", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--memory", nargs="*", type=int, default=[4096, 8192, 16384])
+    given = chosen(parser, words)
+    if given.once:
+        print(json.dumps(once(given.once)))
         return
-    results: dict[str, object] = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "width": WIDTH,
-        "memory_batch": MEMORY_BATCH,
-        "time_batch": TIME_BATCH,
-        "rounds": ROUNDS,
-    }
-    for kind in KINDS:
-        done = subprocess.run(
-            [sys.executable, __file__, kind], capture_output=True, text=True, check=True
-        )
-        results[kind] = json.loads(done.stdout) | measure_time(kind)
-        print(kind, results[kind], file=sys.stderr)
-    print(json.dumps(results, indent=1))
+    kinds = KINDS
+    if given.tiny:
+        given.pairs, given.memory, kinds = [64, 128], given.memory and [128], KINDS[:1]
+    results: dict[str, Any] = {}
+    for kind in kinds:
+        results[kind] = {f"{n:,} pairs": time_of(kind, n, given) for n in given.pairs}
+    memory = {f"{n:,} pairs": memory_of(kinds[0], n, given.device) for n in given.memory}
+    finish(results | {"gb above the features": {kinds[0]: memory}}, given)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Exact search in a million vectors: time against one pass over the bytes, and memory.
 
-    python benchmarks/search.py > benchmarks/search.json    # 4 GB of disk, some minutes
+    python benchmarks/search.py --out benchmarks/search.json
 
 1,000,000 made vectors of 512 values (2,000 centres, and noise about them), as `leanclip embed`
 writes them, become an index. Then, in a fresh process, in turn: one pass over the bytes of the map
@@ -11,14 +11,10 @@ nothing but search. `--ann N` builds HNSW over the first N of the vectors, and s
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -26,37 +22,37 @@ from typing import Any
 
 import numpy as np
 
-COUNT, WIDTH, PART, ROUNDS, K = 1_000_000, 512, 100_000, 9, 10
+from measuring import chosen, finish, in_own_process, in_turn, options, resident_bytes
+
+COUNT, WIDTH, PART, K = 1_000_000, 512, 100_000, 10
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(__doc__, rounds=9)
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--ann", type=int, default=100_000)
-    parser.add_argument("--once", nargs=2, metavar=("WHAT", "INDEX"))
-    chosen = parser.parse_args()
-    if chosen.once:
-        work = {"time": measure_time, "memory": measure_memory}[chosen.once[0]]
-        print(json.dumps(work(Path(chosen.once[1]))))
+    given = chosen(parser, words)
+    if given.tiny:
+        given.count, given.ann, given.rounds = 2000, 0, 2
+    if given.once:
+        what, index, rounds = given.once
+        work = {"time": measure_time, "memory": measure_memory}[what]
+        print(json.dumps(work(Path(index), int(rounds))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(Path(folder), chosen.count, chosen.ann), indent=1))
+        finish(measure(Path(folder), given), given)
 
 
-def measure(folder: Path, count: int, ann: int) -> dict[str, Any]:
-    import torch
-
-    seconds = build(folder / "index", folder / "embeddings", count)
+def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    seconds = build(folder / "index", folder / "embeddings", given.count)
     results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "torch": torch.__version__,
-        "vectors": [count, WIDTH],
+        "vectors": [given.count, WIDTH],
         "seconds to build from embeddings": round(seconds, 1),
-        **in_own_process("time", folder / "index"),
-        **in_own_process("memory", folder / "index"),
+        **in_own_process(__file__, "time", folder / "index", given.rounds),
+        **in_own_process(__file__, "memory", folder / "index", given.rounds),
     }
-    if ann:
-        build(folder / "few", folder / "fewer", ann)
+    if given.ann:
+        build(folder / "few", folder / "fewer", given.ann)
         results["hnsw"] = measure_ann(folder / "few")
     return results
 
@@ -100,7 +96,7 @@ def build(out: Path, embeddings: Path, count: int) -> float:
     return time.perf_counter() - start
 
 
-def measure_time(path: Path) -> dict[str, Any]:
+def measure_time(path: Path, rounds: int) -> dict[str, Any]:
     """Seconds of passes and of searches, in turn."""
     from leanclip.search import Index
 
@@ -116,13 +112,7 @@ def measure_time(path: Path) -> dict[str, Any]:
         "1 query": lambda: index.search(queries[0], k=K),
         "32 queries": lambda: index.search_many(queries, k=K),
     }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(ROUNDS + 1):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if number:  # the first brings it all into memory
-                times[name].append(time.perf_counter() - start)
+    times = in_turn(works, rounds)  # the round before the first brings it all into memory
     best = {name: min(taken) for name, taken in times.items()}
     one_pass = min(best["pass, 1 thread"], best["pass, 2 threads"])
     return {
@@ -137,7 +127,7 @@ def measure_time(path: Path) -> dict[str, Any]:
     }
 
 
-def measure_memory(path: Path) -> dict[str, Any]:
+def measure_memory(path: Path, _: int) -> dict[str, Any]:
     """Resident megabytes of a process that searches."""
     from leanclip.search import Index
 
@@ -190,18 +180,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return round(int(status.split(f"{field}:")[1].split()[0]) / 1024)
-
-
-def in_own_process(what: str, index: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__, "--once", what, str(index)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout)
+    return round(resident_bytes(field=field) / 2**20)
 
 
 if __name__ == "__main__":

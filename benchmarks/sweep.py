@@ -1,6 +1,6 @@
 """A sweep over eleven alphas: what decoding each image once is worth.
 
-    OMP_NUM_THREADS=1 python benchmarks/sweep.py > benchmarks/sweep.json
+    python benchmarks/sweep.py --out benchmarks/sweep.json
 
 200 JPEGs of 640 x 480, of smoothed noise, in two classes, and a small image tower of the
 quickstart's widths, at 224 pixels: on a GPU a large tower is as cheap beside the decoding. `once`
@@ -9,12 +9,9 @@ mixture after the other. Their figures must agree before anything is timed. Proc
 of one thread, no workers; the two take turns.
 """
 
-import json
-import os
-import platform
-import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +25,10 @@ from leanclip.evaluate.several import evaluate_each
 from leanclip.settings import parse, to_plain
 from leanclip.sweep import Mixtures
 from leanclip.weights import Weights
+from measuring import NotTheSame, chosen, finish, in_turn, options, ratios
 
 ALPHAS = [i / 10 for i in range(11)]
-IMAGES, ROUNDS = 200, 3
+IMAGES = 200
 ARCH = {
     "embed_dim": 128, "image_resolution": 224, "vision_layers": 5, "vision_width": 128,
     "vision_heads": 4, "vision_patch_size": 32, "context_length": 77, "vocab_size": 49408,
@@ -38,10 +36,10 @@ ARCH = {
 }  # fmt: skip
 
 
-def draw(root: Path) -> None:
+def draw(root: Path, count: int) -> None:
     """Images by class."""
     rng = np.random.default_rng(0)
-    for i in range(IMAGES):
+    for i in range(count):
         folder = root / ("ant", "bee")[i % 2]
         folder.mkdir(exist_ok=True, parents=True)
         noise = Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))
@@ -65,36 +63,29 @@ def again(mixtures: Mixtures, tasks: list[Task]) -> list[dict[str, float]]:
     return [evaluate(model, tasks, preprocess).metrics for model, preprocess in mixtures]
 
 
-def main() -> None:
-    """Print the times of both, and their ratio."""
-    torch.set_num_threads(1)
+def main(words: Sequence[str] | None = None) -> None:
+    """The times of both, and their ratio."""
+    given = chosen(options(__doc__, threads=1), words)
+    count, alphas = (8, ALPHAS[:2]) if given.tiny else (IMAGES, ALPHAS)
     with tempfile.TemporaryDirectory() as folder:
-        draw(Path(folder))
+        draw(Path(folder), count)
         values = {"model": ARCH, "data": {"layout": "folder", "root": folder, "workers": 0},
                   "evaluate": {"zero_shot": {}}}  # fmt: skip
         config = parse(Config, values, where="benchmark")
         tasks = open_tasks(config)
-        mixtures = Mixtures(weights(1), weights(2), ALPHAS, torch.device("cpu"))
-        assert once(mixtures, tasks) == again(mixtures, tasks)
-        times: dict[str, list[float]] = {"once": [], "again": []}
-        for _ in range(ROUNDS):
-            for name, measure in (("once", once), ("again", again)):
-                began = time.process_time()
-                measure(mixtures, tasks)
-                times[name].append(round(time.process_time() - began, 2))
-    medians = {name: statistics.median(some) for name, some in times.items()}
-    facts = {
-        "threads": 1,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "processor": platform.machine(),
+        mixtures = Mixtures(weights(1), weights(2), alphas, torch.device("cpu"))
+        if once(mixtures, tasks) != again(mixtures, tasks):
+            raise NotTheSame("figures of the two ways")
+        ways = {"once": lambda: once(mixtures, tasks), "again": lambda: again(mixtures, tasks)}
+        times = in_turn(ways, given.rounds, clock=time.process_time, warm=0)
+    results = {
         "parameters": sum(p.numel() for p in CLIP(**to_plain(config.model)).parameters()),
-        "images": IMAGES,
-        "alphas": len(ALPHAS),
-        "seconds": times,
-        "ratio": round(medians["again"] / medians["once"], 2),
+        "images": count,
+        "alphas": len(alphas),
+        "seconds": {name: [round(one, 2) for one in taken] for name, taken in times.items()},
+        "ratio": ratios(times, "once")["again"]["median"],
     }
-    print(json.dumps(facts, indent=1))
+    finish(results, given)
 
 
 if __name__ == "__main__":

@@ -1,74 +1,68 @@
 """A table of a million rows: seconds to the first batch; of ten millions: resident memory.
 
-    python benchmarks/table.py        # about 2 minutes, 0.7 GB of disk in the temp folder
+    python benchmarks/table.py --out benchmarks/table.json
 
 Rows of a CSV, about 45 bytes each, name 16 small JPEGs. Seconds are from `open_dataset` to the
 first training batch of 64, two workers, torch and leanclip imported: first with an empty cache,
 then with the rows found already. Memory is of fresh processes, after 50 batches: the one that
-trains, and each of two workers; RssAnon is what is its own. Prints JSON.
+trains, and each of two workers; RssAnon is what is its own.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.loader import training_batches
+from measuring import chosen, finish, in_own_process, options, resident_bytes
 
-ROUNDS = 3
 BATCHES = 50
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure all, or one table once (in a process that this one starts)."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--once", nargs=2, metavar=("TABLE", "BATCHES"))
-    chosen = parser.parse_args().once
-    torch.set_num_threads(1)
-    if chosen:
-        print(json.dumps(once(Path(chosen[0]), int(chosen[1]))))
+    given = chosen(options(__doc__, rounds=3, threads=1), words)
+    if given.once:
+        print(json.dumps(once(Path(given.once[0]), int(given.once[1]))))
         return
+    rows = (1_000_000, 100_000, 10_000_000)
+    if given.tiny:
+        rows, given.rounds = (200, 100, 400), 1
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(Path(folder)), indent=1))
+        finish(measure(Path(folder), rows, given.rounds), given)
 
 
-def measure(folder: Path) -> dict[str, object]:
+def measure(folder: Path, rows: tuple[int, int, int], rounds: int) -> dict[str, object]:
     """Seconds for a million rows, captions and classes; memory for 100,000 and ten millions."""
     write_images(folder)
-    results: dict[str, object] = {
-        "machine": f"{platform.processor() or platform.machine()}, 1 thread",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "rounds": ROUNDS,
-    }
+    results: dict[str, object] = {}
     for name, column in (("captions", "caption"), ("classes", "label")):
-        table = write_table(folder / f"{name}.csv", 1_000_000, column)
+        table = write_table(folder / f"{name}.csv", rows[0], column)
         times: dict[str, list[float]] = {"empty cache": [], "with the cache": []}
-        for number in range(ROUNDS):
+        for number in range(rounds):
             for taken in times.values():
-                cache = folder / f"cache-{name}-{number}"
-                taken.append(in_own_process(table, 1, cache)["first_batch"])
+                cache = str(folder / f"cache-{name}-{number}")
+                run = in_own_process(__file__, table, 1, LEANCLIP_CACHE=cache)
+                taken.append(run["first_batch"])
         results[f"seconds to the first batch, {name}"] = {
             state: round(statistics.median(taken), 3) for state, taken in times.items()
         }
-    for rows in (100_000, 10_000_000):
-        table = write_table(folder / f"{rows}.csv", rows, "caption")
-        run = in_own_process(table, BATCHES, folder / "cache")
-        results[f"{rows} rows"] = {
+    for count in rows[1:]:
+        table = write_table(folder / f"{count}.csv", count, "caption")
+        batches = min(BATCHES, count // 64)
+        cache = str(folder / "cache")
+        run = in_own_process(__file__, table, batches, LEANCLIP_CACHE=cache)
+        results[f"{count} rows"] = {
             "table_mb": round(table.stat().st_size / 1e6),
             "seconds to open, empty cache": round(run["open"], 2),
             "memory_mb": run["memory"],
@@ -94,18 +88,6 @@ def write_table(path: Path, rows: int, column: str) -> Path:
                 text = f'"{text}, and another"'
             file.write(f"{i % 16:02d}.jpg,{text}\n")
     return path
-
-
-def in_own_process(table: Path, batches: int, cache: Path) -> dict:
-    """`once` in a fresh process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--once", str(table), str(batches)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"LEANCLIP_CACHE": str(cache)},
-    )
-    return json.loads(done.stdout)
 
 
 def once(table: Path, count: int) -> dict[str, object]:
@@ -135,11 +117,7 @@ def once(table: Path, count: int) -> dict[str, object]:
 
 def memory_of(process: int) -> dict[str, float]:
     """Resident megabytes of a process: all, and its own."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return {
-        name: round(int(status.split(f"{name}:")[1].split()[0]) / 1024, 1)
-        for name in ("VmRSS", "RssAnon")
-    }
+    return {name: round(resident_bytes(process, name) / 2**20, 1) for name in ("VmRSS", "RssAnon")}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Captions a second: leanclip's tokeniser, one that goes as OpenAI's, and transformers'.
 
-    python benchmarks/tokenizer.py        # about a minute
+    python benchmarks/tokenizer.py --out benchmarks/tokenizer.json
 
 Captions of 8 to 15 words from a seeded grammar: `plain` ones as COCO's, and `mixed` ones as the
 web's alternative texts, with rare words, digits, punctuation, names of files and, in every twelfth,
@@ -9,103 +9,49 @@ batches of 256; they take turns for seven rounds of 10,000 captions that none ha
 that is not counted. So each keeps what it keeps of words, and meets new ones. Processor time
 counts, and medians over the rounds. `cold` is leanclip with nothing kept at the start of each
 batch. `openai` is tests/reference_tokenizer.py, which keeps words as OpenAI's does; its ids must be
-the same. Prints JSON.
+the same.
 """
 
-import json
 import os
-import platform
 import random
 import runpy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["RAYON_NUM_THREADS"] = "1"  # transformers' tokenisers, one thread as the others
 
-import ftfy
 import torch
 import transformers
 
+from captions import mixed_caption, plain_caption
 from leanclip import tokenizer
 from leanclip.tokenizer import merges, tokenize, vocabulary
+from measuring import NotTheSame, chosen, finish, options
 
-CAPTIONS, BATCH, ROUNDS = 10_000, 256, 7
+CAPTIONS, BATCH = 10_000, 256
 REFERENCE = Path(__file__).parent.parent / "tests" / "reference_tokenizer.py"
 
-LISTS = {
-    "who": "man woman boy girl child dog cat horse bird couple group player rider chef baby cow",
-    "what": "umbrella skateboard frisbee sandwich kite laptop surfboard pizza bicycle suitcase "
-    "guitar camera phone toothbrush banana cake plate book bottle tie",
-    "like": "young old small large brown black white red happy wooden colorful blue empty tall",
-    "does": "sitting standing riding holding eating watching walking playing looking sleeping",
-    "where": "on in near behind under by above across at beside",
-    "place": "street beach kitchen field table park room river window mountain train station",
-    "odd": "café naïve façade jalapeño “vintage” ‘retro’ women’s l’été Zürich – — … São 20°C m² ½ "
-    "Beyoncé crème brûlée &amp; &quot;new&quot; men&#39;s &nbsp; Dolce&Gabbana ® ™ • piñata ♥",
-}
-WORDS = {name: words.split(" ") for name, words in LISTS.items()}
-RARE = [s[:-4] for s in vocabulary() if s[:-4].isalpha() and s.isascii() and len(s) > 7]
 
-
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure both kinds of captions."""
-    torch.set_num_threads(1)
-    results = {
-        "machine": f"{platform.processor() or platform.machine()}, 1 thread",
-        "python": platform.python_version(),
-        "ftfy": ftfy.__version__,
-        "transformers": transformers.__version__,
-        "plain": measure(plain_caption),
-        "mixed": measure(mixed_caption),
-    }
-    print(json.dumps(results, indent=1))
+    given = chosen(options(__doc__, rounds=7, threads=1), words)
+    count = 300 if given.tiny else CAPTIONS
+    kinds = {"plain": plain_caption, "mixed": mixed_caption}
+    rounds = 2 if given.tiny else given.rounds
+    finish({name: measure(caption, count, rounds) for name, caption in kinds.items()}, given)
 
 
-def plain_caption(rng: random.Random) -> str:
-    """A sentence as COCO's: "A young man riding a red bicycle near the old beach."."""
-    w = {name: rng.choice(words) for name, words in WORDS.items()}
-    sentence = f"A {w['like']} {w['who']} {w['does']} {w['where']} a {w['place']}"
-    if rng.random() < 0.7:
-        sentence += f" with a {rng.choice(WORDS['like'])} {w['what']}"
-    if rng.random() < 0.5:
-        sentence += f" and a {rng.choice(WORDS['who'])}"
-    return sentence + rng.choice(("", ".", ".", " ."))
-
-
-def mixed_caption(rng: random.Random) -> str:
-    """A text as the web's: "Red Kite Festival 2016 - photo by Sandra | IMG_4053.jpg"."""
-    words = plain_caption(rng).split(" ")
-    for _ in range(rng.randint(0, 3)):
-        words[rng.randrange(len(words))] = RARE[int(len(RARE) ** rng.random())]  # after Zipf
-    if rng.random() < 0.3:
-        words = [word.title() for word in words]
-    if rng.random() < 0.4:
-        number = rng.randrange(10_000)
-        extra = (
-            f"({number})",
-            f"${number / 100}",
-            "-",
-            "|",
-            f"IMG_{number}.jpg",
-            f"{number % 40},",
-        )
-        words.insert(rng.randrange(len(words)), rng.choice(extra))
-    if rng.random() < 1 / 12:
-        words[rng.randrange(len(words))] = rng.choice(WORDS["odd"])
-    return " ".join(words[:15])
-
-
-def measure(caption: Callable[[random.Random], str]) -> dict[str, object]:
+def measure(caption: Callable[[random.Random], str], count: int, rounds: int) -> dict[str, object]:
     """Captions a second of each tokeniser, and leanclip's over the others'."""
     contenders = tokenizers()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for seed in range(ROUNDS + 1):
+    for seed in range(rounds + 1):
         rng = random.Random(seed)
-        captions = [caption(rng) for _ in range(CAPTIONS)]
-        batches = [captions[i : i + BATCH] for i in range(0, CAPTIONS, BATCH)]
+        captions = [caption(rng) for _ in range(count)]
+        batches = [captions[i : i + BATCH] for i in range(0, count, BATCH)]
         for name, run in contenders.items():
             start = time.process_time()
             for batch in batches:
@@ -113,8 +59,9 @@ def measure(caption: Callable[[random.Random], str]) -> dict[str, object]:
             if seed > 0:
                 seconds[name].append(time.process_time() - start)
         for batch in batches:
-            assert torch.equal(contenders["leanclip"](batch), contenders["openai"](batch))
-    rates = {name: CAPTIONS / statistics.median(runs) for name, runs in seconds.items()}
+            if not torch.equal(contenders["leanclip"](batch), contenders["openai"](batch)):
+                raise NotTheSame("ids")
+    rates = {name: count / statistics.median(runs) for name, runs in seconds.items()}
     ratios = {
         name: statistics.median(a / b for a, b in zip(runs, seconds["leanclip"], strict=True))
         for name, runs in seconds.items()
