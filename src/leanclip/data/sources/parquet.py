@@ -7,6 +7,7 @@ batches of about 256 KB, read one at a time and not mapped: memory does not grow
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,10 @@ class ParquetRows:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
         files = [_open(path) for path in paths]
-        self.schema = files[0].schema_arrow
-        self.columns = list(self.schema.names)
-        self.size = sum(file.metadata.num_rows for file in files)
+        with _reading(paths[0]):
+            self.schema = files[0].schema_arrow
+            self.columns = list(self.schema.names)
+            self.size = sum(file.metadata.num_rows for file in files)
         if not self.size:
             raise DataError(f"{paths[0]}: has no rows")
         self.batch = self.size
@@ -48,7 +50,8 @@ class ParquetRows:
             DataError: a file lacks one, or the cache folder has no room.
         """
         files = [_open(path) for path in self.paths]
-        size = sum(_bytes(file, columns) for file in files)
+        with _reading(self.paths[0]):
+            size = sum(_bytes(file, columns) for file in files)
         self.batch = max(1, min(4096, _BATCH * self.size // max(size, 1)))
 
         def write(part: Path) -> None:
@@ -81,10 +84,11 @@ class ParquetRows:
         """
         values: set[str] = set()
         for path in self.paths:
-            for batch in _open(path).iter_batches(batch_size=1 << 16, columns=[column]):
-                found = batch.column(0).unique().to_pylist()
-                values.update(str(value) for value in found if value is not None)
-                check_count(values, column, str(path))
+            with _reading(path):
+                for batch in _open(path).iter_batches(batch_size=1 << 16, columns=[column]):
+                    found = batch.column(0).unique().to_pylist()
+                    values.update(str(value) for value in found if value is not None)
+                    check_count(values, column, str(path))
         return sorted_values(values)
 
     def label_names(self, column: str) -> list[str] | None:
@@ -112,17 +116,25 @@ class ParquetRows:
 def _open(path: Path, columns: Sequence[str] = ()) -> Any:
     """A Parquet file; where it has the texts of `columns` each once, they are read so."""
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise DataError(
             f"{path}: reading Parquet needs pyarrow: pip install -c constraints.txt -e '.[table]'"
         ) from None
-    try:
+    with _reading(path):
         file = parquet.ParquetFile(path)
         once = [name for name in _dictionaries(file) if name.split(".")[0] in columns]
         return parquet.ParquetFile(path, read_dictionary=once) if once else file
-    except (OSError, pyarrow.ArrowException) as error:
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What a damaged file has pyarrow raise is a DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, LookupError, ValueError, ArithmeticError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {_line(error)}") from None
 
 
@@ -211,7 +223,7 @@ def _read(
                             f"large values in many rows"
                         )
                     yield piece.cast(schema)
-        except (KeyError, pyarrow.ArrowException) as error:
+        except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
             raise DataError(
                 f"{path}: is damaged, or has other columns than {paths[0].name}: {_line(error)}"
             ) from None
