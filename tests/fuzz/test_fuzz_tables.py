@@ -229,7 +229,7 @@ def test_parquet(tmp_path: Path, first: int) -> None:
     """In a process of its own: pyarrow is C++, and what ends it would end the tests."""
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", PARQUET, str(first), str(TIMES or 120), str(tmp_path)],
+        [sys.executable, "-c", PARQUET, str(first), str(TIMES or 40), str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
