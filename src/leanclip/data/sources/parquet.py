@@ -232,8 +232,9 @@ def _read(
 def _unpacked(array: Any) -> int:
     """Bytes of an array in which each row has its own value."""
     import pyarrow
-    from pyarrow import compute
+    import pyarrow.compute
 
+    compute: Any = pyarrow.compute  # whose functions are made when it is imported
     if isinstance(array, pyarrow.DictionaryArray):
         lengths = compute.fill_null(compute.binary_length(array.dictionary), 0)
         return compute.sum(lengths.cast("int64").take(array.indices.drop_null())).as_py() or 0
