@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 RUN := .venv/bin
+# A process a core for the tests; those of a file, which share models and folders, stay together.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 READY := .venv/.ready
 
 .PHONY: setup quickstart test test-slow lint format clean
@@ -26,7 +28,7 @@ quickstart: $(READY)
 	@$(RUN)/leanclip train -c configs/quickstart.yaml
 
 test: $(READY)
-	@$(RUN)/python -m pytest -q
+	@$(RUN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(READY)
 	@$(RUN)/python -m pytest -q -m slow

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from leftovers import Leftovers, watched
 from PIL import Image
 
 from leanclip.config import DataConfig
@@ -111,6 +113,22 @@ class Forked:
         """Send a signal to its whole group, as a terminal and some schedulers do."""
         os.killpg(self.pid, number)
 
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
+    def kill_after(self, is_so: Callable[[], object], seconds: float, *, all_of_it: bool) -> bool:
+        """End it some time after something is so, or all its processes; false if it was done."""
+        deadline = time.monotonic() + 120
+        while self.is_running() and not is_so():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(seconds)
+        (self.send_all if all_of_it else self.send)(signal.SIGKILL)
+        code = self.code()
+        assert code in (0, -signal.SIGKILL), self.said()
+        return code != 0
+
     def until(self, is_so: Callable[[], object]) -> None:
         """Wait until something is so, while it runs."""
         deadline = time.monotonic() + 120
@@ -142,6 +160,11 @@ def fork_ranks(world_size: int, *words: str, folder: Path) -> list[Forked]:
     words = (*words, "--num-gpus", "0")
     numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     return [Forked(*words, folder=folder, environment=shared | number) for number in numbers]
+
+
+def tries(default: int) -> int:
+    """How often a slow test hurts something: LEANCLIP_TRIES, for a long run, or `default`."""
+    return int(os.environ.get("LEANCLIP_TRIES", default))
 
 
 def weights_hash(run: Path) -> str:
@@ -276,6 +299,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_pairs(tmp_path / "data")
     make_config(tmp_path / "config.yaml")
     return tmp_path
+
+
+@pytest.fixture
+def left(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
+    """Sees at the end, and at every `left.check()`, that nothing is left of what was hurt."""
+    with watched(workplace) as leftovers:
+        monkeypatch.setenv("TMPDIR", str(leftovers.temporary))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield leftovers
 
 
 @pytest.fixture

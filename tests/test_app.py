@@ -6,7 +6,6 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ def test_a_calibration_is_used_for_its_own_labels_alone(clip: leanclip.Clip) -> 
     assert found["guesses"][0]["probability"] == pytest.approx(expected[0].probability, abs=1e-5)
     assert not other.json()["calibrated"]
     assert sets == [{"name": "calibrated", "labels": LABELS, "templates": ["a {}"]}]
-    with serving(clip, calibration=replace(calibration, floor=1000.0)) as client:
+    with serving(clip, calibration=calibration.model_copy(update={"floor": 1000.0})) as client:
         found = client.post("/api/classify", files=files, data=data).json()
     assert found["none_of_these"]
     assert [guess["label"] for guess in found["guesses"]] == [guess.label for guess in expected]

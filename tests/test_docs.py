@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, run_cli
+from conftest import PROJECT, Command
+from test_imports import arrows
 from typer.main import get_command
 
 from leanclip.cli import app
@@ -40,6 +41,16 @@ def test_the_file_tree_of_the_readme_is_true() -> None:
             assert name in package, f"{name} is not in the README's file tree"
 
 
+def test_the_file_tree_is_in_the_order_of_imports() -> None:
+    text = (PROJECT / "README.md").read_text().partition("\n  configs/")[0]
+    found = re.findall(r"^    (\w+)(?:\.py|/) ", text, re.M)
+    imported = arrows()
+    order = [name for name in found if name in imported]
+    assert sorted(order) == sorted(imported)
+    for place, name in enumerate(order):
+        assert imported[name] <= set(order[:place]), f"{name} imports what stands below it"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
@@ -66,7 +77,7 @@ def test_commands_have_the_options_that_are_shown(document: Path) -> None:
                 assert word.split("=")[0] in known, f"{document.name}: {line}"
 
 
-def test_every_command_shows_an_example_that_it_understands() -> None:
+def test_every_command_shows_an_example_that_it_understands(command: Command) -> None:
     commands = (["shapes"], ["food101"], ["pack"], ["check"])
     for words in (
         ["train"],
@@ -81,7 +92,7 @@ def test_every_command_shows_an_example_that_it_understands() -> None:
         *(["data", *words] for words in commands),
         *(["search", word] for word in ("build", "update", "find")),
     ):
-        done = run_cli(*words, "--help")
+        done = command(*words, "--help")
         assert done.returncode == 0
         assert "Example: leanclip " + " ".join(words) in done.stdout
 

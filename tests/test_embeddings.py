@@ -1,7 +1,6 @@
 """`leanclip embed`: shards of features, killed and continued, over ranks; nothing lost."""
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -56,28 +55,6 @@ def test_half_the_space(photos: Path, command: Command) -> None:
     _, features = read_embeddings("out")
     assert features.dtype == np.float16
     np.testing.assert_allclose(features, expected_rows()[1], atol=1e-3)
-
-
-def test_killed_and_continued_it_neither_loses_nor_repeats(photos: Path) -> None:
-    out = photos / "out"
-
-    def shards() -> list[Path]:
-        return sorted(out.glob("*.npy"))
-
-    first = Forked(*WORDS, "--batch-size", "2", "--num-gpus", "0", folder=photos)
-    first.until(lambda: len(shards()) >= 2)
-    first.send(signal.SIGKILL)
-    assert first.code() == -signal.SIGKILL
-    finished = {path: path.stat().st_mtime_ns for path in shards()}
-    assert 2 <= len(finished) < 7
-    second = Forked(*WORDS, "--batch-size", "2", "--num-gpus", "0", folder=photos)
-    assert second.code() == 0, second.said()
-    assert f"{len(finished)} of 7 shards are there" in second.said()
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    ids, features = read_embeddings(out)
-    names, expected = expected_rows()
-    assert ids == names
-    np.testing.assert_allclose(features, expected, atol=1e-6)
 
 
 def test_ranks_share_the_shards(photos: Path) -> None:

@@ -26,6 +26,7 @@ from leanclip.towers import prepare_towers
 from leanclip.weights import load_into, read_weights
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Written = tuple[Path, dict[str, np.ndarray]]  # a folder of checkpoints, and what the newest holds
 CUTS = {1: [0, PAIRS], 2: [0, 3, PAIRS], 3: [0, 3, 3, PAIRS]}  # of three ranks, one has nothing
 
 
@@ -140,8 +141,11 @@ def test_the_whole_model_is_on_every_rank(tmp_path: Path) -> None:
 # --- checkpoints
 
 
-def written(root: Path, tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+@pytest.fixture(scope="module")
+def checkpoint_of_two(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """A checkpoint of two ranks after two steps, and the state that is in it."""
+    tmp_path = tmp_path_factory.mktemp("two")
+    root = tmp_path / "c"
 
     def work(rank: int) -> dict[str, np.ndarray]:
         run = Run(rank, 2)
@@ -153,14 +157,20 @@ def written(root: Path, tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
         return run.state()
 
     (tmp_path / "w").mkdir()
-    return root / "step-00000002", ranks_of(2, work, tmp_path / "w")[0]
+    return root, ranks_of(2, work, tmp_path / "w")[0]
+
+
+def copied(checkpoint_of_two: Written, root: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """The same checkpoint in a folder of a test's own."""
+    shutil.copytree(checkpoint_of_two[0], root)
+    return root / "step-00000002", checkpoint_of_two[1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_shards_come_back_to_the_bit_over_any_number_of_ranks(
-    world_size: int, tmp_path: Path
+    world_size: int, checkpoint_of_two: Written, tmp_path: Path
 ) -> None:
-    folder, expected = written(tmp_path / "c", tmp_path)
+    folder, expected = copied(checkpoint_of_two, tmp_path / "c")
 
     def work(rank: int) -> dict[str, np.ndarray]:
         run = Run(rank, world_size)
@@ -173,8 +183,8 @@ def test_shards_come_back_to_the_bit_over_any_number_of_ranks(
         assert all((state[name] == expected[name]).all() for name in expected)
 
 
-def test_a_merged_checkpoint_is_a_normal_one(tmp_path: Path) -> None:
-    folder, expected = written(tmp_path / "run/checkpoints", tmp_path)
+def test_a_merged_checkpoint_is_a_normal_one(checkpoint_of_two: Written, tmp_path: Path) -> None:
+    folder, expected = copied(checkpoint_of_two, tmp_path / "run/checkpoints")
     with pytest.raises(WeightsError, match=r"in shards; merge them with: leanclip merge .*step-0"):
         read_weights(tmp_path / "run")
     assert checkpoint.merge(tmp_path / "run", tmp_path / "merged") == folder
@@ -197,8 +207,10 @@ def test_a_merged_checkpoint_is_a_normal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["shards/.metadata", "shards/__1_0.distcp"])
-def test_damaged_shards_are_not_taken(tmp_path: Path, name: str) -> None:
-    folder, _ = written(tmp_path / "c", tmp_path)
+def test_damaged_shards_are_not_taken(
+    checkpoint_of_two: Written, tmp_path: Path, name: str
+) -> None:
+    folder, _ = copied(checkpoint_of_two, tmp_path / "c")
     assert checkpoint.newest(tmp_path / "c") == (folder, [])
     damaged = bytearray((folder / name).read_bytes())
     damaged[len(damaged) // 2] ^= 1

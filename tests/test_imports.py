@@ -10,10 +10,10 @@ from conftest import PROJECT
 SOURCE = PROJECT / "src" / "leanclip"
 # DESIGN.md, section 2: a module may import what stands in its own line or above it.
 LEVELS = (
-    ("errors", "strict_yaml", "settings", "config", "launch", "stopping"),
+    ("errors", "extras", "files", "strict_yaml", "settings", "config", "launch", "stopping"),
     ("tokenizer", "decoding", "images", "tracking", "addresses", "fetch", "prompts"),
     ("data", "model"),
-    ("distributed", "loss", "weights", "optim", "finetune"),
+    ("determinism", "distributed", "loss", "weights", "optim", "finetune"),
     ("norms", "loss_scale", "utilisation"),
     ("sharded", "shard_files", "evaluate", "inputs", "classifier", "attention", "exported"),
     ("checkpoint",),
@@ -24,7 +24,7 @@ LEVELS = (
     ("train", "inference", "charts", "embeddings"),
     ("openai", "passl", "export", "compare", "sweep", "search"),
     ("compare_page", "app"),
-    ("cli", "cli_app", "cli_data", "cli_eval", "cli_search", "cli_use", "doctor"),
+    ("cli", "cli_app", "cli_data", "cli_eval", "cli_options", "cli_search", "cli_use", "doctor"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

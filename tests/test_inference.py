@@ -21,7 +21,6 @@ from leanclip.evaluate import Calibration
 from leanclip.images import Preprocess
 from leanclip.inputs import to_source
 from leanclip.model import CLIP
-from leanclip.model.packed import encode_packed
 from leanclip.weights import fingerprint, save_weights
 
 TEXTS = list(DESCRIPTIONS.values())
@@ -137,7 +136,7 @@ def test_packed_texts_have_the_features_of_padded_ones(
         row[length - 1], row[length:] = 49407, 0
     with torch.no_grad():
         expected = clip.model.encode_text(tokens)
-        found = encode_packed(clip.model, tokens, lengths)
+        found = clip.model.encode_packed(tokens)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 

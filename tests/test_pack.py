@@ -6,15 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_refused, make_pairs, noise_image, run_cli
+from conftest import assert_refused, make_pairs, noise_image
 from PIL import Image
 from skimage import data as photographs
 
@@ -184,31 +182,6 @@ def test_bytes_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     assert digests(tmp_path / "0") == digests(tmp_path / "1") == digests(tmp_path / "3")
     pack(source, tmp_path / "other", side=20, shard_size=3, workers=0, seed=1)
     assert digests(tmp_path / "other") != digests(tmp_path / "0")
-
-
-def test_a_killed_pack_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    make_pairs(tmp_path / "data", 0)
-    for i in range(60):
-        noise_image(i, (1000, 800)).save(tmp_path / f"data/{i:03d}.png", compress_level=1)
-        (tmp_path / f"data/{i:03d}.txt").write_text(f"picture number {i}\n")
-    words = ["data", "pack", "pairs:data", "killed", "--shard-size", "6", "--workers", "2"]
-    code = "from leanclip.cli import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=tmp_path)
-    while process.poll() is None and not list(tmp_path.glob("killed/0*.tar")):
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed/index.json").exists(), "it was done before it was killed"
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/0*.json")}
-    (tmp_path / "killed/00009.tar.1.part").write_bytes(b"half a shard")
-    done = run_cli(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for path in kept:
-        assert path.with_suffix(".tar").stat().st_mtime_ns <= kept[path], "it was made again"
-    done = run_cli(*words[:3], "whole", *words[4:-1], "0", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
-    assert len(digests(tmp_path / "whole")) == 10 + 1
 
 
 def test_a_finished_pack_is_left_alone(tmp_path: Path) -> None:

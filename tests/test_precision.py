@@ -126,6 +126,27 @@ def test_a_run_in_fp16_goes_on_with_its_scale(command: Command) -> None:
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
+def test_the_loss_of_bf16_stays_within_a_band(command: Command) -> None:
+    """Of a tiny model that learns twelve pairs; benchmarks/precision.py has the quickstart's."""
+    curves = {}
+    for precision in ("fp32", "bf16"):
+        make_config(
+            Path("config.yaml"),
+            train={"precision": precision, "epochs": 40},
+            optimizer={"learning_rate": 3e-4},
+        )
+        done = command("train", "-c", "config.yaml", "--output-dir", precision)
+        assert done.returncode == 0, done.stderr
+        losses = [
+            line["train/loss"] for line in read_metrics(Path(precision)) if "train/loss" in line
+        ]
+        assert len(losses) == 120
+        curves[precision] = torch.tensor(losses).view(10, 12).mean(dim=1)
+    assert curves["fp32"][0] - curves["fp32"][-1] > 0.5
+    assert not torch.equal(curves["bf16"], curves["fp32"])  # it was computed in bf16
+    assert (curves["bf16"] - curves["fp32"]).abs().max() < 0.05
+
+
 def test_the_temperature_stays_float32() -> None:
     model = CLIP(**model_of("clip", 20.0).config.model_dump())
     for dtype in (torch.bfloat16, torch.float16):

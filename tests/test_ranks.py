@@ -1,11 +1,9 @@
 """Several ranks through the command line: the same run as one process makes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from conftest import (
     assert_refused,
     fork_ranks,
     run_cli,
-    weights_hash,
 )
 
 from leanclip import checkpoint
@@ -100,86 +97,9 @@ def test_a_mistake_is_said_once(workplace: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def children(pid: int) -> list[int]:
-    return [
-        int(child)
-        for path in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in path.read_text().split()
-    ]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
-
-
 def said_by(errors: str) -> list[str]:
     """The lines on stderr without those that say how far it is."""
     return [line for line in errors.splitlines() if not line.startswith("step ")]
-
-
-def launched(*options: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """A job of two ranks that has made some steps; its ranks' process ids."""
-    process = subprocess.Popen(
-        [
-            sys.executable, "-c", "from leanclip.cli import main; main()", *OPTIONS, *LONG,
-            *batch_of(2), "--num-procs", "2", "--output-dir", "two", *options,
-        ],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while len(losses(Path("two"))) < 12:
-        assert process.poll() is None
-    (agent,) = children(process.pid)
-    return process, children(agent)
-
-
-@pytest.mark.slow
-def test_a_dead_rank_is_started_again(workplace: Path) -> None:
-    process, ranks = launched("--max-restarts", "1")
-    os.kill(ranks[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "going on from two/checkpoints/step-" in errors
-    options = (*OPTIONS, *LONG, *batch_of(2), "--output-dir", "whole")
-    assert [rank.code() for rank in fork_ranks(2, *options, folder=workplace)] == [0, 0]
-    assert weights_hash(workplace / "two") == weights_hash(workplace / "whole")
-
-
-@pytest.mark.slow
-def test_a_dead_rank_ends_the_job(workplace: Path) -> None:
-    process, ranks = launched()
-    os.kill(ranks[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert said_by(errors)[5:] == [  # after the headline
-        "rank 1 ended by signal 9"
-    ]
-
-
-@pytest.mark.slow
-def test_ranks_end_with_their_launcher(workplace: Path) -> None:
-    process, ranks = launched()
-    process.kill()
-    process.communicate(timeout=120)
-    deadline = time.monotonic() + 60
-    while any(is_running(rank) for rank in ranks):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert len(losses(Path("two"))) < 60  # not because they were done
-
-
-def test_a_fault_on_one_rank_is_said_before_others_miss_it(workplace: Path) -> None:
-    options = (*OPTIONS, *LONG, *batch_of(2), "--output-dir", "two", "-o", "data.workers=1")
-    first, second = fork_ranks(2, *options, folder=workplace)
-    second.until(lambda: children(second.pid) and len(losses(Path("two"))) >= 3)
-    os.kill(children(second.pid)[0], signal.SIGKILL)  # what reads its data
-    assert second.code() == 2
-    assert "the process that was reading it died" in second.said()
-    assert first.code() == 1
-    assert first.said().splitlines()[-1] == "rank 0: another rank is gone"
-    assert "Traceback" not in first.said() + second.said()
 
 
 # --- another number of ranks

@@ -23,7 +23,7 @@ from test_inference import save_tiny
 import leanclip
 from leanclip.data.shapes import draw_dataset
 from leanclip.errors import ConfigError, DataError, SampleError
-from leanclip.fetch import held
+from leanclip.files import held
 from leanclip.images import CLIP_MEAN, Preprocess
 from leanclip.search import Index
 from leanclip.search.filters import date_range, size_range
@@ -379,18 +379,19 @@ def test_a_terminal_gets_a_table_with_links(
 
 def test_what_cannot_be_read_is_left_out(index: Index, place: Path, command: Command) -> None:
     (place / "photos/camera.png").write_bytes(b"nothing")
+    os.mkfifo(place / "photos/pipe.jpg")  # it would be waited for
     done = command("search", "update", "index")
-    assert json.loads(done.stdout)["skipped"] == 1
+    assert json.loads(done.stdout)["skipped"] == 2
     assert "camera.png" in done.stderr
     assert len(index) == 67
     for number in range(20):
         (place / f"photos/{number}.jpg").write_bytes(b"<html>")
     done = command("search", "update", "index")
-    assert_refused(done, "of 88 images are unreadable, allowed are 10.0%", "--max-bad-share")
+    assert_refused(done, "of 89 images are unreadable, allowed are 10.0%", "--max-bad-share")
     assert len(index) == 67
     page = index.search(place / "photos/page.png", k=1)[0]
     (place / "photos/page.png").unlink()
-    with pytest.raises(SampleError, match=r"page\.png: no such file"):
+    with pytest.raises(SampleError, match=r"page\.png: no such image"):
         index.read(page.number)
 
 

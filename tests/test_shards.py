@@ -292,7 +292,7 @@ def test_sizes_come_from_beside_the_shards(
 def test_a_shard_is_looked_through_once(tmp_path: Path, cache: Path) -> None:
     root = make_shards(tmp_path / "s", [2] * 9)
     assert len(open_dataset(config(root))) == 18
-    kept = sorted((cache / "shards").glob("*.npy"))
+    kept = sorted((cache / "indices").glob("*.npy"))
     assert len(kept) == 9
     times = [path.stat().st_mtime_ns for path in kept]
     assert len(open_dataset(config(root))) == 18
@@ -308,7 +308,7 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, cache: Path, count: int, k
     members = ((f"{i:05d}.{e}", "x") for i in range(count) for e in ("png", "txt"))
     path = make_tar(tmp_path / "a.tar", members)
     assert len(shard_index(path)) == count
-    (kept,) = (cache / "shards").glob("*.npy")
+    (kept,) = (cache / "indices").glob("*.npy")
     whole = kept.read_bytes()
     kept.write_bytes(whole[:keep])
     assert len(shard_index(path)) == count
@@ -624,10 +624,10 @@ def test_the_next_window_is_fetched_ahead(server: Server, cache: Path) -> None:
     visits = open_dataset(by_url(server, shuffle_buffer=1)).visits((1,))
     next(visits)
     limit = time.monotonic() + 20
-    while len(list(cache.glob("shards/*.npy"))) < 2 and time.monotonic() < limit:
+    while len(list(cache.glob("indices/*.npy"))) < 2 and time.monotonic() < limit:
         pass
     assert len(set(fetched(server))) == 2
-    assert len(list(cache.glob("shards/*.npy"))) == 2
+    assert len(list(cache.glob("indices/*.npy"))) == 2
 
 
 def test_workers_share_what_is_fetched(server: Server) -> None:

@@ -48,7 +48,8 @@ def model_of(kind: Kind, scale: float) -> CLIP:
 def batch_of(rows: slice = slice(None)) -> Batch:
     generator = torch.Generator().manual_seed(8)
     images = torch.randint(0, 256, (PAIRS, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    tokens = tokenize([f"number {i} of {PAIRS}" for i in range(PAIRS)], 24)
+    captions = [" ".join(["number", *["very"] * (i % 4), str(i % 8)]) for i in range(PAIRS)]
+    tokens = tokenize(captions, 24)  # the last three are those of 0, 1 and 2
     index = torch.arange(PAIRS)
     return Batch(
         images[rows], tokens[rows], index[rows], torch.full((PAIRS,), -1)[rows], groups=GROUPS[rows]
@@ -74,6 +75,7 @@ def results_of(rank: int, world_size: int) -> list[tuple[float, dict[str, np.nda
     results = []
     for kind, is_tiled, micro_batches, scale in CASES:
         model = model_of(kind, scale)
+        model.packs_texts = micro_batches == 4
         optimizer = Recording(model.parameters(), lr=0.1, fused=True)
         loss, _, is_finite, _ = train_step(
             model,
@@ -132,6 +134,17 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(world_size: int, tmp_
                 ours = torch.from_numpy(parts[part]).double()
                 error = float((ours - expected).norm() / expected.norm())
                 assert error < 1e-5, (*case, part, error)
+
+
+def test_a_caption_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = CLIP(**TINY), []
+    encode = model.encode_text
+    monkeypatch.setattr(
+        model, "encode_text", lambda tokens: seen.append(len(tokens)) or encode(tokens)
+    )
+    optimizer = Recording(model.parameters(), lr=0.1, fused=True)
+    train_step(model, optimizer, batch_of(), Preprocess(32), rate=0.1)
+    assert seen == [8]
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:

@@ -147,7 +147,7 @@ def test_a_row_that_is_changed_is_read_anew_and_its_index_made_anew(
 ) -> None:
     path = write(tmp_path / "a.csv", "image,caption\nx.jpg,one\n")
     assert captions(path) == captions(path) == [["one"]]
-    assert len(list((cache / "tables").iterdir())) == 1
+    assert len(list((cache / "indices").glob("a-*"))) == 1
     write(path, "image,caption\nlonger.jpg,two\nx.jpg,three\n")
     assert captions(path) == [["two"], ["three"]]
 
@@ -216,7 +216,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, cache: Path, suffix: str, 
 
     expected = [["a", "b"], [0, 1] * 9]
     assert labels() == expected
-    (kept,) = (cache / "tables").glob(f"*{suffix}")
+    (kept,) = (cache / "indices").glob(f"*{suffix}")
     whole = kept.read_bytes()
     kept.write_bytes(whole[:keep])
     assert labels() == expected

@@ -52,6 +52,20 @@ def test_checkpointed_activations_give_the_same_bits(arch: dict, micro_batches: 
         assert torch.equal(model.state_dict()[name], value), name
 
 
+def test_checkpointed_activations_of_packed_texts_give_the_same_bits() -> None:
+    def packed(model: CLIP) -> None:
+        model.packs_texts = True
+
+    def packed_and_checkpointed(model: CLIP) -> None:
+        packed(model)
+        checkpoint_activations(model)
+
+    for ours, theirs in zip(
+        stepped(TINY, packed_and_checkpointed)[1], stepped(TINY, packed)[1], strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 def test_statistics_are_updated_once_a_micro_batch() -> None:
     model, _ = stepped(RESNET, None, 3)
     counts = {int(b) for name, b in model.named_buffers() if name.endswith("batches_tracked")}

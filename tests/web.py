@@ -2,10 +2,13 @@
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+PIECE = 16_384  # bytes
 
 
 class Server(ThreadingHTTPServer):
@@ -19,6 +22,7 @@ class Server(ThreadingHTTPServer):
         self.statuses: list[int] = []  # answers to give first, in place of files
         self.knows_ranges = True
         self.says_length = True
+        self.pause = 0.0  # seconds after each piece of an answer
         self.asked: list[tuple[str, str | None]] = []  # path, Range
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -66,7 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
         if server.breaks:
             server.breaks -= 1
             rest = rest[: len(rest) // 2]
-        self.wfile.write(rest)
+        for first in range(0, len(rest), PIECE):
+            self.wfile.write(rest[first : first + PIECE])
+            time.sleep(server.pause)
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from leanclip.classifier import Guess
-from leanclip.images import Source, open_image
+from leanclip.images import Source, middle_square, open_image
 from leanclip.plots import new_figure, saved, words
 
 if TYPE_CHECKING:
@@ -60,7 +59,8 @@ def heat_maps(
     for axes in grid:
         axes.axis("off")
     for axes, image, heat, title in zip(grid, images, maps, titles, strict=False):
-        seen = _middle(open_image(image))
+        seen = open_image(image)
+        seen = seen.crop(middle_square(seen))
         axes.imshow(seen)
         extent = (-0.5, seen.width - 0.5, seen.height - 0.5, -0.5)
         axes.imshow(heat, cmap="jet", alpha=0.45, interpolation="bilinear", extent=extent)
@@ -110,10 +110,3 @@ def plane(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     chosen = chosen * np.sign(chosen[[0, 1], largest])[:, None]
     variance = sizes**2
     return centred @ chosen.T, variance[:2] / max(variance.sum(), 1e-12)
-
-
-def _middle(image: Image.Image) -> Image.Image:
-    """The largest square in the middle."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))

@@ -15,9 +15,8 @@ the one of the best metric.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +27,11 @@ from safetensors.torch import load_file, save_file
 
 from leanclip.distributed import gather_rows, rank_and_world_size, together
 from leanclip.errors import WeightsError
-from leanclip.fetch import digest
+from leanclip.files import digest, sync, write_text
 from leanclip.finetune import Tuning
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.sharded import is_sharded, placed_as
-from leanclip.tracking import write_text
 from leanclip.weights import SHARDS, describe_weights, load_into, read_weights, save_weights
 
 
@@ -84,7 +82,7 @@ def save(
     """
     folder = root / f"step-{progress.step:08d}"
     temporary = root / f".{folder.name}.tmp"
-    random_states = _random_states()
+    random_states, hashes = _random_states(), {}
     rank, has_shards = rank_and_world_size()[0], is_sharded(model)
     if rank > 0 and not has_shards:
         return folder
@@ -104,12 +102,13 @@ def save(
             tensors = random_states
         else:
             weights = tuning.weights() if tuning else model.state_dict()
-            save_weights(temporary, weights, model.config, preprocess)
+            sha256 = save_weights(temporary, weights, model.config, preprocess)
+            hashes["model.safetensors"] = sha256
             tensors = _moments(model, optimizer) | random_states
             tensors |= tuning.state() if tuning else {}
         save_file(tensors, temporary / "training.safetensors")
         (temporary / "state.json").write_text(json.dumps(vars(progress)))
-        _write_manifest(temporary)
+        _write_manifest(temporary, hashes)
         for problem in _problems(temporary):
             raise OSError(f"{problem}, right after it was written")
     except (OSError, SafetensorError) as error:
@@ -119,7 +118,7 @@ def save(
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
-    _sync(root)
+    sync(root)
     write_text(root / "latest", folder.name + "\n")
     best = progress.best and f"step-{progress.best.step:08d}"
     if best and (root / best).is_dir():
@@ -211,20 +210,23 @@ def merge(source: Path, destination: Path) -> Path:
     random_states = load_file(folder / "training.safetensors")
     save_file(moments | random_states, temporary / "training.safetensors")
     shutil.copyfile(folder / "state.json", temporary / "state.json")
-    _write_manifest(temporary)
+    _write_manifest(temporary, {"model.safetensors": config["sha256"]})
     temporary.rename(destination)
     return folder
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint under `root` that is whole, and why newer ones are not."""
-    skipped = []
+    found, skipped = None, []
     for folder in _by_age(root, unreadable=1 << 62):  # so that it is looked at, and named
-        problem = next(_problems(folder), None)
-        if problem is None:
-            return folder, skipped
-        skipped.append(problem)
-    return None, skipped
+        if found is not None and folder.name < found.name:
+            continue
+        problem = next(_problems(folder), None)  # of one of a later step also where it looks older
+        if problem is not None:
+            skipped.append(problem)
+        elif found is None:
+            found = folder
+    return found, skipped
 
 
 def _begin(temporary: Path) -> str:
@@ -242,14 +244,15 @@ def _problems(folder: Path) -> Iterator[str]:
     """What is wrong with a checkpoint by its manifest."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        expected = {name: (facts["size"], facts["sha256"]) for name, facts in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         yield f"{folder}: has no manifest"
         return
-    for name, facts in manifest.items():
+    for name, (size, sha256) in expected.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["size"]:
+        if not path.is_file() or path.stat().st_size != size:
             yield f"{path}: is missing or cut short"
-        elif digest(path) != facts["sha256"]:
+        elif digest(path) != sha256:
             yield f"{path}: differs from its checksum"
 
 
@@ -286,21 +289,13 @@ def _random_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def _write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Size and SHA-256 of every file; `hashes` are those that are known."""
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     facts = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest(path)}
-        for path in files
+        name: {"size": path.stat().st_size, "sha256": hashes.get(name) or digest(path)}
+        for name, path in files.items()
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

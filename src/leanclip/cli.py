@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from leanclip import cli_app, cli_data, cli_eval, cli_search, cli_use
-from leanclip.cli_eval import (
+from leanclip.cli_options import (
     Arch,
     ConfigFile,
     NumGpus,
     NumProcs,
     Overrides,
+    Rows,
     count_ranks,
     launch_ranks,
 )
@@ -80,6 +81,10 @@ def _run(words: list[str]) -> None:
         if debug:
             raise
         leave(2, f"error: {' '.join(str(error).split())}")
+    except MemoryError:
+        if debug:
+            raise
+        leave(2, "error: there is not enough memory; give it more, or a smaller batch")
     except SystemExit as end:
         if end.code == 130 and not is_rank():  # Ctrl-C; for ranks the launcher speaks
             resumes = {
@@ -244,25 +249,19 @@ def models() -> None:
 
     GFLOPs are of one image and one caption of the whole context, forward; a multiply-add is two.
     """
-    import json
+    from rich.console import Console
 
     from leanclip.model.presets import summaries
 
-    if not sys.stdout.isatty():
+    headings = ("model", "parameters (M)", "forward GFLOPs", "pixels", "activation")
+    rows = Rows(*headings, numbers=range(1, 4), as_json=False)
+    with Console(stderr=True).status("counting operations ..."):
         for summary in summaries():
-            print(json.dumps(summary))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("model")
-    for heading in ("parameters (M)", "forward GFLOPs", "pixels", "activation"):
-        table.add_column(heading, justify="left" if heading == "activation" else "right")
-    console = Console()
-    with console.status("counting operations ..."):
-        for summary in summaries():
-            table.add_row(*(str(value) for value in summary.values()))
-    console.print(table)
+            if rows.is_json:
+                rows.add_json(summary)
+            else:
+                rows.add(*map(str, summary.values()))
+    rows.end()
 
 
 @app.command()

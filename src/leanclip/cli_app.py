@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from leanclip.cli_use import Device, Model, find_model, has_quickstart
+from leanclip.cli_options import Device, Model, find_model, has_quickstart
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(rich_markup_mode=None)
@@ -46,12 +46,11 @@ def serve_page(
 
     The page and its API are on this machine alone, unless --host says otherwise.
     """
-    from leanclip.errors import ConfigError
+    from leanclip.extras import need
 
-    try:
-        from leanclip.app.server import serve
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name}: is not installed; pip install 'leanclip[app]'") from None
+    for library in ("starlette", "uvicorn", "python_multipart"):
+        need(library, "the page", extra="app")
+    from leanclip.app.server import serve
 
     if runs is not None and model is None and index is None and not has_quickstart():
         log.info("no model: the runs alone are shown (another with --model)")

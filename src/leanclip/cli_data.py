@@ -149,8 +149,9 @@ def check_(
     from leanclip.data.preflight.findings import find, paired_images
     from leanclip.data.preflight.text import check_text
     from leanclip.evaluate.tasks import evaluation_data
+    from leanclip.files import write_text
     from leanclip.plots import check_pictures
-    from leanclip.tracking import ProgressBar, write_text
+    from leanclip.tracking import ProgressBar
 
     settings, config = _data_settings(source, overrides or ())
     more = evaluation_data(config) if config and not splits else []

@@ -1,11 +1,23 @@
-"""The commands that measure: eval, compare, interpolate; and the options that others share."""
+"""The commands that measure: eval, compare, interpolate."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leanclip.launch import is_rank, join_launch, launch
+from leanclip.cli_options import (
+    Arch,
+    ConfigFile,
+    DataSpec,
+    NumGpus,
+    NumProcs,
+    OneGpu,
+    Overrides,
+    TaskName,
+    count_ranks,
+    launch_ranks,
+)
+from leanclip.launch import is_rank, join_launch
 
 if TYPE_CHECKING:
     import torch
@@ -13,39 +25,6 @@ if TYPE_CHECKING:
     from leanclip.weights import Weights
 
 app = typer.Typer(rich_markup_mode=None)
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("-o", metavar="KEY.PATH=VALUE", help="Set one setting; may be repeated."),
-]
-NumGpus = Annotated[
-    int | None,
-    typer.Option(
-        "--num-gpus", min=0, help="GPUs of this machine; 0: the CPU. Default: one or CPU."
-    ),
-]
-NumProcs = Annotated[
-    int, typer.Option("--num-procs", min=1, help="Processes on the CPU, in place of GPUs.")
-]
-Arch = Annotated[
-    str | None,
-    typer.Option(metavar="NAME|FILE", help="The architecture: a preset, or a JSON or YAML file."),
-]
-DataSpec = Annotated[
-    str | None, typer.Option("--data", metavar="LAYOUT:ROOT", help="What to measure on.")
-]
-OneGpu = Annotated[
-    int | None, typer.Option("--num-gpus", min=0, max=1, help="0: the CPU. Default: a GPU or CPU.")
-]
-TaskName = Annotated[
-    str | None,
-    typer.Option(
-        "--task",
-        help="zeroshot, retrieval, linear-probe, knn or all; default: of zeroshot and retrieval "
-        "what the data allows.",
-    ),
-]
 
 
 @app.command(
@@ -57,17 +36,8 @@ def evaluate(
     model: Annotated[
         str, typer.Option(help="A run's folder, a folder of weights, or a file (then with -c).")
     ],
-    data_spec: Annotated[
-        str | None,
-        typer.Option("--data", metavar="LAYOUT:ROOT", help="What to evaluate on; else as -c says."),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="zeroshot, retrieval, linear-probe, knn or all; default: of zeroshot and "
-            "retrieval what the data allows."
-        ),
-    ] = None,
+    data_spec: DataSpec = None,
+    task: TaskName = None,
     split: Annotated[
         str | None, typer.Option(help="The part of the data; default: one held out.")
     ] = None,
@@ -276,25 +246,3 @@ def _sweep(
           f"-> {out}")  # fmt: skip
     for path in written:
         print(path)
-
-
-def count_ranks(num_gpus: int | None, num_procs: int) -> int:
-    """How many processes are asked for."""
-    from leanclip.errors import ConfigError
-
-    if num_procs > 1 and num_gpus:
-        raise ConfigError(
-            f"--num-procs {num_procs}: are processes on the CPU; leave --num-gpus out"
-        )
-    return max(num_gpus or 1, num_procs)
-
-
-def launch_ranks(
-    words: list[str], device: str, num_gpus: int | None, ranks: int, max_restarts: int = 0
-) -> NoReturn:
-    """The same command in several processes, and its exit code."""
-    if num_gpus:
-        from leanclip.distributed import choose_device
-
-        choose_device(device, num_gpus)  # one word here, not one of each rank
-    raise SystemExit(launch(words, ranks=ranks, max_restarts=max_restarts))

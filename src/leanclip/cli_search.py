@@ -1,8 +1,4 @@
-"""The commands under `leanclip search`: build an index of pictures, update it, find pictures.
-
-Tables for people on a terminal, with paths to click on; JSON lines where stdout is not one, or
-with --json.
-"""
+"""The commands under `leanclip search`: build an index of pictures, update it, find pictures."""
 
 import json
 import logging
@@ -14,10 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leanclip.cli_use import AsJson, Device, Model, find_model
+from leanclip.cli_options import (
+    AsJson,
+    BatchSize,
+    Decoders,
+    Device,
+    MaxBadShare,
+    Model,
+    Rows,
+    find_model,
+    is_json,
+    shown,
+)
 
 if TYPE_CHECKING:
-    from leanclip.search import Changes, Hit, Index
+    from rich.text import Text
+
+    from leanclip.search import Hit, Index
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(
@@ -38,13 +47,6 @@ Ann = Annotated[
 Recall = Annotated[
     float, typer.Option(min=0, max=1, help="Of --ann: warn below this recall@10 against exact.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images of a forward pass.")]
-Workers = Annotated[
-    int | None, typer.Option(min=0, help="Threads that decode; default: one per CPU core.")
-]
-MaxBadShare = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of images that may be unreadable.")
-]
 
 
 @app.command(epilog="Example: leanclip search build photos --model runs/quickstart --out index")
@@ -61,7 +63,7 @@ def build(
     ann: Ann = None,
     recall: Recall = 0.95,
     batch_size: BatchSize = 64,
-    workers: Workers = None,
+    workers: Decoders = None,
     max_bad_share: MaxBadShare = 0.1,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -71,7 +73,7 @@ def build(
     from leanclip.search import Index
 
     source = find_model(model)
-    index, changes = Index.begin(
+    index = Index.build(
         sources,
         load(source, device=device),
         out,
@@ -81,7 +83,7 @@ def build(
         workers=workers,
         max_bad_share=max_bad_share,
     )
-    _finish(index, changes, ann, recall, as_json)
+    _finish(index, ann, recall, as_json)
 
 
 @app.command(epilog="Example: leanclip search update index")
@@ -91,15 +93,15 @@ def update(
     ann: Ann = None,
     recall: Recall = 0.95,
     batch_size: BatchSize = 64,
-    workers: Workers = None,
+    workers: Decoders = None,
     max_bad_share: MaxBadShare = 0.1,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Add what is new in an index's folders, drop what is gone, embed again what has changed."""
     opened = _open(index, model, device)
-    changes = opened.update(batch_size=batch_size, workers=workers, max_bad_share=max_bad_share)
-    _finish(opened, changes, ann, recall, as_json)
+    opened.update(batch_size=batch_size, workers=workers, max_bad_share=max_bad_share)
+    _finish(opened, ann, recall, as_json)
 
 
 @app.command(
@@ -153,11 +155,7 @@ def find(
         date=None if date is None else date_range(date),
         is_approximate=ann,
     )
-    if as_json or not sys.stdout.isatty():
-        for hit in hits:
-            print(_json(hit), flush=True)
-    else:
-        _print_table(hits)
+    _print(hits, as_json)
     if grid:
         _draw(opened, hits, grid)
 
@@ -192,14 +190,13 @@ def _open(path: Path, model: str | None, device: str) -> "Index":
     return opened
 
 
-def _finish(
-    index: "Index", changes: "Changes", ann: str | None, recall: float, as_json: bool
-) -> None:
+def _finish(index: "Index", ann: str | None, recall: float, as_json: bool) -> None:
     """Build what is approximate, and say what was done."""
+    changes = index.changes
     facts: dict[str, Any] = {"index": str(index.path), **asdict(changes)}
     if ann:
         facts["approximate"] = index.build_approximate(ann, wanted=recall)
-    if as_json or not sys.stdout.isatty():
+    if is_json(as_json):
         print(json.dumps(facts))
         return
     print(
@@ -212,8 +209,27 @@ def _finish(
         print(f"{found['kind']}: recall@10 {found['recall_at_10']:.1%} of exact search")
 
 
-def _json(hit: "Hit") -> str:
-    facts = {
+def _print(hits: "list[Hit]", as_json: bool) -> None:
+    """A table, or JSON lines; the former without columns that say nothing."""
+    has_labels, has_captions = any(hit.label for hit in hits), any(hit.caption for hit in hits)
+    headings = ["score", "path", *["label"] * has_labels, *["caption"] * has_captions]
+    rows = Rows(*headings, numbers=[0], as_json=as_json)
+    if not hits and not rows.is_json:
+        print("nothing found", file=sys.stderr)
+        return
+    for hit in hits:
+        if rows.is_json:
+            rows.add_json(_facts(hit))
+            continue
+        cells = [f"{hit.score:.3f}", _link(hit)]
+        cells += [hit.label or ""] * has_labels
+        cells += [(hit.caption or "").split("\n")[0]] * has_captions
+        rows.add(*cells)
+    rows.end()
+
+
+def _facts(hit: "Hit") -> dict[str, Any]:
+    return {
         "score": round(hit.score, 6),
         "number": hit.number,
         "path": hit.path,
@@ -223,42 +239,14 @@ def _json(hit: "Hit") -> str:
         "size": hit.size,
         "date": datetime.fromtimestamp(hit.mtime).astimezone().isoformat(timespec="seconds"),
     }
-    line = json.dumps(facts, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # a name that is not UTF-8
-        return json.dumps(facts)
-    return line
 
 
-def _print_table(hits: "list[Hit]") -> None:
-    from rich.console import Console
+def _link(hit: "Hit") -> "Text":
+    """A path to click on."""
     from rich.style import Style
-    from rich.table import Table
     from rich.text import Text
 
-    if not hits:
-        print("nothing found", file=sys.stderr)
-        return
-    table = Table()
-    table.add_column("score", justify="right")
-    table.add_column("path", overflow="fold")
-    has_labels = any(hit.label for hit in hits)
-    has_captions = any(hit.caption for hit in hits)
-    for heading in ("label",) * has_labels + ("caption",) * has_captions:
-        table.add_column(heading)
-    here = f"{Path.cwd()}/"
-    for hit in hits:
-        more = f" (and {len(hit.paths) - 1} more)" if len(hit.paths) > 1 else ""
-        link = Style(link=Path(hit.shard or hit.path).as_uri())
-        cells = [Text(f"{hit.score:.3f}"), Text(_shown(hit.path.removeprefix(here)), style=link)]
-        cells[1].append(more, style=Style(link=None))
-        cells += [Text(_shown(hit.label or ""))] * has_labels
-        cells += [Text(_shown((hit.caption or "").split("\n")[0]))] * has_captions
-        table.add_row(*cells)
-    Console().print(table)
-
-
-def _shown(text: str) -> str:
-    """What a terminal can show: no controls, and nothing that is not UTF-8."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    path = shown(hit.path.removeprefix(f"{Path.cwd()}/"))
+    link = Text(path, style=Style(link=Path(hit.shard or hit.path).as_uri()))
+    more = f" (and {len(hit.paths) - 1} more)" if len(hit.paths) > 1 else ""
+    return link.append(more, style=Style(link=None))

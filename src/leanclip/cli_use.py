@@ -1,52 +1,42 @@
-"""The commands that use a model: classify, similarity, embed, export.
-
-Tables for people on a terminal; JSON lines where stdout is not one, or with --json.
-"""
+"""The commands that use a model: classify, similarity, embed, export."""
 
 import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from leanclip.cli_eval import NumGpus, NumProcs, count_ranks
+from leanclip.cli_options import (
+    AllowPrivateUrls,
+    AllowUrls,
+    AsJson,
+    BatchSize,
+    Decoders,
+    Device,
+    MaxBadShare,
+    Model,
+    NumGpus,
+    NumProcs,
+    Plot,
+    Rows,
+    Truncate,
+    count_ranks,
+    is_json,
+    load_model,
+)
 
 if TYPE_CHECKING:
-    import torch
-
     from leanclip.classifier import Guess
     from leanclip.decoding import Source
-    from leanclip.inference import Clip
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 MOST_DRAWN = 16  # images of a plot
-QUICKSTART = Path("runs/quickstart")  # of `make quickstart`
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="A run's folder, a file or folder of weights, a published name (ViT-B/32) or a hub "
-        "id; default: runs/quickstart, where there is one."
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines on a terminal too.")]
-AllowUrls = Annotated[
-    bool, typer.Option("--allow-urls", help="Images may be http or https addresses.")
-]
-AllowPrivateUrls = Annotated[
-    bool, typer.Option("--allow-private-urls", help="And addresses of your own network too.")
-]
-Truncate = Annotated[
-    bool, typer.Option("--truncate", help="Cut texts that are over the model's context.")
-]
-Plot = Annotated[Path | None, typer.Option(help="Draw it too: a .png or .svg file.")]
 
 
 class SeveralValues(TyperCommand):
@@ -101,13 +91,14 @@ def classify(
     from leanclip.prompts import TEMPLATES
 
     _only_one_reads_stdin([*images, labels])
-    clip = _load(model, device, "private" if allow_private_urls else allow_urls)
+    allowed = "private" if allow_private_urls else allow_urls
+    clip = load_model(model, device, allow_urls=allowed)
     classifier = clip.classifier(
         _labels(labels), templates or TEMPLATES, calibration=calibration, truncate=truncate
     )
     sources = _sources(images)
     drawn: list[tuple[Source, Sequence[Guess]]] = []
-    rows = _Table("image", "label", "probability", "similarity", as_json=as_json)
+    rows = Rows("image", "label", "probability", "similarity", numbers=(2, 3), as_json=as_json)
     at = 0
     for features in clip.image_batches(sources):
         for found in guesses(classifier, features, top):
@@ -124,7 +115,7 @@ def classify(
         log.info("%s", plot)
 
 
-def _add_guesses(rows: "_Table", name: str, found: "Sequence[Guess]") -> None:
+def _add_guesses(rows: Rows, name: str, found: "Sequence[Guess]") -> None:
     """What is said of one image: a line of JSON, or a row for each label."""
     if rows.is_json:
         labels = [
@@ -163,14 +154,15 @@ def similarity(
 ) -> None:
     """Compare images with texts: the cosine of every image with every text."""
     _only_one_reads_stdin([*images, *texts])
-    clip = _load(model, device, "private" if allow_private_urls else allow_urls)
+    allowed = "private" if allow_private_urls else allow_urls
+    clip = load_model(model, device, allow_urls=allowed)
     sources, captions = _sources(images), [text for given in texts for text in _texts(given)]
     cosines = clip.similarity(sources, captions, truncate=truncate)  # (M, N)
     names = [_name(source) for source in sources]
     is_wide = len(names) > 4  # columns of a table
-    rows = _Table(
-        *(("text", "image", "similarity") if is_wide else ("text", *names)), as_json=as_json
-    )
+    headings = ("text", "image", "similarity") if is_wide else ("text", *names)
+    numbers = range(2 if is_wide else 1, len(headings))
+    rows = Rows(*headings, numbers=numbers, as_json=as_json)
     for text, row in zip(captions, cosines.tolist(), strict=True):
         for name, value in zip(names, row, strict=True):
             if rows.is_json:
@@ -198,13 +190,9 @@ def embed(
     format: Annotated[str, typer.Option(help="npy or parquet.")] = "npy",
     dtype: Annotated[str, typer.Option(help="Of what is stored: float32 or float16.")] = "float32",
     shard_size: Annotated[int, typer.Option(min=1, help="Images of a file.")] = 10_000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 64,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Threads that decode; default: one per CPU core.")
-    ] = None,
-    max_bad_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of images that may be unreadable.")
-    ] = 0.01,
+    batch_size: BatchSize = 64,
+    workers: Decoders = None,
+    max_bad_share: MaxBadShare = 0.01,
     num_gpus: NumGpus = None,
     num_procs: NumProcs = 1,
 ) -> None:
@@ -213,7 +201,7 @@ def embed(
     The same command goes on where an earlier one was interrupted or killed.
     """
     from leanclip.distributed import choose_device
-    from leanclip.launch import is_rank, join_launch, launch
+    from leanclip.launch import is_rank, join_launch, launch, rank, world_size
 
     ranks = count_ranks(num_gpus, num_procs)
     device = choose_device("cpu" if num_procs > 1 else "auto", num_gpus)
@@ -225,9 +213,25 @@ def embed(
         if code := launch(context.obj, ranks=ranks):
             raise SystemExit(code)
     else:
+        from leanclip.embeddings import Source
+        from leanclip.embeddings import embed as write
+
         join_launch()
-        settings = (shard_size, batch_size, workers, format, dtype, max_bad_share)
-        _embed(folder, out, _load(model, device, False), *settings)
+        clip = load_model(model, device)
+        paths = list(_lines(sys.stdin)) if folder == "-" else None
+        write(
+            clip,
+            Source(None, paths) if paths is not None else Source.of(Path(folder)),
+            out,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            workers=workers,
+            format=format,
+            dtype=dtype,
+            max_bad_share=max_bad_share,
+            rank=rank(),
+            world_size=world_size(),
+        )
     if not is_rank():
         _say_embedded(out)
 
@@ -250,118 +254,17 @@ def export(
     print(summary(out, facts))
 
 
-def _embed(
-    folder: str,
-    out: Path,
-    clip: "Clip",
-    shard_size: int,
-    batch_size: int,
-    workers: int | None,
-    format: str,
-    dtype: str,
-    max_bad_share: float,
-) -> None:
-    """As one of the ranks, or alone."""
-    from leanclip import embeddings
-    from leanclip.launch import rank, world_size
-
-    source = (
-        embeddings.Source(None, list(_lines(sys.stdin)))
-        if folder == "-"
-        else embeddings.Source.of(Path(folder))
-    )
-    embeddings.embed(
-        clip,
-        source,
-        out,
-        shard_size=shard_size,
-        batch_size=batch_size,
-        workers=workers,
-        format=format,
-        dtype=dtype,
-        max_bad_share=max_bad_share,
-        rank=rank(),
-        world_size=world_size(),
-    )
-
-
 def _say_embedded(out: Path) -> None:
     from leanclip.embeddings import summary
 
     facts = summary(out)
-    if not sys.stdout.isatty():
+    if is_json(False):
         print(json.dumps(facts))
         return
     print(
         f"{facts['images'] - facts['skipped']:,} images in {out}: {facts['shards']} shards of "
         f"{facts['format']}, {facts['embed_dim']} values each; {facts['skipped']} skipped"
     )
-
-
-class _Table:
-    """Rows of a table for a terminal, printed at the end, or JSON lines, printed at once."""
-
-    def __init__(self, *headings: str, as_json: bool) -> None:
-        self.is_json = as_json or not sys.stdout.isatty()
-        self.headings, self.rows = headings, []
-
-    def add(self, *cells: str) -> None:
-        """A row of the table."""
-        self.rows.append(cells)
-
-    def add_json(self, facts: dict[str, Any]) -> None:
-        """A line."""
-        print(json.dumps(facts, ensure_ascii=False), flush=True)
-
-    def end(self) -> None:
-        """Print the table."""
-        if self.is_json:
-            return
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table()
-        words = sum(heading in ("image", "text", "label") for heading in self.headings)
-        for number, heading in enumerate(self.headings):
-            side = "left" if number < words else "right"
-            table.add_column(Text(heading, overflow="fold"), justify=side, overflow="fold")
-        for row in self.rows:
-            table.add_row(*(Text(cell) for cell in row))  # brackets are no markup
-        Console().print(table)
-
-
-def _load(
-    model: str | None, device: "str | torch.device", allow_urls: bool | Literal["private"]
-) -> "Clip":
-    from leanclip.inference import load
-
-    return load(find_model(model), device=device, allow_urls=allow_urls)
-
-
-def has_quickstart() -> bool:
-    """Whether `make quickstart` has trained a model here."""
-    return (QUICKSTART / "checkpoints").is_dir()
-
-
-def find_model(model: str | None) -> str:
-    """The model that is meant where none is named.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from leanclip.errors import ConfigError
-
-    if model is None:
-        if not has_quickstart():
-            raise ConfigError(
-                "--model: say which: a run's folder, a file or folder of weights, a published "
-                "name (ViT-B/32) or a hub id; without it, what `make quickstart` trained is used, "
-                f"and there is no {QUICKSTART}"
-            )
-        model = str(QUICKSTART)
-        log.info("model: %s (another with --model)", model)
-    return model
 
 
 def _sources(given: Iterable[str]) -> "list[Source]":

@@ -17,7 +17,7 @@ import torch
 
 from leanclip.errors import DataError
 from leanclip.evaluate import Report, Task
-from leanclip.evaluate.classification import Classification
+from leanclip.evaluate.classification import Classification, mean_per_class
 from leanclip.evaluate.intervals import LEVEL, RESAMPLES, Interval, bootstrap
 from leanclip.evaluate.measure import PREFIXES
 from leanclip.evaluate.paired import McNemar, mcnemar
@@ -151,19 +151,14 @@ def _add_classification(
     found: Comparison, task: Task, one: Classification, other: Classification
 ) -> None:
     labels, names = one.labels.numpy(), one.classes
-    size = len(names)
 
-    def mean_per_class(right: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        cells = labels[drawn] + size * np.arange(len(drawn))[:, None]  # (R, N)
-        counts = np.bincount(cells.ravel(), minlength=size * len(drawn)).reshape(-1, size)
-        sums = np.bincount(cells.ravel(), weights=right[drawn].ravel(), minlength=size * len(drawn))
-        shares = sums.reshape(-1, size) / np.maximum(counts, 1)
-        return shares.sum(axis=1) / (counts > 0).sum(axis=1)
+    def by_class(right: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        return mean_per_class(right[drawn], labels[drawn], len(names))
 
     ranks, prefix = (one.ranks, other.ranks), PREFIXES[task.name]
     _add_figure(found, f"{prefix}_top1", [rank == 1 for rank in ranks], _mean)
     _add_figure(found, f"{prefix}_top5", [rank <= 5 for rank in ranks], _mean)
-    _add_figure(found, f"{prefix}_mean_per_class", [rank == 1 for rank in ranks], mean_per_class)
+    _add_figure(found, f"{prefix}_mean_per_class", [rank == 1 for rank in ranks], by_class)
 
     def change(row: int) -> Change:
         index = int(one.indices[row])
@@ -211,7 +206,7 @@ def _add_figure(
     mean: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> None:
     """A figure that is some mean of what is right, and its difference over the same resamples."""
-    first, second = (one.double().numpy() for one in right)
+    first, second = (one.numpy() for one in right)
     everything = np.arange(len(first))[None]
     intervals = bootstrap(
         len(first), lambda drawn: {name: mean(second, drawn) - mean(first, drawn)}

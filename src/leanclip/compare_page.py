@@ -2,15 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from leanclip.compare import Change, Comparison, points, sentence
-from leanclip.errors import SampleError
 from leanclip.evaluate import Task
 from leanclip.evaluate.guard import HEADLINES
 from leanclip.evaluate.retrieval import WAYS
-from leanclip.images import Source
+from leanclip.files import write_text
 from leanclip.page import (
     Html,
     figure,
@@ -22,9 +20,9 @@ from leanclip.page import (
     thumbnail,
     write_page,
 )
-from leanclip.plots import image_grid
+from leanclip.plots import can_draw, image_grid
 from leanclip.report_page import called, say
-from leanclip.tracking import write_text
+from leanclip.report_results import image_of
 
 SHOWN = 24  # changed samples of a kind on the page
 DRAWN = 12  # in the picture
@@ -46,8 +44,8 @@ def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> 
                     f"only {letter} is right: {shortened(one.truth, 60)} ({shortened(wrong, 60)})"
                 )
                 drawn.append((task, one, words))
-    images = [(image, words) for task, one, words in drawn if (image := _image(task, one))]
-    if images and find_spec("matplotlib") is not None:
+    images = [(image, words) for task, one, words in drawn if (image := image_of(task, one.index))]
+    if images and can_draw():
         pictures, titles = zip(*images, strict=True)
         image_grid(pictures, titles, folder / "changed.png")
         written.append(folder / "changed.png")
@@ -97,7 +95,7 @@ def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
 def _changes(title: str, kind: str, some: Sequence[Change], task: Task) -> Html:
     figures = []
     for one in some[:SHOWN]:
-        image = _image(task, one)
+        image = image_of(task, one.index)
         words = [
             tag("b", shortened(one.truth, 60)),
             tag("br"),
@@ -108,10 +106,3 @@ def _changes(title: str, kind: str, some: Sequence[Change], task: Task) -> Html:
         figures.append(figure(thumbnail(image or b"", one.id), words, kind=kind))
     more = f"{len(some):,} samples; compare.json names all of them."
     return section(title, tag("p", more, class_="soft"), gallery(figures))
-
-
-def _image(task: Task, change: Change) -> Source | None:
-    try:
-        return task.dataset[change.index].image
-    except SampleError:
-        return None

@@ -21,7 +21,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
@@ -30,9 +30,10 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from leanclip.errors import SampleError
+from leanclip.errors import SampleError, is_shortage
 
 Source = str | Path | bytes | Image.Image
+File = BinaryIO | Image.Image  # an image that is opened already stands for its file
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 # Names the decoders that may run: Pillow would otherwise hand EPS files to Ghostscript.
@@ -76,10 +77,10 @@ def open_part(
         SampleError: as `open_image`.
     """
     with _opened(source, max_pixels) as (image, file):
-        if file is None or not _is_plain_jpeg(image):
+        if isinstance(file, Image.Image) or not _is_plain_jpeg(image):
             image = _upright_rgb(image)
             return np.array(image.crop(choose(*image.size)[0]))
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         width, height = image.size
         box, factor = choose(*((height, width) if orientation in SWAPPED else (width, height)))
         pixels = _decode_jpeg(file, image.size, factor)
@@ -90,37 +91,52 @@ def open_part(
 
 
 @contextmanager
-def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, BinaryIO | None]]:
+def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, File]]:
     """The image with only its header read, and its file; what fails within is a SampleError."""
     name = source if isinstance(source, str | Path) else f"<{type(source).__name__}>"
+    with refusing(f"{name}: "), _file(source) as file:
+        yield read_header(file, max_pixels), file
+
+
+@contextmanager
+def refusing(name: str = "") -> Iterator[None]:
+    """Turn what goes wrong with an image into a SampleError that begins with `name`."""
     try:
-        with _quiet, _file(source) as file:  # Pillow warns of bombs; max_pixels refuses them
-            if isinstance(source, Image.Image):
-                image = source
-            else:
-                assert file is not None
-                if not file.read(1):
-                    reason = "cannot be read as an image: it is empty"
-                    raise SampleError("empty file", f"{name}: {reason}")
-                image = Image.open(file, formats=FORMATS)  # from the start of the file
-            if not image.width * image.height:
-                raise ValueError("it has no pixels")
-            if image.width * image.height > max_pixels:
-                size = f"{image.width}x{image.height}"
-                reason = f"{size} pixels are over the limit of {max_pixels}"
-                raise SampleError("too many pixels", f"{name}: {reason}")
-            if file is not None and image.format in ("JPEG", "MPO"):
-                file.seek(0)
-                check_scans(file.read())
-            yield image, file
-    except SampleError:
-        raise
+        with _quiet:  # Pillow warns of bombs; max_pixels refuses them
+            yield
+    except SampleError as error:
+        raise SampleError(error.kind, f"{name}{error}") from None
     except FileNotFoundError:
-        raise SampleError("missing file", f"{name}: no such image") from None
+        raise SampleError("missing file", f"{name}no such image") from None
     except Exception as error:  # decoders raise many kinds on damaged files
+        if is_shortage(error):
+            raise
         kind, reason = _fault(error)
-        message = f"{name}: cannot be read as an image: {reason}"
-        raise SampleError(kind, message) from None
+        raise SampleError(kind, f"{name}cannot be read as an image: {reason}") from None
+
+
+def read_header(file: File, max_pixels: int) -> Image.Image:
+    """The image, its pixels not yet decoded; within `refusing`.
+
+    Raises:
+        SampleError: the file is empty, or its header declares more than `max_pixels` pixels.
+        Exception: one of those that `refusing` makes a SampleError.
+    """
+    if isinstance(file, Image.Image):
+        image = file
+    elif file.read(1):
+        image = Image.open(file, formats=FORMATS)  # from the start of the file
+    else:
+        raise SampleError("empty file", "cannot be read as an image: it is empty")
+    if not image.width * image.height:
+        raise ValueError("it has no pixels")
+    if image.width * image.height > max_pixels:
+        size = f"{image.width}x{image.height}"
+        raise SampleError("too many pixels", f"{size} pixels are over the limit of {max_pixels}")
+    if not isinstance(file, Image.Image) and image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        check_scans(file.read())
+    return image
 
 
 def check_scans(data: bytes) -> None:
@@ -179,9 +195,9 @@ def open_regular(path: str | Path) -> BinaryIO:
     return file
 
 
-def _file(source: Source) -> "BinaryIO | nullcontext[None]":
+def _file(source: Source) -> AbstractContextManager[File]:
     if isinstance(source, Image.Image):
-        return nullcontext()
+        return nullcontext(source)
     return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
 
 
@@ -196,7 +212,7 @@ def _fault(error: Exception) -> tuple[str, str]:
     return "damaged image", str(error) or type(error).__name__
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """EXIF's (or XMP's) 1 to 8; 1 where there is none or it is broken."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -253,7 +269,7 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()  # TIFF turns itself while it loads, and then has no orientation any more
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     image = _rgb(image)
     return image if orientation == 1 else Image.fromarray(_turned(np.asarray(image), orientation))
 

@@ -16,7 +16,6 @@ Shapes: n rows of a shard, N of all, E embedding.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -26,13 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from leanclip.data.pairs import find_images
 from leanclip.data.samples import Strings
+from leanclip.data.sources.image_files import find_images
 from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.extras import need
+from leanclip.files import held, whole_file, write_text
 from leanclip.images import evaluation_pixels
 from leanclip.inference import Clip
 from leanclip.inputs import in_threads
-from leanclip.tracking import ProgressBar, write_text
+from leanclip.tracking import ProgressBar
 from leanclip.weights import fingerprint
 
 log = logging.getLogger("leanclip")
@@ -125,6 +126,34 @@ def embed(
     """
     index = _index(clip, source, shard_size, format, dtype)
     _open(out, index)
+    lock = out / f".{rank}-of-{world_size}.lock"
+    with held(lock) as is_ours:
+        if not is_ours:
+            raise ConfigError(f"{out}: another process embeds there; choose another --out")
+        try:
+            _make_shards(
+                clip, source, out, index, batch_size, workers, max_bad_share, rank, world_size
+            )
+        finally:
+            lock.unlink(missing_ok=True)
+    if not _missing(out, index):
+        for part in out.glob(".*.part"):  # of starts that were killed
+            part.unlink(missing_ok=True)
+
+
+def _make_shards(
+    clip: Clip,
+    source: Source,
+    out: Path,
+    index: Index,
+    batch_size: int,
+    workers: int | None,
+    max_bad_share: float,
+    rank: int,
+    world_size: int,
+) -> None:
+    """This rank's shards that are not there yet."""
+    format, dtype = index.format, index.dtype
     mine = range(rank, index.shards, world_size)
     pending = [number for number in mine if not _last_file(out, number, format).exists()]
     sizes = {number: len(_part(index, number)) for number in mine}
@@ -257,9 +286,8 @@ def _open(out: Path, index: Index) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if any(path.suffix in (".npy", ".parquet") for path in out.iterdir()):
             raise ConfigError(f"{out}: holds files of something else; choose another --out")
-        part = out / f".{INDEX}.{os.getpid()}.part"  # several ranks may do this
-        part.write_text(json.dumps(asdict(index), indent=1) + "\n")
-        part.replace(out / INDEX)
+        with whole_file(out / INDEX, by_several=True) as part:
+            part.write_text(json.dumps(asdict(index), indent=1) + "\n")
         return
     there, here = asdict(read_index(out)), asdict(index)
     words = {"ids": "the images", "weights": "the weights", "images": "the number of images"}
@@ -308,36 +336,25 @@ def _write(
     if skipped:
         write_text(_skipped_file(out, shard), json.dumps(skipped, indent=1) + "\n")
     last = _last_file(out, shard, index.format)
-    part = last.with_name(f".{last.name}.part")
     if index.format == "npy":
         write_text(_ids_file(out, shard), json.dumps(ids))
-        with part.open("wb") as file:
+        with whole_file(last) as part, part.open("wb") as file:
             np.save(file, features)
-            file.flush()
-            os.fsync(file.fileno())
-    else:
-        pa, pq = _parquet()
-        values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)
+        return
+    pa, pq = _parquet()
+    values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)
+    with whole_file(last) as part:
         pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": values}), part)
-    part.replace(last)
 
 
 def _read_parquet(path: Path, index: Index) -> tuple[list[str], np.ndarray]:
-    _, pq = _parquet()
-    table = pq.read_table(path)
+    table = _parquet()[1].read_table(path)
     flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return table["id"].to_pylist(), flat.reshape(-1, index.embed_dim)
 
 
 def _parquet() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(
-            "parquet: pyarrow is missing; get it with: pip install -c constraints.txt -e '.[table]'"
-        ) from None
-    return pyarrow, pyarrow.parquet
+    return tuple(need(name, "parquet", extra="table") for name in ("pyarrow", "pyarrow.parquet"))
 
 
 def _missing(out: Path, index: Index) -> list[int]:

@@ -10,9 +10,13 @@ A message is one line: what, where, what was found, what to do. The command line
 and exits with code 2. Broken invariants of our own are `assert`s, not these.
 """
 
+import errno
+
 # What names in strangers' files may do to a terminal: break lines, move the cursor, turn text.
 _CONTROLS = (*range(32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 _SHOWN = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_SPARE = 1 << 26  # bytes that a machine has that is not short of memory
 
 
 class LeanclipError(Exception):
@@ -46,3 +50,19 @@ class SampleError(DataError):
 
 class WeightsError(LeanclipError):
     """A file of weights or a checkpoint is missing, damaged or of another shape."""
+
+
+def one_line(error: Exception) -> str:
+    """What another library's error says, in a line that is not too long; else its kind."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether the machine lacks memory or open files: what was being read may be good."""
+    if isinstance(error, MemoryError):
+        try:
+            bytearray(_SPARE)
+        except MemoryError:
+            return True
+        return False  # it is the file that asks for more than there can be
+    return isinstance(error, OSError) and error.errno in _SHORTAGES

@@ -23,7 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.exported import BACKENDS, FORMAT, INDEX, import_onnxruntime, read_exported
+from leanclip.exported import BACKENDS, FORMAT, INDEX, read_exported
+from leanclip.extras import need
 from leanclip.inference import Clip
 from leanclip.model import CLIP
 from leanclip.settings import to_plain
@@ -53,7 +54,8 @@ def export(clip: Clip, out: Path, to: str, *, int8: bool = False) -> dict[str, A
     if int8 and to != "onnx":
         raise ConfigError("--int8: goes with --to onnx")
     if to == "onnx":
-        _check_libraries()
+        for library in ("onnxruntime", "onnxscript"):
+            need(library, "ONNX", extra="export")
     if clip.dtype != torch.float32 or clip.device.type != "cpu":
         raise ConfigError("export: load the model in float32 and on the CPU")
     if out.exists():
@@ -239,16 +241,6 @@ def _write_tokenizer(clip: Clip, folder: Path) -> None:
 
 def _words(cosines: dict[str, float]) -> str:
     return ", ".join(f"{tower} {cosine:.6f}" for tower, cosine in cosines.items())
-
-
-def _check_libraries() -> None:
-    import_onnxruntime()
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "onnxscript is missing; get it with: pip install -c constraints.txt -e '.[export]'"
-        ) from None
 
 
 @contextmanager

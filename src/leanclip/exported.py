@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from leanclip.config import ModelConfig
-from leanclip.errors import ConfigError, WeightsError
+from leanclip.errors import ConfigError, WeightsError, one_line
+from leanclip.extras import need
 from leanclip.images import Preprocess
 from leanclip.settings import parse
 from leanclip.weights.native import triple
@@ -112,7 +113,7 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
 
 
 def _onnx(path: Path) -> Tower:
-    onnxruntime = import_onnxruntime()
+    onnxruntime = need("onnxruntime", "ONNX", extra="export")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -123,7 +124,7 @@ def _onnx(path: Path) -> Tower:
             providers=["CPUExecutionProvider"],
         )
     except Exception as error:  # onnxruntime's own kinds
-        raise ValueError(f"{path.name}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path.name}: {one_line(error)}") from None
     name = session.get_inputs()[0].name
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -136,20 +137,5 @@ def _torch(path: Path) -> Tower:
     try:
         program = torch.export.load(path).module()
     except Exception as error:  # of zips, of schemas, of its own
-        raise ValueError(f"{path.name}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path.name}: {one_line(error)}") from None
     return lambda x: program(x.cpu())
-
-
-def import_onnxruntime() -> Any:
-    """The module.
-
-    Raises:
-        ConfigError: it is missing.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ConfigError(
-            "onnxruntime is missing; get it with: pip install -c constraints.txt -e '.[export]'"
-        ) from None
-    return onnxruntime

@@ -4,25 +4,26 @@ URL -> path.part (goes on where it stopped) -> checksum -> path
 """
 
 import errno
-import fcntl
-import hashlib
 import logging
 import os
 import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from leanclip.addresses import Guard, PrivateAddressError, Resolve
 from leanclip.errors import DataError
+from leanclip.files import digest
 
 log = logging.getLogger("leanclip")
 
 TRIES = 5  # of a transfer that does not get on; the pause between two doubles from a second on
+PIECE = 1 << 20  # bytes that are asked for at once
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 _BUSY = (408, 425, 429)  # answers of 4xx that another time may differ
 
 
@@ -76,8 +77,10 @@ def fetch(
             _transfer(url, part, progress)
             break
         except (OSError, HTTPException, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 raise DataError(f"{part}: no space is left for {url}; make some") from None
+            if isinstance(error, OSError) and error.errno in _NOT_OURS:  # of the file alone
+                raise DataError(f"{part}: cannot be written: {error.strerror}") from None
             failures = 1 if _size(part) > most else failures + 1
             most = max(most, _size(part))
             status = error.code if isinstance(error, urllib.error.HTTPError) else None
@@ -138,42 +141,6 @@ def is_url(text: str) -> bool:
     return text.lower().startswith(("http://", "https://"))
 
 
-def digest(path: Path, length: int = 64) -> str:
-    """A file's SHA-256, or its MD5 for a `length` of 32 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5" if length == 32 else "sha256").hexdigest()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock that a file is, among all processes and threads of this machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # closing would not do: a process forked meanwhile holds the file open too
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-@contextmanager
-def held(path: Path) -> Iterator[bool]:
-    """Try to hold the lock that a file is, until the end of this process at the latest.
-
-    Gives whether it does, or another process has it. Processes that are forked off do not share it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            yield False
-        else:
-            yield True
-
-
 def _is_private(error: Exception) -> bool:
     return isinstance(getattr(error, "reason", error), PrivateAddressError)
 
@@ -200,7 +167,8 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
         with part.open("ab" if have else "wb") as file:
-            while chunk := response.read(1 << 20):
+            # What has come is kept if this is ended; at the end nothing more is waited for.
+            while chunk := response.read1(min(PIECE, total - have) if total else PIECE):
                 file.write(chunk)
                 have += len(chunk)
                 progress(have, total)

@@ -29,13 +29,14 @@ from leanclip.data.samples import fill
 from leanclip.data.skipped import Bad
 from leanclip.distributed import barrier, everyones, rank_and_world_size
 from leanclip.errors import ConfigError
+from leanclip.files import write_text
 from leanclip.finetune import group_of
 from leanclip.images import Preprocess, normalize
 from leanclip.model import CLIP
 from leanclip.settings import to_plain
 from leanclip.step import AUTOCAST
 from leanclip.tokenizer import tokenize
-from leanclip.tracking import ProgressBar, write_text
+from leanclip.tracking import ProgressBar
 
 BLOCK = 256  # samples, or captions, that a rank takes at once
 ROWS, DIGESTS, BLOCKS = "rows.f32", "digests.u64", "blocks.jsonl"

@@ -8,6 +8,7 @@ Pixels stay uint8 until they are on the device; `normalize` makes them what a mo
 Shapes: B batch, R resolution.
 """
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,10 @@ __all__ = [
     "SUFFIXES",
     "Preprocess",
     "Source",
+    "as_jpeg",
     "center_crop",
     "evaluation_pixels",
+    "middle_square",
     "normalize",
     "open_image",
     "to_array",
@@ -121,11 +124,14 @@ def resized(part: np.ndarray, resolution: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[0].numpy())
 
 
-def decoding_factor(box: Box, resolution: int) -> int:
-    """By how much a JPEG may be decoded smaller for a part of it to be resized to R x R."""
+def decoding_factor(box: Box, resolution: int, spare: float = SPARE) -> int:
+    """By how much a JPEG may be decoded smaller for a part of it to be resized to R x R.
+
+    Its short side then has at least `spare` times R pixels.
+    """
     left, top, right, bottom = box
     short = min(right - left, bottom - top)
-    return next((f for f in (8, 4, 2) if short >= f * SPARE * resolution), 1)
+    return next((f for f in (8, 4, 2) if short >= f * spare * resolution), 1)
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -143,6 +149,13 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((side - resolution) / 2) for side in size)
     return image.crop((left, top, left + resolution, top + resolution))
+
+
+def middle_square(image: Image.Image) -> Box:
+    """Where the largest square in the middle of an image lies."""
+    short = min(image.size)
+    left, top = ((side - short) // 2 for side in image.size)
+    return left, top, left + short, top + short
 
 
 def draw_box(
@@ -169,6 +182,13 @@ def draw_box(
         h = min(height, max(1, round(width / ratio[0])))
         left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def as_jpeg(image: Image.Image, quality: int = 88) -> bytes:
+    """An RGB image as a JPEG with nothing in it but the pixels."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -387,7 +387,7 @@ def load(
     if backend is not None:
         raise ConfigError(f"{source}: backend={backend!r} is for a folder that was exported")
     weights = read_weights(source, arch=arch)
-    if weights.model is None:
+    if weights.model is None or weights.preprocess is None:
         raise WeightsError(
             f"{weights.source}: a {weights.dialect} without its architecture (the tensors do not "
             f"tell the activation); say it with arch=, for example arch='ViT-B-32' (exact GELU) "
@@ -396,13 +396,12 @@ def load(
     check_shapes(weights, weights.model)
     model = CLIP(**to_plain(weights.model)).to(_device(device))
     load_into(model, weights, partial=partial)
-    preprocess = weights.preprocess or Preprocess(weights.model.image_resolution)
-    if not 0 < preprocess.resolution <= MOST_RESOLUTION:
+    if not 0 < weights.preprocess.resolution <= MOST_RESOLUTION:
         raise WeightsError(
-            f"{weights.source}: images of {preprocess.resolution} pixels a side, at most "
+            f"{weights.source}: images of {weights.preprocess.resolution} pixels a side, at most "
             f"{MOST_RESOLUTION} are made"
         )
-    return Clip(model.to(DTYPES[name]).eval(), preprocess, allow_urls)
+    return Clip(model.to(DTYPES[name]).eval(), weights.preprocess, allow_urls)
 
 
 def _device(name: str | torch.device) -> torch.device:

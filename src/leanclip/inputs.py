@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.data.pairs import find_images
+from leanclip.data.sources.image_files import find_images
 from leanclip.errors import DataError, SampleError
 from leanclip.fetch import fetch_bytes, is_url
 from leanclip.images import SUFFIXES, Source, evaluation_pixels

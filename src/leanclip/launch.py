@@ -9,6 +9,7 @@ that ends on purpose the exit code of the job: the launcher's own says no more t
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def launch(words: Sequence[str], *, ranks: int, max_restarts: int = 0) -> int:
         environment |= {FOLDER: folder, PARENT: str(os.getpid())}
         command = [sys.executable, "-m", "leanclip.launch", "--standalone"]
         command += ["--local-addr=127.0.0.1"]  # the machine's own name may lead nowhere
+        command += [f"--log-dir={folder}"]  # else it leaves one of its own when it is ended
         command += [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", "--no-python"]
         agent = subprocess.Popen(
             [*command, sys.executable, "-c", _RANK, *words],
@@ -130,9 +132,9 @@ def _is_over() -> bool:
     return folder is not None and any((Path(folder) / name).exists() for name in ("code", "stop"))
 
 
-def _end_with_parent() -> None:
-    """Have the system kill this process when the one that started it is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the system send this process a signal when the one that started it is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != int(os.environ[PARENT]):  # it went before this was asked
         os._exit(1)
 
@@ -151,7 +153,13 @@ def _signal_ranks(folder: Path, number: int) -> int:
 
 def _agent(arguments: list[str]) -> int:
     """PyTorch's launcher, without its own words on a rank that failed: the rank has said it."""
-    _end_with_parent()
+
+    def tidy_up(_: int, __: FrameType | None) -> None:
+        shutil.rmtree(os.environ[FOLDER], ignore_errors=True)  # nobody else is left to do it
+        os._exit(1)  # and the ranks end with this process
+
+    signal.signal(signal.SIGUSR2, tidy_up)
+    _end_with_parent(signal.SIGUSR2)
     os.environ[PARENT] = str(os.getpid())
     import logging
 

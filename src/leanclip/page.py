@@ -6,7 +6,6 @@ strangers. Charts are SVG and tables, so that a page needs no library to be draw
 
 import base64
 import html
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from leanclip.errors import SampleError
-from leanclip.images import Source, open_image
-from leanclip.tracking import write_text
+from leanclip.files import write_text
+from leanclip.images import Source, as_jpeg, middle_square, open_image
 
 SIDE = 112  # of a thumbnail, in pixels: twice what is shown, for fine screens
+MOST_POINTS = 400  # of a line
 _VOID = {  # elements without an inside, in HTML and in SVG
     "img",
     "meta",
@@ -117,20 +117,16 @@ def bar(share: float, *, low: float | None = None, high: float | None = None) ->
     return tag("span", parts, class_="bar", aria_hidden="true")
 
 
-def thumbnail(source: Source, words: str = "", *, side: int = SIDE) -> Html:
+def thumbnail(source: Source, words: str = "") -> Html:
     """A picture inside the page, cut to a square; its words are for who cannot see it."""
     try:
         image = open_image(source)
     except SampleError:
         return tag("span", "no picture", class_="thumb missing")
-    short = min(image.size)
-    left, top = ((length - short) // 2 for length in image.size)
-    image = image.crop((left, top, left + short, top + short))
-    if short > side:
-        image = image.resize((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    data = base64.b64encode(file.getvalue()).decode()
+    image = image.crop(middle_square(image))
+    if image.width > SIDE:
+        image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    data = base64.b64encode(as_jpeg(image, 85)).decode()
     return tag(
         "img",
         src=f"data:image/jpeg;base64,{data}",
@@ -270,8 +266,8 @@ def _tick(value: float, top: float) -> str:
     return words if len(words) < 8 else f"{value:.1e}".replace("e-0", "e-")
 
 
-def _thinned(line: Points, count: int = 400) -> list[tuple[float, float]]:
-    """Of a long line so many points, evenly, and the last; no infinite ones."""
+def _thinned(line: Points) -> list[tuple[float, float]]:
+    """Of a long line MOST_POINTS, evenly, and the last; no infinite ones."""
     finite = [point for point in line if all(map(math.isfinite, point))]
-    step = -(-len(finite) // count) if finite else 1
+    step = -(-len(finite) // MOST_POINTS) if finite else 1
     return [*finite[::step], *finite[-1:]]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from leanclip.errors import ConfigError
 from leanclip.evaluate import Report
+from leanclip.extras import need
 from leanclip.images import Source, open_image
 from leanclip.tracking import read_metrics
 
@@ -27,8 +27,7 @@ log = logging.getLogger("leanclip")
 
 def run_pictures(folder: Path, report: Report) -> list[Path]:
     """Draw what a run's folder can show: similarity.png, predictions.png, curves.png."""
-    if find_spec("matplotlib") is None:
-        log.info("no pictures: matplotlib is missing; get it with: pip install matplotlib")
+    if not can_draw():
         return []
     drawn = []
     if report.examples:
@@ -56,8 +55,7 @@ def check_pictures(
     duplicates: Sequence[tuple[Source, str]],
 ) -> list[Path]:
     """Draw what a check of data found: samples.png, and duplicates.png, where there are any."""
-    if find_spec("matplotlib") is None:
-        log.info("no pictures: matplotlib is missing; get it with: pip install matplotlib")
+    if not can_draw():
         return []
     drawn = []
     for name, shown in (("samples", samples), ("duplicates", duplicates)):
@@ -153,8 +151,7 @@ def pareto_picture(
         chosen: which one is marked.
         axes: the names of the figures.
     """
-    if find_spec("matplotlib") is None:
-        log.info("no pictures: matplotlib is missing; get it with: pip install matplotlib")
+    if not can_draw():
         return []
     from matplotlib.ticker import PercentFormatter
 
@@ -228,14 +225,18 @@ def new_figure(
     Raises:
         ConfigError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "matplotlib is missing; get it with: pip install -c constraints.txt -e '.[plots]'"
-        ) from None
+    need("matplotlib", "drawing", extra="plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=110, layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed; the log says so where it is not."""
+    if find_spec("matplotlib") is None:
+        log.info("no pictures: matplotlib is missing; get it with: pip install matplotlib")
+        return False
+    return True

@@ -13,6 +13,7 @@ from leanclip.errors import SampleError
 from leanclip.evaluate.classification import Classification
 from leanclip.evaluate.retrieval import RetrievalResult
 from leanclip.evaluate.tasks import Task
+from leanclip.images import Source
 from leanclip.page import Html, bar, figure, gallery, matrix, shortened, table, tag, thumbnail
 
 MATRIX = 40  # classes of a confusion matrix that is shown whole
@@ -149,10 +150,15 @@ def neighbours(result: Classification | RetrievalResult, task: Task) -> list[Htm
 
 def _picture(result: Classification | RetrievalResult, task: Task, row: int) -> Html:
     """The image of a row of the result."""
+    return thumbnail(image_of(task, int(result.indices[row])) or b"", _words(result, row))
+
+
+def image_of(task: Task, index: int) -> Source | None:
+    """The image of a sample, not yet decoded; None: it cannot be had any more."""
     try:
-        return thumbnail(task.dataset[int(result.indices[row])].image, _words(result, row))
+        return task.dataset[index].image
     except SampleError:
-        return thumbnail(b"")
+        return None
 
 
 def _words(result: Classification | RetrievalResult, row: int) -> str:

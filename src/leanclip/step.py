@@ -79,13 +79,13 @@ def train_step(
 
     def forward(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
-        tokens = part.tokens.to(device, non_blocking=True)  # (m, L)
+        tokens, places = (x.to(device, non_blocking=True) for x in _distinct(part.tokens, settings))
         if pixels.dim() == 4:  # not features already
             pixels = normalize(pixels, preprocess.mean, preprocess.std)
         dtype = AUTOCAST.get(settings.precision)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             features = towers(pixels, tokens)
-        return features.image[: part.size], features.text[: part.size]
+        return features.image[: part.size], features.text[places][: part.size]
 
     def backward(zimg: torch.Tensor, ztxt: torch.Tensor) -> torch.Tensor:
         loss = contrastive_loss(
@@ -148,6 +148,20 @@ def _micro_batches(batch: Batch, count: int, *, is_exact: bool) -> list[Part]:
     )
     least = count if is_exact else 1
     return parts + [Part(blank, end, 0)] * (least - len(parts))
+
+
+def _distinct(tokens: torch.Tensor, settings: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (m, L) with each caption once, (d, L), and the place (m,) of each row in them.
+
+    They stay as they are where the towers are compiled, whose graphs want few shapes, and where
+    they are features.
+    """
+    if settings.compile or tokens.is_floating_point():
+        return tokens, torch.arange(len(tokens))
+    distinct, places = tokens.unique(dim=0, return_inverse=True)
+    return (
+        (tokens, torch.arange(len(tokens))) if len(distinct) == len(tokens) else (distinct, places)
+    )
 
 
 def _cached_backward(

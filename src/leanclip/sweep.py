@@ -19,11 +19,11 @@ from leanclip.errors import ConfigError
 from leanclip.evaluate import Task
 from leanclip.evaluate.guard import HEADLINES
 from leanclip.evaluate.several import evaluate_each
+from leanclip.files import write_text
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.plots import pareto_picture
 from leanclip.settings import to_plain
-from leanclip.tracking import write_text
 from leanclip.weights import Weights, interpolate, write_weights
 from leanclip.weights.interpolate import between
 
@@ -204,5 +204,5 @@ class Mixtures(Collection[tuple[CLIP, Preprocess]]):
             mixed = {name: between(first[name], second[name], alpha) for name in first}
             self._model.load_state_dict(mixed)
             preprocess = self._preprocess[alpha >= 0.5]
-            resolution = self._model.config.image_resolution
-            yield self._model, preprocess or Preprocess(resolution)
+            assert preprocess is not None
+            yield self._model, preprocess

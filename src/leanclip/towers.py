@@ -29,6 +29,8 @@ def prepare_towers(model: CLIP, settings: TrainConfig) -> nn.Module:
         checkpoint_activations(model)
     if settings.compile:
         compile_towers(model)
+    # A GPU would have to wait for the lengths of the texts, and compiled graphs want few shapes.
+    model.packs_texts = model.logit_scale.device.type == "cpu" and not settings.compile
     return over_ranks(model, settings.sharding)
 
 

@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from leanclip.errors import ConfigError
+from leanclip.files import read_json_lines, write_text
 
 
 def check_tracker(report_to: str | None) -> None:
@@ -129,25 +130,10 @@ class _Run:
         self._library.finish()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; one cut short, or without a step, is left out."""
-    path = folder / "metrics.jsonl"
-    lines = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            lines.append(found)
-    return lines
+    """The lines of a run's metrics.jsonl; one without a step is left out."""
+    lines = read_json_lines(folder / "metrics.jsonl")
+    return [one for one in lines if isinstance(one, dict) and isinstance(one.get("step"), int)]
 
 
 class ProgressBar:

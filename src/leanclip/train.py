@@ -7,7 +7,6 @@ The same command in the same folder goes on from the newest checkpoint.
 """
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -24,10 +23,11 @@ from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
 from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
+from leanclip.determinism import only_deterministic
 from leanclip.distributed import barrier, everyones, rank_and_world_size, together, total
 from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluate import Report, evaluate
-from leanclip.fetch import held
+from leanclip.files import held, write_text
 from leanclip.finetune import Tuning
 from leanclip.frozen import Frozen, freeze
 from leanclip.loss_scale import LossScale
@@ -41,7 +41,7 @@ from leanclip.step import StepResult, train_step
 from leanclip.stopping import Signals, Stopped
 from leanclip.strict_yaml import dump_yaml, load_yaml
 from leanclip.towers import prepare_towers
-from leanclip.tracking import MetricsLog, ProgressBar, write_text
+from leanclip.tracking import MetricsLog, ProgressBar
 from leanclip.watching import (
     Clock,
     LogLines,
@@ -101,9 +101,6 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
 def _train(plan: Plan, must_resume: bool) -> Outcome | None:
     """As `train`, in a folder that is this run's."""
     config, rank = plan.config, rank_and_world_size()[0]
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for this
-    torch.use_deterministic_algorithms(config.train.deterministic)
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
     found = _checkpoint(plan, must_resume)
@@ -125,12 +122,13 @@ def _train(plan: Plan, must_resume: bool) -> Outcome | None:
         report_to = config.train.report_to
         metrics = MetricsLog(plan.folder, after_step=after_step, report_to=report_to)
     try:
-        if plan.guard is not None and not found:  # what there is to forget
-            done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
-            if metrics is not None:
-                metrics.write(0, by_evaluation(done.before))
-        frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
-        report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
+        with only_deterministic(config.train.deterministic):
+            if plan.guard is not None and not found:  # what there is to forget
+                done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
+                if metrics is not None:
+                    metrics.write(0, by_evaluation(done.before))
+            frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
+            report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
     except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
         if isinstance(stopped, Stopped):
@@ -167,6 +165,7 @@ def _fit(
     stream = _stream(plan, done, frozen)
     is_fp16 = config.train.precision == "fp16"
     loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
+    often = config.checkpoint.every_epochs, config.checkpoint.every_steps
     clock = Clock(plan, done.samples)
     began = time.perf_counter() - done.seconds
     write_status(plan, "running", step=done.step)
@@ -182,13 +181,8 @@ def _fit(
             for reason in bad.add(seen.bad):
                 log.warning("skipped: %s", reason)
             rate = learning_rate(step, peak=plan.peak_rate, warmup=plan.warmup, steps=plan.steps)
-            must_save = seen.must_save or _is_due(
-                step + 1,
-                plan,
-                every_epochs=config.checkpoint.every_epochs,
-                every_steps=config.checkpoint.every_steps,
-            )
-            must_log = must_save or _is_due(step + 1, plan, every_steps=config.train.log_every)
+            must_save = seen.must_save or _is_due(step + 1, plan, *often)
+            must_log = must_save or _is_due(step + 1, plan, None, config.train.log_every)
             if seen.samples:
                 result = train_step(
                     model,
@@ -207,40 +201,27 @@ def _fit(
                 if not frozen.is_used:
                     clock.work.add(len(batch), batch.tokens.shape[1])
                 troubles.note(step + 1, result.is_finite, batch)
-            done = replace(
-                done,
-                step=step + 1,
-                epoch=position.epoch,
-                sample=position.sample,
-                samples=done.samples + seen.samples,
-                sources=_added(done.sources, seen.sources),
-                seconds=time.perf_counter() - began,
-                dataset_size=len(plan.dataset),
-                batch_size=plan.batch_size,
-            )
+            done = _after_step(done, plan, seen, position, time.perf_counter() - began)
             if must_log:
                 troubles.raise_if_many()  # waits for the device
-                line = _line(plan, done, result, rate, model.logit_scale)
+                line = _line(plan, done, result, rate, model.logit_scale, loss_scale)
                 line |= {"train/skipped": len(bad.found), "train/skipped_steps": troubles.count}
                 line |= clock.rates(done.samples)
-                if loss_scale is not None:
-                    line["train/loss_scale"] = loss_scale.factor.item()
                 if metrics is not None:
                     metrics.write(done.step, line)
                 bar.note(in_words(line))
                 lines.note(done.step, line)
             bar.update(done.step)
             measures = plan.tasks or plan.guard
-            if measures and _is_due(done.step, plan, every_epochs=config.evaluate.every_epochs):
+            if measures and _is_due(done.step, plan, config.evaluate.every_epochs):
                 report = _evaluate(plan, model, tuning, done.before)
                 if metrics is not None:
                     metrics.write(done.step, by_evaluation(report.metrics))
                 done = replace(done, best=judged(plan, done.best, report.metrics, done.step))
                 must_save = must_save or is_news(plan, done.best)
             if must_save:
-                if loss_scale is not None:
-                    done = replace(done, loss_scale=loss_scale.state())
-                _save(plan, done, model, optimizer, tuning)
+                state = loss_scale.state() if loss_scale else None
+                _save(plan, replace(done, loss_scale=state), model, optimizer, tuning)
             if seen.stop:
                 raise Stopped(seen.stop)
     clock.log_waiting()
@@ -276,6 +257,7 @@ def _line(
     result: StepResult | None,
     rate: float,
     logit_scale: torch.Tensor,
+    loss_scale: LossScale | None,
 ) -> dict[str, float]:
     """What metrics.jsonl says of a step; this waits for the device."""
     line = {
@@ -290,6 +272,8 @@ def _line(
     }
     for name, norm in (result.norms if result else {}).items():
         line[f"train/{name}"] = norm.item()
+    if loss_scale is not None:
+        line["train/loss_scale"] = loss_scale.factor.item()
     return line
 
 
@@ -348,6 +332,24 @@ def _seen(batch: Batch, signals: Signals, sources: int) -> _Seen:
     stop = next((n for n, is_asked in zip(STOPPING, rest, strict=False) if is_asked), 0)
     every_bad = [one for part in everyones(batch.bad) for one in part] if bad else []
     return _Seen(samples, rest[len(STOPPING) :], every_bad, stop, bool(save or stop))
+
+
+def _after_step(
+    done: checkpoint.Progress, plan: Plan, seen: _Seen, position: Position, seconds: float
+) -> checkpoint.Progress:
+    """How far the run has come with one step more, which saw this and ended there."""
+    sources = [a + b for a, b in zip_longest(done.sources, seen.sources, fillvalue=0)]
+    return replace(
+        done,
+        step=done.step + 1,
+        epoch=position.epoch,
+        sample=position.sample,
+        samples=done.samples + seen.samples,
+        sources=sources,
+        seconds=seconds,
+        dataset_size=len(plan.dataset),
+        batch_size=plan.batch_size,
+    )
 
 
 def _checkpoint(plan: Plan, must_resume: bool) -> Path | None:
@@ -416,16 +418,12 @@ def _same_run(plan: Plan, batch_size: int) -> None:
 
 
 def _is_due(
-    step: int, plan: Plan, *, every_epochs: int | None = None, every_steps: int | None = None
+    step: int, plan: Plan, every_epochs: int | None, every_steps: int | None = None
 ) -> bool:
     """Whether something is due after this step: at the end, every so many epochs or steps."""
     by_epoch = every_epochs is not None and step % (every_epochs * plan.steps_per_epoch) == 0
     by_step = every_steps is not None and step % every_steps == 0
     return step == plan.steps or by_epoch or by_step
-
-
-def _added(before: list[int], more: list[int]) -> list[int]:
-    return [a + b for a, b in zip_longest(before, more, fillvalue=0)]
 
 
 def _by_source(data: DataConfig, counts: list[int]) -> dict[str, float]:

@@ -15,8 +15,8 @@ import torch
 from leanclip.data.loader import Batch
 from leanclip.distributed import rank_and_world_size
 from leanclip.errors import LeanclipError
+from leanclip.files import write_text
 from leanclip.plan import Plan
-from leanclip.tracking import write_text
 from leanclip.utilisation import Utilisation
 
 T = TypeVar("T")

@@ -3,10 +3,10 @@
 Shapes: h x w places of a map.
 """
 
-import io
-
 import numpy as np
 from PIL import Image
+
+from leanclip.images import as_jpeg, middle_square
 
 SIDE = 448  # pixels
 # From nothing to the most: dark violet, red, orange, yellow; told apart in greys as well.
@@ -16,10 +16,7 @@ OPACITY = (0.15, 0.75)
 
 def heat_picture(image: Image.Image, heat: np.ndarray) -> bytes:
     """The square in the middle of an image, which is what the model saw, under a map (h, w)."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    seen = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)
+    seen = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=middle_square(image))
     share = heat.astype(np.float32) - heat.min()
     share = share / share.max() if share.max() > 0 else share
     smooth = Image.fromarray(share).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
@@ -31,10 +28,3 @@ def heat_picture(image: Image.Image, heat: np.ndarray) -> bytes:
     opacity = OPACITY[0] + (OPACITY[1] - OPACITY[0]) * x
     mixed = np.asarray(seen, dtype=np.float32) * (1 - opacity) + colour * opacity
     return as_jpeg(Image.fromarray(mixed.round().astype(np.uint8)))
-
-
-def as_jpeg(image: Image.Image, quality: int = 88) -> bytes:
-    """An RGB image as a JPEG with nothing in it but the pixels."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()

@@ -17,11 +17,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from leanclip.app.forms import Upload, every, form_of, number, picture_of
-from leanclip.app.heat import as_jpeg
-from leanclip.app.runs import Run, runs_in
+from leanclip.app.runs import Run, plain, runs_in
 from leanclip.app.safety import Refused
 from leanclip.app.service import Service, service_of
 from leanclip.errors import DataError
+from leanclip.images import as_jpeg
 from leanclip.search import Hit, Index
 
 MOST_HITS = 2000  # of a search, over all its pages
@@ -161,15 +161,10 @@ def _facts(hit: Hit) -> dict[str, Any]:
     return {
         "number": hit.number,
         "score": round(hit.score, 6),
-        "path": _plain(hit.path),
-        "caption": None if hit.caption is None else _plain(hit.caption),
-        "label": None if hit.label is None else _plain(hit.label),
+        "path": plain(hit.path),
+        "caption": None if hit.caption is None else plain(hit.caption),
+        "label": None if hit.label is None else plain(hit.label),
     }
-
-
-def _plain(text: str) -> str:
-    """As JSON can have it, whatever bytes the file system has."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _small(image: Image.Image, side: int) -> bytes:

@@ -4,15 +4,15 @@ A run is a folder with metrics.jsonl, up to three below. Its name is its path fr
 only ever compared with the names that are there: no path is made from what a browser sends.
 """
 
-import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanclip.files import read_facts
 from leanclip.tracking import read_metrics
 
 DEPTH = 3
@@ -44,7 +44,7 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What a list shows: its state, step of how many, when it last wrote, has it a report."""
-        status = _json(self.folder / "status.json")
+        status = read_facts(self.folder / "status.json")
         changed = max((_changed(self.folder / name) for name in NAMES), default=0.0)
         state = str(status.get("state", "unknown"))
         if state == "running" and time.time() - changed > STALE:
@@ -62,8 +62,6 @@ class Run:
         """Its figures by step, thinned to MOST_POINTS each: name, steps, values."""
         found: dict[str, tuple[list[int], list[float]]] = {}
         for line in read_metrics(self.folder):
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-                continue
             for name, value in line.items():
                 if _label(name) is not None and _is_number(value):
                     steps, values = found.setdefault(name, ([], []))
@@ -87,7 +85,7 @@ def runs_in(top: Path) -> list[Run]:
 def _below(top: Path, folder: Path, depth: int) -> Iterator[Run]:
     if (folder / "metrics.jsonl").is_file():
         name = "." if folder == top else folder.relative_to(top).as_posix()
-        yield Run(_plain(name), folder)
+        yield Run(plain(name), folder)
         return
     if depth == 0:
         return
@@ -130,14 +128,6 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
     return [steps[min(i + size, len(steps)) - 1] for i in starts], means
 
 
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _changed(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -154,6 +144,6 @@ def _is_number(value: Any) -> bool:
     return is_number and abs(value) < 1e308  # JSON has whole numbers that no float holds
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name as JSON can have it, whatever bytes the file system has."""
     return name.encode("utf-8", "replace").decode()

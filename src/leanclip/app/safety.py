@@ -57,13 +57,10 @@ class Safety:
         app: what is within.
         host: the address that the server is bound to.
         token: what a request has to show; None: nothing.
-        max_body: bytes of a request's body.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, host: str, token: str | None = None, max_body: int = MAX_BODY
-    ) -> None:
-        self.app, self.token, self.max_body = app, token, max_body
+    def __init__(self, app: ASGIApp, *, host: str, token: str | None = None) -> None:
+        self.app, self.token = app, token
         self.names = {*LOOPBACK, host.lower(), socket.gethostname().lower()}
         self.is_local = is_loopback(host)
         if self.is_local:
@@ -88,7 +85,7 @@ class Safety:
             await refused.answer()(scope, receive, sender)
             return
         scope["leanclip.safety"] = self
-        await self.app(scope, _Limited(receive, self.max_body, sender), sender)
+        await self.app(scope, _Limited(receive, MAX_BODY, sender), sender)
 
     def _check_host(self, headers: Headers) -> None:
         given = headers.getlist("host")
@@ -130,8 +127,8 @@ class Safety:
 
     def _check_length(self, headers: Headers) -> None:
         given = headers.get("content-length", "0")
-        if given.isdecimal() and int(given) > self.max_body:
-            raise too_large(self.max_body)
+        if given.isdecimal() and int(given) > MAX_BODY:
+            raise too_large(MAX_BODY)
 
 
 class _SignIn(Refused):

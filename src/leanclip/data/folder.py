@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from leanclip.config import DataConfig
-from leanclip.data.pairs import list_images, no_images
 from leanclip.data.samples import (
     Dataset,
     ImageFiles,
@@ -20,6 +19,7 @@ from leanclip.data.samples import (
     read_class_names,
     split_folder,
 )
+from leanclip.data.sources.image_files import list_images, no_images
 from leanclip.errors import DataError
 
 

@@ -21,7 +21,8 @@ from leanclip.config import DataConfig
 from leanclip.data.order import shuffled
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.sources.columns import Meaning, check_count, choose_columns, class_names
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, one_line
+from leanclip.extras import need
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -39,12 +40,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         DataError: `datasets` is missing, it cannot be opened, or lacks columns.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            "data.layout: hub needs datasets: pip install -c constraints.txt -e '.[hub]'"
-        ) from None
+    datasets = need("datasets", "data.layout: hub", extra="hub", error=DataError)
     with _in_one_line(config.root):
         rows = _load(config)
         # A stream of text files has no features yet; its first row has the columns.
@@ -242,5 +238,4 @@ def _in_one_line(root: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        words = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"data.root: {root}: cannot be read: {words}") from None
+        raise DataError(f"data.root: {root}: cannot be read: {one_line(error)}") from None

@@ -9,13 +9,20 @@ Shapes: B batch, L tokens, R resolution.
 """
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from multiprocessing.queues import Queue
+from multiprocessing.util import Finalize
+from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,11 +33,12 @@ from torch.utils.data import DataLoader, get_worker_info
 from leanclip.config import DataConfig
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, is_shortage
 from leanclip.images import evaluation_pixels, training_pixels
 from leanclip.tokenizer import END, encode, tokenize
 
 NOT_HANDED_OVER = 71  # exit code of a worker whose batch does not get through
+SHORTAGE = 72  # of one that has too little memory, or too few open files
 TEXT_LENGTHS = (8, 16, 24, 32, 48, 64)  # what a batch is cut to; below a whole context
 
 T = TypeVar("T")
@@ -204,6 +212,7 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = min(8, max(1, len(os.sched_getaffinity(0)) // processes))
     reader.reading = torch.full((max(workers, 1), 2), -1).share_memory_()
+    sockets = tempfile.mkdtemp(prefix="leanclip-") if workers else ""
     loader = DataLoader(
         reader,  # pyright: ignore[reportArgumentType]: a reader of lists of visits
         batch_size=None,  # a list of visits is a batch already
@@ -212,9 +221,11 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         prefetch_factor=4 if workers else None,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_end_with_parent_only,
+        worker_init_fn=partial(_begin_worker, sockets, os.getpid()),
         generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
     )
+    # Of a negative priority: at the end after that of the workers.
+    tidy_up = Finalize(loader, shutil.rmtree, (sockets, True), exitpriority=-1)
     batches = iter(loader)
     if workers:  # PyTorch raises a worker's death wherever the program is just then
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -226,15 +237,22 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         except (RuntimeError, OSError, EOFError) as error:  # the latter of what a dead worker sent
             workers_ = getattr(batches, "_workers", ())
             dead = {w.pid: w.exitcode for w in workers_ if w.join(1) or w.exitcode}
+            tidy_up()  # a rank does not come to the end
+            for pid in dead:  # PyTorch leaves what it could not map into memory
+                for path in Path("/dev/shm").glob(f"torch_{pid}_*"):
+                    path.unlink(missing_ok=True)
             raise _death(error, reader, dead) from error
         yield batch
 
 
-def _end_with_parent_only(_: int) -> None:
+def _begin_worker(sockets: str, parent: int, _: int) -> None:
     """In a worker: signals to a whole group of processes are for the training process to answer.
 
-    The one that it ends by is its parent's SIGTERM.
+    The one that it ends by is its parent's SIGTERM, or it sees that its parent is gone: PyTorch
+    alone would let it wait, some seconds or with batches that nobody takes for ever. `sockets` is
+    a folder for those that its batches go through, which would be left by one that is ended.
     """
+    multiprocessing.current_process()._config["tempdir"] = sockets  # pyright: ignore[reportAttributeAccessIssue]
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -243,12 +261,25 @@ def _end_with_parent_only(_: int) -> None:
         lambda error, _: os._exit(NOT_HANDED_OVER)
     )
 
+    sys.excepthook = lambda *_: os._exit(NOT_HANDED_OVER)  # so does the thread that gives files
+    sys.unraisablehook = _end_without_memory
+
     def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            continue
+        while os.getppid() == parent:
+            asked = signal.sigtimedwait([signal.SIGTERM], 1)
+            if asked is not None and asked.si_pid == parent:
+                os._exit(0)
+        shutil.rmtree(sockets, ignore_errors=True)
         os._exit(0)
 
     Thread(target=wait, daemon=True).start()
+
+
+def _end_without_memory(problem: Any) -> None:
+    """A thread that could not even begin would be waited for without end."""
+    if issubclass(problem.exc_type, MemoryError):
+        os._exit(SHORTAGE)
+    sys.__unraisablehook__(problem)
 
 
 def _death(error: Exception, reader: "_Reader", dead: Mapping[int, int]) -> Exception:
@@ -264,11 +295,20 @@ def _death(error: Exception, reader: "_Reader", dead: Mapping[int, int]) -> Exce
         for pid, index in reader.reading.tolist()
         if pid in dead
     ]
+    if SHORTAGE in dead.values():
+        return _shortage(names)
     if not names:
         return error
     return DataError(
         f"{', '.join(names)}: the process that was reading it died; if it was the system that "
         f"ended it for want of memory, set data.workers lower; else take this sample out"
+    )
+
+
+def _shortage(names: Sequence[str]) -> DataError:
+    return DataError(
+        f"{', '.join(names) or 'data'}: there is not enough memory to read it, or too few files "
+        f"may be open (ulimit -n); give it more, or set data.workers or train.batch_size lower"
     )
 
 
@@ -312,6 +352,17 @@ class _Reader:
         self.truncate, self.undecoded = truncate, undecoded
 
     def __getitem__(self, visits: Sequence[Visit]) -> Batch:
+        try:
+            return self._read(visits)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not is_shortage(error) and "allocate memory" not in str(error):  # PyTorch's words
+                raise
+            if get_worker_info():
+                os._exit(SHORTAGE)
+            index = int(self.reading[0, 1])
+            raise _shortage([self.dataset.name(index)] if index >= 0 else []) from None
+
+    def _read(self, visits: Sequence[Visit]) -> Batch:
         info = get_worker_info()
         me = self.reading[info.id if info else 0]
         me[0] = os.getpid()

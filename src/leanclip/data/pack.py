@@ -32,9 +32,9 @@ from leanclip.data.reduced import image_bytes, is_turned, open_header, open_redu
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.errors import DataError, SampleError
+from leanclip.files import held, read_facts, whole_file, write_text
 from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
-from leanclip.tracking import write_text
 
 JPEG_LIMIT = 65_535  # of a side, in pixels
 
@@ -88,6 +88,26 @@ def pack(
     }
     if _begin(destination, facts):
         return json.loads((destination / "index.json").read_text("utf-8"))
+    with held(destination / "pack.json") as is_ours:
+        if not is_ours:
+            raise DataError(f"{destination}: another process packs there; choose another folder")
+        if (destination / "index.json").is_file():  # it has just ended
+            _clear(destination)
+            return json.loads((destination / "index.json").read_text("utf-8"))
+        _sweep(destination)
+        return _pack(dataset, config, destination, facts, workers, progress)
+
+
+def _pack(
+    dataset: Dataset,
+    config: DataConfig,
+    destination: Path,
+    facts: dict[str, Any],
+    workers: int | None,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """As `pack`, in a folder that is this process's."""
+    side, quality, shard_size = facts["side"], facts["quality"], facts["shard_size"]
     if workers is None:
         workers = config.workers or len(os.sched_getaffinity(0))
     maker = _ShardMaker(dataset, destination, side, quality, shard_size, config.max_pixels)
@@ -179,17 +199,13 @@ class _ShardMaker:
     def __call__(self, task: Task, note: Note) -> tuple[int, dict[str, Any]]:
         number, visits = task
         path = self.destination / f"{number:05d}.tar"
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         record = {"name": path.name, "samples": 0, "bytes": 0, "read": 0, "skipped": []}
-        with part.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with whole_file(path) as part:
+            with tarfile.open(part, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for place, visit in enumerate(visits, number * self.shard_size):
                     note(-1 if isinstance(visit, Sample) else visit)
                     self._add(tar, place, visit, record)
-            file.flush()
-            os.fsync(file.fileno())
-            record["bytes"] = file.tell()
-        part.replace(path)
+            record["bytes"] = part.stat().st_size
         write_text(path.with_suffix(".json"), json.dumps(record))
         return number, record
 
@@ -253,11 +269,10 @@ def _begin(destination: Path, facts: dict[str, Any]) -> bool:
         DataError: it holds something else.
     """
     index, start = destination / "index.json", destination / "pack.json"
-    _sweep(destination)
     for path in (index, start):
         if not path.is_file():
             continue
-        earlier = _read_mapping(path)
+        earlier = read_facts(path)
         for key, value in facts.items():
             if earlier.get(key) != value:
                 raise DataError(
@@ -266,6 +281,7 @@ def _begin(destination: Path, facts: dict[str, Any]) -> bool:
                 )
         if path is index:
             _clear(destination)
+            _sweep(destination)
             return True
         return False
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -273,15 +289,6 @@ def _begin(destination: Path, facts: dict[str, Any]) -> bool:
     destination.mkdir(parents=True, exist_ok=True)
     write_text(start, json.dumps(facts))
     return False
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """A file of JSON; nothing where it is somebody else's."""
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _read_records(destination: Path) -> dict[int, dict[str, Any]]:
@@ -342,7 +349,7 @@ def _finish(
 
 
 def _clear(destination: Path) -> None:
-    for path in (*destination.glob("[0-9]*.json"), destination / "pack.json"):
+    for path in (*destination.glob("[0-9]*.json"), *destination.glob("pack.json")):
         path.unlink(missing_ok=True)
 
 

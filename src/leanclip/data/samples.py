@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 
 from leanclip.data.order import shuffled
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, is_shortage
 from leanclip.prompts import TEMPLATES
 
 
@@ -193,6 +193,8 @@ def read_lines(path: Path) -> list[str]:
     except FileNotFoundError:
         raise SampleError("missing file", f"{path}: no such file") from None
     except OSError as error:
+        if is_shortage(error):
+            raise
         raise SampleError("unreadable file", f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SampleError("caption not UTF-8", f"{path}: is not UTF-8 text") from None
@@ -232,11 +234,8 @@ def templates_in(content: bytes, *, where: str) -> list[str]:
     Raises:
         DataError: there are none, one lacks `{}`, or it is not UTF-8.
     """
-    try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: is not UTF-8 text") from None
-    lines = [line if "{}" in line else line.replace("{c}", "{}") for line in lines if line]
+    lines = [line for line in _lines_in(content, where) if line]
+    lines = [line if "{}" in line else line.replace("{c}", "{}") for line in lines]
     check_templates(lines, where=where)
     return lines
 
@@ -247,10 +246,7 @@ def class_names_in(content: bytes, *, where: str) -> list[str]:
     Raises:
         DataError: it is empty, not UTF-8, or has a blank line before others.
     """
-    try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: is not UTF-8 text") from None
+    lines = _lines_in(content, where)
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
@@ -261,3 +257,11 @@ def class_names_in(content: bytes, *, where: str) -> list[str]:
             f"write a name there, or remove the line"
         )
     return lines
+
+
+def _lines_in(content: bytes, where: str) -> list[str]:
+    """The lines of a text, stripped."""
+    try:
+        return [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: is not UTF-8 text") from None

@@ -140,9 +140,9 @@ def draw(scene: Scene) -> Image.Image:
     return image.reduce(_FINE)
 
 
-def captions(scene: Scene, rng: random.Random, *, count: int = 4) -> list[str]:
-    """Captions of a scene in `count` wordings, which leave a word or two out at times."""
-    return [_caption(scene, rng, full=False) for _ in range(count)]
+def captions(scene: Scene, rng: random.Random) -> list[str]:
+    """Captions of a scene in four wordings, which leave a word or two out at times."""
+    return [_caption(scene, rng, full=False) for _ in range(4)]
 
 
 def full_caption(scene: Scene, rng: random.Random) -> str:

@@ -45,7 +45,7 @@ from leanclip.data.sources.shard_cache import (
     forget_failure,
 )
 from leanclip.data.sources.shard_list import URLS, beside, find_shards, read_local, stated_sizes
-from leanclip.data.sources.tar_index import PROBLEMS, index_path, shard_index
+from leanclip.data.sources.tar_index import PROBLEMS, is_indexed, shard_index
 from leanclip.errors import DataError, SampleError
 from leanclip.prompts import TEMPLATES
 from leanclip.tracking import ProgressBar
@@ -138,7 +138,7 @@ class Shards(Dataset):
     def name(self, index: int) -> str:
         """The shard, and the sample's name in it."""
         shard, i = self._place(index)
-        with suppress(SampleError, OSError):
+        with suppress(DataError, OSError):
             at_hand = shard in self._opened or not self.shards[shard].startswith(URLS)
             if at_hand and i < len(rows := self._open(shard).rows):
                 return f"{self.shards[shard]}/{rows[i]['key'].decode('utf-8', 'surrogateescape')}"
@@ -344,7 +344,7 @@ def count_samples(shards: Sequence[str], config: DataConfig) -> list[int]:
     local = all(not shard.startswith(URLS) for shard in shards)
     new = len(shards)
     if local:
-        new = sum(not index_path(Path(shard)).is_file() for shard in shards)
+        new = sum(not is_indexed(Path(shard)) for shard in shards)
     else:
         log.info("nothing beside the shards says how many samples they have: fetching them all")
     workers = min(len(os.sched_getaffinity(0)), new)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from leanclip.errors import DataError, SampleError
+from leanclip.files import read_json_lines
 
 LONGEST = 300  # characters of an id or a reason
 
@@ -52,13 +53,8 @@ class BadSamples:
     ) -> None:
         self.size, self.share, self.path = dataset_size, max_share, path
         self.must_write = must_write
-        self.found: dict[str, str] = {}  # id -> kind
-        for line in path.read_text("utf-8").splitlines() if path and path.is_file() else ():
-            try:
-                facts = json.loads(line)
-            except ValueError:  # cut short by a crash
-                continue
-            self.found[facts["id"]] = facts["kind"]
+        lines = read_json_lines(path) if path else []
+        self.found = {facts["id"]: facts["kind"] for facts in lines}
 
     def add(self, bad: Sequence[Bad]) -> list[str]:
         """Note skipped samples; gives the reasons of those not seen before.

@@ -12,16 +12,17 @@ Shapes: N images, C classes.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch.nn import functional as F
 
 from leanclip.errors import ConfigError, DataError
 from leanclip.model import CLIP
+from leanclip.settings import Section, parse, to_plain
 from leanclip.weights import fingerprint
 
 FILE = "calibration.json"
@@ -29,8 +30,7 @@ TEMPERATURES = (0.05, 20.0)  # where the data asks for more, there are too few m
 SEED = 0  # of which images the temperature is fitted on
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(Section):
     """Three numbers that were fitted to one classifier: these weights, classes and templates.
 
     What holds, for new images drawn as the calibration images were (exchangeable with them), on
@@ -43,7 +43,7 @@ class Calibration:
     foreign images: how many are called none depends on how foreign they look to the model.
     """
 
-    temperature: float  # probabilities are softmax(logits / temperature)
+    temperature: Annotated[float, Field(gt=0)]  # probabilities are softmax(logits / temperature)
     threshold: float  # the probability from which on a class is in the set
     floor: float  # of the highest logit: below it, it is none of the classes
     coverage: float
@@ -90,7 +90,7 @@ class Calibration:
     def save(self, folder: Path) -> Path:
         """Write `calibration.json` into an existing folder."""
         path = folder / FILE
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(to_plain(self), indent=1) + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -108,9 +108,12 @@ class Calibration:
             raise ConfigError(
                 f"calibration: no such file: {path} (make it with: leanclip eval --calibrate)"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: is no calibration.json: {error}") from None
-        return cls(**_checked(values, path))
+        names = cls.model_fields.keys()
+        if not isinstance(values, dict) or values.keys() != names:
+            raise ConfigError(f"{path}: is no calibration.json; it has to hold {', '.join(names)}")
+        return parse(cls, values, where=str(path))
 
 
 def fit(
@@ -192,30 +195,3 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         else:
             low = middle
     return math.exp(-(low + high) / 2)
-
-
-def _checked(values: Any, path: Path) -> dict[str, Any]:
-    """The fields of a calibration.json, each of its type.
-
-    Raises:
-        ConfigError: one is missing, unknown or of another type.
-    """
-    kinds = {"images": int, "weights": str, "classes": tuple, "templates": tuple}
-    names = [field.name for field in fields(Calibration)]
-    if not isinstance(values, dict) or sorted(values) != sorted(names):
-        raise ConfigError(f"{path}: is no calibration.json; it has to hold {', '.join(names)}")
-    for name in names:
-        value = values[name]
-        kind = kinds.get(name, float)
-        if kind is tuple:
-            is_so = isinstance(value, list) and all(isinstance(word, str) for word in value)
-            values[name] = tuple(value) if is_so else value
-        else:
-            is_so = isinstance(value, (int, float) if kind is float else kind)
-            is_so = is_so and not isinstance(value, bool)
-            is_so = is_so and (kind is str or math.isfinite(value))
-        if not is_so:
-            raise ConfigError(f"{path}: {name}: not of its kind: {str(value)[:40]!r}")
-    if not values["temperature"] > 0:
-        raise ConfigError(f"{path}: temperature: {values['temperature']} is not above 0")
-    return values

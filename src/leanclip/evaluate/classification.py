@@ -93,14 +93,10 @@ class Classification:
         def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:
             ranks_drawn = ranks[drawn]  # (R, N)
             right = ranks_drawn == 1
-            cells = labels[drawn] + size * np.arange(len(drawn))[:, None]
-            counts = np.bincount(cells.ravel(), minlength=size * len(drawn)).reshape(-1, size)
-            hits = np.bincount(cells[right], minlength=size * len(drawn)).reshape(-1, size)
-            shares = np.where(counts > 0, hits / np.maximum(counts, 1), 0)
             return {
                 "top1": right.mean(axis=1),
                 "top5": (ranks_drawn <= 5).mean(axis=1),
-                "mean_per_class": shares.sum(axis=1) / (counts > 0).sum(axis=1),
+                "mean_per_class": mean_per_class(right, labels[drawn], size),
             }
 
         return bootstrap(len(ranks), measure)
@@ -138,6 +134,19 @@ def classify(
     return Classification(classes, indices, labels, features, ranks, tops, probabilities)
 
 
+def mean_per_class(right: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
+    """The mean of each class's share that is right, of the `size` classes that are there.
+
+    Of each row of `right` (R, N) bool and `labels` (R, N): (R,).
+    """
+    cells = labels + size * np.arange(len(labels))[:, None]
+    counts, hits = (
+        np.bincount(some.ravel(), minlength=size * len(labels)).reshape(-1, size)
+        for some in (cells, cells[right])
+    )
+    return (hits / np.maximum(counts, 1)).sum(axis=1) / (counts > 0).sum(axis=1)
+
+
 def rank_of(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """The place, from 1, that a stable sort of each row of scores (B, C) gives to `own` (B,).
 
@@ -148,13 +157,13 @@ def rank_of(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return (~(scores <= value) | (before & (scores == value))).sum(dim=1) + 1
 
 
-def calibration_error(confidences: torch.Tensor, hits: torch.Tensor, bins: int = BINS) -> float:
+def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> float:
     """Expected calibration error: the mean distance of confidence and accuracy, by bin.
 
     Bins of equal width over (0, 1], the upper edge within; weighted by their samples.
     """
-    places = (confidences.double() * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.float64)
+    places = (confidences.double() * BINS).ceil().long().clamp(1, BINS) - 1
+    gaps = torch.zeros(BINS, dtype=torch.float64)
     gaps.index_add_(0, places, hits.double() - confidences.double())
     return gaps.abs().sum().item() / len(hits)
 

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,13 +27,13 @@ from leanclip.distributed import everyones, gather_rows, rank_and_world_size
 from leanclip.errors import DataError
 from leanclip.images import Preprocess, normalize
 from leanclip.model import CLIP
-from leanclip.model.packed import encode_packed
 from leanclip.tokenizer import END, tokenize
 from leanclip.tracking import ProgressBar
 
 log = logging.getLogger("leanclip")
 
 _TEXTS = 4096  # that are tokenised at a time
+_NAMED: WeakKeyDictionary[Dataset, set[str]] = WeakKeyDictionary()  # ids that a warning named
 
 
 class Encoded(NamedTuple):
@@ -156,14 +157,18 @@ def encode_each(
 
 
 def _report_bad(dataset: Dataset, data: DataConfig, bad: Sequence[Bad]) -> dict[str, str]:
-    """What all ranks could not read: id -> reason.
+    """What all ranks could not read: id -> reason. What was not said of the data set before is.
 
     Raises:
         DataError: too many, on every rank.
     """
     every = sorted(one for part in everyones(list(bad)) for one in part)
-    for reason in BadSamples(len(dataset), data.max_bad_share).add(every):
-        log.warning("skipped: %s", reason)
+    BadSamples(len(dataset), data.max_bad_share).add(every)
+    named = _NAMED.setdefault(dataset, set())
+    for one in {one.id: one for one in every}.values():
+        if one.id not in named:
+            log.warning("skipped: %s", one.reason)
+            named.add(one.id)
     return {one.id: one.reason for one in every}
 
 
@@ -195,7 +200,7 @@ def encode_texts(
         batch_size: texts of a forward pass.
         shared: every rank calls this, encodes its part, and gets all.
         truncate: cut texts that are over the context.
-        packed: batches of texts of several lengths, without padding; not of a model in shards.
+        packed: batches of texts of several lengths, without padding.
 
     Raises:
         DataError: a text is over the context, and `truncate` is false.
@@ -209,10 +214,7 @@ def encode_texts(
     own = [torch.empty(0).long()]
     for rows in _batches(lengths, batch_size, mixed=packed)[rank::world_size]:
         chosen = tokens[rows, : int(lengths[rows[-1]])].long().to(device)  # (B, L)
-        if packed:
-            encoded = encode_packed(model, chosen, lengths[rows].to(device))
-        else:
-            encoded = model.encode_text(chosen)
+        encoded = model.encode_packed(chosen) if packed else model.encode_text(chosen)
         parts.append(F.normalize(encoded.float(), dim=-1).cpu())
         own.append(rows)
     found, rows = torch.cat(parts), torch.cat(own)

@@ -15,7 +15,7 @@ from leanclip.evaluate.classification import Classification
 from leanclip.evaluate.intervals import LEVEL, RESAMPLES, Interval
 from leanclip.evaluate.retrieval import RetrievalResult
 from leanclip.evaluate.tasks import Task
-from leanclip.tracking import write_text
+from leanclip.files import write_text
 
 FILE = "report.json"
 

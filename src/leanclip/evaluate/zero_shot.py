@@ -6,7 +6,6 @@ Shapes: N images, C classes, T templates, E embedding.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from leanclip.distributed import everyones, rank_and_world_size
 from leanclip.evaluate.classification import Classification, classify
 from leanclip.evaluate.features import Encoded, encode_texts
 from leanclip.fetch import cache_folder
+from leanclip.files import last_use, whole_file
 from leanclip.model import CLIP
 from leanclip.weights import fingerprint
 
@@ -126,17 +126,17 @@ def _keep(path: Path, key: str, classifier: torch.Tensor) -> None:
     Of the files that are there the KEPT last used stay.
     """
     tensors = {"classifier": classifier.contiguous()}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, {"key": key, "sha256": fingerprint(tensors)})
-        part.replace(path)
-        by_age = sorted(path.parent.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)
+        with whole_file(path, by_several=True) as part:
+            save_file(tensors, part, {"key": key, "sha256": fingerprint(tensors)})
+        by_age = sorted(
+            path.parent.glob("*.safetensors"), key=lambda one: last_use(one.stat().st_mtime)
+        )
         for old in by_age[:-KEPT]:
             old.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         log.warning("%s: the classifier cannot be kept: %s", path, error)
-        part.unlink(missing_ok=True)
 
 
 def zero_shot(

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from leanclip.config import ModelConfig
+from leanclip.model.packed import lay_out
 from leanclip.model.resnet import ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
@@ -47,6 +48,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config = parse(ModelConfig, arch, where="CLIP")
         self.context_length = config.context_length
+        self.packs_texts = False  # whether `forward` does
         self.visual = _vision_tower(config)
         width = config.transformer_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
@@ -86,6 +88,20 @@ class CLIP(nn.Module):
         x = self.transformer(x, position)  # (B, D)
         return self.ln_final(x) @ self.text_projection  # (B, E)
 
+    def encode_packed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As `encode_text`, within rounding, without a computation on padding.
+
+        Where the tower has to look at padding, or there is no text, it is `encode_text`.
+        """
+        config = self.config
+        if not (config.transformer_causal and config.transformer_pool == "argmax" and len(tokens)):
+            return self.encode_text(tokens)
+        packed = lay_out(tokens)
+        tokens = tokens[:, : packed.mask.shape[1]]
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.transformer(packed.pack(x), packed.end, packed)  # (B, D)
+        return self.ln_final(x) @ self.text_projection  # (B, E)
+
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
         """Unit features of images and texts, in float32, and the factor on their cosines.
 
@@ -96,7 +112,8 @@ class CLIP(nn.Module):
         if pixels.dim() != 2:
             image = F.normalize(self.encode_image(pixels).float(), dim=-1)
         if not tokens.is_floating_point():
-            text = F.normalize(self.encode_text(tokens).float(), dim=-1)
+            encode = self.encode_packed if self.packs_texts else self.encode_text
+            text = F.normalize(encode(tokens).float(), dim=-1)
         return Features(image, text, self.logit_scale.float().exp())
 
     @torch.no_grad()

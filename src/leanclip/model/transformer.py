@@ -1,6 +1,9 @@
 """The pre-norm transformer that both towers share, with OpenAI's parameter names.
 
-Shapes: B batch, L tokens, D width, H heads.
+Every part takes rows side by side (B, L, D); or, with `packed`, the T tokens of all rows one after
+the other (T, D), as `model/packed.py` lays them out.
+
+Shapes: B batch, L tokens, T tokens of all rows, D width, H heads.
 """
 
 from collections.abc import Callable
@@ -9,8 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from leanclip.model.packed import Packed, split_heads
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's and PASSL's weights
+    # OpenAI's and PASSL's weights. x * sigmoid(1.702 x), in a form that keeps one tensor of the
+    # hidden width for the backward pass, not two.
+    "quick_gelu": lambda x: F.silu(1.702 * x) / 1.702,
     "gelu": F.gelu,  # most LAION and DataComp weights
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # CLIPA's weights
 }
@@ -40,12 +47,17 @@ class Transformer(nn.Module):
             for _ in range(layers)
         )
 
-    def forward(self, x: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        position: torch.Tensor | None = None,
+        packed: Packed | None = None,
+    ) -> torch.Tensor:
         """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,) alone."""
         *first, last = self.resblocks
         for block in first:
-            x = block(x)  # (B, L, D)
-        return last(x, position)  # (B, L, D) or (B, D)
+            x = block(x, None, packed)  # (B, L, D)
+        return last(x, position, packed)  # (B, L, D) or (B, D)
 
 
 class Block(nn.Module):
@@ -60,9 +72,14 @@ class Block(nn.Module):
         self.mlp = MLP(width, hidden, activation)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        position: torch.Tensor | None = None,
+        packed: Packed | None = None,
+    ) -> torch.Tensor:
         """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,) alone."""
-        attended = self.attn(self.ln_1(x), position)
+        attended = self.attn(self.ln_1(x), position, packed)
         if position is not None:
             x = _pick(x, position)  # (B, D)
         x = x + attended
@@ -81,32 +98,39 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        position: torch.Tensor | None = None,
+        packed: Packed | None = None,
+    ) -> torch.Tensor:
         """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,) alone."""
         if position is not None:
-            return self._attend_at(x, position)
+            return self._attend_at(x, position, packed)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3D)
-        q, k, v = self._split_heads(qkv, 3)  # each (B, H, L, D/H)
+        if packed is not None:
+            return self.out_proj(packed.attend(qkv, self.heads))  # (T, D)
+        q, k, v = split_heads(qkv, 3, self.heads)  # each (B, H, L, D/H)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)  # (B, H, L, D/H)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, D)
 
-    def _attend_at(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def _attend_at(
+        self, x: torch.Tensor, position: torch.Tensor, packed: Packed | None
+    ) -> torch.Tensor:
         width = x.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
         q = F.linear(_pick(x, position)[:, None], weight[:width], bias[:width])  # (B, 1, D)
-        (q,) = self._split_heads(q, 1)  # (B, H, 1, D/H)
         kv = F.linear(x, weight[width:], bias[width:])  # (B, L, 2D)
-        k, v = self._split_heads(kv, 2)  # each (B, H, L, D/H)
+        if packed is not None:
+            return self.out_proj(packed.attend_at_end(q, kv, self.heads))  # (B, D)
+        (q,) = split_heads(q, 1, self.heads)  # (B, H, 1, D/H)
+        k, v = split_heads(kv, 2, self.heads)  # each (B, H, L, D/H)
         mask = None
         if self.is_causal:  # the token sees itself and what stands before it
             places = torch.arange(x.shape[1], device=x.device)
             mask = (places <= position[:, None])[:, None, None]  # (B, 1, 1, L)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, 1, D/H)
         return self.out_proj(x.flatten(1))  # (B, D)
-
-    def _split_heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-        """(B, L, parts * D) -> `parts` of (B, H, L, D/H)."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class MLP(nn.Module):
@@ -124,5 +148,5 @@ class MLP(nn.Module):
 
 
 def _pick(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """(B, L, D) at one position (B,) of each -> (B, D)."""
-    return x[torch.arange(x.shape[0], device=x.device), position]
+    """(B, L, D) at one position (B,) of each, or (T, D) at some of its rows -> (B, D)."""
+    return x[position] if x.dim() == 2 else x[torch.arange(len(x), device=x.device), position]

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from leanclip.errors import ConfigError
+from leanclip.extras import need
+from leanclip.files import whole_file
 from leanclip.search.items import Items
 from leanclip.search.vectors import Vectors
 
@@ -101,12 +103,11 @@ def build(
     graph = _graph(faiss, kind, rows, vectors)
     for first in range(0, len(rows), _PART):
         graph.add(vectors.read(rows[first : first + _PART]).astype(np.float32))
-    part = folder / f".{_FILE}.part"
-    faiss.write_index(graph, str(part))
-    np.save(folder / f".{_NUMBERS}.part.npy", np.stack([rows, numbers[rows]]))
-    items.note(FACT, None)  # the two files belong together
-    part.replace(folder / _FILE)
-    (folder / f".{_NUMBERS}.part.npy").replace(folder / _NUMBERS)
+    with whole_file(folder / _FILE) as part, whole_file(folder / _NUMBERS) as other:
+        faiss.write_index(graph, str(part))
+        with other.open("wb") as file:
+            np.save(file, np.stack([rows, numbers[rows]]))
+        items.note(FACT, None)  # the two files belong together
     facts = {"kind": kind, "wanted": wanted, "seconds": round(time.monotonic() - start, 1)}
     facts |= _recall(Approximate(folder, items, vectors), rows, texts)
     items.note(FACT, facts)
@@ -173,11 +174,4 @@ def _recall(approximate: Approximate, rows: np.ndarray, texts: np.ndarray) -> di
 
 
 def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise ConfigError(
-            "approximate search: faiss is missing; get it with: "
-            "pip install -c constraints.txt -e '.[search]'"
-        ) from None
-    return faiss
+    return need("faiss", "approximate search", extra="search")

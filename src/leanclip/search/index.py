@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from leanclip.errors import ConfigError, DataError
-from leanclip.fetch import held
+from leanclip.files import held
 from leanclip.inference import Clip, load
 from leanclip.inputs import ImageInput
 from leanclip.search import approximate
@@ -49,6 +49,9 @@ class Index:
     Args:
         path: the folder.
         items: its database.
+
+    Attributes:
+        changes: what the last update came to.
     """
 
     def __init__(self, path: Path, items: Items) -> None:
@@ -56,6 +59,7 @@ class Index:
         self.clip: Clip | None = None
         self.model: dict[str, Any] = items.fact("model")
         self.vectors = Vectors(path, self.model["embed_dim"], self.model["shard_rows"])
+        self.changes = Changes()
         self._graph: tuple[object, Approximate] | None = None
 
     @classmethod
@@ -67,6 +71,7 @@ class Index:
         *,
         root: str | Path | None = None,
         shard_rows: int = SHARD_ROWS,
+        source: str | Path | None = None,
         **settings: Any,
     ) -> "Index":
         """Make an index, or go on with one that was begun.
@@ -77,39 +82,20 @@ class Index:
             out: the folder to write.
             root: where the paths begin that `leanclip embed` wrote; its FOLDER.
             shard_rows: vectors of a file.
+            source: where a loaded model is from, to be noted.
             settings: see `update`.
 
         Raises:
             ConfigError: `out` is of another model, or holds something else.
             DataError: a source is missing or empty, or too much of it is unreadable.
         """
-        clip = model if isinstance(model, Clip) else load(model)
-        source = None if isinstance(model, Clip) else model
-        more: dict[str, Any] = {"root": root, "shard_rows": shard_rows, "source": source}
-        return cls.begin(sources, clip, out, **more, **settings)[0]
-
-    @classmethod
-    def begin(
-        cls,
-        sources: str | Path | Sequence[str | Path],
-        clip: Clip,
-        out: str | Path,
-        *,
-        root: str | Path | None = None,
-        shard_rows: int = SHARD_ROWS,
-        source: str | Path | None = None,
-        **settings: Any,
-    ) -> tuple["Index", Changes]:
-        """`build` with a loaded model, `source` being where it is from; says what was changed.
-
-        Raises:
-            ConfigError: as `build`.
-            DataError: as `build`.
-        """
         given = [sources] if isinstance(sources, str | Path) else sources
         wanted = [Source.of(one, root) for one in given]
         if not wanted:
             raise ConfigError("search: give a folder of images")
+        clip = model if isinstance(model, Clip) else load(model)
+        if source is None and not isinstance(model, Clip):
+            source = model
         path, facts = Path(out), identity(clip)
         for one in wanted:
             _check_embeddings(one, facts)
@@ -123,7 +109,8 @@ class Index:
                 items.note("model", facts | {"shard_rows": shard_rows, "source": name})
         index = cls(path, items)
         index.use(clip)
-        return index, index.update(wanted, **settings)
+        index.update(wanted, **settings)
+        return index
 
     @classmethod
     def open(cls, path: str | Path, model: Clip | str | Path | None = None) -> "Index":
@@ -189,13 +176,12 @@ class Index:
                     _check_embeddings(source, self.model)
                 self.items.note("sources", [astuple(source) for source in chosen])
             there = [Source(*pair) for pair in self.items.fact("sources") or ()]
-            changes = Update(
-                self.items, self.vectors, clip, batch_size, workers, max_bad_share
-            ).run(there)
+            run = Update(self.items, self.vectors, clip, batch_size, workers, max_bad_share)
+            self.changes = run.run(there)
             facts = self.items.fact(FACT)
             if facts and self._approximate().share_outside() > MOST_OUTSIDE:
                 self.build_approximate(facts["kind"], wanted=facts["wanted"])
-            return changes
+            return self.changes
 
     def search(self, query: Query, **settings: Any) -> list[Hit]:
         """The pictures that are nearest to a text (str), an image, or a vector (E,).

@@ -8,7 +8,6 @@ An image's label is the first folder below the source, or what its shard says.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from leanclip.data.pairs import list_images, no_images
 from leanclip.data.samples import read_class_names, read_lines
+from leanclip.data.sources.image_files import list_images, no_images
 from leanclip.data.sources.tar_index import PROBLEMS, shard_index
+from leanclip.decoding import open_regular, refusing
 from leanclip.embeddings import INDEX, read_index, shards_of
 from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.files import read_facts
 from leanclip.images import evaluation_pixels
 from leanclip.search.filters import absolute
 from leanclip.search.items import Entry
@@ -116,17 +117,11 @@ def read_bytes(path: str, shard: str | None, start: int, size: int) -> bytes:
     Raises:
         SampleError: it is not there any more.
     """
-    try:
-        with Path(shard or path).open("rb") as file:
-            if shard is None:
-                return file.read()
-            file.seek(start)
-            return file.read(size)
-    except FileNotFoundError:
-        raise SampleError("missing file", f"{shard or path}: no such file") from None
-    except OSError as error:
-        reason = f"{shard or path}: cannot be read: {error.strerror}"
-        raise SampleError("unreadable file", reason) from None
+    with refusing(f"{shard or path}: "), open_regular(shard or path) as file:
+        if shard is None:
+            return file.read()
+        file.seek(start)
+        return file.read(size)
 
 
 def with_caption(entry: Entry) -> Entry:
@@ -161,10 +156,7 @@ def _is_embeddings(path: Path) -> bool:
     """`leanclip data pack` writes an index.json too, beside its shards."""
     if not (path / INDEX).is_file() or any(path.glob("*.tar")):
         return False
-    try:
-        return "embed_dim" in json.loads((path / INDEX).read_text())
-    except (OSError, ValueError):
-        return False
+    return "embed_dim" in read_facts(path / INDEX)
 
 
 def _file(path: Path, root: Path) -> Entry | None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from leanclip.errors import WeightsError
-from leanclip.images import Preprocess
 from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.weights import Weights, check_shapes
 
@@ -28,14 +27,13 @@ def write_weights(
     is_file = dialect in ("openai", "passl")
     if destination.exists() and (is_file or not destination.is_dir() or any(destination.iterdir())):
         raise WeightsError(f"{destination}: is there already; choose another name")
-    model = weights.model
-    if model is None:
+    model, preprocess = weights.model, weights.preprocess
+    if model is None or preprocess is None:
         raise WeightsError(
             f"{weights.source}: does not say its architecture; say it with --arch (a preset's "
             f"name, or a JSON or YAML file)"
         )
     check_shapes(weights, model)
-    preprocess = weights.preprocess or Preprocess(model.image_resolution)
     if is_file:
         destination.parent.mkdir(parents=True, exist_ok=True)
     match dialect:

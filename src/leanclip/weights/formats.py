@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from leanclip.errors import WeightsError
+from leanclip.errors import WeightsError, one_line
 from leanclip.weights.unpickle import refusing
 
 _LARGEST_HEADER = 100_000_000  # the format's own limit, in bytes
@@ -69,8 +69,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return tensors, dict(file.metadata() or {})
         except SafetensorError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise WeightsError(f"damaged safetensors file: {reason}") from None
+            raise WeightsError(f"damaged safetensors file: {one_line(error)}") from None
 
 
 def _check_header(path: Path) -> None:

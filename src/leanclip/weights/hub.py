@@ -7,8 +7,10 @@ import os
 import re
 from pathlib import Path
 
-from leanclip.errors import DataError, WeightsError
-from leanclip.fetch import cache_folder, digest, fetch
+from leanclip.errors import DataError, WeightsError, one_line
+from leanclip.extras import need
+from leanclip.fetch import cache_folder, fetch
+from leanclip.files import digest
 from leanclip.tracking import ProgressBar
 
 # openai/CLIP, clip/clip.py: the SHA-256 of each file is a part of its address.
@@ -71,20 +73,14 @@ def _fetch_openai(name: str) -> Path:
 def _fetch_hub(repository: str) -> Path:
     """A snapshot of a repository through huggingface_hub, its cache and its offline mode."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
+    what = f"{repository}: no such file, and fetching it from the hub"
+    hub = need("huggingface_hub", what, extra="hub", error=WeightsError)
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise WeightsError(
-            f"{repository}: no such file, and not fetched from the hub: huggingface_hub is "
-            f"missing; get it with: pip install -c constraints.txt -e '.[hub]'"
-        ) from None
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=list(_SAFE)))
+        folder = Path(hub.snapshot_download(repository, allow_patterns=list(_SAFE)))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repository, allow_patterns=list(_PICKLED)))
+            folder = Path(hub.snapshot_download(repository, allow_patterns=list(_PICKLED)))
         return folder
     except Exception as error:  # it raises errors of its own, of requests and of the file system
-        reason = " ".join(str(error).split())[:200]
         raise WeightsError(
-            f"{repository}: no such file, and the hub did not give it: {reason}"
+            f"{repository}: no such file, and the hub did not give it: {one_line(error)}"
         ) from None

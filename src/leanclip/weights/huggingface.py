@@ -201,10 +201,10 @@ def _architecture(folder: Path, facts: dict[str, Any]) -> ModelConfig:
         raise WeightsError(f"{where}: not CLIPModel's: {error}") from None
 
 
-def _preprocess(folder: Path, model: ModelConfig) -> Preprocess:
+def _preprocess(folder: Path, model: ModelConfig) -> Preprocess | None:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        return Preprocess(model.image_resolution)
+        return None
     facts = read_json(path)
     try:
         size, crop = facts.get("size", model.image_resolution), facts.get("crop_size")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.fetch import digest
+from leanclip.files import digest
 from leanclip.images import Preprocess
 from leanclip.settings import parse, to_plain
 from leanclip.weights.formats import read_safetensors
@@ -32,13 +32,15 @@ def save_weights(
     preprocess: Preprocess,
     *,
     provenance: str = "trained with leanclip",
-) -> None:
-    """Write `model.safetensors` and `config.json` into an existing folder."""
+) -> str:
+    """Write `model.safetensors` and `config.json` into an existing folder; the former's SHA-256."""
     file = folder / "model.safetensors"
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
     )
-    describe_weights(folder, model, preprocess, provenance=provenance, sha256=digest(file))
+    sha256 = digest(file)
+    describe_weights(folder, model, preprocess, provenance=provenance, sha256=sha256)
+    return sha256
 
 
 def describe_weights(

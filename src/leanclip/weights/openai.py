@@ -10,7 +10,6 @@ import torch
 
 from leanclip.config import ModelConfig
 from leanclip.errors import WeightsError
-from leanclip.images import Preprocess
 from leanclip.weights.weights import INVISIBLE, Weights, infer_architecture
 
 MARKS = ("input_resolution", "context_length", "vocab_size")
@@ -26,8 +25,7 @@ def from_tensors(
         if name not in MARKS and not name.endswith("attn_mask")
     }
     model = arch or infer_architecture(tensors, source=source, activation="quick_gelu")
-    preprocess = Preprocess(model.image_resolution) if model else None
-    return Weights(source, "openai", tensors, model, preprocess)
+    return Weights(source, "openai", tensors, model)
 
 
 def write(file: Path, weights: Weights, model: ModelConfig) -> None:

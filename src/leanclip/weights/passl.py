@@ -14,7 +14,6 @@ import torch
 
 from leanclip.config import ModelConfig
 from leanclip.errors import WeightsError
-from leanclip.images import Preprocess
 from leanclip.weights.weights import VISION_POSITIONS, Weights, infer_architecture
 
 log = logging.getLogger("leanclip")
@@ -68,7 +67,6 @@ def from_arrays(
         "passl",
         tensors,
         model,
-        Preprocess(model.image_resolution) if model else None,
         absent=(VISION_POSITIONS[1],) if lacks else (),
         notes=(_NO_POSITIONS,) if lacks else (),
         others=others,

@@ -7,11 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from leanclip.config import ModelConfig
-from leanclip.errors import ConfigError, WeightsError
-from leanclip.images import Preprocess
+from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.model.presets import PRESETS, preset
 from leanclip.settings import parse
 from leanclip.strict_yaml import load_yaml
@@ -48,8 +45,7 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
             return _read_file(path, given)
         return _read_folder(_newest_checkpoint(path) or path, given)
     except _ODD as error:  # what no reader foresaw in a stranger's file is still its fault
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{path}: cannot be read: {reason}") from error
+        raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
@@ -112,25 +108,14 @@ def _read_file(path: Path, arch: ModelConfig | None) -> Weights:
     if kind == "safetensors":
         tensors, _ = read_safetensors(path)
     else:
-        tensors, others = read_torch(path)
+        tensors, others = read_torch(path, kind)
     if others == TORCHSCRIPT or openai.MARKS[0] in tensors:
         weights = openai.from_tensors(path, tensors, arch)
         return replace(weights, others=others)
+    # These do not say their activation: whoever uses them must know the architecture.
     if any(name.startswith("vision_model.") for name in tensors):
-        return _bare(path, "hf", huggingface.to_openai(path, tensors), arch, others)
-    return _bare(path, "state dict", open_clip.flat_text(tensors), arch, others)
-
-
-def _bare(
-    path: Path,
-    dialect: str,
-    tensors: dict[str, torch.Tensor],
-    arch: ModelConfig | None,
-    others: tuple[str, ...],
-) -> Weights:
-    """Tensors that do not say their activation: whoever uses them must know the architecture."""
-    preprocess = Preprocess(arch.image_resolution) if arch else None
-    return Weights(path, dialect, tensors, arch, preprocess, others=others)
+        return Weights(path, "hf", huggingface.to_openai(path, tensors), arch, others=others)
+    return Weights(path, "state dict", open_clip.flat_text(tensors), arch, others=others)
 
 
 def _others(loaded: object) -> tuple[str, ...]:

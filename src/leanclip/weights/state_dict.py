@@ -16,13 +16,18 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_em
 _PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
 
 
-def read_torch(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+def read_torch(
+    path: Path, kind: str | None = None
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """The tensors of a torch.save file or TorchScript archive, and what else it holds.
+
+    `kind` is what `sniff` said of it, where that is known.
 
     Raises:
         WeightsError: the file is damaged, holds more than data, or no state dict.
     """
-    loaded = read_torch_zip(path) if sniff(path) == "zip" else read_torch_legacy(path)
+    is_zip = (kind or sniff(path)) == "zip"
+    loaded = read_torch_zip(path) if is_zip else read_torch_legacy(path)
     others: tuple[str, ...] = TORCHSCRIPT
     if isinstance(loaded, Module):
         tensors = module_tensors(loaded)

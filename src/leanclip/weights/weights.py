@@ -46,10 +46,14 @@ class Weights:
     dialect: str  # "leanclip", "openai", "open_clip", "hf", "passl", or "state dict"
     tensors: dict[str, torch.Tensor]
     model: ModelConfig | None = None  # None: the source does not say enough
-    preprocess: Preprocess | None = None
+    preprocess: Preprocess | None = None  # where it is not given, OpenAI's at the model's size
     absent: tuple[str, ...] = ()  # tensors that the dialect never holds; they become zeros
     notes: tuple[str, ...] = ()  # what a person should know
     others: tuple[str, ...] = ()  # what the source holds besides tensors of the model
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.preprocess is None:
+            object.__setattr__(self, "preprocess", Preprocess(self.model.image_resolution))
 
 
 def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[str]:

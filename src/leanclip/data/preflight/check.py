@@ -53,6 +53,7 @@ CAPTION = np.dtype(
     [("text", np.uint64), ("index", np.int64), ("tokens", np.int32), ("length", np.int32)]
 )
 
+DRAWN = 24  # images that are drawn, of all parts
 _CHUNK = 64  # samples that a process reads at a time
 _SUFFIXES = {
     "JPEG": {".jpg", ".jpeg"},
@@ -144,17 +145,17 @@ def read_parts(
         before += size
 
 
-def examples(parts: Sequence[Part], count: int = 24) -> list[tuple[Path | bytes, str]]:
+def examples(parts: Sequence[Part]) -> list[tuple[Path | bytes, str]]:
     """Images that can be read, drawn from all parts in turn, each with a caption."""
     rng = np.random.default_rng(0)
-    share = -(-count // max(1, len(parts)))
+    share = -(-DRAWN // max(1, len(parts)))
     chosen = []
     for part in parts:
         rows = rng.permutation(len(part.images))[:share]
         for index in part.images["index"][np.sort(rows)].tolist():
             sample = part.dataset[index]
             chosen.append((sample.image, f"{part.name}: {_first_caption(part.dataset, sample)}"))
-    return chosen[:count]
+    return chosen[:DRAWN]
 
 
 def _first_caption(dataset: Dataset, sample: Sample) -> str:

@@ -13,7 +13,8 @@ from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 from leanclip.errors import DataError
-from leanclip.fetch import digest, fetch
+from leanclip.fetch import fetch
+from leanclip.files import digest
 
 URL = "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
 MD5 = "85eeb15f3717b99a5da872d97d918f87"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from leanclip.data.sources.cached import cached
 from leanclip.data.sources.columns import check_count, sorted_values
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, one_line
+from leanclip.extras import need
 from leanclip.tracking import ProgressBar
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class ParquetRows:
             _write_arrow(self.paths, list(columns), self.batch, self.size, part)
 
         kind = f"arrow-{','.join(columns)}-{self.batch}"
-        self.arrow = cached(self.paths, kind, write, is_whole=_is_arrow, size=size)
+        self.arrow = cached(self.paths, kind, write, _whole_arrow, size=size)
 
     def __len__(self) -> int:
         return self.size
@@ -115,12 +116,9 @@ class ParquetRows:
 
 def _open(path: Path, columns: Sequence[str] = ()) -> Any:
     """A Parquet file; where it has the texts of `columns` each once, they are read so."""
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: reading Parquet needs pyarrow: pip install -c constraints.txt -e '.[table]'"
-        ) from None
+    need("pyarrow", f"{path}: reading Parquet", extra="table", error=DataError)
+    from pyarrow import parquet
+
     with _reading(path):
         file = parquet.ParquetFile(path)
         once = [name for name in _dictionaries(file) if name.split(".")[0] in columns]
@@ -135,7 +133,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, LookupError, ValueError, ArithmeticError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {_line(error)}") from None
+        raise DataError(f"{path}: cannot be read as Parquet: {one_line(error)}") from None
 
 
 def _dictionaries(file: Any) -> list[str]:
@@ -185,12 +183,12 @@ def _write_arrow(
             bar.update(done)
 
 
-def _is_arrow(path: Path) -> bool:
-    """Whether a file is whole; ValueError of pyarrow if not."""
+def _whole_arrow(path: Path) -> Path | None:
+    """The file itself, if it is whole; else a ValueError of pyarrow."""
     import pyarrow
 
     with pyarrow.OSFile(str(path), "rb") as file:
-        return pyarrow.ipc.open_file(file).num_record_batches > 0
+        return path if pyarrow.ipc.open_file(file).num_record_batches else None
 
 
 def _plain(field: "pyarrow.Field") -> "pyarrow.Field":
@@ -225,7 +223,7 @@ def _read(
                     yield piece.cast(schema)
         except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
             raise DataError(
-                f"{path}: is damaged, or has other columns than {paths[0].name}: {_line(error)}"
+                f"{path}: is damaged, or has other columns than {paths[0].name}: {one_line(error)}"
             ) from None
 
 
@@ -258,7 +256,3 @@ def _even(tables: Iterator["pyarrow.Table"], rows: int) -> Iterator["pyarrow.Rec
         rest = rest.slice(whole)
     if rest is not None and rest.num_rows:
         yield from rest.combine_chunks().to_batches()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

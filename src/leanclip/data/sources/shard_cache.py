@@ -11,7 +11,8 @@ from pathlib import Path
 
 from leanclip.data.sources.shard_list import shard_name
 from leanclip.errors import DataError, SampleError
-from leanclip.fetch import FetchError, cache_folder, fetch, locked
+from leanclip.fetch import FetchError, cache_folder, fetch
+from leanclip.files import last_use, locked
 
 log = logging.getLogger("leanclip")
 
@@ -71,7 +72,7 @@ def fetched_note(url: str) -> bytes | None:
 def _fetch(url: str, path: Path) -> None:
     """Fetch a shard, unless that failed a short while ago, maybe in another process."""
     failure = _failure_of(path)
-    if failure.is_file() and time.time() - failure.stat().st_mtime < FAILED_FOR:
+    if failure.is_file() and 0 <= time.time() - failure.stat().st_mtime < FAILED_FOR:
         raise SampleError("shard not fetched", failure.read_text(encoding="utf-8"))
     try:
         fetch(url, path)
@@ -85,12 +86,12 @@ def _make_room(limit: float, new: Path) -> None:
     with locked(_folder() / "lock"):
         stats = {path: path.stat() for path in _folder().glob("*/*.tar")}
         total = sum(stat.st_size for stat in stats.values())
-        for path, stat in sorted(stats.items(), key=lambda item: item[1].st_atime_ns):
+        for path, stat in sorted(stats.items(), key=lambda item: last_use(item[1].st_atime)):
             if total <= limit:
                 break
             if path == new:
                 continue
-            if time.time() - stat.st_atime < _IN_USE:
+            if 0 <= time.time() - stat.st_atime < _IN_USE:
                 log.warning(
                     "data.cache_gigabytes=%g: the shards in use take more, so that they are "
                     "fetched again and again; raise it, or lower data.shuffle_buffer",

@@ -6,9 +6,7 @@ WebDataset's rule says what a sample is: consecutive members whose paths are the
 first dot of the last name; what follows the dot says what a member is.
 """
 
-import hashlib
 import logging
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from leanclip.fetch import cache_folder, locked
+from leanclip.data.sources.cached import cached, cached_path
 
 log = logging.getLogger("leanclip")
 
@@ -31,7 +29,6 @@ PROBLEMS = (  # by their number in an index; 0: none
     "not a tar file",
 )
 _LONGEST_KEY = 255  # bytes that are kept of one
-_VERSION = 1  # of what is kept; part of its name
 _BLOCK = 512  # of a tar
 _LONGEST_NOTES, _MOST_NOTES = 1 << 16, 1000  # bytes of a header's, number of all members'
 _DIGITS = re.compile(rb"[0-9]{300}")  # more than a file's name can have
@@ -44,46 +41,33 @@ def shard_index(path: Path, identity: str | None = None) -> np.ndarray:
 
     Args:
         path: a tar file.
-        identity: what it is called in the cache; else its path, size and time of change.
+        identity: as of `cached`.
 
     Returns:
         Rows of `key` (bytes), `problem` (index into PROBLEMS) and, for each of PARTS, `<part>`
         and `<part>_size`: where its data begins in the file, and how long it is; 0: not there.
 
     Raises:
-        OSError: it cannot be read.
+        DataError: the cache folder cannot be written.
+        OSError: the shard cannot be read.
     """
-    kept = index_path(path, identity)
-    if (index := _load(kept)) is not None:
-        return index
-    with locked(kept.with_suffix(".lock")):
-        if (index := _load(kept)) is None:
-            index = build_index(path)
-            part = kept.with_suffix(f".{os.getpid()}.npy")
-            with part.open("wb") as file:
-                np.save(file, index)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(kept)
-    return index
+    return cached([path], "npy", lambda part: _save(path, part), _load, identity=identity)
+
+
+def is_indexed(path: Path) -> bool:
+    """Whether a shard has been looked through before."""
+    return cached_path([path], "npy").is_file()
+
+
+def _save(path: Path, part: Path) -> None:
+    with part.open("wb") as file:
+        np.save(file, build_index(path))
 
 
 def _load(kept: Path) -> np.ndarray | None:
-    """An index; None where there is none, or what a crash or a full disk left of one."""
-    try:
-        index = np.load(kept, mmap_mode="r" if kept.stat().st_size > 1 << 16 else None)
-    except (FileNotFoundError, EOFError, ValueError):
-        return None
+    """An index; None of what a crash or a full disk left of one."""
+    index = np.load(kept, mmap_mode="r" if kept.stat().st_size > 1 << 16 else None)
     return index if isinstance(index, np.ndarray) and index.dtype.names else None
-
-
-def index_path(path: Path, identity: str | None = None) -> Path:
-    """Where a shard's index is kept."""
-    if identity is None:
-        stat = path.stat()
-        identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    name = hashlib.sha256(f"{_VERSION} {identity}".encode("utf-8", "surrogateescape")).hexdigest()
-    return cache_folder() / "shards" / f"{name[:32]}.npy"
 
 
 def build_index(path: Path) -> np.ndarray:

@@ -44,12 +44,11 @@ class TextRows:
     def __init__(self, path: Path) -> None:
         self.path, self.delimiter = path, _delimiter(path)
         self._file = _File(path)
-        kind = f"rows-{self.delimiter}"
         index = cached(
             [path],
-            kind,
+            f"rows-{self.delimiter}",
             lambda part: _write_index(path, self.delimiter, part),
-            is_whole=lambda index: _ends_with(index, path.stat().st_size),
+            lambda index: index if _ends_with(index, path.stat().st_size) else None,
         )
         self._index = _File(index)
         self._header = int(self.delimiter is not None)
@@ -91,8 +90,7 @@ class TextRows:
             part.write_text(json.dumps(sorted_values(values)))
 
         kind = f"labels-{self.delimiter}-{column}"
-        path = cached([self.path], kind, write, is_whole=lambda path: bool(_labels(path)))
-        return _labels(path)
+        return cached([self.path], kind, write, _labels)
 
     def _columns(self) -> list[str]:
         if self._header:

@@ -13,6 +13,8 @@ from conftest import Command, Forked, fork_ranks, weights_hash
 from leanclip import checkpoint
 from leanclip.tracking import read_metrics
 
+pytestmark = pytest.mark.usefixtures("left")
+
 OPTIONS = (
     "train", "-c", "config.yaml", "-o", "train.epochs=15", "-o", "evaluate.retrieval=null",
     "-o", "checkpoint.every_epochs=null", "-o", "checkpoint.every_steps=20",
@@ -142,19 +144,3 @@ def test_a_signal_to_the_launcher_stops_all_ranks(workplace: Path, number: int, 
     assert errors.count("the same command goes on from") == 1
     assert errors.count("Traceback") == 0
     assert_stopped_at_an_edge(run)
-
-
-def test_two_runs_do_not_share_a_folder(workplace: Path) -> None:
-    run = workplace / "run"
-    options = (*OPTIONS, "--output-dir", "run", "-o", "data.workers=1", "-o", "train.epochs=100000")
-    first = Forked(*options, folder=workplace)
-    first.until(lambda: list(run.glob("checkpoints/step-*")))
-    second = Forked(*options, folder=workplace)
-    assert second.code() == 2
-    assert "error: run: another process trains there" in second.said()
-    first.send(signal.SIGKILL)
-    assert first.code() == -signal.SIGKILL
-    third = Forked(*options, folder=workplace)  # though a data worker may still be there
-    third.until(lambda: "going on from" in third.said())
-    third.send(signal.SIGTERM)
-    assert third.code() == 143

@@ -1,0 +1,35 @@
+"""The same bits again: `train.deterministic`."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from leanclip.errors import ConfigError
+
+
+@contextmanager
+def only_deterministic(is_wanted: bool) -> Iterator[None]:
+    """Let only operations run that give the same bits again, if that `is_wanted`; else all.
+
+    Raises:
+        ConfigError: an operation ran that has no such form on its device.
+    """
+    if is_wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for this
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(is_wanted)
+    try:
+        yield
+    except RuntimeError as error:
+        named = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if named is None:
+            raise
+        raise ConfigError(
+            f"train.deterministic: PyTorch's {named[1]} has no form that gives the same bits "
+            "again; set it to false, or change the setting that asks for this operation"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)

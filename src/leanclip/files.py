@@ -1,0 +1,107 @@
+"""Files that are there whole or not at all, locks among processes, and what a file's hash is."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
+def whole_file(path: Path, *, by_several: bool = False) -> Iterator[Path]:
+    """Where to write a file that takes its place, flushed to the disk, when the block ends well.
+
+    `by_several`: other processes may write it at the same time.
+    """
+    part = path.with_name(f".{path.name}.{f'{os.getpid()}.' if by_several else ''}part")
+    try:
+        yield part
+        sync(part)
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What each line holds, as JSON; none of no file. A line cut short by a crash is left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return found
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no such file, or it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def digest(path: Path, length: int = 64) -> str:
+    """A file's SHA-256, or its MD5 for a `length` of 32 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5" if length == 32 else "sha256").hexdigest()
+
+
+def last_use(seconds: float) -> float:
+    """A kept file's time, to sort by; 0 where it is yet to come: the clock has gone back since."""
+    return seconds if seconds < time.time() + 60 else 0.0
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock that a file is, among all processes and threads of this machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # closing would not do: a process forked meanwhile holds the file open too
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Try to hold the lock that a file is, until the end of this process at the latest.
+
+    Gives whether it does, or another process has it. Processes that are forked off do not share it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            yield False
+        else:
+            yield True

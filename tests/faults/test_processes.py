@@ -1,0 +1,218 @@
+"""One of a job's processes is killed, or gets no memory: a data worker, a rank, the launcher."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import (
+    Command,
+    Forked,
+    fork_ranks,
+    make_config,
+    make_table,
+    noise_image,
+    tries,
+    weights_hash,
+)
+from leftovers import Leftovers, children
+
+from leanclip import checkpoint
+from leanclip.tracking import read_metrics
+
+OPTIONS = (
+    "train", "-c", "config.yaml", "-o", "train.epochs=20", "-o", "evaluate.retrieval=null",
+    "-o", "checkpoint.every_steps=9",
+)  # fmt: skip
+RANKS = (*OPTIONS, "-o", "train.batch_size=2", "--num-procs", "2", "--output-dir", "two")
+
+
+# --- data workers
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(tries(6), marks=pytest.mark.slow)])
+def test_a_killed_worker_is_said_and_the_run_goes_on(
+    command: Command, workplace: Path, left: Leftovers, kills: int
+) -> None:
+    options = (*OPTIONS, "-o", f"train.epochs={10 * kills}", "-o", "data.workers=2")
+    command(*options, "--output-dir", "whole")
+    run, chance = workplace / "run", random.Random(11)
+    for _ in range(kills):
+        process = Forked(*options, "--output-dir", "run", folder=workplace)
+        lines = len(read_metrics(run))
+        process.until(lambda before=lines: len(read_metrics(run)) > before)
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(chance.choice(children(process.pid)), signal.SIGKILL)
+        assert process.code() == 2, process.said()
+        last = process.said().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "the process that was reading it died; if it was the system" in last
+        assert "Traceback" not in process.said()
+        assert json.loads((run / "status.json").read_text())["state"] == "failed"
+        left.check()
+        assert checkpoint.newest(run / "checkpoints")[1] == []
+    print(f"data workers: {kills} kills")
+    assert command(*options, "--output-dir", "run").returncode == 0
+    assert weights_hash(run) == weights_hash(workplace / "whole")
+
+
+def test_a_worker_without_memory_is_said(workplace: Path, left: Leftovers) -> None:
+    """It may have no more than it has; that no image can be read then is not the images' fault."""
+    options = (*OPTIONS, "-o", "data.workers=1", "-o", "train.epochs=100000")
+    process = Forked(*options, "--output-dir", "run", folder=workplace)
+    process.until(lambda: len(read_metrics(workplace / "run")) >= 3)
+    (worker,) = children(process.pid)
+    limit = 1 << 28  # less than it has: nothing more can be had
+    resource.prlimit(worker, resource.RLIMIT_AS, (limit, limit))
+    assert process.code() == 2, process.said()
+    assert "Traceback" not in process.said()
+    assert "memory" in process.said().splitlines()[-1]
+    assert not (workplace / "run/skipped.jsonl").exists()
+    left.check()
+
+
+def test_workers_end_with_a_killed_trainer_that_took_no_batches(
+    workplace: Path, left: Leftovers
+) -> None:
+    """What they have ready does not fit into the pipe, and nobody will ever read it."""
+    make_table(workplace / "many", 1000)
+    make_config(
+        workplace / "config.yaml",
+        data={"layout": "table", "root": "many/caption.csv", "workers": 2},
+        train={"batch_size": 500, "epochs": 1000},
+    )
+    process = Forked(*OPTIONS, "--output-dir", "run", folder=workplace)
+    process.until(lambda: len(read_metrics(workplace / "run")) >= 1)
+    process.send(signal.SIGSTOP)
+    time.sleep(1)  # they fill it
+    process.send(signal.SIGKILL)
+    assert process.code() == -signal.SIGKILL
+    left.check(goes_on=True)
+
+
+@pytest.mark.slow
+def test_a_killed_packer_is_said_and_packing_goes_on(
+    command: Command, workplace: Path, left: Leftovers
+) -> None:
+    for i in range(12):
+        noise_image(i, (900, 700)).save(workplace / f"data/{i:03d}.png", compress_level=1)
+    words = ("data", "pack", "pairs:data", "packed", "--shard-size", "2", "--workers", "2")
+    process = Forked(*words, folder=workplace)
+    process.until(lambda: list(workplace.glob("packed/*.part")))
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    assert process.code() == 2
+    assert "the process that was reading it died" in process.said().splitlines()[-1]
+    left.check()
+    assert command(*words).returncode == 0
+
+
+# --- ranks and their launcher
+
+
+def started(*options: str) -> tuple[subprocess.Popen[str], int]:
+    """A job of two ranks that has begun, and the process that minds its ranks."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from leanclip.cli import main; main()", *RANKS, *options],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for_lines(process, 12)
+    (agent,) = children(process.pid)
+    return process, agent
+
+
+def wait_for_lines(process: subprocess.Popen[str], count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(Path("two"))) < count:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def end_of(process: subprocess.Popen[str]) -> str:
+    """What it said on stderr; a job that does not end fails."""
+    try:
+        return process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_dead_ranks_are_started_again(workplace: Path, left: Leftovers) -> None:
+    kills = tries(3)
+    options = ("-o", f"train.epochs={20 * kills}")
+    process, agent = started("--max-restarts", str(kills), *options)
+    chance = random.Random(13)
+    for _ in range(kills):
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(chance.choice(children(agent)), signal.SIGKILL)
+        ended, deadline = len(read_metrics(Path("two"))), time.monotonic() + 120
+        while len(read_metrics(Path("two"))) >= ended:  # it has not gone on yet
+            assert time.monotonic() < deadline
+            if len(read_metrics(Path("two"))) > ended + 30:
+                break
+            time.sleep(0.005)
+    errors = end_of(process)
+    assert process.returncode == 0, errors
+    assert errors.count("going on from two/checkpoints/step-") == kills
+    left.check()
+    whole = (*OPTIONS, *options, "-o", "train.batch_size=2", "--output-dir", "whole")
+    assert [rank.code() for rank in fork_ranks(2, *whole, folder=workplace)] == [0, 0]
+    assert weights_hash(workplace / "two") == weights_hash(workplace / "whole")
+    print(f"ranks: {kills} kills")
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_job(workplace: Path, left: Leftovers) -> None:
+    process, agent = started()
+    os.kill(children(agent)[1], signal.SIGKILL)
+    errors = end_of(process)
+    assert process.returncode == 1
+    said = [line for line in errors.splitlines() if not line.startswith("step ")]
+    assert said[5:] == ["rank 1 ended by signal 9"]  # after the headline
+    left.check()
+    assert checkpoint.newest(Path("two/checkpoints"))[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["launcher", "agent"])
+def test_ranks_end_with_what_started_them(workplace: Path, left: Leftovers, which: str) -> None:
+    process, agent = started("-o", "train.epochs=100000", "-o", "data.workers=1")
+    os.kill(process.pid if which == "launcher" else agent, signal.SIGKILL)
+    end_of(process)
+    assert process.returncode == (-signal.SIGKILL if which == "launcher" else 1)
+    left.check(goes_on=True)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_ranks_at_once(workplace: Path, left: Leftovers) -> None:
+    process, agent = started("-o", "train.epochs=100000")
+    for rank in children(agent):
+        os.kill(rank, signal.SIGSTOP)  # neither comes to the edge of its step
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    errors = end_of(process)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    left.check(goes_on=True)
+
+
+def test_a_fault_on_one_rank_is_said_before_others_miss_it(
+    workplace: Path, left: Leftovers
+) -> None:
+    options = (*OPTIONS, "-o", "train.batch_size=2", "--output-dir", "two", "-o", "data.workers=1")
+    first, second = fork_ranks(2, *options, folder=workplace)
+    second.until(lambda: children(second.pid) and len(read_metrics(Path("two"))) >= 3)
+    os.kill(children(second.pid)[0], signal.SIGKILL)  # what reads its data
+    assert second.code() == 2
+    assert "the process that was reading it died" in second.said()
+    assert first.code() == 1
+    assert first.said().splitlines()[-1] == "rank 0: another rank is gone"
+    assert "Traceback" not in first.said() + second.said()
+    left.check()
