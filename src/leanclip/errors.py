@@ -12,12 +12,18 @@ and exits with code 2. Broken invariants of our own are `assert`s, not these.
 
 import errno
 
+# What names in strangers' files may do to a terminal: break lines, move the cursor, turn text.
+_CONTROLS = (*range(32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+_SHOWN = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _SPARE = 1 << 26  # bytes that a machine has that is not short of memory
 
 
 class LeanclipError(Exception):
-    """Any mistake of the user's that leanclip can name."""
+    """Any mistake of the user's that leanclip can name; control characters are shown as escapes."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message.translate(_SHOWN))
 
 
 class ConfigError(LeanclipError):

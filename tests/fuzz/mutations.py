@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from leanclip.errors import LeanclipError
 
 TIMES = int(os.environ.get("LEANCLIP_FUZZ", "0"))
+_CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+_CHECKS += [HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture]
 _KEEP = os.environ.get("LEANCLIP_FUZZ_KEEP")
 
 
@@ -35,7 +37,7 @@ def examples(few: int) -> settings:
         derandomize=not TIMES,
         database=None,
         deadline=None,  # `bounded` has its own, of each example
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=_CHECKS,
     )
 
 

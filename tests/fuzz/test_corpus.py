@@ -146,3 +146,8 @@ def test_old_files_of_torchs_that_lie(tmp_path: Path) -> None:
         with bounded(b"", path.name, megabytes=50), pytest.raises(WeightsError, match=words):
             read_weights(path)
     assert os.path.getsize(good) < 1000  # noqa: PTH202
+
+
+def test_names_do_nothing_to_a_terminal() -> None:
+    """Errors name what strangers called their files and columns."""
+    assert str(WeightsError("a\x1b[31m\nb\u202eé")) == "a\\x1b[31m\\nb\\u202eé"

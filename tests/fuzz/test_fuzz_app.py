@@ -97,7 +97,7 @@ def test_headers(client: TestClient, headers: dict[str, str]) -> None:
 def test_a_form_of_millions_of_fields(client: TestClient) -> None:
     kind = {"content-type": "application/x-www-form-urlencoded"}
     with bounded(b"", "fields.form", seconds=30, megabytes=300):
-        for content in (b"a=&" * 900_000, b"texts=" + b"%0a" * 900_000, b"&" * 4_000_000):
+        for content in (b"a=&" * 300_000, b"texts=" + b"%0a" * 300_000, b"&" * 2_000_000):
             answer = client.post("/api/compare", content=content, headers=kind)
             assert answer.status_code == 400, answer.text[:200]
 

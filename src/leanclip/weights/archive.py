@@ -272,7 +272,9 @@ class _TorchNames(dict[str, object]):
 
 def _torch_names() -> _TorchNames:
     calls = {
-        "torch._utils._rebuild_tensor": lambda *parts: _rebuild_tensor(*parts, False, None),
+        "torch._utils._rebuild_tensor": lambda storage, offset, size, stride: _rebuild_tensor(
+            storage, offset, size, stride, False, None
+        ),
         "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
         "torch._utils._rebuild_parameter": _rebuild_parameter,
         "torch.Size": lambda sizes: sizes,

@@ -164,13 +164,6 @@ def check_shapes(weights: Weights, model: ModelConfig) -> None:
             expected = CLIP(**to_plain(model)).state_dict()
     except (RuntimeError, OverflowError):  # a tensor of more bytes than there are numbers for
         raise WeightsError(f"{weights.source}: its architecture has sizes beyond reason") from None
-    wanted = sum(tensor.numel() for tensor in expected.values())
-    held = sum(tensor.numel() for tensor in weights.tensors.values())
-    if wanted > _MOST_GROWTH * held + 10**7:
-        raise WeightsError(
-            f"{weights.source}: the architecture has {wanted:,} parameters, the tensors {held:,}; "
-            f"one of the two is not of these weights"
-        )
     for name, tensor in weights.tensors.items():
         fits = name.endswith("positional_embedding") or name not in expected
         if not fits and tensor.shape != expected[name].shape:
@@ -178,6 +171,13 @@ def check_shapes(weights: Weights, model: ModelConfig) -> None:
                 f"{weights.source}: shapes differ: {name} {tuple(tensor.shape)} there, "
                 f"{tuple(expected[name].shape)} in the architecture"
             )
+    wanted = sum(tensor.numel() for tensor in expected.values())
+    held = sum(tensor.numel() for tensor in weights.tensors.values())
+    if wanted > _MOST_GROWTH * held + 10**7:
+        raise WeightsError(
+            f"{weights.source}: the architecture has {wanted:,} parameters, the tensors {held:,}; "
+            f"one of the two is not of these weights"
+        )
 
 
 def _vision_vit(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
         return next((usual[name] for name in names if name in usual), None)
 
     def missing(setting: str, what: str) -> DataError:
-        return DataError(f"{where}: {what}; set data.{setting} (columns: {', '.join(found)})")
+        return DataError(f"{where}: {what}; set data.{setting} (columns: {', '.join(found)[:300]})")
 
     if config.caption_column and config.label_column:
         raise DataError("data: give caption_column or label_column, not both")

@@ -7,6 +7,7 @@ batches of about 256 KB, read one at a time and not mapped: memory does not grow
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,10 @@ class ParquetRows:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
         files = [_open(path) for path in paths]
-        self.schema = files[0].schema_arrow
-        self.columns = list(self.schema.names)
-        self.size = sum(file.metadata.num_rows for file in files)
+        with _reading(paths[0]):
+            self.schema = files[0].schema_arrow
+            self.columns = list(self.schema.names)
+            self.size = sum(file.metadata.num_rows for file in files)
         if not self.size:
             raise DataError(f"{paths[0]}: has no rows")
         self.batch = self.size
@@ -49,7 +51,8 @@ class ParquetRows:
             DataError: a file lacks one, or the cache folder has no room.
         """
         files = [_open(path) for path in self.paths]
-        size = sum(_bytes(file, columns) for file in files)
+        with _reading(self.paths[0]):
+            size = sum(_bytes(file, columns) for file in files)
         self.batch = max(1, min(4096, _BATCH * self.size // max(size, 1)))
 
         def write(part: Path) -> None:
@@ -82,10 +85,11 @@ class ParquetRows:
         """
         values: set[str] = set()
         for path in self.paths:
-            for batch in _open(path).iter_batches(batch_size=1 << 16, columns=[column]):
-                found = batch.column(0).unique().to_pylist()
-                values.update(str(value) for value in found if value is not None)
-                check_count(values, column, str(path))
+            with _reading(path):
+                for batch in _open(path).iter_batches(batch_size=1 << 16, columns=[column]):
+                    found = batch.column(0).unique().to_pylist()
+                    values.update(str(value) for value in found if value is not None)
+                    check_count(values, column, str(path))
         return sorted_values(values)
 
     def label_names(self, column: str) -> list[str] | None:
@@ -112,14 +116,23 @@ class ParquetRows:
 
 def _open(path: Path, columns: Sequence[str] = ()) -> Any:
     """A Parquet file; where it has the texts of `columns` each once, they are read so."""
-    pyarrow = need("pyarrow", f"{path}: reading Parquet", extra="table", error=DataError)
+    need("pyarrow", f"{path}: reading Parquet", extra="table", error=DataError)
     from pyarrow import parquet
 
-    try:
+    with _reading(path):
         file = parquet.ParquetFile(path)
         once = [name for name in _dictionaries(file) if name.split(".")[0] in columns]
         return parquet.ParquetFile(path, read_dictionary=once) if once else file
-    except (OSError, pyarrow.ArrowException) as error:
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What a damaged file has pyarrow raise is a DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, LookupError, ValueError, ArithmeticError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {one_line(error)}") from None
 
 
@@ -208,7 +221,7 @@ def _read(
                             f"large values in many rows"
                         )
                     yield piece.cast(schema)
-        except (KeyError, pyarrow.ArrowException) as error:
+        except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
             raise DataError(
                 f"{path}: is damaged, or has other columns than {paths[0].name}: {one_line(error)}"
             ) from None
@@ -217,8 +230,9 @@ def _read(
 def _unpacked(array: Any) -> int:
     """Bytes of an array in which each row has its own value."""
     import pyarrow
-    from pyarrow import compute
+    import pyarrow.compute
 
+    compute: Any = pyarrow.compute  # whose functions are made when it is imported
     if isinstance(array, pyarrow.DictionaryArray):
         lengths = compute.fill_null(compute.binary_length(array.dictionary), 0)
         return compute.sum(lengths.cast("int64").take(array.indices.drop_null())).as_py() or 0
