@@ -92,7 +92,7 @@ def _axes(height: float) -> tuple[Any, Any]:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams.update(STYLE)
+    mpl.rcParams.update(STYLE)  # pyright: ignore[reportCallIssue, reportArgumentType]
     from matplotlib import pyplot as plt
 
     return plt.subplots(figsize=(6.5, height), layout="constrained")

@@ -81,7 +81,7 @@ def time_of(kind: Kind, pairs: int, given: argparse.Namespace) -> dict[str, Any]
 def once(words: Sequence[str]) -> int:
     """Bytes above the features."""
     kind, pairs, way, device = words
-    which = next(one for one in KINDS if one == kind)
+    which: Kind = KINDS[list(KINDS).index(kind)]
     there_and_back(which, *features(64, device), is_tiled=WAYS[way])  # what the first call loads
     both = features(int(pairs), device)
     if device.startswith("cuda"):

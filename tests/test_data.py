@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import tarfile
 from pathlib import Path
 
@@ -233,7 +234,7 @@ def test_unseen_classes_are_never_trained_on(drawings: Path) -> None:
     assert len(texts) == 320
     assert not any(name in text for name in unseen for text in texts)
     for split in ("train", "val"):
-        scenes = list(itertools.islice(shapes._seen_scenes(shapes.random.Random(3), split), 100))
+        scenes = list(itertools.islice(shapes._seen_scenes(random.Random(3), split), 100))
         drawn = {(f.texture, f.color, f.shape) for _, scene in scenes for f in scene.figures}
         assert len(drawn) > 50
         assert drawn.isdisjoint(shapes.UNSEEN)
@@ -263,7 +264,7 @@ def test_drawing_is_deterministic(drawings: Path, tmp_path: Path, monkeypatch) -
 
 
 def test_a_scene_is_drawn_as_its_caption_says() -> None:
-    rng = shapes.random.Random(5)
+    rng = random.Random(5)
     for _, scene in itertools.islice(shapes._seen_scenes(rng, "val"), 50):
         image = np.asarray(shapes.draw(scene)).astype(int)
         for figure in scene.figures:

@@ -29,7 +29,7 @@ from leanclip.data.loader import Batch
 from leanclip.evaluate import retrieval_metrics
 from leanclip.images import normalize
 from leanclip.optim import build_optimizer
-from leanclip.plan import make_plan, memory_estimate
+from leanclip.plan import default_precision, make_plan, memory_estimate
 from leanclip.step import train_step
 from leanclip.strict_yaml import load_yaml
 from leanclip.tokenizer import tokenize
@@ -407,6 +407,14 @@ def test_a_data_set_smaller_than_a_batch_is_one_batch(tmp_path: Path, monkeypatc
     path = make_config(tmp_path / "c.yaml", train={"batch_size": 64})
     plan = make_plan(load_config(path), torch.device("cpu"))
     assert (plan.batch_size, plan.steps_per_epoch, plan.steps) == (3, 1, 2)
+
+
+def test_the_default_precision_follows_the_device(workplace: Path) -> None:
+    for overrides, found in (([], "fp32"), (["train.precision=bf16"], "bf16")):
+        plan = make_plan(load_config("config.yaml", overrides), torch.device("cpu"))
+        assert plan.config.train.precision == found
+    on_gpu = default_precision(torch.device("cuda"))
+    assert on_gpu == ("bf16" if torch.cuda.is_available() else "fp32")
 
 
 def test_data_of_nothing_usable_ends_the_run_whatever_the_epoch(

@@ -20,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 Ratio = Annotated[float, Field(gt=0, le=100)]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Layout = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "wds", "hub", "mixture"]
 
 
@@ -287,10 +288,10 @@ class TrainConfig(Section):
     max_skipped_steps: Positive = Field(
         default=10, description="steps in a row that may be lost to non-finite gradients"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32",
+    precision: Precision = Field(
+        default="auto",
         description="bf16, fp16: autocast; weights, loss and temperature stay float32; bf16 needs "
-        "no scaling of the loss",
+        "no scaling of the loss; auto: bf16 on a GPU that has it, else fp32",
     )
     sharding: Literal["ddp", "fsdp"] = Field(
         default="ddp",

@@ -3,12 +3,12 @@
 Config, device -> make_plan -> Plan -> describe (for --dry-run), headline, train
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from leanclip.config import Config, FinetuneConfig
+from leanclip.config import Config, FinetuneConfig, Precision
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.mixture import Mixture
 from leanclip.distributed import barrier, rank_and_world_size
@@ -62,6 +62,9 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         DataError: the data is missing, empty or not of its layout.
     """
     _check_together(config)
+    if config.train.precision == "auto":
+        train = replace(config.train, precision=default_precision(device))
+        config = replace(config, train=train)
     check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:
@@ -89,6 +92,11 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         peak_rate=scaled_learning_rate(config.optimizer, batch_size),
         warmup=round(config.optimizer.warmup * steps),
     )
+
+
+def default_precision(device: torch.device) -> Precision:
+    """What "auto" stands for: bf16 where it is fast, on a GPU that has it, else fp32."""
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _check_best_metric(config: Config, tasks: list[Task], guard: Task | None) -> None:

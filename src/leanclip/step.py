@@ -27,7 +27,7 @@ from leanclip.sharded import is_sharded
 from leanclip.tokenizer import END
 from leanclip.towers import still, summing
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp32: none
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of others: none
 
 
 class StepResult(NamedTuple):

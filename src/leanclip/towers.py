@@ -5,6 +5,7 @@
 Parameters keep their names all along.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -22,6 +23,8 @@ from leanclip.model.transformer import Block
 from leanclip.norms import SCALARS
 from leanclip.sharded import is_sharded, shard_model
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 
 def prepare_towers(model: CLIP, settings: TrainConfig) -> nn.Module:
     """The module that is called with pixels and tokens; the model itself changes with it."""
@@ -29,8 +32,11 @@ def prepare_towers(model: CLIP, settings: TrainConfig) -> nn.Module:
         checkpoint_activations(model)
     if settings.compile:
         compile_towers(model)
+    is_on_cpu = model.logit_scale.device.type == "cpu"
     # A GPU would have to wait for the lengths of the texts, and compiled graphs want few shapes.
-    model.packs_texts = model.logit_scale.device.type == "cpu" and not settings.compile
+    model.packs_texts = is_on_cpu and not settings.compile
+    if is_on_cpu:
+        keep_freed_memory()
     return over_ranks(model, settings.sharding)
 
 
@@ -54,6 +60,18 @@ def compile_towers(model: CLIP, backend: str = "inductor") -> None:
     """
     model.visual.compile(backend=backend)
     model.encode_text = torch.compile(model.encode_text, backend=backend)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of a step's tensors for the next step.
+
+    It would give it back to the system, and every page be cleared and mapped anew. Tensors over
+    32 MiB, the most that glibc keeps, are not changed by this, nor is another C library.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @contextmanager
