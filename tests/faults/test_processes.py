@@ -146,7 +146,7 @@ def end_of(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.slow
 def test_dead_ranks_are_started_again(workplace: Path, left: Leftovers) -> None:
-    kills = tries(3)
+    kills = tries(2)
     options = ("-o", f"train.epochs={20 * kills}")
     process, agent = started("--max-restarts", str(kills), *options)
     chance = random.Random(13)
