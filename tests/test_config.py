@@ -118,7 +118,7 @@ def test_settings_win_over_the_file_unless_none(file: Path) -> None:
         ("train.epochs=0", "train.epochs: should be greater than 0, found 0"),
         ("train.batch_size='8'", 'train.batch_size: should be a valid integer, found "8"'),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
-        ("train.precision=fp8", "train.precision: should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.precision=fp8", "train.precision: should be 'auto', 'fp32', 'bf16' or 'fp16'"),
         ("data.layout=parquet", "data.layout: should be 'shapes'"),
         ("data=null", "data: should be .*found null"),
         ("data.mean=[1, 2]", "data.mean.2: is required and not set"),

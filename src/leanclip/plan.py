@@ -3,7 +3,7 @@
 Config, device -> make_plan -> Plan -> describe (for --dry-run), headline, train
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,8 +63,8 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     """
     _check_together(config)
     if config.train.precision == "auto":
-        train = replace(config.train, precision=default_precision(device))
-        config = replace(config, train=train)
+        train = config.train.model_copy(update={"precision": default_precision(device)})
+        config = config.model_copy(update={"train": train})
     check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:
