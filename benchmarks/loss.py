@@ -81,7 +81,8 @@ def time_of(kind: Kind, pairs: int, given: argparse.Namespace) -> dict[str, Any]
 def once(words: Sequence[str]) -> int:
     """Bytes above the features."""
     kind, pairs, way, device = words
-    which: Kind = KINDS[list(KINDS).index(kind)]
+    kinds: dict[str, Kind] = {str(one): one for one in KINDS}
+    which = kinds[kind]
     there_and_back(which, *features(64, device), is_tiled=WAYS[way])  # what the first call loads
     both = features(int(pairs), device)
     if device.startswith("cuda"):

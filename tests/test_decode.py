@@ -267,7 +267,7 @@ def test_kinds_of_refusal(tmp_path: Path) -> None:
     ):
         error = refusals(tmp_path / name)
         assert error.kind == kind
-        assert str(error).startswith(f"{tmp_path / name}: ")
+        assert str(error).startswith(f"{tmp_path / name}: ".replace("\0", r"\x00"))
         assert words in str(error)
     assert refusals(b"").kind == "empty file"
 

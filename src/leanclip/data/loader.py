@@ -212,7 +212,7 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = min(8, max(1, len(os.sched_getaffinity(0)) // processes))
     reader.reading = torch.full((max(workers, 1), 2), -1).share_memory_()
-    sockets = tempfile.mkdtemp(prefix="leanclip-") if workers else ""
+    sockets = _folder_of_sockets() if workers else ""
     loader = DataLoader(
         reader,  # pyright: ignore[reportArgumentType]: a reader of lists of visits
         batch_size=None,  # a list of visits is a batch already
@@ -224,9 +224,13 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         worker_init_fn=partial(_begin_worker, sockets, os.getpid()),
         generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
     )
-    # Of a negative priority: at the end after that of the workers.
-    tidy_up = Finalize(loader, shutil.rmtree, (sockets, True), exitpriority=-1)
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except BaseException:
+        shutil.rmtree(sockets, ignore_errors=True)
+        raise
+    # When the workers have ended, who remove their own; at exit that is of a negative priority.
+    tidy_up = Finalize(batches, shutil.rmtree, (sockets, True), exitpriority=-1)
     if workers:  # PyTorch raises a worker's death wherever the program is just then
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
@@ -243,6 +247,16 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
                     path.unlink(missing_ok=True)
             raise _death(error, reader, dead) from error
         yield batch
+
+
+def _folder_of_sockets() -> str:
+    """A new folder; not in a TMPDIR so long that the path of a socket, 107 bytes, has no room."""
+    name = "listener-12345678"  # as multiprocessing has them
+    folder = tempfile.mkdtemp(prefix="leanclip-")
+    if len(os.fsencode(f"{folder}/{name}")) > 107:
+        Path(folder).rmdir()
+        folder = tempfile.mkdtemp(prefix="leanclip-", dir="/tmp")
+    return folder
 
 
 def _begin_worker(sockets: str, parent: int, _: int) -> None:

@@ -149,4 +149,4 @@ class MLP(nn.Module):
 
 def _pick(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """(B, L, D) at one position (B,) of each, or (T, D) at some of its rows -> (B, D)."""
-    return x[position] if x.dim() == 2 else x[torch.arange(len(x), device=x.device), position]
+    return x[position] if x.dim() == 2 else x[torch.arange(x.shape[0], device=x.device), position]
