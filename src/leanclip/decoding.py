@@ -61,6 +61,17 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return _upright_rgb(image)
 
 
+def open_small(source: Source, most: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image | None:
+    """As `open_image`; None of one with more than `most` pixels, and of a JPEG.
+
+    Of a JPEG `open_part` may decode less than the whole.
+    """
+    with _opened(source, max_pixels) as (image, _):
+        if image.format in ("JPEG", "MPO") or image.width * image.height > most:
+            return None
+        return _upright_rgb(image)
+
+
 def open_part(
     source: Source,
     choose: Callable[[int, int], tuple[Box, int]],

@@ -31,8 +31,10 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from leanclip.config import DataConfig
+from leanclip.data.kept import ROOM, Kept
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad
+from leanclip.decoding import Source
 from leanclip.errors import DataError, SampleError, is_shortage
 from leanclip.images import evaluation_pixels, training_pixels
 from leanclip.tokenizer import END, encode, tokenize
@@ -364,6 +366,9 @@ class _Reader:
         self.dataset, self.config, self.seed = dataset, config, seed
         self.resolution, self.context_length = resolution, context_length
         self.truncate, self.undecoded = truncate, undecoded
+        # Each worker would see, and keep, a part of an epoch that is drawn anew.
+        has_again = seed is not None and undecoded is None and config.workers == 0
+        self.kept = Kept(dataset, max_pixels=config.max_pixels, room=ROOM if has_again else 0)
 
     def __getitem__(self, visits: Sequence[Visit]) -> Batch:
         try:
@@ -389,8 +394,11 @@ class _Reader:
             index = me[1] = -1 if isinstance(what, Sample) else what
             sample = None
             try:
-                sample = what if isinstance(what, Sample) else self.dataset[what]
-                caption, pixels = self._look(sample, visit)
+                if isinstance(what, Sample):
+                    sample, image = what, what.image
+                else:
+                    sample, image = self.kept[what]
+                caption, pixels = self._look(sample, image, visit)
                 if self.seed is None and self.undecoded is None:
                     digests.append(_digest(sample))
             except SampleError as error:
@@ -415,20 +423,20 @@ class _Reader:
             bad,
         )
 
-    def _look(self, sample: Sample, visit: Visit) -> tuple[str, np.ndarray | None]:
+    def _look(self, sample: Sample, image: Source, visit: Visit) -> tuple[str, np.ndarray | None]:
         """A caption and the pixels (3, R, R) of a visit."""
         if sample.error:
             raise sample.error
         if self.seed is None:
-            pixels = self._pixels(sample, visit, None)
+            pixels = self._pixels(image, visit, None)
             return self._checked(sample, sample.captions[0]), pixels
         rng = np.random.default_rng([self.seed, visit.epoch, visit.place])
         caption = sample.captions[int(rng.integers(len(sample.captions)))]
-        pixels = self._pixels(sample, visit, rng)
+        pixels = self._pixels(image, visit, rng)
         return self._checked(sample, caption), pixels
 
     def _pixels(
-        self, sample: Sample, visit: Visit, rng: np.random.Generator | None
+        self, image: Source, visit: Visit, rng: np.random.Generator | None
     ) -> np.ndarray | None:
         """(3, R, R) of a visit; without `rng` as evaluation sees the image."""
         config = self.config
@@ -437,9 +445,9 @@ class _Reader:
                 raise SampleError(bad.kind, bad.reason)
             return None
         if rng is None or not config.augment:
-            return evaluation_pixels(sample.image, self.resolution, max_pixels=config.max_pixels)
+            return evaluation_pixels(image, self.resolution, max_pixels=config.max_pixels)
         return training_pixels(
-            sample.image,
+            image,
             self.resolution,
             rng,
             scale=config.crop_scale,
