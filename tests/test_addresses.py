@@ -68,6 +68,8 @@ def test_addresses_that_are(address: str) -> None:
         "0177.0.0.1",
         "127.1",
         "[::ffff:127.0.0.1]",
+        "%31%32%37.0.0.1",
+        "%6cocalhost",
     ],
 )
 def test_a_strangers_url_leads_to_nothing_private(server: Server, host: str) -> None:

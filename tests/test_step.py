@@ -147,6 +147,22 @@ def test_a_caption_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [8]
 
 
+def test_a_caption_that_is_often_there_has_the_same_gradients_each_time() -> None:
+    batch = batch_of()
+    rows = torch.arange(96) % PAIRS
+    many = Batch(batch.images[rows], batch.tokens[rows % 3], rows, rows)
+    threads, found = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    for _ in range(8):
+        torch.manual_seed(3)
+        model = CLIP(**TINY | {"embed_dim": 512})
+        optimizer = Recording(model.parameters(), lr=0.1, fused=True)
+        train_step(model, optimizer, many, Preprocess(32), rate=0.1)
+        found.add(b"".join(g.numpy().tobytes() for g in optimizer.gradients))
+    torch.set_num_threads(threads)
+    assert len(found) == 1
+
+
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     model = CLIP(**TINY)
     optimizer = build_optimizer(model, OptimizerConfig())

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from threading import Timer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 Resolve = Callable[..., Any]  # as socket.getaddrinfo
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -150,10 +150,9 @@ class _Guarded(urllib.request.AbstractHTTPHandler):
         self._guard = guard
 
     def do_open(self, http_class: Any, req: Any, **http_conn_args: Any) -> Any:
-        asked = urlsplit(req.full_url)
-        is_proxied = req.host != asked.netloc
-        if is_proxied:
-            self._guard.check_beyond_proxy(asked.hostname or "")
+        is_proxied = req.has_proxy() or bool(req._tunnel_host)  # the latter of https
+        if is_proxied:  # urllib takes %31 in a name for 1
+            self._guard.check_beyond_proxy(unquote(urlsplit(req.full_url).hostname or ""))
 
         def make(host: str, **more: Any) -> HTTPConnection:
             connection = http_class(host, **more)

@@ -144,10 +144,18 @@ def read_header(file: File, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         size = f"{image.width}x{image.height}"
         raise SampleError("too many pixels", f"{size} pixels are over the limit of {max_pixels}")
-    if not isinstance(file, Image.Image) and image.format in ("JPEG", "MPO"):
+    if not isinstance(file, Image.Image) and _may_have_many_scans(image, file):
         file.seek(0)
         check_scans(file.read())
     return image
+
+
+def _may_have_many_scans(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether more than a JPEG's first scan will be decoded."""
+    if image.format != "JPEG" or "progressive" in image.info:
+        return image.format in ("JPEG", "MPO")
+    # The header has been read up to the scan's length (two bytes) and its number of components.
+    return file.read(3)[2:] != bytes([getattr(image, "layers", 0)])
 
 
 def check_scans(data: bytes) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config import Config, FinetuneConfig, Precision
+from leanclip.config import Config, FinetuneConfig, Precision, load_config
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.mixture import Mixture
 from leanclip.distributed import barrier, rank_and_world_size
@@ -63,7 +63,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     """
     _check_together(config)
     if config.train.precision == "auto":
-        train = config.train.model_copy(update={"precision": default_precision(device)})
+        train = config.train.model_copy(update={"precision": _precision(config, device)})
         config = config.model_copy(update={"train": train})
     check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
@@ -94,9 +94,17 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     )
 
 
+def _precision(config: Config, device: torch.device) -> Precision:
+    """What "auto" stands for: the precision of the run that goes on, else the device's."""
+    folder = Path(config.output_dir)
+    if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
+        return load_config(folder / "config.yaml").train.precision
+    return default_precision(device)
+
+
 def default_precision(device: torch.device) -> Precision:
-    """What "auto" stands for: bf16 where it is fast, on a GPU that has it, else fp32."""
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    """bf16 where it is fast, on a GPU that has it, else fp32."""
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
 
 
 def _check_best_metric(config: Config, tasks: list[Task], guard: Task | None) -> None:

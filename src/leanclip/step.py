@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from leanclip.config import TrainConfig
 from leanclip.data.loader import Batch
@@ -79,13 +80,17 @@ def train_step(
 
     def forward(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
-        tokens, places = (x.to(device, non_blocking=True) for x in _distinct(part.tokens, settings))
+        tokens, places = _distinct(part.tokens, settings)
+        tokens = tokens.to(device, non_blocking=True)  # (d, L)
         if pixels.dim() == 4:  # not features already
             pixels = normalize(pixels, preprocess.mean, preprocess.std)
         dtype = AUTOCAST.get(settings.precision)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             features = towers(pixels, tokens)
-        return features.image[: part.size], features.text[places][: part.size]
+        text = features.text
+        if places is not None:  # by F.embedding, as an index's gradients are summed in any order
+            text = F.embedding(places.to(device, non_blocking=True), text)  # (m, E)
+        return features.image[: part.size], text[: part.size]
 
     def backward(zimg: torch.Tensor, ztxt: torch.Tensor) -> torch.Tensor:
         loss = contrastive_loss(
@@ -150,18 +155,22 @@ def _micro_batches(batch: Batch, count: int, *, is_exact: bool) -> list[Part]:
     return parts + [Part(blank, end, 0)] * (least - len(parts))
 
 
-def _distinct(tokens: torch.Tensor, settings: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _distinct(
+    tokens: torch.Tensor, settings: TrainConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Tokens (m, L) with each caption once, (d, L), and the place (m,) of each row in them.
 
-    They stay as they are where the towers are compiled, whose graphs want few shapes, and where
-    they are features.
+    They stay as they are, with no places, where nothing repeats; where they are features; and
+    where the towers are compiled, whose graphs want few shapes.
     """
     if settings.compile or tokens.is_floating_point():
-        return tokens, torch.arange(len(tokens))
+        return tokens, None
     distinct, places = tokens.unique(dim=0, return_inverse=True)
-    return (
-        (tokens, torch.arange(len(tokens))) if len(distinct) == len(tokens) else (distinct, places)
-    )
+    if len(distinct) == len(tokens):
+        return tokens, None
+    if tokens.is_pinned():
+        return distinct.pin_memory(), places.pin_memory()
+    return distinct, places
 
 
 def _cached_backward(

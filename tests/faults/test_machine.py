@@ -57,7 +57,7 @@ def assert_said(process: Forked, *words: str) -> None:
     assert code == 2, process.said()
     said = [line for line in process.said().splitlines() if line.startswith("error: ")]
     assert len(said) == 1, process.said()
-    assert "Traceback" not in process.said()
+    assert "Traceback" not in process.said(), process.said()
     assert any(word in said[0] for word in words), said
 
 

@@ -3,8 +3,11 @@
 index -> sample and where its image lies, or the image itself
 """
 
+from dataclasses import replace
+
 from leanclip.data.samples import Dataset, Sample
 from leanclip.decoding import Source, open_small
+from leanclip.errors import SampleError
 
 ROOM = 256 << 20  # bytes of pixels
 SMALL = 1 << 16  # pixels of an image
@@ -21,17 +24,20 @@ class Kept:
         """A sample, and its image: not yet decoded, or upright and in RGB.
 
         Raises:
-            SampleError: the sample cannot be read, or its image.
+            SampleError: the sample cannot be read; of its image, whoever looks at it says so.
         """
         if index in self._seen:
             return self._seen[index]
         sample = self._dataset[index]
         if self._room <= 0 or sample.error:
             return sample, sample.image
-        image = open_small(sample.image, SMALL, max_pixels=self._max_pixels)
+        try:
+            image = open_small(sample.image, SMALL, max_pixels=self._max_pixels)
+        except SampleError:
+            return sample, sample.image
         if image is None:  # nor will most of the others be small
             self._room = 0
             return sample, sample.image
-        self._room -= 3 * image.width * image.height
-        self._seen[index] = sample, image
+        self._room -= 4 * image.width * image.height  # as Pillow has them
+        self._seen[index] = replace(sample, image=b""), image
         return sample, image

@@ -221,6 +221,7 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         sampler=visits,  # pyright: ignore[reportArgumentType]: an iterator will do
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None,  # a worker looks at its parent
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(_begin_worker, sockets, os.getpid()),

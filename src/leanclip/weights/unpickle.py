@@ -74,15 +74,15 @@ def check_sharing(places: Iterable[tuple[int, int]]) -> None:
     Raises:
         WeightsError: they come to over four times what there is, and over 64 MiB.
     """
-    held: dict[int, int] = {}
-    total = 0
-    for place, size in places:
+    total = held = end = 0
+    for place, size in sorted(places):
         total += size
-        held[place] = max(held.get(place, 0), size)
-    if total > 4 * sum(held.values()) + _SHARED:
+        held += max(0, place + size - max(place, end))
+        end = max(end, place + size)
+    if total > 4 * held + _SHARED:
         raise WeightsError(
-            f"{total:,} bytes by name, of which {sum(held.values()):,} are there: too many names "
-            f"share their values"
+            f"{total:,} bytes by name, of which {held:,} are there: too many names share their "
+            f"values"
         )
 
 

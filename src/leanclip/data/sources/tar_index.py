@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from leanclip.data.sources.cached import cached, cached_path
+from leanclip.errors import is_shortage
 
 log = logging.getLogger("leanclip")
 
@@ -149,7 +150,9 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, str, int, int]]:
         tar = tarfile.open(  # noqa: SIM115, the caller closes the file
             fileobj=file, mode="r:", tarinfo=_Header
         )
-    except _DAMAGE:
+    except _DAMAGE as error:
+        if is_shortage(error):
+            raise
         log.warning("%s: is not a tar file, or a compressed one", path)
         yield "the whole file", "not a tar file", 0, 0
         return
@@ -172,8 +175,9 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, str, int, int]]:
                 return
             elif found and not key.startswith("__"):  # WebDataset's notes are named so
                 yield key, found[2].lower(), member.offset_data, member.size
-    except _DAMAGE:
-        pass  # as what tarfile takes for the end, which every damage after the start is
+    except _DAMAGE as error:  # else it is what tarfile takes for the end
+        if is_shortage(error):
+            raise
     file.seek(end)
     if (block := file.read(_BLOCK)) != bytes(_BLOCK):
         log.warning("%s: is cut or damaged at byte %d; what comes before is used", path, end)
