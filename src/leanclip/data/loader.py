@@ -273,20 +273,27 @@ def _begin_worker(sockets: str, parent: int, _: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    # A batch that cannot be handed over would be lost, and waited for without end.
-    Queue._on_queue_feeder_error = staticmethod(  # pyright: ignore[reportAttributeAccessIssue]
-        lambda error, _: os._exit(NOT_HANDED_OVER)
-    )
 
-    sys.excepthook = lambda *_: os._exit(NOT_HANDED_OVER)  # so does the thread that gives files
+    def tidy_up() -> None:
+        if os.getppid() != parent:  # who else does it, when all workers have ended
+            shutil.rmtree(sockets, ignore_errors=True)
+
+    def end(*_: object) -> None:
+        tidy_up()
+        os._exit(NOT_HANDED_OVER)
+
+    # A batch that cannot be handed over would be lost, and waited for without end.
+    Queue._on_queue_feeder_error = staticmethod(end)  # pyright: ignore[reportAttributeAccessIssue]
+    sys.excepthook = end  # so does the thread that gives files
     sys.unraisablehook = _end_without_memory
+    Finalize(None, tidy_up, exitpriority=-1)
 
     def wait() -> None:
         while os.getppid() == parent:
             asked = signal.sigtimedwait([signal.SIGTERM], 1)
             if asked is not None and asked.si_pid == parent:
                 os._exit(0)
-        shutil.rmtree(sockets, ignore_errors=True)
+        tidy_up()
         os._exit(0)
 
     Thread(target=wait, daemon=True).start()
