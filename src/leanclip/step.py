@@ -76,20 +76,19 @@ def train_step(
     towers = towers or model
     groups = batch.groups.to(device) if kind == "multi-positive" else None
     # FSDP brings a block's parameters together for all ranks at once: all run it as often.
-    parts = _micro_batches(batch, settings.micro_batches, is_exact=is_sharded(model))
+    parts = _micro_batches(batch, settings, is_exact=is_sharded(model))
 
     def forward(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
-        tokens, places = _distinct(part.tokens, settings)
-        tokens = tokens.to(device, non_blocking=True)  # (d, L)
+        tokens = part.tokens.to(device, non_blocking=True)  # (d, L)
         if pixels.dim() == 4:  # not features already
             pixels = normalize(pixels, preprocess.mean, preprocess.std)
         dtype = AUTOCAST.get(settings.precision)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             features = towers(pixels, tokens)
         text = features.text
-        if places is not None:  # by F.embedding, as an index's gradients are summed in any order
-            text = F.embedding(places.to(device, non_blocking=True), text)  # (m, E)
+        if part.places is not None:  # F.embedding: an index's gradients are summed in any order
+            text = F.embedding(part.places.to(device, non_blocking=True), text)  # (m, E)
         return features.image[: part.size], text[: part.size]
 
     def backward(zimg: torch.Tensor, ztxt: torch.Tensor) -> torch.Tensor:
@@ -135,17 +134,22 @@ class Part(NamedTuple):
     """A micro-batch; images without pairs (beyond `size`) are there to be run, not counted."""
 
     images: torch.Tensor  # (m, 3, R, R) uint8, or (m, E) as in a Batch
-    tokens: torch.Tensor  # (m, L), or (m, E)
+    tokens: torch.Tensor  # (d, L), or (m, E)
     size: int
+    places: torch.Tensor | None = None  # (m,), which of the d captions each has; None: all, m = d
 
 
-def _micro_batches(batch: Batch, count: int, *, is_exact: bool) -> list[Part]:
-    """The batch in at most `count` parts of nearly the same size, or in as many with blank ones.
+def _micro_batches(batch: Batch, settings: TrainConfig, *, is_exact: bool) -> list[Part]:
+    """The batch in at most so many parts of nearly the same size, or in as many with blank ones.
 
     A rank without a pair runs a blank one, so that it takes its part in the sums over ranks.
     """
-    images, tokens = (rows.tensor_split(count) for rows in (batch.images, batch.tokens))
-    parts = [Part(i, t, len(i)) for i, t in zip(images, tokens, strict=True) if len(i)]
+    count, parts = settings.micro_batches, []
+    split = (rows.tensor_split(count) for rows in (batch.images, batch.tokens))
+    for images, tokens in zip(*split, strict=True):
+        if len(images):
+            distinct, places = _distinct(tokens, settings)
+            parts.append(Part(images, distinct, len(images), places))
     blank = batch.images.new_zeros(1, *batch.images.shape[1:])
     has_features = batch.tokens.is_floating_point()
     end = (
