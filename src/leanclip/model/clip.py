@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from leanclip.config import ModelConfig
-from leanclip.model.packed import lay_out
+from leanclip.model.packed import Packed, lay_out
 from leanclip.model.resnet import ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
@@ -82,11 +82,7 @@ class CLIP(nn.Module):
         Every other tower gets them back, as padding (id 0).
         """
         tokens = self._restore_padding(tokens)
-        position = self._text_position(tokens)  # (B,)
-        x = self.token_embedding(tokens)  # (B, L, D)
-        x = x + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(x, position)  # (B, D)
-        return self.ln_final(x) @ self.text_projection  # (B, E)
+        return self._read_texts(tokens, self._text_position(tokens), None)
 
     def encode_packed(self, tokens: torch.Tensor) -> torch.Tensor:
         """As `encode_text`, within rounding, without a computation on padding.
@@ -97,10 +93,7 @@ class CLIP(nn.Module):
         if not (config.transformer_causal and config.transformer_pool == "argmax" and len(tokens)):
             return self.encode_text(tokens)
         packed = lay_out(tokens)
-        tokens = tokens[:, : packed.mask.shape[1]]
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(packed.pack(x), packed.end, packed)  # (B, D)
-        return self.ln_final(x) @ self.text_projection  # (B, E)
+        return self._read_texts(tokens[:, : packed.mask.shape[1]], packed.end, packed)
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
         """Unit features of images and texts, in float32, and the factor on their cosines.
@@ -124,6 +117,17 @@ class CLIP(nn.Module):
     def parameter_count(self) -> int:
         """The number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _read_texts(
+        self, tokens: torch.Tensor, position: torch.Tensor, packed: Packed | None
+    ) -> torch.Tensor:
+        """Raw features (B, E) of tokens (B, L), read at `position` (B,) of each, or of the T."""
+        x = self.token_embedding(tokens)  # (B, L, D)
+        x = x + self.positional_embedding[: tokens.shape[1]]
+        if packed is not None:
+            x = packed.pack(x)  # (T, D)
+        x = self.transformer(x, position, packed)  # (B, D)
+        return self.ln_final(x) @ self.text_projection  # (B, E)
 
     def _restore_padding(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L) up to the context, where the tower looks beyond the end token."""
