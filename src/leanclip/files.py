@@ -17,13 +17,8 @@ import numpy as np
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path, is_flushed=False) as part:
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -34,15 +29,19 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, *, by_several: bool = False) -> Iterator[Path]:
-    """Where to write a file that takes its place, flushed to the disk, when the block ends well.
+def whole_file(path: Path, *, by_several: bool = False, is_flushed: bool = True) -> Iterator[Path]:
+    """Where to write a file that takes its place when the block ends well.
 
-    `by_several`: other processes may write it at the same time.
+    Args:
+        path: its place.
+        by_several: other processes may write it at the same time.
+        is_flushed: it is on the disk before.
     """
     part = path.with_name(f".{path.name}.{f'{os.getpid()}.' if by_several else ''}part")
     try:
         yield part
-        sync(part)
+        if is_flushed:
+            sync(part)
         part.replace(path)
     finally:
         with suppress(OSError):

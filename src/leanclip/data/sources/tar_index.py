@@ -17,6 +17,7 @@ import numpy as np
 
 from leanclip.data.sources.cached import cached, cached_path
 from leanclip.errors import is_shortage
+from leanclip.files import write_array
 
 log = logging.getLogger("leanclip")
 
@@ -52,17 +53,14 @@ def shard_index(path: Path, identity: str | None = None) -> np.ndarray:
         DataError: the cache folder cannot be written.
         OSError: the shard cannot be read.
     """
-    return cached([path], "npy", lambda part: _save(path, part), _load, identity=identity)
+    return cached(
+        [path], "npy", lambda part: write_array(part, build_index(path)), _load, identity=identity
+    )
 
 
 def is_indexed(path: Path) -> bool:
     """Whether a shard has been looked through before."""
     return cached_path([path], "npy").is_file()
-
-
-def _save(path: Path, part: Path) -> None:
-    with part.open("wb") as file:
-        np.save(file, build_index(path))
 
 
 def _load(kept: Path) -> np.ndarray | None:
