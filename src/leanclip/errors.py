@@ -52,7 +52,7 @@ class WeightsError(LeanclipError):
     """A file of weights or a checkpoint is missing, damaged or of another shape."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What another library's error says, in a line that is not too long; else its kind."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 

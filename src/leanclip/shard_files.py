@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from leanclip.errors import one_line
 from leanclip.model import CLIP
 
 
@@ -88,7 +89,7 @@ def _load(reader: "_Reader", state: dict[str, Any]) -> None:
 
 
 def _first_reason(error: CheckpointException) -> str:
-    return " ".join(str(next(iter(error.failures.values()))[0]).split())[:200]
+    return one_line(next(iter(error.failures.values()))[0])
 
 
 class _Reader(FileSystemReader):
@@ -103,8 +104,8 @@ class _Reader(FileSystemReader):
                 if not isinstance(self.metadata, Metadata):
                     raise pickle.UnpicklingError("it holds something else")
             except Exception as error:  # pickle raises many kinds on damaged files
-                reason = " ".join(str(error).split())[:200]
-                raise OSError(f"{folder / '.metadata'}: cannot be read: {reason}") from None
+                where = folder / ".metadata"
+                raise OSError(f"{where}: cannot be read: {one_line(error)}") from None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self.metadata
