@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -90,9 +90,10 @@ def load_model(
     model: str | None,
     device: "str | torch.device",
     *,
-    allow_urls: bool | Literal["private"] = False,
+    allow_urls: bool = False,
+    allow_private_urls: bool = False,
 ) -> "Clip":
-    """The model that is meant, loaded.
+    """The model that is meant, loaded; the private ones of URLs are allowed with the others.
 
     Raises:
         ConfigError: none is named, and there is none.
@@ -100,7 +101,8 @@ def load_model(
     """
     from leanclip.inference import load
 
-    return load(find_model(model), device=device, allow_urls=allow_urls)
+    allowed = "private" if allow_private_urls else allow_urls
+    return load(find_model(model), device=device, allow_urls=allowed)
 
 
 def has_quickstart() -> bool:

@@ -91,8 +91,7 @@ def classify(
     from leanclip.prompts import TEMPLATES
 
     _only_one_reads_stdin([*images, labels])
-    allowed = "private" if allow_private_urls else allow_urls
-    clip = load_model(model, device, allow_urls=allowed)
+    clip = load_model(model, device, allow_urls=allow_urls, allow_private_urls=allow_private_urls)
     classifier = clip.classifier(
         _labels(labels), templates or TEMPLATES, calibration=calibration, truncate=truncate
     )
@@ -154,8 +153,7 @@ def similarity(
 ) -> None:
     """Compare images with texts: the cosine of every image with every text."""
     _only_one_reads_stdin([*images, *texts])
-    allowed = "private" if allow_private_urls else allow_urls
-    clip = load_model(model, device, allow_urls=allowed)
+    clip = load_model(model, device, allow_urls=allow_urls, allow_private_urls=allow_private_urls)
     sources, captions = _sources(images), [text for given in texts for text in _texts(given)]
     cosines = clip.similarity(sources, captions, truncate=truncate)  # (M, N)
     names = [_name(source) for source in sources]
