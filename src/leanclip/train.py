@@ -20,7 +20,7 @@ from torch import nn
 
 from leanclip import checkpoint
 from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
-from leanclip.config import Config, DataConfig
+from leanclip.config import DataConfig, load_config
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.determinism import only_deterministic
@@ -35,11 +35,11 @@ from leanclip.model import CLIP
 from leanclip.optim import build_optimizer, learning_rate
 from leanclip.outcome import SKIPPED, Outcome, finish
 from leanclip.plan import Plan
-from leanclip.settings import differences, parse, to_plain
+from leanclip.settings import differences, to_plain
 from leanclip.sharded import whole
 from leanclip.step import StepResult, train_step
 from leanclip.stopping import Signals, Stopped
-from leanclip.strict_yaml import dump_yaml, load_yaml
+from leanclip.strict_yaml import dump_yaml
 from leanclip.towers import prepare_towers
 from leanclip.tracking import MetricsLog, ProgressBar
 from leanclip.watching import (
@@ -405,8 +405,7 @@ def _load(plan: Plan, model: CLIP) -> list[str]:
 
 def _same_run(plan: Plan, batch_size: int) -> None:
     """Refuse to go on in a folder whose run had other settings; `batch_size` is its global one."""
-    path = plan.folder / "config.yaml"
-    old = parse(Config, load_yaml(path.read_text("utf-8"), where=str(path)), where=str(path))
+    old = load_config(plan.folder / "config.yaml")
     split = ("train.batch_size",) if plan.batch_size == batch_size else ()  # among other ranks
     changed = differences(old, plan.config, ignore=FREE_SETTINGS + split)
     if changed:
