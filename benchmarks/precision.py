@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from leanclip.tracking import read_metrics
+from measuring import command_line
 
 BAND = 0.05  # of the loss; in the first tenths, where it is large, 2% of it
 PARTS = 10
@@ -59,8 +60,7 @@ def run(name: str, folder: Path) -> Path:
     ]
     options = [word for one in words for word in ("-o", one)]
     command = ["train", "-c", "configs/quickstart.yaml", "--output-dir", str(place), *options]
-    start = [sys.executable, "-c", "from leanclip.cli import main; main()"]
-    subprocess.run([*start, *command], check=True, stdout=sys.stderr)
+    subprocess.run(command_line(*command), check=True, stdout=sys.stderr)
     return place
 
 

@@ -7,7 +7,7 @@ import random
 import signal
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,39 @@ def test_training(command: Command, workplace: Path, left: Leftovers, kills: int
     ]
 
 
+def kill_often(
+    words: tuple[str, ...],
+    kills: int,
+    made: Callable[[], list[Path]],
+    left: Leftovers,
+    chance: Iterator[float],
+    *,
+    has_workers: bool = False,
+) -> Iterator[list[Path]]:
+    """What a command has made at each kill, which comes when it has made something more.
+
+    Every third is not of all its processes. What was there before stays as it is.
+    """
+    kept: dict[Path, int] = {}
+    for kill in range(kills):
+        process = Forked(*words, folder=left.folder)
+        assert process.kill_after(
+            lambda before=kept: len(made()) > len(before), next(chance), all_of_it=kill % 3 > 0
+        )
+        left.check(goes_on=True, killed_all=has_workers and kill % 3 > 0)
+        for path, changed in kept.items():
+            assert path.stat().st_mtime_ns == changed, "a finished shard was made again"
+        kept = {path: path.stat().st_mtime_ns for path in made()}
+        yield list(kept)
+
+
+def up_to(seconds: float, seed: int) -> Iterator[float]:
+    """Random times."""
+    chance = random.Random(seed)
+    while True:
+        yield chance.uniform(0, seconds)
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
@@ -76,23 +109,14 @@ def test_packing(command: Command, workplace: Path, left: Leftovers, kills: int)
         noise_image(i, (600, 500)).save(workplace / f"large/{i:03d}.jpg")
         (workplace / f"large/{i:03d}.txt").write_text(f"picture number {i}\n")
     words = ("data", "pack", "pairs:large", "killed", "--shard-size", "3", "--workers", "2")
-    packed, chance, killed, half = workplace / "killed", random.Random(3), 0, 0
-    kept: dict[Path, int] = {}
-    for kill in range(kills):
-        process = Forked(*words, folder=workplace)
-        killed += process.kill_after(
-            lambda before=kept: len(list(packed.glob("0*.json"))) > len(before),
-            chance.uniform(0, 0.03),
-            all_of_it=kill % 3 > 0,
-        )
-        left.check(goes_on=True, killed_all=kill % 3 > 0)
+    packed, killed, half = workplace / "killed", 0, 0
+
+    def made() -> list[Path]:  # a record is written after its shard
+        return [path.with_suffix(".tar") for path in packed.glob("0*.json")]
+
+    for _ in kill_often(words, kills, made, left, up_to(0.03, 3), has_workers=True):
+        killed += 1
         half += any(packed.glob("*.part"))
-        for path, changed in kept.items():
-            assert path.stat().st_mtime_ns == changed, "a finished shard was made again"
-        kept = {
-            path.with_suffix(".tar"): path.with_suffix(".tar").stat().st_mtime_ns
-            for path in packed.glob("0*.json")
-        }
     print(f"packing: {killed} kills, {half} in the midst of a shard")
     assert killed == kills
     assert command(*words).returncode == 0
@@ -109,19 +133,9 @@ def test_embedding(workplace: Path, left: Leftovers, kills: int) -> None:
     count = 12 + 10 * kills
     words = ("embed", "data", "--model", "tiny", "--out", "out", "--shard-size", "2")
     words = (*words, "--batch-size", "1", "--num-gpus", "0")
-    out, chance, killed = workplace / "out", random.Random(5), 0
-    kept: dict[Path, int] = {}
-    for kill in range(kills):
-        process = Forked(*words, folder=workplace)
-        killed += process.kill_after(
-            lambda before=kept: len(list(out.glob("0*.npy"))) > len(before),
-            chance.uniform(0, 0.01),
-            all_of_it=kill % 3 > 0,
-        )
-        left.check(goes_on=True)
-        for path, changed in kept.items():
-            assert path.stat().st_mtime_ns == changed, "a finished shard was made again"
-        kept = {path: path.stat().st_mtime_ns for path in out.glob("0*.npy")}
+    out, killed, kept = workplace / "out", 0, []
+    for kept in kill_often(words, kills, lambda: list(out.glob("0*.npy")), left, up_to(0.01, 5)):
+        killed += 1
         for path in kept:
             assert np.load(path).shape[0] == len(
                 json.loads(path.with_suffix(".ids.json").read_text())
