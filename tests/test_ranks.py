@@ -20,6 +20,8 @@ from leanclip import checkpoint
 from leanclip.config import load_config
 from leanclip.data import open_dataset
 from leanclip.data.loader import Position, training_batches
+from leanclip.launch import launch
+from leanclip.stopping import STOPPING
 from leanclip.tracking import read_metrics
 
 OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_share=0.2")
@@ -95,6 +97,13 @@ def test_a_mistake_is_said_once(workplace: Path) -> None:
     )  # fmt: skip
     assert_refused(done, "data.root: no such folder: nowhere")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_signals_are_answered_as_before_when_the_ranks_are_done() -> None:
+    before = [signal.getsignal(number) for number in (*STOPPING, signal.SIGUSR1)]
+    assert launch(["models"], ranks=1) == 0
+    assert [signal.getsignal(number) for number in (*STOPPING, signal.SIGUSR1)] == before
 
 
 def said_by(errors: str) -> list[str]:

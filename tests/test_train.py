@@ -138,8 +138,13 @@ def test_a_run_leaves_its_folder(command: Command, workplace: Path) -> None:
 def test_the_same_command_again_only_evaluates(command: Command, workplace: Path) -> None:
     first = command("train", "-c", "config.yaml")
     before = weights_hash(workplace / "runs/config")
+    checkpoints = workplace / "runs/config/checkpoints"
+    whole = sorted(checkpoints.rglob("*"))
+    (checkpoints / ".latest.part").touch()  # as a run leaves that is killed
+    (checkpoints / ".step-00000009.tmp").mkdir()
     again = command("train", "-c", "config.yaml", "-o", "data.max_bad_share=0.5")
     assert again.returncode == 0, again.stderr
+    assert sorted(checkpoints.rglob("*")) == whole
     assert "going on from" in again.stderr
     assert weights_hash(workplace / "runs/config") == before
     wanted = [line for line in first.stdout.splitlines() if line.startswith("Among")]

@@ -229,11 +229,22 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     return found, skipped
 
 
+def sweep(root: Path) -> None:
+    """Remove what runs that were killed left half-written under `root`.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    for folder in root.glob(".step-*.tmp"):
+        shutil.rmtree(folder)
+    for file in root.glob(".*.part"):
+        file.unlink()
+
+
 def _begin(temporary: Path) -> str:
-    """Make an empty folder to write in, sweeping what killed runs left; what went wrong."""
+    """Make an empty folder to write in, without what killed runs left; what went wrong."""
     try:
-        for stale in temporary.parent.glob(".step-*.tmp"):
-            shutil.rmtree(stale)
+        sweep(temporary.parent)
         temporary.mkdir(parents=True)
     except OSError as error:
         return str(error)

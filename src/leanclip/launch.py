@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import NoReturn
 
+from leanclip.stopping import STOPPING, answering
+
 FOLDER = "LEANCLIP_LAUNCH_FOLDER"  # in the environment of ranks that were started here
 PARENT = "LEANCLIP_LAUNCH_PARENT"  # the process that they end with
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -70,9 +72,8 @@ def launch(words: Sequence[str], *, ranks: int, max_restarts: int = 0) -> int:
             if is_second or not reached:  # nothing to save yet, or no wish to wait
                 agent.kill()
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, hand_on)
-        code = agent.wait()
+        with answering(dict.fromkeys((*STOPPING, signal.SIGUSR1), hand_on)):
+            code = agent.wait()
         said = Path(folder) / "code"
         if said.is_file():
             return int(said.read_text())

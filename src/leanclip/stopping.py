@@ -8,9 +8,13 @@ Before the first step there is nothing to save: SIGTERM and SIGINT end at once.
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+Answer = Callable[[int, FrameType | None], Any] | int  # an int: SIG_IGN or SIG_DFL
 
 
 class Stopped(BaseException):
@@ -26,13 +30,8 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def nothing_to_save() -> Iterator[None]:
-    """Until the loop begins: SIGTERM and SIGINT raise SystemExit, SIGUSR1 is ignored."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    answers = {signal.SIGINT: end, signal.SIGTERM: end, signal.SIGUSR1: signal.SIG_IGN}
+def answering(answers: Mapping[signal.Signals, Answer]) -> Iterator[None]:
+    """Answer signals so, by their numbers; the previous handlers come back at the end."""
     before = {number: signal.signal(number, answer) for number, answer in answers.items()}
     try:
         yield
@@ -41,17 +40,27 @@ def nothing_to_save() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def nothing_to_save() -> Iterator[None]:
+    """Until the loop begins: SIGTERM and SIGINT raise SystemExit, SIGUSR1 is ignored."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    with answering(dict.fromkeys(STOPPING, end) | {signal.SIGUSR1: signal.SIG_IGN}):
+        yield
+
+
 class Signals:
     """What signals have asked of this process; the previous handlers come back at the end."""
 
     def __init__(self) -> None:
         self.stop = 0  # the number of the signal that asked to stop
         self.save = False
-        self._before: dict[int, object] = {}
+        self._answering = answering(dict.fromkeys((*STOPPING, signal.SIGUSR1), self._note))
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._note)
+        self._answering.__enter__()
         return self
 
     def __exit__(
@@ -60,8 +69,7 @@ class Signals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]: what it gave
+        self._answering.__exit__(kind, error, trace)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGUSR1:

@@ -7,9 +7,9 @@ The same command in the same folder goes on from the newest checkpoint.
 """
 
 import logging
-import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -38,7 +38,7 @@ from leanclip.plan import Plan
 from leanclip.settings import differences, to_plain
 from leanclip.sharded import whole
 from leanclip.step import StepResult, train_step
-from leanclip.stopping import Signals, Stopped
+from leanclip.stopping import STOPPING, Signals, Stopped
 from leanclip.strict_yaml import dump_yaml
 from leanclip.towers import prepare_towers
 from leanclip.tracking import MetricsLog, ProgressBar
@@ -52,7 +52,6 @@ from leanclip.watching import (
 )
 from leanclip.weights import load_into, read_weights
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
 log = logging.getLogger("leanclip")
 
 # Settings, or groups, that may differ between two starts of a run: they do not change its weights,
@@ -95,6 +94,8 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
     with held(plan.folder / "lock") as is_ours:
         problem = f"{plan.folder}: another process trains there; choose another --output-dir"
         together(problem="" if is_ours else problem)
+        with suppress(OSError):  # the first checkpoint will say what is wrong there
+            checkpoint.sweep(plan.folder / "checkpoints")
         return _train(plan, must_resume)
 
 
