@@ -61,19 +61,19 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return _upright_rgb(image)
 
 
-def open_small(source: Source, most: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image | None:
-    """As `open_image`; None of one with more than `most` pixels, and of a JPEG.
+def open_small(source: Source, most: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """As `open_image`, (height, width, 3); None of one with more than `most` pixels, and of a JPEG.
 
     Of a JPEG `open_part` may decode less than the whole.
     """
     with _opened(source, max_pixels) as (image, _):
         if image.format in ("JPEG", "MPO") or image.width * image.height > most:
             return None
-        return _upright_rgb(image)
+        return np.array(_upright_rgb(image))
 
 
 def open_part(
-    source: Source,
+    source: Source | np.ndarray,
     choose: Callable[[int, int], tuple[Box, int]],
     *,
     max_pixels: int = MAX_PIXELS,
@@ -84,9 +84,15 @@ def open_part(
     with 1, 2, 4 or 8: by how much a JPEG may be decoded smaller, which then gives that part
     smaller. The box's edges move to multiples of that number, by half of it at most.
 
+    An array is what `open_small` gave.
+
     Raises:
         SampleError: as `open_image`.
     """
+    if isinstance(source, np.ndarray):
+        height, width, _ = source.shape
+        left, top, right, bottom = choose(width, height)[0]
+        return source[top:bottom, left:right]
     with _opened(source, max_pixels) as (image, file):
         if isinstance(file, Image.Image) or not _is_plain_jpeg(image):
             image = _upright_rgb(image)

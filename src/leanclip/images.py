@@ -10,6 +10,7 @@ Shapes: B batch, R resolution.
 
 import io
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def evaluation_pixels(
 
 
 def training_pixels(
-    source: Source,
+    source: Source | np.ndarray,
     resolution: int,
     rng: np.random.Generator,
     *,
@@ -115,8 +116,7 @@ def training_pixels(
 
 def resized(part: np.ndarray, resolution: int) -> np.ndarray:
     """(height, width, 3) uint8 -> (3, R, R) uint8 by torch's antialiased bicubic."""
-    if min(part.strides) < 0:
-        part = part.copy()  # torch has no mirrored views
+    part = np.ascontiguousarray(part)  # torch has no mirrored views, and would copy others slower
     pixels = torch.from_numpy(part).permute(2, 0, 1)[None]  # channels last: the vectorised path
     pixels = torch.nn.functional.interpolate(
         pixels, size=(resolution, resolution), mode="bicubic", antialias=True
@@ -170,9 +170,11 @@ def draw_box(
 
     Where ten draws do not fit, it is the largest centred part within the ratios.
     """
+    least, spread = scale[0], scale[1] - scale[0]
+    narrowest, span = _logarithms(ratio)
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        area = width * height * (least + spread * rng.random())  # as `uniform`, which takes longer
+        aspect = float(np.exp(narrowest + span * rng.random()))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
@@ -182,6 +184,13 @@ def draw_box(
         h = min(height, max(1, round(width / ratio[0])))
         left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+@cache
+def _logarithms(ratio: tuple[float, float]) -> tuple[float, float]:
+    """The lesser ratio's logarithm, and how much more the greater's is."""
+    least, most = np.log(ratio).tolist()
+    return least, most - least
 
 
 def as_jpeg(image: Image.Image, quality: int = 88) -> bytes:

@@ -5,6 +5,8 @@ index -> sample and where its image lies, or the image itself
 
 from dataclasses import replace
 
+import numpy as np
+
 from leanclip.data.samples import Dataset, Sample
 from leanclip.decoding import Source, open_small
 from leanclip.errors import SampleError
@@ -18,10 +20,10 @@ class Kept:
 
     def __init__(self, dataset: Dataset, *, max_pixels: int, room: int = ROOM) -> None:
         self._dataset, self._max_pixels, self._room = dataset, max_pixels, room
-        self._seen: dict[int, tuple[Sample, Source]] = {}
+        self._seen: dict[int, tuple[Sample, Source | np.ndarray]] = {}
 
-    def __getitem__(self, index: int) -> tuple[Sample, Source]:
-        """A sample, and its image: not yet decoded, or upright and in RGB.
+    def __getitem__(self, index: int) -> tuple[Sample, Source | np.ndarray]:
+        """A sample, and its image: not yet decoded, or as `open_small` gives it.
 
         Raises:
             SampleError: the sample cannot be read; of its image, whoever looks at it says so.
@@ -38,6 +40,6 @@ class Kept:
         if image is None:  # nor will most of the others be small
             self._room = 0
             return sample, sample.image
-        self._room -= 4 * image.width * image.height  # as Pillow has them
+        self._room -= image.nbytes
         self._seen[index] = replace(sample, image=b""), image
         return sample, image

@@ -375,7 +375,8 @@ class _Reader:
         self.resolution, self.context_length = resolution, context_length
         self.truncate, self.undecoded = truncate, undecoded
         # Each worker would see, and keep, a part of an epoch that is drawn anew.
-        has_again = seed is not None and undecoded is None and config.workers == 0
+        has_again = seed is not None and config.augment and undecoded is None
+        has_again = has_again and config.workers == 0
         self.kept = Kept(dataset, max_pixels=config.max_pixels, room=ROOM if has_again else 0)
 
     def __getitem__(self, visits: Sequence[Visit]) -> Batch:
@@ -431,7 +432,9 @@ class _Reader:
             bad,
         )
 
-    def _look(self, sample: Sample, image: Source, visit: Visit) -> tuple[str, np.ndarray | None]:
+    def _look(
+        self, sample: Sample, image: Source | np.ndarray, visit: Visit
+    ) -> tuple[str, np.ndarray | None]:
         """A caption and the pixels (3, R, R) of a visit."""
         if sample.error:
             raise sample.error
@@ -444,7 +447,7 @@ class _Reader:
         return self._checked(sample, caption), pixels
 
     def _pixels(
-        self, image: Source, visit: Visit, rng: np.random.Generator | None
+        self, image: Source | np.ndarray, visit: Visit, rng: np.random.Generator | None
     ) -> np.ndarray | None:
         """(3, R, R) of a visit; without `rng` as evaluation sees the image."""
         config = self.config
@@ -453,6 +456,7 @@ class _Reader:
                 raise SampleError(bad.kind, bad.reason)
             return None
         if rng is None or not config.augment:
+            assert not isinstance(image, np.ndarray)  # kept, so that parts are cut from it
             return evaluation_pixels(image, self.resolution, max_pixels=config.max_pixels)
         return training_pixels(
             image,
