@@ -34,7 +34,7 @@ test: $(READY)
 	@$(RUN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(READY)
-	@$(RUN)/python -m pytest -q -m slow
+	@$(RUN)/python -m pytest -q -m slow $(PARALLEL)
 
 BENCHMARKS := train_step roofline encode images pipeline tokenizer loss checkpoint read_weights \
   startup scaling growth pack table embed search app sweep
