@@ -21,7 +21,7 @@ from leanclip.config import load_config
 from leanclip.data import open_dataset
 from leanclip.data.loader import Position, training_batches
 from leanclip.launch import launch
-from leanclip.stopping import STOPPING
+from leanclip.stopping import ASKING
 from leanclip.tracking import read_metrics
 
 OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_share=0.2")
@@ -101,9 +101,9 @@ def test_a_mistake_is_said_once(workplace: Path) -> None:
 
 @pytest.mark.slow
 def test_signals_are_answered_as_before_when_the_ranks_are_done() -> None:
-    before = [signal.getsignal(number) for number in (*STOPPING, signal.SIGUSR1)]
+    before = [signal.getsignal(number) for number in ASKING]
     assert launch(["models"], ranks=1) == 0
-    assert [signal.getsignal(number) for number in (*STOPPING, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in ASKING] == before
 
 
 def said_by(errors: str) -> list[str]:

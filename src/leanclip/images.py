@@ -97,6 +97,8 @@ def training_pixels(
     level of Pillow's crop and resize where it shrinks, two where it enlarges. The part is drawn
     on the upright image's full size, whatever size is decoded.
 
+    `source` may also be upright RGB already, (height, width, 3) uint8.
+
     `scaled_decoding`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest at which
     both sides of the part keep at least 1.5 R pixels; its edges then move by half a decoded
     pixel at most, a third of a final one. Where they do not move, pixels of sharp photographs

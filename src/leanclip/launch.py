@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import NoReturn
 
-from leanclip.stopping import STOPPING, answering
+from leanclip.stopping import ASKING, answering
 
 FOLDER = "LEANCLIP_LAUNCH_FOLDER"  # in the environment of ranks that were started here
 PARENT = "LEANCLIP_LAUNCH_PARENT"  # the process that they end with
@@ -72,7 +72,7 @@ def launch(words: Sequence[str], *, ranks: int, max_restarts: int = 0) -> int:
             if is_second or not reached:  # nothing to save yet, or no wish to wait
                 agent.kill()
 
-        with answering(dict.fromkeys((*STOPPING, signal.SIGUSR1), hand_on)):
+        with answering(dict.fromkeys(ASKING, hand_on)):
             code = agent.wait()
         said = Path(folder) / "code"
         if said.is_file():

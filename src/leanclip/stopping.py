@@ -10,10 +10,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+ASKING = (*STOPPING, signal.SIGUSR1)
 Answer = Callable[[int, FrameType | None], Any] | int  # an int: SIG_IGN or SIG_DFL
 
 
@@ -52,29 +53,25 @@ def nothing_to_save() -> Iterator[None]:
 
 
 class Signals:
-    """What signals have asked of this process; the previous handlers come back at the end."""
+    """What signals have asked of this process."""
 
     def __init__(self) -> None:
         self.stop = 0  # the number of the signal that asked to stop
         self.save = False
-        self._answering = answering(dict.fromkeys((*STOPPING, signal.SIGUSR1), self._note))
 
-    def __enter__(self) -> "Signals":
-        self._answering.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._answering.__exit__(kind, error, trace)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def note(self, number: int, _: FrameType | None) -> None:
+        """Answer a signal; a second SIGINT ends the process here."""
         if number == signal.SIGUSR1:
             self.save = True
         elif number == signal.SIGINT and self.stop == signal.SIGINT:
             os._exit(128 + number)
         else:
             self.stop = number
+
+
+@contextmanager
+def noting_signals() -> Iterator[Signals]:
+    """What signals ask meanwhile."""
+    signals = Signals()
+    with answering(dict.fromkeys(ASKING, signals.note)):
+        yield signals

@@ -38,7 +38,7 @@ from leanclip.plan import Plan
 from leanclip.settings import differences, to_plain
 from leanclip.sharded import whole
 from leanclip.step import StepResult, train_step
-from leanclip.stopping import STOPPING, Signals, Stopped
+from leanclip.stopping import STOPPING, Signals, Stopped, noting_signals
 from leanclip.strict_yaml import dump_yaml
 from leanclip.towers import prepare_towers
 from leanclip.tracking import MetricsLog, ProgressBar
@@ -172,7 +172,7 @@ def _fit(
     write_status(plan, "running", step=done.step)
     bar = ProgressBar("training", plan.steps, completed=done.step, is_silent=rank > 0)
     lines = LogLines(plan, done=done.step, is_silent=rank > 0 or bar.is_shown)
-    with Signals() as signals, bar:
+    with noting_signals() as signals, bar:
         for step in range(done.step, plan.steps):
             if has_stopped_gaining(plan, done.best):
                 log.info("ends at step %d: no gain after the best, %s", step, done.best)

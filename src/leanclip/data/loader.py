@@ -375,8 +375,8 @@ class _Reader:
         self.resolution, self.context_length = resolution, context_length
         self.truncate, self.undecoded = truncate, undecoded
         # Each worker would see, and keep, a part of an epoch that is drawn anew.
-        has_again = seed is not None and config.augment and undecoded is None
-        has_again = has_again and config.workers == 0
+        is_cut = seed is not None and config.augment and undecoded is None
+        has_again = is_cut and config.workers == 0
         self.kept = Kept(dataset, max_pixels=config.max_pixels, room=ROOM if has_again else 0)
 
     def __getitem__(self, visits: Sequence[Visit]) -> Batch:
