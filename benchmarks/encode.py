@@ -96,7 +96,7 @@ def pixels_part(
 
         def ours(pixels: torch.Tensor = pixels) -> torch.Tensor:
             with torch.inference_mode():
-                return unit(clip.model.encode_image(pixels))
+                return unit(clip.encode_image(pixels))
 
         difference = agree(ours(), theirs.pixels(pixels), BOUND, f"{size} images")
         with FlopCounterMode(display=False) as counter:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import TINY, make_pairs, noise_image
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanclip import CLIP, ConfigError, Preprocess, build_classifier, recall_at_k
 from leanclip.config import Config
 from leanclip.data import Dataset
 from leanclip.errors import DataError
 from leanclip.evaluate import evaluate, open_tasks, retrieval_metrics
-from leanclip.evaluate.features import encode_texts
+from leanclip.evaluate.features import encode_images, encode_texts, images_at_once
 from leanclip.images import open_image
 from leanclip.plots import image_grid, similarity_matrix
 from leanclip.settings import parse
@@ -85,6 +86,55 @@ def test_distinct_texts_are_encoded_once() -> None:
     torch.testing.assert_close(
         features, encode_texts(model, ["a", "b", "a", "a", "b"], batch_size=1)
     )
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is computed."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.found = max(self.found, result.numel() * result.element_size())
+        return result
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        {"image_resolution": 224, "vision_patch_size": 16, "vision_width": 768, "vision_heads": 12},
+        {"image_resolution": 224, "vision_patch_size": 32, "vision_width": 768, "vision_heads": 12},
+        {"vision_layers": [1, 1, 1, 1], "vision_width": 64, "vision_patch_size": None}
+        | {"image_resolution": 224, "vision_heads": None},
+        {},
+    ],
+)
+def test_as_many_images_at_once_as_malloc_keeps_memory_for(arch: dict) -> None:
+    model = CLIP(**TINY | arch).eval()
+    most, side = images_at_once(model), model.config.image_resolution
+    pixels = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    with Largest() as largest:
+        encode_images(model, pixels, Preprocess(side))
+    one = largest.found / 2
+    assert most * one < 1.02 * 2**25  # the class token, which is not counted, is of over 32 tokens
+    assert most == 32 or (most + 1) * one > 2**25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_are_encoded_in_parts(dtype: torch.dtype) -> None:
+    model, preprocess = CLIP(**TINY).eval().to(dtype), Preprocess(32)
+    seen = []
+    model.visual.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    pixels = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8)
+    features = encode_images(model, pixels, preprocess)
+    assert seen == [32, 32, 6]
+    assert features.dtype == torch.float32
+    ones = torch.cat([encode_images(model, one[None], preprocess) for one in pixels])
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(features, ones, atol=bound, rtol=0)
+    assert encode_images(model, pixels[:0], preprocess).shape == (0, 16)
 
 
 def settings(root: Path, layout: str = "pairs", **evaluation: dict) -> Config:

@@ -29,9 +29,10 @@ from leanclip.data.samples import fill
 from leanclip.data.skipped import Bad
 from leanclip.distributed import barrier, everyones, rank_and_world_size
 from leanclip.errors import ConfigError
+from leanclip.evaluate.features import encode_images
 from leanclip.files import write_text
 from leanclip.finetune import group_of
-from leanclip.images import Preprocess, normalize
+from leanclip.images import Preprocess
 from leanclip.model import CLIP
 from leanclip.settings import to_plain
 from leanclip.step import AUTOCAST
@@ -174,11 +175,8 @@ def _encode_images(
     batch = next(batches)
     rows = torch.zeros(len(block), config.model.embed_dim)
     if len(batch):
-        pixels = batch.images.to(model.logit_scale.device)
-        pixels = normalize(pixels, preprocess.mean, preprocess.std)
         with _as_in_training(model, config):
-            features = model.encode_image(pixels)
-        rows[batch.indices - block.start] = F.normalize(features.float(), dim=-1).cpu()
+            rows[batch.indices - block.start] = encode_images(model, batch.images, preprocess)
     lost = sorted(set(block) - set(batch.indices.tolist()))
     bad = dict(zip(lost, batch.bad, strict=True))
     return _Computed(rows.numpy(), np.empty(0, np.uint64), bad)

@@ -17,7 +17,6 @@ from typing import Literal, cast, overload
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from leanclip.classifier import (
     Classifier,
@@ -32,9 +31,9 @@ from leanclip.data.samples import check_templates
 from leanclip.distributed import choose_device
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.evaluate import Calibration, build_classifier
-from leanclip.evaluate.features import encode_texts
+from leanclip.evaluate.features import encode_images, encode_texts, images_at_once
 from leanclip.exported import is_exported, read_exported
-from leanclip.images import Preprocess, normalize
+from leanclip.images import Preprocess
 from leanclip.inputs import AllowUrls, ImageInput, ImageInputs, gather, pixel_batches
 from leanclip.model import CLIP
 from leanclip.prompts import TEMPLATES
@@ -89,7 +88,10 @@ class Clip:
     @torch.no_grad()
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (B, 3, R, R) -> raw image features (B, E), not of unit length."""
-        return self.model.encode_image(pixels.to(self.device, self.dtype))
+        parts = pixels.split(images_at_once(self.model))
+        return torch.cat(
+            [self.model.encode_image(part.to(self.device, self.dtype)) for part in parts]
+        )
 
     @torch.no_grad()
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -323,11 +325,9 @@ class Clip:
         ):
             yield self.embed_pixels(pixels)
 
-    @torch.no_grad()
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Unit features of pixels (B, 3, R, R) uint8: (B, E) float32 on the CPU."""
-        pixels = normalize(pixels.to(self.device), self.preprocess.mean, self.preprocess.std)
-        return F.normalize(self.encode_image(pixels).float(), dim=-1).cpu()
+        return encode_images(self.model, pixels, self.preprocess)
 
     def _image_features(
         self, images: ImageInputs, batch_size: int = 64, workers: int | None = None

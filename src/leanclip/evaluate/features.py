@@ -11,6 +11,7 @@ Shapes: N images, M texts, E embedding, B batch, L tokens.
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from leanclip.config import DataConfig
 from leanclip.data import Dataset
-from leanclip.data.loader import Batch, evaluation_batches
+from leanclip.data.loader import evaluation_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed import everyones, gather_rows, rank_and_world_size
 from leanclip.errors import DataError
@@ -33,6 +34,8 @@ from leanclip.tracking import ProgressBar
 log = logging.getLogger("leanclip")
 
 _TEXTS = 4096  # that are tokenised at a time
+_IMAGES = 32  # more at a time make a CPU no faster, however small the model
+_KEPT = 32 << 20  # bytes, the most of a tensor that malloc keeps for the next
 _NAMED: WeakKeyDictionary[Dataset, set[str]] = WeakKeyDictionary()  # ids that a warning named
 
 
@@ -134,7 +137,7 @@ def encode_each(
                 break
             if len(batch):
                 for parts, (model, preprocess) in zip(features, models, strict=True):
-                    parts.append(encode_images(model, batch, preprocess))
+                    parts.append(encode_images(model, batch.images, preprocess))
                 facts.append(torch.stack([batch.indices, batch.labels, batch.digests], dim=1))
                 captions += [] if dataset.classes else batch.captions
             done += len(batch) + len(batch.bad)
@@ -172,12 +175,33 @@ def _report_bad(dataset: Dataset, data: DataConfig, bad: Sequence[Bad]) -> dict[
     return {one.id: one.reason for one in every}
 
 
-@torch.inference_mode()
-def encode_images(model: CLIP, batch: Batch, preprocess: Preprocess) -> torch.Tensor:
-    """Unit features of one batch's images, (B, E) float32 on the CPU."""
-    device = model.logit_scale.device
-    pixels = normalize(batch.images.to(device), preprocess.mean, preprocess.std)
-    return F.normalize(model.encode_image(pixels).float(), dim=-1).cpu()
+@torch.no_grad()
+def encode_images(model: CLIP, pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
+    """Unit features of pixels (B, 3, R, R) uint8: (B, E) float32 on the CPU."""
+    device, dtype = model.logit_scale.device, next(model.parameters()).dtype
+    features = [torch.empty(0, model.config.embed_dim)]
+    for part in pixels.split(images_at_once(model)):
+        part = normalize(part.to(device), preprocess.mean, preprocess.std).to(dtype)
+        features.append(F.normalize(model.encode_image(part).float(), dim=-1).cpu())
+    return torch.cat(features)
+
+
+def images_at_once(model: CLIP) -> int:
+    """Of how many images a forward pass is fastest: on a CPU so few that its tensors are kept.
+
+    glibc's malloc gives tensors of over 32 MiB back to the system, and every page of the next
+    one is cleared and mapped anew. What is by far the largest: a ViT's hidden values, and what
+    leaves a block of a ResNet's first stage.
+    """
+    if model.logit_scale.device.type != "cpu":
+        return sys.maxsize
+    config = model.config
+    width, side = config.vision_width, config.image_resolution
+    if config.vision_patch_size is None:
+        values = (side // 4) ** 2 * 4 * width
+    else:
+        values = (side // config.vision_patch_size) ** 2 * int(width * config.vision_mlp_ratio)
+    return max(1, min(_IMAGES, _KEPT // (4 * values)))
 
 
 @torch.inference_mode()
