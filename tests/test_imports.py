@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import PROJECT
+import pytest
+from conftest import PROJECT, make_model
 
 SOURCE = PROJECT / "src" / "leanclip"
 # DESIGN.md, section 2: a module may import what stands in its own line or above it.
@@ -103,6 +104,19 @@ def test_import_leanclip_loads_nothing_heavy() -> None:
 def test_help_does_not_load_torch() -> None:
     code = "import leanclip.cli\ntry: leanclip.cli.main(['train', '--help'])\nexcept SystemExit: 0"
     assert loaded_by(code).isdisjoint({"torch", "numpy", "PIL", "ftfy", "matplotlib"})
+
+
+@pytest.mark.parametrize("resnet", [False, True])
+def test_loading_a_model_does_not_load_pytorchs_compiler(resnet: bool, tmp_path: Path) -> None:
+    stages = {"vision_layers": [1, 1, 1, 1], "vision_patch_size": None, "vision_heads": None}
+    folder = make_model(tmp_path / "model", **(stages if resnet else {}))
+    loaded = loaded_by(
+        "import leanclip, PIL.Image\n"
+        f"clip = leanclip.load({str(folder)!r})\n"
+        "clip.classify(PIL.Image.new('RGB', (40, 40)), ['a dog', 'a cat'])"
+    )
+    assert "torch" in loaded
+    assert loaded.isdisjoint({"torch._dynamo", "torch._inductor", "sympy", "transformers"})
 
 
 def test_every_public_name_can_be_had() -> None:

@@ -17,6 +17,7 @@ from leanclip.config import ModelConfig, load_config
 from leanclip.data.loader import TEXT_LENGTHS, trim
 from leanclip.model import MAX_LOGIT_SCALE
 from leanclip.model.transformer import Block, Transformer
+from leanclip.model.undrawn import Undrawn, shapes_alone
 from leanclip.model.vit import VisionTransformer
 from leanclip.settings import parse, to_plain
 from leanclip.tokenizer import tokenize
@@ -234,3 +235,26 @@ def test_config_survives_its_plain_form() -> None:
     config = CLIP(**TINY).config
     assert parse(ModelConfig, to_plain(config), where="x") == config
     assert all(a < b for a, b in pairwise(TEXT_LENGTHS))
+
+
+RESNET = {"vision_layers": [1, 2, 1, 1], "vision_patch_size": None, "vision_heads": None}
+
+
+@pytest.mark.parametrize("change", [{}, RESNET])
+def test_nothing_is_drawn_where_values_will_be_replaced(change: dict) -> None:
+    drawn = CLIP(**TINY | change)
+    before = torch.get_rng_state()
+    with Undrawn():
+        undrawn = CLIP(**TINY | change)
+    with shapes_alone():
+        shapes = CLIP(**TINY | change)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, value in drawn.state_dict().items():
+        zeros, shape = undrawn.state_dict()[name], shapes.state_dict()[name]
+        is_constant = bool((value == value.reshape(-1)[0]).all())  # of a normalisation, a bias
+        assert torch.equal(zeros, value if is_constant else torch.zeros_like(value)), name
+        assert shape.is_meta
+        assert (shape.shape, shape.dtype) == (value.shape, value.dtype)
+    own = dict(undrawn.named_parameters())
+    assert all(own[name].requires_grad for name, _ in drawn.named_parameters())
+    assert torch.equal(CLIP(**TINY | change).ln_final.weight, torch.ones(32))

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from leanclip.distributed import gather_rows, rank_and_world_size, together
 from leanclip.errors import WeightsError
-from leanclip.files import digest, sync, write_text
+from leanclip.files import digest, digests, sync, write_text
 from leanclip.finetune import Tuning
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
@@ -259,11 +259,15 @@ def _problems(folder: Path) -> Iterator[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         yield f"{folder}: has no manifest"
         return
+    whole = {}
     for name, (size, sha256) in expected.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+        if path.is_file() and path.stat().st_size == size:
+            whole[path] = sha256
+        else:
             yield f"{path}: is missing or cut short"
-        elif digest(path) != sha256:
+    for (path, sha256), found in zip(whole.items(), digests(whole), strict=True):
+        if found != sha256:
             yield f"{path}: differs from its checksum"
 
 

@@ -65,7 +65,7 @@ TaskName = Annotated[
         "what the data allows.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images of a forward pass.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="The most images of a forward pass.")]
 Decoders = Annotated[
     int | None,
     typer.Option("--workers", min=0, help="Threads that decode; default: one per CPU core."),

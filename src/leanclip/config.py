@@ -457,7 +457,7 @@ class EvaluateConfig(Section):
     every_epochs: Positive | None = Field(
         default=None, description="epochs between two; null: at the end"
     )
-    batch_size: Positive = Field(default=256, description="images or texts per forward pass")
+    batch_size: Positive = Field(default=256, description="most images or texts per forward pass")
     pictures: bool = Field(default=True, description="draw what was measured, and the curves")
     zero_shot: EvaluationData | None = Field(
         default=None, description="class data; null: not measured"

@@ -112,7 +112,7 @@ def embed(
         source: the images.
         out: a folder, new or of an earlier start of the same.
         shard_size: images of a shard.
-        batch_size: images of a forward pass.
+        batch_size: the most images of a forward pass.
         workers: threads that decode; None: one per CPU core, eight at most.
         format: "npy" or "parquet" (the extra `table`).
         dtype: of what is stored: "float32" or "float16".

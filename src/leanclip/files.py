@@ -7,7 +7,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def digest(path: Path, length: int = 64) -> str:
     """A file's SHA-256, or its MD5 for a `length` of 32 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5" if length == 32 else "sha256").hexdigest()
+
+
+def digests(paths: Iterable[Path]) -> Iterator[str]:
+    """The SHA-256 of several files, which are read side by side, in their order."""
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(digest, paths)
 
 
 def last_use(seconds: float) -> float:

@@ -11,6 +11,7 @@ Shapes: N images, M texts, C labels, B batch, R resolution, L tokens, E embeddin
 """
 
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, overload
@@ -36,6 +37,7 @@ from leanclip.exported import is_exported, read_exported
 from leanclip.images import Preprocess
 from leanclip.inputs import AllowUrls, ImageInput, ImageInputs, gather, pixel_batches
 from leanclip.model import CLIP
+from leanclip.model.undrawn import Undrawn
 from leanclip.prompts import TEMPLATES
 from leanclip.settings import to_plain
 from leanclip.tokenizer import tokenize
@@ -130,7 +132,7 @@ class Clip:
 
         Args:
             images: see the class.
-            batch_size: images that the model sees at once.
+            batch_size: the most images that the model sees at once.
             workers: threads that decode; None: one per CPU core, eight at most; 0: none.
             as_torch: give a tensor on the CPU in place of an array.
 
@@ -394,7 +396,10 @@ def load(
             f"or arch='ViT-B-32-quickgelu' (OpenAI's)"
         )
     check_shapes(weights, weights.model)
-    model = CLIP(**to_plain(weights.model)).to(_device(device))
+    # Where all values come from the file; of an architecture that was said some may be the model's.
+    with Undrawn() if arch is None and not partial else nullcontext():
+        model = CLIP(**to_plain(weights.model))
+    model = model.to(_device(device))
     load_into(model, weights, partial=partial)
     if not 0 < weights.preprocess.resolution <= MOST_RESOLUTION:
         raise WeightsError(

@@ -14,6 +14,7 @@ from leanclip import inference, tokenizer
 from leanclip.errors import ConfigError
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
+from leanclip.model.undrawn import shapes_alone
 from leanclip.settings import to_plain
 
 __all__ = ["available_models", "load", "tokenize"]
@@ -74,7 +75,7 @@ def load(
     if jit:
         raise ConfigError("jit=True: there is no TorchScript here; leave it out")
     clip = inference.load(name, device=device)
-    with torch.device("meta"):
+    with shapes_alone():
         model = Model(**to_plain(clip.model.config))
     model.load_state_dict(clip.model.state_dict(), assign=True)
     return model.eval(), clip.preprocess

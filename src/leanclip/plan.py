@@ -19,6 +19,7 @@ from leanclip.frozen import frozen_towers
 from leanclip.images import Preprocess
 from leanclip.loss import KEPT, TILE, Kind
 from leanclip.model import CLIP
+from leanclip.model.undrawn import shapes_alone
 from leanclip.optim import scaled_learning_rate
 from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
@@ -153,7 +154,7 @@ def model_preprocess(config: Config) -> Preprocess:
 def headline(plan: Plan) -> str:
     """The run in a few lines, for the start of training."""
     config, optimizer = plan.config, plan.config.optimizer
-    with torch.device("meta"):
+    with shapes_alone():
         parameters = CLIP(**to_plain(config.model)).parameter_count()
     rate = f"peak learning rate {plan.peak_rate:.3g}"
     if optimizer.reference_batch is None:
@@ -223,7 +224,7 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
         ConfigError: the settings of `finetune` do not fit the model.
     """
     settings = plan.config.train
-    with torch.device("meta"):
+    with shapes_alone():
         model = CLIP(**to_plain(plan.config.model))
         tuning = Tuning(model, plan.config.finetune)
     if settings.checkpoint_activations:

@@ -10,6 +10,7 @@ from torch import nn
 
 from leanclip.distributed import rank_and_world_size
 from leanclip.model import CLIP
+from leanclip.model.undrawn import shapes_alone
 from leanclip.norms import SCALARS, is_shard
 from leanclip.settings import to_plain
 
@@ -46,7 +47,7 @@ def whole(model: CLIP) -> CLIP:
         name: tensor.full_tensor() if is_shard(tensor) else tensor.clone()
         for name, tensor in model.state_dict().items()
     }
-    with torch.device("meta"):
+    with shapes_alone():
         copy = CLIP(**to_plain(model.config))
     copy.load_state_dict(tensors, assign=True)
     return copy

@@ -88,7 +88,7 @@ def encode_dataset(
         dataset: what `data` describes.
         data: workers and limits.
         preprocess: of the model.
-        batch_size: images of a forward pass.
+        batch_size: the most images of a forward pass; a CPU takes them in smaller parts.
         limit: only so many samples, from the start.
         label: of the progress bar.
 

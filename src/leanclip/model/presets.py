@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError
 from leanclip.model.clip import CLIP
+from leanclip.model.undrawn import shapes_alone
 from leanclip.settings import parse, to_plain
 
 
@@ -122,7 +123,7 @@ def summaries() -> Iterator[dict[str, Any]]:
 
 def _cost(config: ModelConfig, length: int | None = None) -> tuple[int, float]:
     """The number of parameters, and the GFLOPs of a forward pass."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = CLIP(**to_plain(config)).eval()
         pixels = torch.empty(1, 3, config.image_resolution, config.image_resolution)
         tokens = torch.empty(1, length or config.context_length, dtype=torch.int64)

@@ -107,7 +107,8 @@ class AttentionPool2d(nn.Module):
     def __init__(self, side: int, width: int, heads: int, output_dim: int) -> None:
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, width) / width**0.5)
+        positions = torch.empty(side**2 + 1, width).normal_(std=width**-0.5)
+        self.positional_embedding = nn.Parameter(positions)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)

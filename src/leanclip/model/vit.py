@@ -55,14 +55,15 @@ class VisionTransformer(nn.Module):
         self.patch_dropout = 0.0
         patches = (input_resolution // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=patch_bias)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
+        std = width**-0.5
+        self.class_embedding = nn.Parameter(torch.empty(width).normal_(std=std))
+        self.positional_embedding = nn.Parameter(torch.empty(patches + 1, width).normal_(std=std))
         self.ln_pre = nn.LayerNorm(width) if pre_norm else nn.Identity()
         self.transformer = Transformer(
             width, layers, heads, activation=activation, is_causal=False, mlp_ratio=mlp_ratio
         )
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
+        self.proj = nn.Parameter(torch.empty(width, output_dim).normal_(std=std))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (B, 3, R, R) -> features (B, E), not normalised."""

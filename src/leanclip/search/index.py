@@ -158,7 +158,7 @@ class Index:
 
         Args:
             sources: what the index shall be of from now on; None: as before.
-            batch_size: images of a forward pass.
+            batch_size: the most images of a forward pass.
             workers: threads that read and decode; None: one per CPU core, eight at most.
             max_bad_share: the share of images that may be unreadable; they are left out.
 

@@ -20,6 +20,7 @@ from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
+from leanclip.model.undrawn import shapes_alone
 from leanclip.settings import parse, to_plain
 
 log = logging.getLogger("leanclip")
@@ -160,7 +161,7 @@ def check_shapes(weights: Weights, model: ModelConfig) -> None:
             parameters that building it might fill the memory.
     """
     try:
-        with torch.device("meta"):
+        with shapes_alone():
             expected = CLIP(**to_plain(model)).state_dict()
     except (RuntimeError, OverflowError):  # a tensor of more bytes than there are numbers for
         raise WeightsError(f"{weights.source}: its architecture has sizes beyond reason") from None
