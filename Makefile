@@ -1,7 +1,7 @@
 # make quickstart   set up, draw the built-in data, train a small CLIP, evaluate it
 # make test         set up, run the tests
 # make lint         style and types
-# make test-slow    the longer tests
+# make test-slow    the longer tests; CHOICE="--ignore FILE" leaves some out
 # make bench        measure everything, on a machine without other work: an hour or two on two cores
 #                   (an estimate: it was not yet run whole)
 # make bench-tiny   every benchmark with sizes of a moment, to see that it works
@@ -34,7 +34,7 @@ test: $(READY)
 	@$(RUN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(READY)
-	@$(RUN)/python -m pytest -q -m slow $(PARALLEL)
+	@$(RUN)/python -m pytest -q -m slow $(PARALLEL) $(CHOICE)
 
 BENCHMARKS := train_step roofline encode images pipeline tokenizer loss checkpoint read_weights \
   startup scaling growth pack table embed search app sweep

@@ -45,6 +45,7 @@ def test_three_ranks_give_the_figures_of_one(command: Command, workplace: Path) 
             assert reports[0][part] == reports[1][part], part
 
 
+@pytest.mark.slow
 def test_ranks_are_started_by_an_option(command: Command, workplace: Path) -> None:
     make_model(workplace / "m")
     options = ("eval", "--model", "m", "--data", "pairs:data")

@@ -126,6 +126,7 @@ def test_a_run_in_fp16_goes_on_with_its_scale(command: Command) -> None:
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
+@pytest.mark.slow
 def test_the_loss_of_bf16_stays_within_a_band(command: Command) -> None:
     """Of a tiny model that learns twelve pairs; benchmarks/precision.py has the quickstart's."""
     curves = {}

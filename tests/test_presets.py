@@ -122,6 +122,7 @@ def test_gflops_are_a_little_under_the_published(name: str, published: float) ->
     assert 0.92 * published < forward_gflops(config_of(name)) < published
 
 
+@pytest.mark.slow
 def test_models_prints_a_json_line_each_when_piped(command) -> None:
     done = command("models")
     assert done.returncode == 0

@@ -142,6 +142,7 @@ def test_another_number_of_ranks_goes_on_with_the_next_sample(
     assert ended["samples"] == 20 * 12 - stopped["sample"] % (2 * after)
 
 
+@pytest.mark.slow
 def test_the_same_global_batch_goes_on_with_fewer_ranks(workplace: Path) -> None:
     def start(world_size: int, batch_size: int, run: str, *more: str) -> list[Forked]:
         options = (*OPTIONS, *LONG, "-o", f"train.batch_size={batch_size}", "--output-dir", run)

@@ -121,7 +121,7 @@ def reference(kind: Kind, scale: float) -> tuple[float, dict[str, torch.Tensor]]
     return loss.item(), gradients
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_do_not_depend_on_how_the_batch_is_split(world_size: int, tmp_path: Path) -> None:
     of_ranks = ranks_of(world_size, lambda rank: results_of(rank, world_size), tmp_path)
     for number, (kind, is_tiled, micro_batches, scale) in enumerate(CASES):

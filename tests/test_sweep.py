@@ -95,7 +95,7 @@ def test_images_are_decoded_once_for_all_models(command: Command, workplace: Pat
     assert [counted.asked[i] for i in (8, 9, 10)] == [1, 1, 1]  # those before are shown, too
 
 
-@pytest.mark.parametrize("mean", [0.5, 0.3])
+@pytest.mark.parametrize("mean", [0.5, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_a_sweep_measures_what_eval_does(mean: float, command: Command, workplace: Path) -> None:
     make_model(workplace / "a", 1)
     make_model(workplace / "b", 2, mean=mean)

@@ -102,6 +102,7 @@ def test_a_signal_before_the_first_step_ends(workplace: Path, number: int, code:
     assert "Traceback" not in process.said()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(workplace: Path) -> None:
     options = (*OPTIONS, "-o", "train.batch_size=2")
     assert [r.code() for r in fork_ranks(2, *options, "--output-dir", "w", folder=workplace)] == [
