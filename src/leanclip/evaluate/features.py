@@ -11,7 +11,6 @@ Shapes: N images, M texts, E embedding, B batch, L tokens.
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -34,6 +33,7 @@ from leanclip.tracking import ProgressBar
 log = logging.getLogger("leanclip")
 
 _TEXTS = 4096  # that are tokenised at a time
+_ALL = 1 << 30  # images, of a batch on a GPU
 _IMAGES = 32  # more at a time make a CPU no faster, however small the model
 _KEPT = 32 << 20  # bytes, the most of a tensor that malloc keeps for the next
 _NAMED: WeakKeyDictionary[Dataset, set[str]] = WeakKeyDictionary()  # ids that a warning named
@@ -194,7 +194,7 @@ def images_at_once(model: CLIP) -> int:
     leaves a block of a ResNet's first stage.
     """
     if model.logit_scale.device.type != "cpu":
-        return sys.maxsize
+        return _ALL
     config = model.config
     width, side = config.vision_width, config.image_resolution
     if config.vision_patch_size is None:
