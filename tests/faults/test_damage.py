@@ -120,7 +120,7 @@ def test_a_second_start_in_the_same_folder_is_refused(
             (*OPTIONS, "-o", "train.epochs=100000", "-o", "data.workers=1", "--output-dir", "out"),
             "checkpoints/step-*",
         ),
-        "pack": (("data", "pack", "pairs:data", "out", "--workers", "1"), "*.part"),
+        "pack": (("data", "pack", "pairs:data", "out", "--workers", "1"), "*.tar.part"),
         "embed": (
             ("embed", "data", "--model", "tiny", "--out", "out", "--shard-size", "1"),
             "*.npy",

@@ -106,7 +106,7 @@ def test_a_killed_packer_is_said_and_packing_goes_on(
         noise_image(i, (900, 700)).save(workplace / f"data/{i:03d}.png", compress_level=1)
     words = ("data", "pack", "pairs:data", "packed", "--shard-size", "2", "--workers", "2")
     process = Forked(*words, folder=workplace)
-    process.until(lambda: list(workplace.glob("packed/*.part")))
+    process.until(lambda: list(workplace.glob("packed/*.tar.part")))
     os.kill(children(process.pid)[0], signal.SIGKILL)
     assert process.code() == 2
     assert "the process that was reading it died" in process.said().splitlines()[-1]
