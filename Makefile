@@ -1,7 +1,7 @@
 # make quickstart   set up, draw the built-in data, train a small CLIP, evaluate it
 # make test         set up, run the tests
 # make lint         style and types
-# make test-slow    the longer tests; CHOICE="FILE ..." some of them
+# make test-slow    the longer tests; CHOICE="..." says which, in words of pytest
 # make bench        measure everything, on a machine without other work: an hour or two on two cores
 #                   (an estimate: it was not yet run whole)
 # make bench-tiny   every benchmark with sizes of a moment, to see that it works
