@@ -10,8 +10,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import (
@@ -26,6 +28,7 @@ from conftest import (
 )
 from leftovers import Leftovers
 from test_food101 import make_archive
+from torch.utils.data._utils import worker
 from web import serving
 
 from leanclip import checkpoint
@@ -117,18 +120,19 @@ def test_too_little_shared_memory_is_said(workplace: Path) -> None:
     assert_said(process, "not enough shared memory")
 
 
+def open_no_more_than(more: int) -> None:
+    """Let this process open so many files beside those that it has open."""
+    used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    free = [number for number in range(1000) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], free[more]))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("workers")
 def test_too_few_open_files_are_said(workplace: Path, left: Leftovers) -> None:
     chance, codes = random.Random(17), []
     for attempt in range(tries(5)):
-        more = chance.randrange(2, 30)  # what fails first differs
-
-        def limit(more: int = more) -> None:
-            used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
-            free = [number for number in range(1000) if number not in used]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], free[more]))
-
+        limit = partial(open_no_more_than, chance.randrange(2, 30))  # what fails first differs
         run = f"run-{attempt}"
         process = Forked(*TRAIN, "--output-dir", run, folder=workplace, before=limit)
         codes.append(process.code())
@@ -138,6 +142,22 @@ def test_too_few_open_files_are_said(workplace: Path, left: Leftovers) -> None:
         left.check()
     print(f"open files: {len(codes)} tries, {codes.count(2)} were too few")
     assert 2 in codes
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_worker_that_is_ended_before_it_has_begun_is_not_waited_for(workplace: Path) -> None:
+    work = worker._worker_loop
+
+    def work_late(*arguments: Any) -> None:
+        time.sleep(2)  # meanwhile there are no files for the second worker, and all is over
+        work(*arguments)
+
+    def hurt() -> None:
+        worker._worker_loop = work_late
+        open_no_more_than(11)
+
+    process = Forked(*TRAIN, "--output-dir", "run", folder=workplace, before=hurt)
+    assert_said(process, "too few files may be open")
 
 
 # --- room

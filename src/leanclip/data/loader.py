@@ -213,25 +213,14 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
     if workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = min(8, max(1, len(os.sched_getaffinity(0)) // processes))
-    reader.reading = torch.full((max(workers, 1), 2), -1).share_memory_()
-    sockets = _folder_of_sockets() if workers else ""
-    loader = DataLoader(
-        reader,  # pyright: ignore[reportArgumentType]: a reader of lists of visits
-        batch_size=None,  # a list of visits is a batch already
-        sampler=visits,  # pyright: ignore[reportArgumentType]: an iterator will do
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        multiprocessing_context="fork" if workers else None,  # a worker looks at its parent
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=partial(_begin_worker, sockets, os.getpid()),
-        generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
-    )
     try:
-        batches = iter(loader)
-    except BaseException:
-        shutil.rmtree(sockets, ignore_errors=True)
-        raise
+        reader.reading = torch.full((max(workers, 1), 2), -1).share_memory_()
+        sockets = _folder_of_sockets() if workers else ""
+        batches = _begin(reader, visits, workers, sockets)
+    except (RuntimeError, OSError) as error:
+        if not _is_shortage(error):
+            raise
+        raise _shortage(()) from None
     # When the workers have ended, who remove their own; at exit that is of a negative priority.
     tidy_up = Finalize(batches, shutil.rmtree, (sockets, True), exitpriority=-1)
     if workers:  # PyTorch raises a worker's death wherever the program is just then
@@ -250,6 +239,35 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
                     path.unlink(missing_ok=True)
             raise _death(error, reader, dead) from error
         yield batch
+
+
+def _begin(
+    reader: "_Reader", visits: Iterator[list[Visit]], workers: int, sockets: str
+) -> Iterator[Batch]:
+    """PyTorch's loader, with its workers."""
+    loader = DataLoader(
+        reader,  # pyright: ignore[reportArgumentType]: a reader of lists of visits
+        batch_size=None,  # a list of visits is a batch already
+        sampler=visits,  # pyright: ignore[reportArgumentType]: an iterator will do
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None,  # a worker looks at its parent
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=partial(_begin_worker, sockets, os.getpid()),
+        generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
+    )
+    # A worker that is ended before it answers SIGTERM itself would answer it as this process does,
+    # which takes note of it and goes on, and be waited for without end: they are born with it held.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        return iter(loader)
+    except BaseException:
+        if workers:
+            Path(sockets).rmdir()  # no batch was asked for; and rmtree must open a file
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _folder_of_sockets() -> str:
@@ -329,6 +347,12 @@ def _death(error: Exception, reader: "_Reader", dead: Mapping[int, int]) -> Exce
     )
 
 
+def _is_shortage(error: Exception) -> bool:
+    """As `is_shortage`, and by the words that PyTorch says it in."""
+    words = ("allocate memory", "Too many open files")
+    return is_shortage(error) or any(word in str(error) for word in words)
+
+
 def _shortage(names: Sequence[str]) -> DataError:
     return DataError(
         f"{', '.join(names) or 'data'}: there is not enough memory to read it, or too few files "
@@ -383,7 +407,7 @@ class _Reader:
         try:
             return self._read(visits)
         except (MemoryError, OSError, RuntimeError) as error:
-            if not is_shortage(error) and "allocate memory" not in str(error):  # PyTorch's words
+            if not _is_shortage(error):
                 raise
             if get_worker_info():
                 os._exit(SHORTAGE)
