@@ -24,6 +24,7 @@ from leanclip.stopping import ASKING, answering
 
 FOLDER = "LEANCLIP_LAUNCH_FOLDER"  # in the environment of ranks that were started here
 PARENT = "LEANCLIP_LAUNCH_PARENT"  # the process that they end with
+_LEFT_ALONE = 73  # exit code of a rank that knows no more than that another is gone
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RANK = "from leanclip.cli import main; main()"
 
@@ -123,8 +124,14 @@ def code_without_another() -> int:
         if _is_over():
             return 0
         time.sleep(0.1)
-    print(f"rank {rank()}: another rank is gone", file=sys.stderr)
+    if FOLDER in os.environ:
+        return _LEFT_ALONE
+    print(_left_alone(rank()), file=sys.stderr)
     return 1
+
+
+def _left_alone(rank: int) -> str:
+    return f"rank {rank}: another rank is gone"
 
 
 def _is_over() -> bool:
@@ -171,9 +178,12 @@ def _agent(arguments: list[str]) -> int:
     try:
         run.main(arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # by a signal: it could not say it itself
-            print(f"rank {rank} ended by signal {-failure.exitcode}", file=sys.stderr)
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}  # as seen
+        first = min(codes, key=lambda rank: codes[rank] == _LEFT_ALONE)
+        if codes[first] < 0:  # by a signal: it could not say it itself
+            print(f"rank {first} ended by signal {-codes[first]}", file=sys.stderr)
+        elif codes[first] == _LEFT_ALONE:
+            print(_left_alone(first), file=sys.stderr)
         return 1
     return 0
 
