@@ -1,13 +1,14 @@
 """Every backward pass that is written by hand, against finite differences in float64.
 
-Two are: the loss in tiles (with what the dense one does over ranks), and that of micro-batches,
-which gives each its features' gradients.
+Three are: the loss in tiles (with what the dense one does over ranks), attention among few tokens,
+and that of micro-batches, which gives each its features' gradients.
 """
 
 import ast
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch.nn import functional as F
 from leanclip import CLIP, Preprocess, loss
 from leanclip.config import TrainConfig
 from leanclip.loss import contrastive_loss
+from leanclip.model import short
 from leanclip.model.clip import Features
+from leanclip.model.transformer import Attention
 from leanclip.step import train_step
 from leanclip.towers import over_ranks
 
@@ -47,7 +50,31 @@ def test_all_functions_with_a_backward_of_their_own_are_known() -> None:
                     found.add(node.name)
             for hook in ("register_hook", "register_full_backward_hook", "custom_op"):
                 assert not (isinstance(node, ast.Attribute) and node.attr == hook), path
-    assert found == {"_Tiled"}
+    assert found == {"_Tiled", "_Products"}
+
+
+def test_attention_among_few_tokens() -> None:
+    generator = torch.Generator().manual_seed(4)
+    qkv = torch.randn(2, 3, 12, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(partial(short.attend, heads=2), qkv)
+
+
+@pytest.mark.parametrize("length", [1, 26, short.MOST, short.MOST + 1])
+def test_attention_in_training_is_that_of_use(length: int) -> None:
+    """Which is PyTorch's kernel; the values and every gradient."""
+    torch.manual_seed(5)
+    attention = Attention(32, 4, is_causal=False)
+    x, upstream = torch.randn(3, length, 32), torch.randn(3, length, 32)
+    assert short.is_faster(x) == (length <= short.MOST)
+    found = []
+    for is_training in (True, False):
+        given = x.clone().requires_grad_()
+        attention.train(is_training).zero_grad()
+        attended = attention(given)
+        attended.backward(upstream)
+        found.append([attended, given.grad, *(p.grad for p in attention.parameters())])
+    for ours, kernel in zip(*found, strict=True):
+        torch.testing.assert_close(ours, kernel, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kept", [0, 12, 2**27])  # of 25 logits: none, those of one tile, all
