@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -264,7 +265,9 @@ def _begin(
         return iter(loader)
     except BaseException:
         if workers:
-            Path(sockets).rmdir()  # no batch was asked for; and rmtree must open a file
+            shutil.rmtree(sockets, ignore_errors=True)
+            with suppress(OSError):
+                Path(sockets).rmdir()  # rmtree must open a file, and may not have one
         raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -2,7 +2,7 @@
 
 PyTorch's fused kernel saves the memory of the probabilities, which are few here, and its backward
 pass takes longer than the products do: forward and backward of 32 x 50 tokens of ViT-B/32 take
-13-15 ms on two cores and not 24, of 64 x 26 of the quickstart's model 2.5-2.9 and not 3.7-5.2.
+16-17 ms on two cores and not 22-25, of 64 x 26 of the quickstart's model 3-4 and not 5-6.
 
 Shapes: B batch, L tokens, D width, H heads, d = D/H.
 """
@@ -37,7 +37,7 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, qkv: torch.Tensor, heads: int) -> torch.Tensor:
         batch, length, width = qkv.shape
         ctx.shape = batch, length, 3, heads, width // 3 // heads
-        parts = qkv.view(ctx.shape).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
+        parts = qkv.reshape(ctx.shape).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
         q, k, v = parts  # each (B * H, L, d)
         scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
         seen = scores.softmax(dim=-1)  # (B * H, L, L)
