@@ -2,7 +2,7 @@
 
 import random
 
-from leanclip.tokenizer import vocabulary
+from leanclip.preprocess.tokenizer import vocabulary
 
 LISTS = {
     "who": "man woman boy girl child dog cat horse bird couple group player rider chef baby cow",

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from leanclip import checkpoint
-from leanclip.config import OptimizerConfig
-from leanclip.images import Preprocess
-from leanclip.optim import build_optimizer
+from leanclip.config.schema import OptimizerConfig
+from leanclip.preprocess.images import Preprocess
+from leanclip.training import checkpoint
+from leanclip.training.optimizer import build_optimizer
 from measuring import agree, chosen, compared, finish, options, significant
 from models import random_model
 

@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 
 import leanclip
-from leanclip.embeddings import Source, embed, read_embeddings
-from leanclip.images import Preprocess
+from leanclip.inference.embeddings import Source, embed, read_embeddings
 from leanclip.model import CLIP
+from leanclip.preprocess.images import Preprocess
 from leanclip.weights import save_weights
 from measuring import chosen, command_line, finish, in_turn, options, resident_bytes
 

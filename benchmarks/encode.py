@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 import leanclip
-from leanclip.inference import Clip
+from leanclip.inference.model import Clip
 from measuring import (
     agree,
     chosen,
@@ -163,7 +163,7 @@ def prompts_part(
     seconds = in_turn(ways, given.rounds, device=given.device, warm=0 if every > 1 else 1)
     for name in list(seconds)[1:]:
         seconds[name] = [scale * taken for taken in seconds[name]]
-    lengths = [len(leanclip.tokenizer.encode(prompt)) + 2 for prompt in prompts]
+    lengths = [len(leanclip.preprocess.tokenizer.encode(prompt)) + 2 for prompt in prompts]
     return {
         "seconds": {way: spread(taken) for way, taken in seconds.items()},
         "ratios": ratios(seconds, "leanclip"),

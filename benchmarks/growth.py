@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from leanclip.strict_yaml import dump_yaml
+from leanclip.config.strict_yaml import dump_yaml
 from measuring import chosen, finish, options, significant, spread
 from models import QUICKSTART, architecture, write_model
 

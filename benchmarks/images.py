@@ -28,8 +28,8 @@ import torch
 from PIL import Image, ImageEnhance
 from skimage import data as pictures
 
-from leanclip.decoding import open_part
-from leanclip.images import (
+from leanclip.preprocess.decoding import open_part
+from leanclip.preprocess.images import (
     CLIP_MEAN,
     CLIP_STD,
     center_crop,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from leanclip.loss import Kind, contrastive_loss
+from leanclip.losses import Kind, contrastive_loss
 from measuring import (
     agree,
     chosen,

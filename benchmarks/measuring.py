@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from leanclip.watching import peak_memory
+from leanclip.training.monitor import peak_memory
 
 HERE = Path(__file__).parent
 ROUNDS = 5
@@ -260,7 +260,7 @@ def in_own_process(script: str, *words: object, **environment: str) -> Any:
 
 def command_line(*words: str) -> list[str]:
     """`leanclip` with these words, by the Python that runs this."""
-    return [sys.executable, "-c", "from leanclip.cli import main; main()", *words]
+    return [sys.executable, "-c", "from leanclip.cli.main import main; main()", *words]
 
 
 def product_rate(

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from captions import plain_caption
-from leanclip.config import load_config
+from leanclip.config.schema import load_config
+from leanclip.config.sections import to_plain
 from leanclip.data.loader import Batch, trim
-from leanclip.images import Preprocess
+from leanclip.data.prompts import PROMPTS
 from leanclip.model import CLIP
 from leanclip.model.presets import preset
-from leanclip.prompts import PROMPTS
-from leanclip.settings import to_plain
-from leanclip.tokenizer import END, START, tokenize
+from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.tokenizer import END, START, tokenize
 from leanclip.weights import Weights, save_weights, write_weights
 
 ROOT = Path(__file__).parent.parent

@@ -24,13 +24,14 @@ import simplejpeg
 from PIL import Image
 from skimage import data as photographs
 
-from leanclip.config import DataConfig
-from leanclip.data import open_dataset, parse_source, reduced
+from leanclip.config.schema import DataConfig
+from leanclip.data import open_dataset, parse_source
+from leanclip.data import scaled_decode as reduced
 from leanclip.data.loader import Batch, training_batches
-from leanclip.data.pack import pack
-from leanclip.data.preflight.check import open_parts, read_parts
-from leanclip.data.preflight.findings import find
-from leanclip.images import open_image
+from leanclip.data.tools.check import open_parts, read_parts
+from leanclip.data.tools.findings import find
+from leanclip.data.tools.pack import pack
+from leanclip.preprocess.images import open_image
 from measuring import chosen, finish, in_turn, options, spread
 
 COUNT, SIZE, SIDE = 300, (2000, 1500), 256

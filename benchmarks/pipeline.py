@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from images import make_photographs
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
+from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
 from leanclip.data.loader import Batch, training_batches
-from leanclip.strict_yaml import dump_yaml
 from measuring import NotTheSame, chosen, command_line, finish, in_turn, options, spread
 from models import QUICKSTART, architecture, realistic_captions
 

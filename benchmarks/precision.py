@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from leanclip.tracking import read_metrics
+from leanclip.training.tracking import read_metrics
 from measuring import command_line
 
 BAND = 0.05  # of the loss; in the first tenths, where it is large, 2% of it

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanclip.images import normalize
-from leanclip.step import AUTOCAST
+from leanclip.preprocess.images import normalize
+from leanclip.training.step import AUTOCAST
 from measuring import chosen, finish, in_turn, options, product_rate, significant, spread
 from models import lengths_of
 from train_step import BATCHES, Ours, flops_of, inputs_of

@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from leanclip.config import OptimizerConfig, TrainConfig
-from leanclip.distributed import join_group, rank_and_world_size
-from leanclip.images import Preprocess
+from leanclip.config.schema import OptimizerConfig, TrainConfig
+from leanclip.distributed.collectives import join_group, rank_and_world_size
+from leanclip.distributed.wrap_model import prepare_towers
 from leanclip.model.presets import forward_gflops
-from leanclip.optim import build_optimizer
-from leanclip.step import train_step
-from leanclip.towers import prepare_towers
+from leanclip.preprocess.images import Preprocess
+from leanclip.training.optimizer import build_optimizer
+from leanclip.training.step import train_step
 from measuring import NotTheSame, chosen, finish, options, ratios, significant, spread
 from models import random_model, tokens_of, training_batch
 

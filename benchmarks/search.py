@@ -59,10 +59,10 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 def build(out: Path, embeddings: Path, count: int) -> float:
     """Write vectors as `leanclip embed` does, and make an index of them; its seconds."""
-    from leanclip.embeddings import Index as Written
-    from leanclip.images import Preprocess
-    from leanclip.inference import Clip
+    from leanclip.inference.embeddings import Index as Written
+    from leanclip.inference.model import Clip
     from leanclip.model import CLIP
+    from leanclip.preprocess.images import Preprocess
     from leanclip.search import Index
     from leanclip.weights import fingerprint
 

@@ -58,7 +58,7 @@ CONFIG = {
         "zero_shot": {"layout": "folder", "root": "classes"},
     },
 }
-MAIN = "from leanclip.cli import main; main()"
+MAIN = "from leanclip.cli.main import main; main()"
 
 
 @dataclass

@@ -19,11 +19,11 @@ import torch
 from PIL import Image, ImageFilter
 
 from leanclip import CLIP, Preprocess
-from leanclip.config import Config
-from leanclip.evaluate import Task, evaluate, open_tasks
-from leanclip.evaluate.several import evaluate_each
-from leanclip.settings import parse, to_plain
-from leanclip.sweep import Mixtures
+from leanclip.config.schema import Config
+from leanclip.config.sections import parse, to_plain
+from leanclip.evaluation import Task, evaluate, open_tasks
+from leanclip.evaluation.multi_model import evaluate_each
+from leanclip.evaluation.sweep import Mixtures
 from leanclip.weights import Weights
 from measuring import NotTheSame, chosen, finish, in_turn, options, ratios
 

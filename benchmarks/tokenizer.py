@@ -27,8 +27,8 @@ import torch
 import transformers
 
 from captions import mixed_caption, plain_caption
-from leanclip import tokenizer
-from leanclip.tokenizer import merges, tokenize, vocabulary
+from leanclip.preprocess import tokenizer
+from leanclip.preprocess.tokenizer import merges, tokenize, vocabulary
 from measuring import NotTheSame, chosen, finish, options
 
 CAPTIONS, BATCH = 10_000, 256

@@ -34,12 +34,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanclip.config import OptimizerConfig, TrainConfig
+from leanclip.config.schema import OptimizerConfig, TrainConfig
 from leanclip.data.loader import Batch
-from leanclip.images import Preprocess, normalize
-from leanclip.optim import build_optimizer
-from leanclip.step import AUTOCAST, train_step
-from leanclip.towers import prepare_towers
+from leanclip.distributed.wrap_model import prepare_towers
+from leanclip.preprocess.images import Preprocess, normalize
+from leanclip.training.optimizer import build_optimizer
+from leanclip.training.step import AUTOCAST, train_step
 from measuring import (
     agree,
     chosen,

@@ -24,14 +24,14 @@ import torch
 from leftovers import Leftovers, watched
 from PIL import Image
 
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
+from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.errors import LeanclipError
-from leanclip.images import Preprocess
 from leanclip.model import CLIP
-from leanclip.strict_yaml import dump_yaml
-from leanclip.tokenizer import tokenize
+from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.tokenizer import tokenize
 from leanclip.weights import save_weights
 
 # Models this small gain nothing from a second thread, and processes side by side lose by it.
@@ -61,7 +61,7 @@ TINY = {  # a model of a moment
 def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `leanclip` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", "from leanclip.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from leanclip.cli.main import main; main()", *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -89,7 +89,7 @@ class Forked:
         environment: dict[str, str] | None = None,
         before: Callable[[], object] = lambda: None,
     ) -> None:
-        for name in ("leanclip.train", "torch._dynamo", "torch.utils.tensorboard"):
+        for name in ("leanclip.training.loop", "torch._dynamo", "torch.utils.tensorboard"):
             import_module(name)  # or every process that is forked does, which takes a second
         tokenize("a")  # reads the vocabulary
         self.folder = folder
@@ -98,7 +98,7 @@ class Forked:
         self._file.touch()
 
         def work() -> None:
-            from leanclip.cli import main
+            from leanclip.cli.main import main
 
             os.setsid()
             sys.stdout = sys.stderr = self._file.open("w", buffering=1)
@@ -328,7 +328,7 @@ def command(workplace: Path) -> Command:
     A process of its own takes seconds to import torch; the tests that are about processes
     use `run_cli`.
     """
-    from leanclip.cli import main
+    from leanclip.cli.main import main
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         out, err, code = io.StringIO(), io.StringIO(), 0

@@ -12,7 +12,7 @@ import ftfy
 import regex
 import torch
 
-from leanclip.tokenizer import merges, vocabulary
+from leanclip.preprocess.tokenizer import merges, vocabulary
 
 START, END = 49406, 49407
 WORDS = regex.compile(

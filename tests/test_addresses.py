@@ -11,10 +11,10 @@ import pytest
 from web import Server, serving
 
 import leanclip
-from leanclip.addresses import is_public
 from leanclip.errors import DataError
-from leanclip.fetch import FetchError, fetch, fetch_bytes
-from leanclip.inputs import to_source
+from leanclip.inference.inputs import to_source
+from leanclip.io.addresses import is_public
+from leanclip.io.download import FetchError, fetch, fetch_bytes
 
 PUBLIC = "93.184.216.34"
 
@@ -160,7 +160,7 @@ def test_a_public_address_does_not_redirect_to_a_private_one(
         place = Front("127.0.0.1") if port == front else "127.0.0.1"
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (place, port))]
 
-    monkeypatch.setattr("leanclip.addresses.is_public", lambda place: isinstance(place, Front))
+    monkeypatch.setattr("leanclip.io.addresses.is_public", lambda place: isinstance(place, Front))
     url = redirecting(f"{server.url}/file")
     with pytest.raises(FetchError, match="not a public address"):
         fetch_bytes(url, limit=100, resolve=resolve)

@@ -27,9 +27,9 @@ from leanclip.app.routes import ROUTES, make_app
 from leanclip.app.safety import HEADERS, MAX_BODY
 from leanclip.app.service import Service
 from leanclip.app.worker import MOST, Kept, Worker
-from leanclip.attention import gradient_map, rollout
 from leanclip.errors import WeightsError
-from leanclip.evaluate import Calibration
+from leanclip.evaluation import Calibration
+from leanclip.inference.attention_maps import gradient_map, rollout
 from leanclip.weights import fingerprint
 
 TOKEN = "a-token-that-nobody-guesses"

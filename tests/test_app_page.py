@@ -23,7 +23,7 @@ from test_app_server import running, until_ready
 from test_inference import save_tiny
 
 import leanclip
-from leanclip.evaluate import Calibration
+from leanclip.evaluation import Calibration
 from leanclip.search import Index
 from leanclip.weights import fingerprint
 

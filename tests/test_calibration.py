@@ -12,12 +12,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from leanclip import CLIP, ConfigError, DataError, Preprocess
-from leanclip.evaluate import calibration_error
-from leanclip.evaluate.calibration import (
-    Calibration,
-    fit,
-    fit_temperature,
-)
+from leanclip.evaluation import calibration_error
+from leanclip.evaluation.calibration import Calibration, fit, fit_temperature
 from leanclip.weights import fingerprint, save_weights
 
 

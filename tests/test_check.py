@@ -14,15 +14,15 @@ from PIL import Image, ImageEnhance
 from skimage import data as photographs
 
 from leanclip.data import parse_source
-from leanclip.data.preflight.check import ODD, RECORD, open_parts, read_parts
-from leanclip.data.preflight.duplicates import (
+from leanclip.data.tools.check import ODD, RECORD, open_parts, read_parts
+from leanclip.data.tools.duplicates import (
     FINGERPRINT,
     NEIGHBOURS,
     exact_groups,
     fingerprint,
     near_pairs,
 )
-from leanclip.data.preflight.findings import Findings, expected_pairs, find
+from leanclip.data.tools.findings import Findings, expected_pairs, find
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -82,7 +82,7 @@ def test_changed_photographs_are_found_again(change: str) -> None:
 def test_drawings_that_differ_are_not_duplicates() -> None:
     import random
 
-    from leanclip.data.shapes import _seen_scenes, draw  # pyright: ignore[reportPrivateUsage]
+    from leanclip.data.formats.shapes import _seen_scenes, draw  # pyright: ignore[reportPrivateUsage]
 
     scenes = list(_seen_scenes(random.Random(0), "val"))
     pairs, _ = near_pairs(fingerprints([draw(scene) for _, scene in scenes]))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import TINY
 
-from leanclip import CLIP, Preprocess, WeightsError, checkpoint
-from leanclip.config import OptimizerConfig
-from leanclip.optim import build_optimizer
+from leanclip import CLIP, Preprocess, WeightsError
+from leanclip.config.schema import OptimizerConfig
+from leanclip.training import checkpoint
+from leanclip.training.optimizer import build_optimizer
 from leanclip.weights import load_into, read_weights
 
 

@@ -13,9 +13,9 @@ from scipy.stats import binomtest, chi2
 from test_sweep import make_classes, make_model
 
 import leanclip
-from leanclip.evaluate import Classification, evaluate, evaluation_config, open_tasks
-from leanclip.evaluate.paired import mcnemar
-from leanclip.images import open_image
+from leanclip.evaluation import Classification, evaluate, evaluation_config, open_tasks
+from leanclip.evaluation.significance import mcnemar
+from leanclip.preprocess.images import open_image
 
 
 def outcomes(better: int, worse: int, both: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from test_inference import save_tiny
 import leanclip.openai as clip
 from leanclip.errors import ConfigError, DataError, WeightsError
 from leanclip.passl import CLIPWrapper, SimpleTokenizer, load, preprocess
-from leanclip.tokenizer import encode
+from leanclip.preprocess.tokenizer import encode
 
 ARCH: dict[str, Any] = json.loads((DATA / "passl-vit/arch.json").read_text())
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, TINY, make_config
 
-from leanclip.config import Config, load_config
+from leanclip.config.schema import Config, load_config
+from leanclip.config.sections import differences, parse, to_plain
+from leanclip.config.strict_yaml import dump_yaml, load_yaml
 from leanclip.errors import ConfigError
-from leanclip.settings import differences, parse, to_plain
-from leanclip.strict_yaml import dump_yaml, load_yaml
 
 
 @pytest.fixture

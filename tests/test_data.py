@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from conftest import make_pairs, noise_image
 
-from leanclip.config import DataConfig
-from leanclip.data import open_dataset, shapes
+from leanclip.config.schema import DataConfig
+from leanclip.data import open_dataset
+from leanclip.data.formats import shapes
 from leanclip.errors import DataError, SampleError
 
 

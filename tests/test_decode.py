@@ -11,8 +11,8 @@ from conftest import noise_image
 from PIL import Image, ImageOps
 from skimage import data as photographs
 
-from leanclip.decoding import Box, open_image, open_part
 from leanclip.errors import DataError, SampleError
+from leanclip.preprocess.decoding import Box, open_image, open_part
 
 KINDS_OF_JPEG: tuple[dict[str, Any], ...] = (
     {"subsampling": "4:2:0"},

@@ -7,8 +7,8 @@ import torch
 from conftest import Command, assert_refused, report_of, run_cli, weights_hash
 from torch.nn.modules.module import register_module_forward_hook
 
-from leanclip.determinism import only_deterministic
-from leanclip.strict_yaml import load_yaml
+from leanclip.config.strict_yaml import load_yaml
+from leanclip.training.determinism import only_deterministic
 
 OPTIONS = ("train.deterministic=true", "train.loss=multi-positive", "train.micro_batches=2")
 WORDS = ("train", "-c", "config.yaml", *(word for one in OPTIONS for word in ("-o", one)))

@@ -10,7 +10,7 @@ from conftest import PROJECT, Command
 from test_imports import arrows
 from typer.main import get_command
 
-from leanclip.cli import app
+from leanclip.cli.main import app
 
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 
@@ -98,8 +98,8 @@ def test_every_command_shows_an_example_that_it_understands(command: Command) ->
 
 
 def test_settings_named_in_documents_exist() -> None:
-    from leanclip.config import Config
-    from leanclip.settings import paths
+    from leanclip.config.schema import Config
+    from leanclip.config.sections import paths
 
     known = set(paths(Config))
     for document in DOCUMENTS:

@@ -12,15 +12,16 @@ import torch
 from conftest import TINY, assert_refused, make_pairs, noise_image, ranks_of
 
 import leanclip
-from leanclip import CLIP, Preprocess, checkpoint
-from leanclip.best import has_stopped_gaining, is_news, judged
-from leanclip.checkpoint import Best
-from leanclip.config import load_config
-from leanclip.evaluate import METRICS, retrieval_metrics
-from leanclip.evaluate.guard import comparison
-from leanclip.plan import Plan, make_plan
-from leanclip.tracking import read_metrics
-from leanclip.train import train
+from leanclip import CLIP, Preprocess
+from leanclip.config.schema import load_config
+from leanclip.evaluation import METRICS, retrieval_metrics
+from leanclip.evaluation.retention import comparison
+from leanclip.training import checkpoint
+from leanclip.training.checkpoint import Best
+from leanclip.training.early_stopping import has_stopped_gaining, is_news, judged
+from leanclip.training.loop import train
+from leanclip.training.plan import Plan, make_plan
+from leanclip.training.tracking import read_metrics
 from leanclip.weights import save_weights
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

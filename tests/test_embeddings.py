@@ -9,8 +9,8 @@ from conftest import Command, Forked, assert_refused, noise_image
 from test_inference import save_tiny
 
 import leanclip
-from leanclip.embeddings import Source, read_embeddings, read_index, shards_of
 from leanclip.errors import ConfigError, DataError
+from leanclip.inference.embeddings import Source, read_embeddings, read_index, shards_of
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from leanclip import CLIP, Preprocess
-from leanclip.config import Config
-from leanclip.evaluate import encode_texts, evaluate, open_tasks
-from leanclip.settings import parse
+from leanclip.config.schema import Config
+from leanclip.config.sections import parse
+from leanclip.evaluation import encode_texts, evaluate, open_tasks
 
 
 def test_three_ranks_give_the_figures_of_one(command: Command, workplace: Path) -> None:

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanclip import CLIP, ConfigError, Preprocess, build_classifier, recall_at_k
-from leanclip.config import Config
+from leanclip.config.schema import Config
+from leanclip.config.sections import parse
 from leanclip.data import Dataset
 from leanclip.errors import DataError
-from leanclip.evaluate import evaluate, open_tasks, retrieval_metrics
-from leanclip.evaluate.features import encode_images, encode_texts, images_at_once
-from leanclip.images import open_image
-from leanclip.plots import image_grid, similarity_matrix
-from leanclip.settings import parse
-from leanclip.tokenizer import tokenize
+from leanclip.evaluation import evaluate, open_tasks, retrieval_metrics
+from leanclip.evaluation.features import encode_images, encode_texts, images_at_once
+from leanclip.preprocess.images import open_image
+from leanclip.preprocess.tokenizer import tokenize
+from leanclip.report.plots import image_grid, similarity_matrix
 
 # 4 images by 8 captions; captions 0 and 1 belong to image 0, 2 and 3 to image 1, and so on.
 SCORES = torch.tensor(
@@ -284,7 +284,7 @@ def make_split(root: Path, layout: str, split: str, count: int) -> None:
 
 
 def test_pictures_of_a_report(tmp_path: Path) -> None:
-    from leanclip.plots import run_pictures
+    from leanclip.report.plots import run_pictures
 
     tasks = open_tasks(settings(make_pairs(tmp_path / "p"), retrieval={}))
     tasks += open_tasks(settings(make_classes(tmp_path / "c"), "folder", zero_shot={}))

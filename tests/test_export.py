@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 import leanclip
-from leanclip import export as exporting
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.export import export
+from leanclip.inference import export as exporting
+from leanclip.inference.export import export
 
 TEXTS = [*DESCRIPTIONS.values(), "a", "a longer text, with more words in it than the others have"]
 

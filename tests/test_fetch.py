@@ -11,8 +11,8 @@ import pytest
 from web import Server, serving
 
 from leanclip.errors import DataError
-from leanclip.fetch import FetchError, fetch
-from leanclip.files import locked
+from leanclip.io.download import FetchError, fetch
+from leanclip.io.files import locked
 
 CONTENT = bytes(range(256)) * 4000
 

@@ -10,7 +10,7 @@ from conftest import ranks_of
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from torch.nn import functional as F
 
-from leanclip.evaluate import (
+from leanclip.evaluation import (
     Classification,
     bootstrap,
     calibration_error,
@@ -18,7 +18,7 @@ from leanclip.evaluate import (
     retrieval_metrics,
     retrieve,
 )
-from leanclip.evaluate.classification import classify
+from leanclip.evaluation.classification import classify
 
 NAMES = [f"class {i}" for i in range(7)]
 

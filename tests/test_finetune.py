@@ -13,19 +13,20 @@ from conftest import PROJECT, TINY, assert_refused, ranks_of
 from safetensors.torch import load_file
 
 import leanclip
-from leanclip import CLIP, ConfigError, Preprocess, checkpoint
-from leanclip.config import FinetuneConfig, OptimizerConfig, TrainConfig, load_config
+from leanclip import CLIP, ConfigError, Preprocess
+from leanclip.config.schema import FinetuneConfig, OptimizerConfig, TrainConfig, load_config
+from leanclip.config.sections import to_plain
 from leanclip.data.loader import Batch
-from leanclip.evaluate import evaluate
-from leanclip.finetune import Tuning, group_of
+from leanclip.distributed.wrap_model import over_ranks
+from leanclip.evaluation import evaluate
 from leanclip.model.lora import ADAPTED
-from leanclip.optim import build_optimizer
-from leanclip.plan import make_plan, memory_estimate
-from leanclip.settings import to_plain
-from leanclip.step import train_step
-from leanclip.tokenizer import tokenize
-from leanclip.towers import over_ranks
-from leanclip.tracking import read_metrics
+from leanclip.preprocess.tokenizer import tokenize
+from leanclip.training import checkpoint
+from leanclip.training.finetune import Tuning, group_of
+from leanclip.training.optimizer import build_optimizer
+from leanclip.training.plan import make_plan, memory_estimate
+from leanclip.training.step import train_step
+from leanclip.training.tracking import read_metrics
 from leanclip.weights import save_weights
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -13,10 +13,10 @@ import pytest
 from conftest import assert_refused, noise_image
 from web import Server, serving
 
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
 from leanclip.data import open_dataset
-from leanclip.data.sources import food101_archive
-from leanclip.data.sources.food101_archive import get_food101
+from leanclip.data.readers import food101_archive
+from leanclip.data.readers.food101_archive import get_food101
 from leanclip.errors import DataError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import TINY, Command, make_config, make_pairs, noise_image, ranks_of, weights_hash
 
-from leanclip import frozen
-from leanclip.config import load_config
+from leanclip.config.schema import load_config
 from leanclip.data import open_dataset
-from leanclip.frozen import freeze
-from leanclip.images import Preprocess
 from leanclip.model import CLIP
-from leanclip.tracking import read_metrics
+from leanclip.preprocess.images import Preprocess
+from leanclip.training import feature_cache as frozen
+from leanclip.training.feature_cache import freeze
+from leanclip.training.tracking import read_metrics
 
 
 @pytest.fixture(autouse=True)

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from test_step import KINDS, PAIRS, batch_of, model_of
 from torch.distributed.tensor import DTensor
 
-from leanclip import CLIP, Preprocess, WeightsError, checkpoint
-from leanclip.config import OptimizerConfig, TrainConfig
-from leanclip.optim import build_optimizer
-from leanclip.shard_files import read_shards
-from leanclip.sharded import whole
-from leanclip.step import StepResult, train_step
-from leanclip.towers import prepare_towers
+from leanclip import CLIP, Preprocess, WeightsError
+from leanclip.config.schema import OptimizerConfig, TrainConfig
+from leanclip.distributed.fsdp import whole
+from leanclip.distributed.wrap_model import prepare_towers
+from leanclip.training import checkpoint
+from leanclip.training.optimizer import build_optimizer
+from leanclip.training.sharded_checkpoint import read_shards
+from leanclip.training.step import StepResult, train_step
 from leanclip.weights import load_into, read_weights
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -19,14 +19,15 @@ from test_step import KINDS, PAIRS, Recording, batch_of, model_of
 from torch import distributed
 from torch.nn import functional as F
 
-from leanclip import CLIP, Preprocess, loss
-from leanclip.config import TrainConfig
-from leanclip.loss import contrastive_loss
-from leanclip.model import short
+from leanclip import CLIP, Preprocess
+from leanclip import losses as loss
+from leanclip.config.schema import TrainConfig
+from leanclip.distributed.wrap_model import over_ranks
+from leanclip.losses import contrastive_loss
+from leanclip.model import short_attention as short
 from leanclip.model.clip import Features
 from leanclip.model.transformer import Attention
-from leanclip.step import train_step
-from leanclip.towers import over_ranks
+from leanclip.training.step import train_step
 
 GROUPS = torch.tensor([2, 2, 1, 0, 1])
 CASES = list(itertools.product(KINDS, (True, False)))  # kind, is_tiled

@@ -13,7 +13,7 @@ from skimage import data as photographs
 
 from leanclip import Preprocess
 from leanclip.errors import DataError, SampleError
-from leanclip.images import (
+from leanclip.preprocess.images import (
     CLIP_MEAN,
     CLIP_STD,
     center_crop,

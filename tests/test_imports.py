@@ -31,7 +31,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
 def part_of(module: str) -> str:
-    """`leanclip.data.pairs` -> `data`."""
+    """`leanclip.data.formats.pairs` -> `data`."""
     return module.split(".")[1]
 
 
@@ -82,7 +82,9 @@ def test_no_two_parts_import_each_other() -> None:
 
 def test_a_backward_import_would_be_found(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
-    file.write_text("def f():\n    from leanclip.train import train\n    import leanclip.cli\n")
+    file.write_text(
+        "def f():\n    from leanclip.training.loop import train\n    import leanclip.cli.main\n"
+    )
     assert imports_of(file) == {"train", "cli"}
 
 
@@ -102,7 +104,7 @@ def test_import_leanclip_loads_nothing_heavy() -> None:
 
 
 def test_help_does_not_load_torch() -> None:
-    code = "import leanclip.cli\ntry: leanclip.cli.main(['train', '--help'])\nexcept SystemExit: 0"
+    code = "import leanclip.cli.main\ntry: leanclip.cli.main.main(['train', '--help'])\nexcept SystemExit: 0"
     assert loaded_by(code).isdisjoint({"torch", "numpy", "PIL", "ftfy", "matplotlib"})
 
 

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from web import serving
 
 import leanclip
-from leanclip.decoding import open_image
 from leanclip.errors import ConfigError, DataError, SampleError, WeightsError
-from leanclip.evaluate import Calibration
-from leanclip.images import Preprocess
-from leanclip.inputs import to_source
+from leanclip.evaluation import Calibration
+from leanclip.inference.inputs import to_source
 from leanclip.model import CLIP
+from leanclip.preprocess.decoding import open_image
+from leanclip.preprocess.images import Preprocess
 from leanclip.weights import fingerprint, save_weights
 
 TEXTS = list(DESCRIPTIONS.values())

@@ -11,20 +11,20 @@ import pytest
 import torch
 from conftest import make_pairs, noise_image, small_batches
 
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
 from leanclip.data import open_dataset
+from leanclip.data.dataset import Dataset, Sample
+from leanclip.data.formats.mixture import Mixture
 from leanclip.data.loader import (
     Batch,
     Position,
     evaluation_batches,
     training_batches,
 )
-from leanclip.data.mixture import Mixture
 from leanclip.data.order import SMALL, permuted, shuffled
-from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.errors import ConfigError, DataError
-from leanclip.images import Preprocess, normalize
+from leanclip.preprocess.images import Preprocess, normalize
 
 
 def config(root: Path, layout: str = "pairs", **more: object) -> DataConfig:

@@ -10,7 +10,7 @@ from conftest import ranks_of
 from torch.nn import functional as F
 
 from leanclip import clip_loss
-from leanclip.loss import Kind, contrastive_loss, multi_positive_loss, siglip_loss
+from leanclip.losses import Kind, contrastive_loss, multi_positive_loss, siglip_loss
 
 
 def features(n: int, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,14 +13,14 @@ from conftest import TINY
 from torch.nn import functional as F
 
 from leanclip import CLIP, ConfigError
-from leanclip.config import ModelConfig, load_config
+from leanclip.config.schema import ModelConfig, load_config
+from leanclip.config.sections import parse, to_plain
 from leanclip.data.loader import TEXT_LENGTHS, trim
 from leanclip.model import MAX_LOGIT_SCALE
+from leanclip.model.skip_init import Undrawn, shapes_alone
 from leanclip.model.transformer import Block, Transformer
-from leanclip.model.undrawn import Undrawn, shapes_alone
 from leanclip.model.vit import VisionTransformer
-from leanclip.settings import parse, to_plain
-from leanclip.tokenizer import tokenize
+from leanclip.preprocess.tokenizer import tokenize
 
 PASSL_ARCH = {  # the dict of PASSL's document, "Interacting with CLIP"
     "name": "CLIP",

@@ -7,8 +7,13 @@ import torch
 from conftest import TINY
 
 from leanclip import CLIP
-from leanclip.config import OptimizerConfig
-from leanclip.optim import build_optimizer, learning_rate, parameter_groups, scaled_learning_rate
+from leanclip.config.schema import OptimizerConfig
+from leanclip.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    scaled_learning_rate,
+)
 
 
 def test_vectors_and_positions_do_not_decay() -> None:

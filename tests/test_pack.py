@@ -16,14 +16,14 @@ from conftest import assert_refused, make_pairs, noise_image
 from PIL import Image
 from skimage import data as photographs
 
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
+from leanclip.config.strict_yaml import load_yaml
 from leanclip.data import parse_source
-from leanclip.data.pack import pack, packed_image
-from leanclip.data.parallel import Note, in_processes
-from leanclip.data.reduced import open_header, open_reduced
+from leanclip.data.scaled_decode import open_header, open_reduced
+from leanclip.data.tools.pack import pack, packed_image
+from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import DataError, SampleError
-from leanclip.images import open_image
-from leanclip.strict_yaml import load_yaml
+from leanclip.preprocess.images import open_image
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LIMIT = 10**8  # pixels

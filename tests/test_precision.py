@@ -14,12 +14,12 @@ from test_step import Recording, batch_of, model_of
 from torch.nn import functional as F
 
 from leanclip import CLIP, Preprocess
-from leanclip.config import OptimizerConfig, TrainConfig
-from leanclip.loss_scale import INTERVAL, START, LossScale
-from leanclip.optim import build_optimizer
-from leanclip.step import train_step
-from leanclip.towers import over_ranks
-from leanclip.tracking import read_metrics
+from leanclip.config.schema import OptimizerConfig, TrainConfig
+from leanclip.distributed.wrap_model import over_ranks
+from leanclip.training.loss_scale import INTERVAL, START, LossScale
+from leanclip.training.optimizer import build_optimizer
+from leanclip.training.step import train_step
+from leanclip.training.tracking import read_metrics
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CPU = torch.device("cpu")

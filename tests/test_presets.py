@@ -11,9 +11,9 @@ import torch
 from conftest import TINY
 
 from leanclip import CLIP, ConfigError
-from leanclip.config import ModelConfig
+from leanclip.config.schema import ModelConfig
+from leanclip.config.sections import parse
 from leanclip.model.presets import PRESETS, forward_gflops, preset
-from leanclip.settings import parse
 
 PUBLISHED = {  # millions of parameters; open_clip's docs/model_profile.csv
     "ViT-B-32": 151.28,
@@ -140,7 +140,7 @@ def test_models_prints_a_json_line_each_when_piped(command) -> None:
 
 def test_models_draws_a_table_on_a_terminal() -> None:
     code = (
-        "import leanclip.model.presets as presets; from leanclip.cli import main;"
+        "import leanclip.model.presets as presets; from leanclip.cli.main import main;"
         "presets.PRESETS = {'ViT-B-32': presets.PRESETS['ViT-B-32']}; main(['models'])"
     )
     reader, terminal = pty.openpty()

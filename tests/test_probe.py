@@ -13,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
 from leanclip.errors import DataError
-from leanclip.evaluate.probe import (
+from leanclip.evaluation.probe import (
     Labelled,
     by_torch,
     choose_strength,

@@ -18,10 +18,10 @@ from conftest import (
 
 from leanclip import CLIP, build_classifier
 from leanclip.data import open_dataset, parse_source
-from leanclip.data.samples import read_templates
-from leanclip.data.shapes import UNSEEN, class_name
-from leanclip.evaluate import cached_classifier
-from leanclip.prompts import FOOD101_TRAINING, PROMPTS
+from leanclip.data.dataset import read_templates
+from leanclip.data.formats.shapes import UNSEEN, class_name
+from leanclip.data.prompts import FOOD101_TRAINING, PROMPTS
+from leanclip.evaluation import cached_classifier
 from leanclip.weights import fingerprint
 
 

@@ -16,13 +16,13 @@ from conftest import (
     run_cli,
 )
 
-from leanclip import checkpoint
-from leanclip.config import load_config
+from leanclip.config.schema import load_config
 from leanclip.data import open_dataset
 from leanclip.data.loader import Position, training_batches
-from leanclip.launch import launch
-from leanclip.stopping import ASKING
-from leanclip.tracking import read_metrics
+from leanclip.distributed.launch import launch
+from leanclip.distributed.preemption import ASKING
+from leanclip.training import checkpoint
+from leanclip.training.tracking import read_metrics
 
 OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_share=0.2")
 NO_EVALUATION = ("-o", "evaluate.retrieval=null")

@@ -14,14 +14,14 @@ from conftest import TINY, Command, noise_image
 from PIL import Image
 
 from leanclip import CLIP, Preprocess
-from leanclip.config import Config, DataConfig
+from leanclip.config.schema import Config, DataConfig
+from leanclip.config.sections import parse
 from leanclip.data import Dataset, Sample
-from leanclip.evaluate import Task, evaluate, open_tasks
-from leanclip.evaluate.classification import classify
-from leanclip.evaluate.report import Report
-from leanclip.page import Html, join, line_chart, tag
-from leanclip.report_page import write_report_page
-from leanclip.settings import parse
+from leanclip.evaluation import Task, evaluate, open_tasks
+from leanclip.evaluation.classification import classify
+from leanclip.evaluation.results import Report
+from leanclip.report.page import Html, join, line_chart, tag
+from leanclip.report.report_page import write_report_page
 
 HOSTILE = "<script>alert(1)</script> \"'&amp;"
 

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 import leanclip
 from leanclip import CLIP, ConfigError
-from leanclip.config import Config, ModelConfig, load_config
+from leanclip.config.schema import Config, ModelConfig, load_config
+from leanclip.config.sections import parse, to_plain
+from leanclip.config.strict_yaml import load_yaml
 from leanclip.data.loader import trim
 from leanclip.model.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
-from leanclip.settings import parse, to_plain
-from leanclip.strict_yaml import load_yaml
-from leanclip.tokenizer import tokenize
+from leanclip.preprocess.tokenizer import tokenize
 from leanclip.weights import read_weights, save_weights
 
 TINY_RESNET = {
@@ -158,7 +158,7 @@ def test_every_parameter_of_a_resnet_learns() -> None:
 
 @torch.no_grad()
 def test_batch_norm_statistics_are_saved_with_the_weights(tmp_path) -> None:
-    from leanclip.images import Preprocess
+    from leanclip.preprocess.images import Preprocess
 
     model = CLIP(**TINY_RESNET)
     model.encode_image(3 + torch.randn(8, 3, 64, 64))  # in training mode: moves the statistics

@@ -21,10 +21,10 @@ from photographs import DESCRIPTIONS, write_photographs
 from test_inference import save_tiny
 
 import leanclip
-from leanclip.data.shapes import draw_dataset
+from leanclip.data.formats.shapes import draw_dataset
 from leanclip.errors import ConfigError, DataError, SampleError
-from leanclip.files import held
-from leanclip.images import CLIP_MEAN, Preprocess
+from leanclip.io.files import held
+from leanclip.preprocess.images import CLIP_MEAN, Preprocess
 from leanclip.search import Index
 from leanclip.search.filters import date_range, size_range
 from leanclip.weights import save_weights
@@ -358,7 +358,7 @@ def test_on_the_command_line(place: Path, command: Command) -> None:
 def test_a_terminal_gets_a_table_with_links(
     index: Index, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leanclip.cli import main
+    from leanclip.cli.main import main
 
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "200")

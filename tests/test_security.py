@@ -88,8 +88,8 @@ assert constants.HF_HUB_DISABLE_TELEMETRY
 
 def test_rows_of_a_stream_name_no_files_of_others() -> None:
     """A row may name a file of its own repository on the hub; `datasets` writes it so."""
-    from leanclip.config import DataConfig
-    from leanclip.data.hub import Stream
+    from leanclip.config.schema import DataConfig
+    from leanclip.data.formats.hub import Stream
 
     class Rows:
         split, info = None, type("Info", (), {"splits": None})()

@@ -17,13 +17,13 @@ import torch
 from conftest import noise_image, small_batches
 from web import Server, serving
 
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
 from leanclip.data import Dataset, open_dataset
+from leanclip.data.formats.shards import Shards
 from leanclip.data.loader import Position
-from leanclip.data.shards import Shards
-from leanclip.data.sources import shard_cache
-from leanclip.data.sources.shard_list import expand
-from leanclip.data.sources.tar_index import build_index, shard_index
+from leanclip.data.readers import shard_cache
+from leanclip.data.readers.shard_list import expand
+from leanclip.data.readers.tar_index import build_index, shard_index
 from leanclip.errors import DataError, SampleError
 
 Members = Iterable[tuple[str, bytes | str | tarfile.TarInfo]]
@@ -374,7 +374,7 @@ def test_the_stream_depends_on_position_alone(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_are_held_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanclip.data.shards._OPEN", 2)
+    monkeypatch.setattr("leanclip.data.formats.shards._OPEN", 2)
     make_shards(tmp_path / "s", [2] * 5)
     dataset = open_dataset(config(tmp_path / "s"))
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208

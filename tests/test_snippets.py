@@ -20,11 +20,11 @@ from conftest import PROJECT, TINY, make_config, noise_image
 from test_inference import save_tiny
 from typer.main import get_command
 
-from leanclip.cli import app, main
-from leanclip.config import Config
-from leanclip.data import shapes
-from leanclip.settings import paths
-from leanclip.strict_yaml import load_yaml
+from leanclip.cli.main import app, main
+from leanclip.config.schema import Config
+from leanclip.config.sections import paths
+from leanclip.config.strict_yaml import load_yaml
+from leanclip.data.formats import shapes
 
 DOCUMENTS = [PROJECT / "README.md", *sorted(PROJECT.glob("*/*.md"))]
 SOURCES = sorted((PROJECT / "src").rglob("*.py"))
@@ -258,7 +258,7 @@ def test_each_command_is_run_or_has_a_reason_not_to_be() -> None:
 @pytest.mark.parametrize("line", sorted(RUN))
 def test_commands_run(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("a cat\na dog\n"))
-    monkeypatch.setattr("leanclip.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("leanclip.training.tracking.find_spec", lambda name: None)
     run(line.removeprefix("leanclip "))
 
 

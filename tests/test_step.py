@@ -10,14 +10,14 @@ import torch
 from conftest import TINY, ranks_of
 
 from leanclip import CLIP, Preprocess
-from leanclip.config import OptimizerConfig, TrainConfig
+from leanclip.config.schema import OptimizerConfig, TrainConfig
 from leanclip.data.loader import Batch
-from leanclip.images import normalize
-from leanclip.loss import Kind, clip_loss, multi_positive_loss, siglip_loss
-from leanclip.optim import build_optimizer
-from leanclip.step import train_step
-from leanclip.tokenizer import tokenize
-from leanclip.towers import over_ranks
+from leanclip.distributed.wrap_model import over_ranks
+from leanclip.losses import Kind, clip_loss, multi_positive_loss, siglip_loss
+from leanclip.preprocess.images import normalize
+from leanclip.preprocess.tokenizer import tokenize
+from leanclip.training.optimizer import build_optimizer
+from leanclip.training.step import train_step
 
 KINDS: tuple[Kind, ...] = ("clip", "multi-positive", "siglip")
 PAIRS = 11  # divides by no number of ranks or micro-batches

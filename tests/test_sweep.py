@@ -12,11 +12,11 @@ from conftest import TINY, Command, assert_refused, make_pairs, noise_image
 
 from leanclip import CLIP, ConfigError, Preprocess
 from leanclip.data import Dataset, Sample
-from leanclip.evaluate import evaluation_config, open_tasks
-from leanclip.evaluate.several import evaluate_each
-from leanclip.images import open_image
-from leanclip.plots import pareto_front
-from leanclip.sweep import Point, choose, parse_alphas
+from leanclip.evaluation import evaluation_config, open_tasks
+from leanclip.evaluation.multi_model import evaluate_each
+from leanclip.evaluation.sweep import Point, choose, parse_alphas
+from leanclip.preprocess.images import open_image
+from leanclip.report.plots import pareto_front
 from leanclip.weights import save_weights
 
 

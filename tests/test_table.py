@@ -15,11 +15,11 @@ import torch
 from conftest import noise_image, small_batches
 from pyarrow import parquet
 
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import Position
+from leanclip.data.readers import textrows
 from leanclip.data.skipped import Bad
-from leanclip.data.sources import textrows
 from leanclip.errors import DataError, SampleError
 
 
@@ -224,7 +224,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, cache: Path, suffix: str, 
 
 
 def test_captions_are_no_labels(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("leanclip.data.sources.columns.MOST_CLASSES", 5)
+    monkeypatch.setattr("leanclip.data.readers.columns.MOST_CLASSES", 5)
     path = write(tmp_path / "a.csv", "image,label\n" + "".join(f"x.jpg,{i}\n" for i in range(6)))
     with pytest.raises(DataError, match="over 5 different values; if these are captions"):
         open_dataset(config(path))

@@ -11,7 +11,7 @@ from conftest import DATA
 
 import leanclip
 from leanclip.errors import DataError
-from leanclip.tokenizer import END, START, VOCAB_SIZE, clean, decode, encode, tokenize
+from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, clean, decode, encode, tokenize
 
 GOLDEN = [
     json.loads(line)

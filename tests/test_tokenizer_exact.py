@@ -10,8 +10,8 @@ import pytest
 import reference_tokenizer as reference
 from ftfy.badness import is_bad
 
-from leanclip import tokenizer
-from leanclip.tokenizer import clean, decode, encode, tokenize, vocabulary
+from leanclip.preprocess import tokenizer
+from leanclip.preprocess.tokenizer import clean, decode, encode, tokenize, vocabulary
 
 WORDS = (  # separated by spaces, as are the next two
     "photo of a cat, don't café l’été “quoted” naïve Straße İstanbul ΟΔΟΣ ΣΑΣ ſ 'ſ K fiancé(e) "

@@ -10,11 +10,11 @@ from test_step import Recording, batch_of
 from torch import nn
 
 from leanclip import CLIP, Preprocess
-from leanclip.config import Config, TrainConfig
-from leanclip.plan import make_plan, memory_estimate
-from leanclip.settings import parse
-from leanclip.step import train_step
-from leanclip.towers import checkpoint_activations, compile_towers
+from leanclip.config.schema import Config, TrainConfig
+from leanclip.config.sections import parse
+from leanclip.distributed.wrap_model import checkpoint_activations, compile_towers
+from leanclip.training.plan import make_plan, memory_estimate
+from leanclip.training.step import train_step
 
 RESNET = {name: value for name, value in TINY.items() if not name.startswith("vision_")} | {
     "vision_layers": [1, 2, 1, 1],

@@ -24,16 +24,16 @@ from conftest import (
 from torch.nn import functional as F
 
 from leanclip import CLIP, Preprocess
-from leanclip.config import OptimizerConfig, TrainConfig, load_config
+from leanclip.config.schema import OptimizerConfig, TrainConfig, load_config
+from leanclip.config.strict_yaml import load_yaml
 from leanclip.data.loader import Batch
-from leanclip.evaluate import retrieval_metrics
-from leanclip.images import normalize
-from leanclip.optim import build_optimizer
-from leanclip.plan import default_precision, make_plan, memory_estimate
-from leanclip.step import train_step
-from leanclip.strict_yaml import load_yaml
-from leanclip.tokenizer import tokenize
-from leanclip.tracking import read_metrics
+from leanclip.evaluation import retrieval_metrics
+from leanclip.preprocess.images import normalize
+from leanclip.preprocess.tokenizer import tokenize
+from leanclip.training.optimizer import build_optimizer
+from leanclip.training.plan import default_precision, make_plan, memory_estimate
+from leanclip.training.step import train_step
+from leanclip.training.tracking import read_metrics
 
 
 def batch_of(n: int = 6) -> Batch:
@@ -161,7 +161,7 @@ def test_the_seed_makes_the_run(command: Command, workplace: Path) -> None:
 def test_ctrl_c_says_how_to_go_on(workplace: Path) -> None:
     process = subprocess.Popen(
         [
-            sys.executable, "-c", "from leanclip.cli import main; main()",
+            sys.executable, "-c", "from leanclip.cli.main import main; main()",
             "train", "-c", "config.yaml", "-o", "train.epochs=100000", "-o", "data.workers=1",
         ],
         stderr=subprocess.PIPE, text=True, start_new_session=True,

@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import leanclip
-from leanclip.attention import gradient_map, rollout
-from leanclip.charts import classification, heat_maps, plane, scatter
-from leanclip.classifier import Guess
+from leanclip.inference.attention_maps import gradient_map, rollout
+from leanclip.inference.classifier import Guess
+from leanclip.report.charts import classification, heat_maps, plane, scatter
 
 RESNET = {"vision_layers": [1, 1, 1, 1], "vision_width": 8, "vision_heads": 4}
 RESNET |= {"vision_patch_size": None, "image_resolution": 64}

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 import leanclip
 from leanclip import CLIP, ConfigError, Preprocess, WeightsError
+from leanclip.config.sections import to_plain
 from leanclip.model import ModifiedResNet
-from leanclip.settings import to_plain
 from leanclip.weights import DIALECTS, Weights, hub, load_into, read_weights, write_weights
 from leanclip.weights.weights import mlp_ratio
 

@@ -6,7 +6,7 @@ python tools/train.py -c configs/clip/vit-b-32.yaml [--num-gpus N] [--load WEIGH
 import sys
 
 try:
-    from leanclip.cli import main
+    from leanclip.cli.main import main
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; set leanclip up with: make setup && source .venv/bin/activate")
 

@@ -7,26 +7,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from leanclip.config import Config, load_config
+    from leanclip.config.schema import Config, load_config
     from leanclip.errors import ConfigError, DataError, LeanclipError, WeightsError
-    from leanclip.evaluate import build_classifier, recall_at_k
-    from leanclip.images import Preprocess
-    from leanclip.inference import Clip, available, load
-    from leanclip.loss import clip_loss
+    from leanclip.evaluation import build_classifier, recall_at_k
+    from leanclip.inference.model import Clip, available, load
+    from leanclip.losses import clip_loss
     from leanclip.model import CLIP
-    from leanclip.tokenizer import decode, encode, tokenize
+    from leanclip.preprocess.images import Preprocess
+    from leanclip.preprocess.tokenizer import decode, encode, tokenize
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "config": ("Config", "load_config"),
+    "config.schema": ("Config", "load_config"),
     "errors": ("ConfigError", "DataError", "LeanclipError", "WeightsError"),
-    "evaluate": ("build_classifier", "recall_at_k"),
-    "images": ("Preprocess",),
-    "inference": ("Clip", "available", "load"),
-    "loss": ("clip_loss",),
+    "evaluation": ("build_classifier", "recall_at_k"),
+    "preprocess.images": ("Preprocess",),
+    "inference.model": ("Clip", "available", "load"),
+    "losses": ("clip_loss",),
     "model": ("CLIP",),
-    "tokenizer": ("decode", "encode", "tokenize"),
+    "preprocess.tokenizer": ("decode", "encode", "tokenize"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from leanclip import inference, tokenizer
+from leanclip.config.sections import to_plain
 from leanclip.errors import ConfigError
-from leanclip.images import Preprocess
+from leanclip.inference import model as inference
 from leanclip.model import CLIP
-from leanclip.model.undrawn import shapes_alone
-from leanclip.settings import to_plain
+from leanclip.model.skip_init import shapes_alone
+from leanclip.preprocess import tokenizer
+from leanclip.preprocess.images import Preprocess
 
 __all__ = ["available_models", "load", "tokenize"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip import tokenizer
 from leanclip.errors import ConfigError
-from leanclip.images import Source, center_crop, open_image, to_array
 from leanclip.model import CLIP
+from leanclip.preprocess import tokenizer
+from leanclip.preprocess.images import Source, center_crop, open_image, to_array
 from leanclip.weights import Weights, load_into
 from leanclip.weights.paddle import paddle_arrays
 from leanclip.weights.passl import from_arrays

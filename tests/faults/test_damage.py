@@ -9,7 +9,7 @@ import pytest
 from conftest import Command, Forked, make_model, noise_image, some_of, tries, weights_hash
 from leftovers import Leftovers
 
-from leanclip import checkpoint
+from leanclip.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("left")
 

@@ -17,9 +17,9 @@ from leftovers import Leftovers
 from web import PIECE, Server, serving
 
 import leanclip
-from leanclip import checkpoint
-from leanclip.embeddings import read_embeddings
-from leanclip.tracking import read_metrics
+from leanclip.inference.embeddings import read_embeddings
+from leanclip.training import checkpoint
+from leanclip.training.tracking import read_metrics
 
 OPTIONS = (
     "train", "-c", "config.yaml", "-o", "evaluate.retrieval=null", "-o", "checkpoint.every_steps=1",

@@ -31,10 +31,10 @@ from test_food101 import make_archive
 from torch.utils.data._utils import worker
 from web import serving
 
-from leanclip import checkpoint
-from leanclip.data.sources import shard_cache
+from leanclip.data.readers import shard_cache
 from leanclip.errors import SampleError
-from leanclip.tracking import read_metrics
+from leanclip.training import checkpoint
+from leanclip.training.tracking import read_metrics
 
 pytestmark = pytest.mark.usefixtures("left")
 

@@ -23,8 +23,8 @@ from conftest import (
 )
 from leftovers import Leftovers, children
 
-from leanclip import checkpoint
-from leanclip.tracking import read_metrics
+from leanclip.training import checkpoint
+from leanclip.training.tracking import read_metrics
 
 OPTIONS = (
     "train", "-c", "config.yaml", "-o", "train.epochs=20", "-o", "evaluate.retrieval=null",
@@ -120,7 +120,7 @@ def test_a_killed_packer_is_said_and_packing_goes_on(
 def started(*options: str) -> tuple[subprocess.Popen[str], int]:
     """A job of two ranks that has begun, and the process that minds its ranks."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "from leanclip.cli import main; main()", *RANKS, *options],
+        [sys.executable, "-c", "from leanclip.cli.main import main; main()", *RANKS, *options],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     wait_for_lines(process, 12)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import Command, Forked, fork_ranks, weights_hash
 
-from leanclip import checkpoint
-from leanclip.tracking import read_metrics
+from leanclip.training import checkpoint
+from leanclip.training.tracking import read_metrics
 
 pytestmark = pytest.mark.usefixtures("left")
 
@@ -131,7 +131,7 @@ def test_a_signal_to_the_launcher_stops_all_ranks(workplace: Path, number: int, 
     run = workplace / "run"
     process = subprocess.Popen(
         [
-            sys.executable, "-c", "from leanclip.cli import main; main()",
+            sys.executable, "-c", "from leanclip.cli.main import main; main()",
             *OPTIONS, "--output-dir", "run", "-o", "train.batch_size=2", "--num-procs", "2",
             "-o", "train.epochs=1000", "--max-restarts", "1",
         ],

@@ -19,10 +19,10 @@ from test_fuzz_tables import read_all
 from test_fuzz_weights import SMALL
 
 import leanclip
-from leanclip.config import DataConfig, load_config
+from leanclip.config.schema import DataConfig, load_config
+from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import LeanclipError, WeightsError
-from leanclip.strict_yaml import load_yaml
-from leanclip.tokenizer import tokenize
+from leanclip.preprocess.tokenizer import tokenize
 from leanclip.weights import read_weights
 
 CORPUS = DATA / "corpus"

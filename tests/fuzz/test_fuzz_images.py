@@ -11,11 +11,11 @@ from hypothesis import given
 from mutations import EDITS, Edits, bounded, check_words, edited, examples
 from PIL import Image
 
-from leanclip.data.reduced import image_bytes, is_turned, open_header, open_reduced
-from leanclip.data.samples import Sample
-from leanclip.decoding import MAX_SCANS, open_image
+from leanclip.data.dataset import Sample
+from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, open_reduced
 from leanclip.errors import LeanclipError, SampleError
-from leanclip.images import evaluation_pixels, training_pixels
+from leanclip.preprocess.decoding import MAX_SCANS, open_image
+from leanclip.preprocess.images import evaluation_pixels, training_pixels
 
 MANY = 4_000_000  # the most pixels in these tests
 
@@ -121,5 +121,5 @@ def test_what_is_converted_in_bands_is_the_whole(monkeypatch: Any, mode: str) ->
     kind = {"RGBA": np.uint8, "I;16": np.uint16, "F": np.float32, "I": np.int32}[mode]
     array = (values if mode == "RGBA" else values[:, :, 0] * 200).astype(kind)
     whole = np.asarray(open_image(Image.fromarray(array)))
-    monkeypatch.setattr("leanclip.decoding._BAND", 300)
+    monkeypatch.setattr("leanclip.preprocess.decoding._BAND", 300)
     np.testing.assert_array_equal(np.asarray(open_image(Image.fromarray(array))), whole)

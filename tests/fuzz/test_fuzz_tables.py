@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import EDITS, TIMES, Edits, bounded, check_words, edited, examples, odd_values
 
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
 from leanclip.data import open_dataset
 from leanclip.errors import LeanclipError, SampleError
 
@@ -264,7 +264,7 @@ def test_a_small_parquet_that_unpacks_to_much(
     table = pyarrow.table({"image": ["1.png"] * 1000, "caption": column})
     parquet.write_table(table, path, compression="zstd")
     assert path.stat().st_size < 1_000_000
-    monkeypatch.setattr("leanclip.data.sources.parquet._MOST_BYTES", 100_000_000)
+    monkeypatch.setattr("leanclip.data.readers.parquet._MOST_BYTES", 100_000_000)
     refused = pytest.raises(LeanclipError, match="over 200 times its size")
     with bounded(b"", "bomb.parquet", megabytes=300), refused:
         read_all(DataConfig(layout="table", root=str(path)))

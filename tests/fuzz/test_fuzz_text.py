@@ -13,10 +13,10 @@ from mutations import EDITS, Edits, bounded, edited, examples, odd_values
 from reference_tokenizer import encode as reference
 
 from leanclip.app.runs import Run
-from leanclip.config import Config, load_config
-from leanclip.settings import parse
-from leanclip.strict_yaml import load_yaml
-from leanclip.tokenizer import encode, tokenize
+from leanclip.config.schema import Config, load_config
+from leanclip.config.sections import parse
+from leanclip.config.strict_yaml import load_yaml
+from leanclip.preprocess.tokenizer import encode, tokenize
 
 PIECES = [
     "&amp;",

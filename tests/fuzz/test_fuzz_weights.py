@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mutations import EDITS, Edits, bounded, check_words, edited, examples, odd_values
 
 import leanclip
-from leanclip.shard_files import read_shards, save_shards
+from leanclip.training.sharded_checkpoint import read_shards, save_shards
 from leanclip.weights import read_weights
 from leanclip.weights.convert import write_weights
 from leanclip.weights.unpickle import interpret, numpy_names

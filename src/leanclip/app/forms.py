@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from leanclip.app.safety import Refused
-from leanclip.decoding import open_image
 from leanclip.errors import SampleError
-from leanclip.images import evaluation_pixels
+from leanclip.preprocess.decoding import open_image
+from leanclip.preprocess.images import evaluation_pixels
 
 T = TypeVar("T")
 

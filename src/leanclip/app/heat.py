@@ -6,7 +6,7 @@ Shapes: h x w places of a map.
 import numpy as np
 from PIL import Image
 
-from leanclip.images import as_jpeg, middle_square
+from leanclip.preprocess.images import as_jpeg, middle_square
 
 SIDE = 448  # pixels
 # From nothing to the most: dark violet, red, orange, yellow; told apart in greys as well.

@@ -21,7 +21,7 @@ from leanclip.app.runs import Run, plain, runs_in
 from leanclip.app.safety import Refused
 from leanclip.app.service import Service, service_of
 from leanclip.errors import DataError
-from leanclip.images import as_jpeg
+from leanclip.preprocess.images import as_jpeg
 from leanclip.search import Hit, Index
 
 MOST_HITS = 2000  # of a search, over all its pages

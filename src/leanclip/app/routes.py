@@ -30,9 +30,9 @@ from leanclip.app.openapi import description
 from leanclip.app.safety import MAX_BODY, Refused, Safety, cookie_name, is_same
 from leanclip.app.service import Service, service_of
 from leanclip.app.worker import RETRY_AFTER, NotReady, mean_feature
-from leanclip.classifier import guesses
+from leanclip.data.prompts import TEMPLATES
 from leanclip.errors import LeanclipError
-from leanclip.prompts import TEMPLATES
+from leanclip.inference.classifier import guesses
 
 log = logging.getLogger("leanclip")
 PAGE = Path(__file__).parent / "page"

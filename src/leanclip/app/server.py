@@ -14,10 +14,10 @@ from leanclip.app.routes import make_app
 from leanclip.app.safety import is_loopback
 from leanclip.app.service import Service
 from leanclip.app.worker import Worker
-from leanclip.classifier import check_labels, read_labels
 from leanclip.errors import ConfigError
-from leanclip.evaluate import Calibration
-from leanclip.inference import Clip, load
+from leanclip.evaluation import Calibration
+from leanclip.inference.classifier import check_labels, read_labels
+from leanclip.inference.model import Clip, load
 from leanclip.search import Index
 
 log = logging.getLogger("leanclip")

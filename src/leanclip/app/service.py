@@ -16,9 +16,9 @@ from starlette.requests import Request
 from leanclip.app.forms import MAX_PROMPTS, Decoders, Upload, pixels_of
 from leanclip.app.safety import Refused
 from leanclip.app.worker import KEPT, Kept, Worker
-from leanclip.classifier import Classifier, check_labels
-from leanclip.data.samples import check_templates
-from leanclip.evaluate import Calibration
+from leanclip.data.dataset import check_templates
+from leanclip.evaluation import Calibration
+from leanclip.inference.classifier import Classifier, check_labels
 from leanclip.search import Index
 
 

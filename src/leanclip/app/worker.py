@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from leanclip.attention import gradient_map, rollout
-from leanclip.classifier import Classifier
-from leanclip.images import normalize
-from leanclip.inference import Clip
+from leanclip.inference.attention_maps import gradient_map, rollout
+from leanclip.inference.classifier import Classifier
+from leanclip.inference.model import Clip
+from leanclip.preprocess.images import normalize
 
 log = logging.getLogger("leanclip")
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from leanclip.config import DataConfig, MixedSource, SourceConfig, apply_override
-from leanclip.data import folder, food101, hub, pairs, shapes, shards, table, wds
-from leanclip.data.mixture import Mixture
-from leanclip.data.samples import Dataset, Sample
+from leanclip.config.schema import DataConfig, MixedSource, SourceConfig, apply_override
+from leanclip.config.sections import parse
+from leanclip.data.dataset import Dataset, Sample
+from leanclip.data.formats import folder, food101, hub, pairs, shapes, shards, table, wds
+from leanclip.data.formats.mixture import Mixture
 from leanclip.errors import ConfigError
-from leanclip.settings import parse
 
 LAYOUTS = {
     "shapes": shapes.open_dataset,

@@ -31,14 +31,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from leanclip.config import DataConfig
-from leanclip.data.kept import ROOM, Kept
-from leanclip.data.samples import Dataset, Sample
+from leanclip.config.schema import DataConfig
+from leanclip.data.dataset import Dataset, Sample
+from leanclip.data.decoded_image_cache import ROOM, Kept
 from leanclip.data.skipped import Bad
-from leanclip.decoding import Source
 from leanclip.errors import DataError, SampleError, is_shortage
-from leanclip.images import evaluation_pixels, training_pixels
-from leanclip.tokenizer import END, encode, tokenize
+from leanclip.preprocess.decoding import Source
+from leanclip.preprocess.images import evaluation_pixels, training_pixels
+from leanclip.preprocess.tokenizer import END, encode, tokenize
 
 NOT_HANDED_OVER = 71  # exit code of a worker whose batch does not get through
 SHORTAGE = 72  # of one that has too little memory, or too few open files

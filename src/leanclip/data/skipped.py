@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from leanclip.errors import DataError, SampleError
-from leanclip.files import read_json_lines
+from leanclip.io.files import read_json_lines
 
 LONGEST = 300  # characters of an id or a reason
 

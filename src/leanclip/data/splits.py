@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from leanclip.config import SourceConfig
-from leanclip.data import table
+from leanclip.config.schema import SourceConfig
+from leanclip.data.formats import table
 
 FIXED = {"shapes": ("train", "val", "unseen"), "food101": ("train", "test")}
 NAMES = ("train", "val", "valid", "validation", "dev", "test")  # of folders and files

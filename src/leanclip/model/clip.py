@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip.config import ModelConfig
+from leanclip.config.schema import ModelConfig
+from leanclip.config.sections import parse
 from leanclip.model.packed import Packed, lay_out
 from leanclip.model.resnet import ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
-from leanclip.settings import parse
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's bound on the temperature
 
@@ -38,7 +38,7 @@ class CLIP(nn.Module):
     """Both towers; takes the architecture keys of OpenAI's code and PASSL's `arch` dict.
 
     Args:
-        arch: the settings of `leanclip.config.ModelConfig`, by name.
+        arch: the settings of `leanclip.config.schema.ModelConfig`, by name.
 
     Raises:
         ConfigError: an unknown or missing key, or a value that does not fit.

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanclip.config import ModelConfig
+from leanclip.config.schema import ModelConfig
+from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError
 from leanclip.model.clip import CLIP
-from leanclip.model.undrawn import shapes_alone
-from leanclip.settings import parse, to_plain
+from leanclip.model.skip_init import shapes_alone
 
 
 def _vit(

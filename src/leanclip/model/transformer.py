@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip.model import short
+from leanclip.model import short_attention as short
 from leanclip.model.packed import Packed, split_heads
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from leanclip.errors import ConfigError
-from leanclip.extras import need
-from leanclip.files import whole_file, write_array
+from leanclip.io.files import whole_file, write_array
+from leanclip.io.optional_imports import need
 from leanclip.search.items import Items
 from leanclip.search.vectors import Vectors
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from leanclip.errors import ConfigError
-from leanclip.inference import Clip
-from leanclip.tokenizer import merges
+from leanclip.inference.model import Clip
+from leanclip.preprocess.tokenizer import merges
 from leanclip.weights import fingerprint
 
 PARTS = {

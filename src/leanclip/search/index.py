@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from leanclip.errors import ConfigError, DataError
-from leanclip.files import held
-from leanclip.inference import Clip, load
-from leanclip.inputs import ImageInput
+from leanclip.inference.inputs import ImageInput
+from leanclip.inference.model import Clip, load
+from leanclip.io.files import held
 from leanclip.search import approximate
 from leanclip.search.approximate import FACT, MOST_OUTSIDE, QUERIES, RECALL, Approximate
 from leanclip.search.filters import Range, conditions

@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from leanclip.data.samples import read_class_names, read_lines
-from leanclip.data.sources.image_files import list_images, no_images
-from leanclip.data.sources.tar_index import PROBLEMS, shard_index
-from leanclip.decoding import open_regular, refusing
-from leanclip.embeddings import INDEX, read_index, shards_of
+from leanclip.data.dataset import read_class_names, read_lines
+from leanclip.data.readers.image_files import list_images, no_images
+from leanclip.data.readers.tar_index import PROBLEMS, shard_index
 from leanclip.errors import ConfigError, DataError, SampleError
-from leanclip.files import read_facts
-from leanclip.images import evaluation_pixels
+from leanclip.inference.embeddings import INDEX, read_index, shards_of
+from leanclip.io.files import read_facts
+from leanclip.preprocess.decoding import open_regular, refusing
+from leanclip.preprocess.images import evaluation_pixels
 from leanclip.search.filters import absolute
 from leanclip.search.items import Entry
 

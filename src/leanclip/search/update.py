@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from leanclip.errors import DataError, SampleError
-from leanclip.inference import Clip
-from leanclip.inputs import in_threads
+from leanclip.inference.inputs import in_threads
+from leanclip.inference.model import Clip
 from leanclip.search.items import Entry, Items
 from leanclip.search.sources import Found, Source, read, with_caption
 from leanclip.search.vectors import Vectors
-from leanclip.tracking import ProgressBar
+from leanclip.training.tracking import ProgressBar
 
 log = logging.getLogger("leanclip")
 

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 from leanclip.errors import DataError, WeightsError, one_line
-from leanclip.extras import need
-from leanclip.fetch import cache_folder, fetch
-from leanclip.files import digest
-from leanclip.tracking import ProgressBar
+from leanclip.io.download import cache_folder, fetch
+from leanclip.io.files import digest
+from leanclip.io.optional_imports import need
+from leanclip.training.tracking import ProgressBar
 
 # openai/CLIP, clip/clip.py: the SHA-256 of each file is a part of its address.
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"

@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-from leanclip.config import ModelConfig
+from leanclip.config.schema import ModelConfig
+from leanclip.config.sections import parse, to_plain
 from leanclip.model.presets import PRESETS
-from leanclip.settings import parse, to_plain
 from leanclip.weights.weights import Weights
 
 

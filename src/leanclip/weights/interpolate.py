@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config import ModelConfig
+from leanclip.config.schema import ModelConfig
+from leanclip.config.sections import differences, to_plain
 from leanclip.errors import WeightsError
 from leanclip.model import CLIP
-from leanclip.settings import differences, to_plain
 from leanclip.weights.weights import Weights, check_shapes, load_into
 
 log = logging.getLogger("leanclip")

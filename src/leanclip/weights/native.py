@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from leanclip.config import ModelConfig
+from leanclip.config.schema import ModelConfig
+from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.files import digest
-from leanclip.images import Preprocess
-from leanclip.settings import parse, to_plain
+from leanclip.io.files import digest
+from leanclip.preprocess.images import Preprocess
 from leanclip.weights.formats import read_safetensors
 from leanclip.weights.weights import Weights
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from leanclip.config import ModelConfig
+from leanclip.config.schema import ModelConfig
+from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.images import CLIP_MEAN, CLIP_STD, Preprocess
-from leanclip.settings import parse
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess
 from leanclip.weights.formats import read_safetensors
 from leanclip.weights.native import triple
 from leanclip.weights.state_dict import read_json, read_torch

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from leanclip.config import ModelConfig
+from leanclip.config.schema import ModelConfig
+from leanclip.config.sections import parse
+from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.model.presets import PRESETS, preset
-from leanclip.settings import parse
-from leanclip.strict_yaml import load_yaml
 from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.formats import read_safetensors, sniff
 from leanclip.weights.hub import locate

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from leanclip.config import ModelConfig
+from leanclip.config.schema import ModelConfig
+from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.images import Preprocess
 from leanclip.model import CLIP
-from leanclip.model.undrawn import shapes_alone
-from leanclip.settings import parse, to_plain
+from leanclip.model.skip_init import shapes_alone
+from leanclip.preprocess.images import Preprocess
 
 log = logging.getLogger("leanclip")
 

@@ -1,0 +1,128 @@
+"""What a run came to: figures, sentences and pictures in its folder, and what to type next."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from leanclip.config.schema import Config
+from leanclip.config.sections import to_plain
+from leanclip.data.skipped import BadSamples
+from leanclip.distributed.collectives import barrier, rank_and_world_size
+from leanclip.errors import ConfigError
+from leanclip.evaluation import Report, evaluate, open_guard, open_tasks
+from leanclip.evaluation.calibrated import calibrate, open_held_out
+from leanclip.model import CLIP
+from leanclip.report.plots import run_pictures
+from leanclip.report.report_page import headlines, write_report_page
+from leanclip.training import checkpoint
+from leanclip.training.plan import model_preprocess
+from leanclip.weights import SHARDS, load_into, read_weights
+
+SKIPPED = "skipped.jsonl"  # in the run's folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run, or an evaluation of one, came to."""
+
+    folder: Path
+    report: Report
+    page: Path  # report.html
+    pictures: list[Path]
+    seconds: float  # of training, over all starts
+
+
+def evaluate_only(
+    config: Config,
+    device: torch.device,
+    source: str | None = None,
+    command: str = "",
+    *,
+    held_out: str | None = None,
+    coverage: float = 0.9,
+) -> Outcome | None:
+    """Measure weights without training: of `source`, else of the run's folder, else `config.load`.
+
+    Every rank calls this; the first one gives the outcome. `command` is what the report says
+    measures the same again. `held_out` is a split, or a share of the images, to calibrate on.
+
+    Raises:
+        ConfigError: the configuration names nothing to evaluate.
+        WeightsError: there are no weights, or they do not fit the model.
+    """
+    rank = rank_and_world_size()[0]
+    if rank > 0:
+        barrier()  # what the first rank prepares, such as an index, the others find
+    tasks, guard = open_tasks(config), open_guard(config)
+    names = {task.name: task for task in tasks}
+    calibration = None if held_out is None else open_held_out(config, names, held_out)
+    if rank == 0:
+        barrier()
+    if not tasks and guard is None:
+        raise ConfigError("nothing to evaluate: set evaluate.zero_shot or evaluate.retrieval")
+    folder = Path(config.output_dir)
+    model = CLIP(**to_plain(config.model))
+    if source is None:
+        source = str(folder) if any(folder.glob("checkpoints/step-*")) else config.load
+    weights = read_weights(source or folder, arch=config.load_arch)
+    load_into(model, weights, partial=config.load_partial)
+    progress = checkpoint.last_progress(Path(source or folder) / "checkpoints")
+    before = progress.before if progress else {}
+    preprocess = model_preprocess(config)
+    report = evaluate(
+        model.to(device), tasks, preprocess, guard=guard, before=before, use_cache=True
+    )
+    if calibration is not None:
+        calibrate(model, calibration, preprocess, report, coverage=coverage)
+    report.source, report.command = source or str(folder), command
+    if rank > 0:
+        return None
+    return finish(folder, report, 0.0, pictures=config.evaluate.pictures)
+
+
+def summary(outcome: Outcome) -> str:
+    """A run in plain words: what it learned, where everything is, what to type next."""
+    folder, report = outcome.folder, outcome.report
+    lines = []
+    if outcome.seconds:
+        lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
+    lines += report.sentences
+    skipped = BadSamples(0, 1, folder / SKIPPED)
+    if skipped.found:
+        lines.append(f"Training skipped {skipped.summary()}: see {skipped.path}")
+    if report.bad:
+        lines.append(f"{len(report.bad)} samples could not be used: see {folder}/report.json")
+    if not report.sentences:
+        lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
+    lines.append(f"Folder:   {folder}")
+    progress = checkpoint.last_progress(folder / "checkpoints")
+    if progress is not None and (best := progress.best) is not None:
+        path = folder / "checkpoints" / f"step-{best.step:08d}"
+        lines.append(f"Best:     {path}     ({best.metric} {best.value:.1%})")
+    if figures := headlines(report):
+        lines.append(f"Figures:  {figures}")
+    lines.append(f"Report:   {outcome.page}")
+    lines += [f"Picture:  {picture}" for picture in outcome.pictures]
+    if any(folder.glob(f"checkpoints/step-*/{SHARDS}")):
+        lines.append(f"Next:     leanclip merge {folder} OUT     (its weights are in shards)")
+    elif (folder / "config.yaml").is_file():
+        lines += [
+            f"Next:     leanclip eval --model {folder}",
+            f"          leanclip train -c YOUR.yaml --load {folder}     (fine-tune it)",
+        ]
+    return "\n".join(lines)
+
+
+def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> Outcome:
+    """Write report.json, report.html, and the pictures where they are wanted."""
+    report.source = report.source or str(folder)
+    report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write(folder)
+    if report.calibration is not None:
+        report.calibration.save(folder)
+    page = write_report_page(folder, report, BadSamples(0, 1, folder / SKIPPED))
+    drawn = run_pictures(folder, report) if pictures else []
+    return Outcome(folder, report, page, drawn, seconds)

@@ -1,0 +1,1 @@
+"""Settings: the typed schema, YAML in and out, overrides."""

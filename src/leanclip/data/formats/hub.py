@@ -1,0 +1,241 @@
+"""The `hub` layout: a data set of Hugging Face's `datasets`, by id or from the disk.
+
+    user/name   user/name:config        on the hub
+    a folder of save_to_disk, or what load_dataset reads: Parquet, CSV, a folder of images
+
+Its rows mean what a table's do: leanclip.data.readers.columns. Images are not decoded by
+`datasets`. A stream is read in order, its files shuffled, and shuffled in blocks of
+`shuffle_buffer` samples.
+"""
+
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+from leanclip.config.schema import DataConfig
+from leanclip.data.dataset import Dataset, Sample
+from leanclip.data.order import shuffled
+from leanclip.data.readers.columns import Meaning, check_count, choose_columns, class_names
+from leanclip.errors import DataError, SampleError, one_line
+from leanclip.io.optional_imports import need
+
+_SUFFIXES = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".arrow": "arrow",
+}
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Open it, and find what its columns mean.
+
+    Raises:
+        DataError: `datasets` is missing, it cannot be opened, or lacks columns.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
+    datasets = need("datasets", "data.layout: hub", extra="hub", error=DataError)
+    with _in_one_line(config.root):
+        rows = _load(config)
+        # A stream of text files has no features yet; its first row has the columns.
+        features: dict[str, Any] = rows.features or dict.fromkeys(next(iter(rows), ()))
+    streaming = isinstance(rows, datasets.IterableDataset)
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    if images and config.image_column is None:
+        config = config.model_copy(update={"image_column": images[0]})
+    columns = choose_columns(config, list(features), config.root)
+    rows = rows.select_columns(columns.all)
+    if isinstance(features[columns.image], datasets.Image):
+        rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+    classes = None
+    if label := columns.label:
+        names = getattr(features[label], "names", None)
+        distinct = None if streaming else lambda: _distinct(rows, label, config.root)
+        classes = class_names(config, config.root, names, distinct)
+    root = Path(config.root)
+    meaning = Meaning(config, columns, root.parent if root.is_file() else root, classes)
+    return Stream(rows, meaning, config) if streaming else Hub(rows, meaning, config.root)
+
+
+class Hub(Dataset):
+    """Rows that lie on the disk, mapped into memory by `datasets`."""
+
+    def __init__(self, rows: Any, meaning: Meaning, root: str) -> None:
+        self.rows, self.meaning, self.root = rows, meaning, root
+        self.classes, self.templates = meaning.classes, meaning.templates
+        if not len(rows):
+            raise DataError(f"data.root: {root}: has no rows")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            row = self.rows[index]
+        except UnicodeDecodeError:
+            raise SampleError(
+                "caption not UTF-8", f"{self.name(index)}: is not UTF-8 text"
+            ) from None
+        return self.meaning.sample(self.name(index), row)
+
+    def name(self, index: int) -> str:
+        """The data set and the row, counted from 1."""
+        return f"{self.root} row {index + 1}"
+
+
+class Stream(Dataset):
+    """Rows that are read in order and not stored; `visits` gives samples, not indices."""
+
+    is_stream = True
+
+    def __init__(self, rows: Any, meaning: Meaning, config: DataConfig) -> None:
+        self.rows, self.meaning, self.root = rows, meaning, config.root
+        self.classes, self.templates = meaning.classes, meaning.templates
+        self.block = config.shuffle_buffer
+        # Rows may name files of their own repository, and have no other fetched.
+        name = re.escape(config.root.partition(":")[0])
+        self._own_file = re.compile(rf"((zip|tar)://[^:]*::)?hf://datasets/{name}[@/][^:]*")
+        split = (rows.info.splits or {}).get(str(rows.split))
+        size = (split.num_examples if split else None) or config.epoch_size
+        if not size:
+            raise DataError(
+                f"data.root: {config.root}: does not say how many rows its stream has; set "
+                f"data.epoch_size"
+            )
+        self.size: int = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        raise DataError(
+            f"data.streaming: {self.root}: a stream has no row {index}; set data.streaming: false "
+            f"to evaluate on it"
+        )
+
+    def visits(self, key: Sequence[int], start: int = 0) -> Iterator[int | Sample]:
+        """Samples, from position `start` on: what is before it is read over."""
+        left = len(self) - start
+        for times in count():
+            came = 0
+            for sample in islice(self._once([*key, times], start), left):
+                came += 1
+                yield sample
+            left -= came
+            if not left:
+                return
+            if came or not start:
+                self._check_rows(came)
+                start = 0
+            else:  # it has fewer rows than that
+                start -= self._check_rows(sum(1 for _ in self.rows))
+
+    def _check_rows(self, rows: int) -> int:
+        if not rows:
+            raise DataError(f"data.root: {self.root}: has no rows")
+        return rows
+
+    def _once(self, key: Sequence[int], start: int) -> Iterator[Sample]:
+        """Every row once."""
+        first, skip = divmod(start, self.block)
+        # Not by `datasets`' own shuffle: it reads files in threads, in whatever order they come.
+        files = self.rows.num_shards
+        rows = chain.from_iterable(
+            self.rows.shard(files, file) for file in shuffled(files, [*key, 0])
+        )
+        with _in_one_line(self.root):
+            next(islice(rows, first * self.block, first * self.block), None)
+        for number in count(first):
+            with _in_one_line(self.root):
+                block = list(islice(rows, self.block))
+            if not block:
+                return
+            for place in shuffled(len(block), [*key, number + 1], skip):
+                yield self._sample(block[place])
+            skip = 0
+
+    def _sample(self, row: Mapping[str, Any]) -> Sample:
+        """The sample of a row; one that cannot be used says why, and keeps its place."""
+        image = row[self.meaning.columns.image]
+        path, content = "row", None
+        if isinstance(image, Mapping):
+            path, content = image.get("path") or path, image.get("bytes")
+            if content is None and self._own_file.fullmatch(path):
+                with _in_one_line(f"{self.root}: {path}"):
+                    content = _fetched(path)
+                row = {**row, self.meaning.columns.image: content}
+        elif isinstance(image, bytes):
+            content = image
+        # A stream's rows have no numbers that stay; the content tells them apart.
+        name = f"{self.root}/{path}#{zlib.crc32(content or repr(row).encode()):08x}"
+        try:
+            return self.meaning.sample(name, row)
+        except SampleError as error:
+            return Sample(name, b"", (), error=error)
+
+
+def _load(config: DataConfig) -> Any:
+    """One split, as `datasets` has it."""
+    import datasets
+
+    root, split = Path(config.root), config.split or "train"
+    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(root))
+        if isinstance(saved, datasets.Dataset):
+            if config.split not in (None, str(saved.split)):
+                raise DataError(
+                    f"data.split: {root} is one saved data set (split {saved.split}), with no "
+                    f"{split}; set data.split to null"
+                )
+            return saved
+        if split not in saved:
+            raise DataError(f"data.split: {root} has {', '.join(map(str, saved))}, no {split}")
+        return saved[split]
+    if root.is_file():
+        if root.suffix.lower() not in _SUFFIXES:
+            raise DataError(f"data.root: {root} is none of {' '.join(_SUFFIXES)}")
+        if split != "train":
+            raise DataError(f"data.split: {root} is a file; a split is a file in a folder")
+        kind = _SUFFIXES[root.suffix.lower()]
+        files = {split: str(root)}
+        return datasets.load_dataset(
+            kind, data_files=files, split=split, streaming=config.streaming
+        )
+    if root.is_dir():
+        path, name = str(root.resolve()), None
+    else:
+        path, _, name = config.root.partition(":")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+            raise DataError(f"data.root: no such folder, and no id on the hub: {config.root}")
+    return datasets.load_dataset(path, name or None, split=split, streaming=config.streaming)
+
+
+def _fetched(path: str) -> bytes:
+    """A file of a data set on the hub that its rows only name."""
+    from fsspec.core import url_to_fs
+
+    files, place = url_to_fs(path)
+    return files.cat_file(place)
+
+
+def _distinct(rows: Any, column: str, where: str) -> set[str]:
+    values = {str(value) for value in rows.unique(column) if value is not None}
+    check_count(values, column, where)
+    return values
+
+
+@contextmanager
+def _in_one_line(root: str) -> Iterator[None]:
+    """`datasets` raises errors of many libraries: of the network, the hub and the files."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"data.root: {root}: cannot be read: {one_line(error)}") from None

@@ -1,0 +1,66 @@
+"""The `pairs` layout: a folder tree of images, each with a text file of the same name.
+
+    root[/split]/any/where/dog.jpg   root[/split]/any/where/dog.txt   (a caption a line)
+
+Pairs are keyed by path: a/1.jpg belongs to a/1.txt and never to b/1.txt. PASSL's
+`data/FOOD101/captions/` is such a tree. Captions are read with their image.
+"""
+
+from pathlib import Path
+
+from leanclip.config.schema import DataConfig
+from leanclip.data.dataset import Dataset, Sample, Strings, read_lines, split_folder
+from leanclip.data.readers.image_files import find_images
+from leanclip.errors import SampleError
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Find every image under the folder.
+
+    Raises:
+        DataError: no folder, no images, or more than `max_bad_share` of them without a caption
+            file, or with an empty one.
+    """
+    paths = find_images(split_folder(config.root, config.split))
+    missing = [path for path in paths if not _has_captions(path)]
+    if len(missing) > config.max_bad_share * len(paths):
+        Pairs(missing)[0]  # raises what is wrong with it
+    return Pairs(paths)
+
+
+class Pairs(Dataset):
+    """Images with a caption file beside each."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = Strings(map(str, paths))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = Path(self.paths[index])
+        captions = path.with_suffix(".txt")
+        if not captions.is_file():
+            raise SampleError(
+                "missing caption",
+                f"{path}: has no caption file {captions.name} beside it; write one, or remove "
+                f"the image",
+            )
+        lines = read_lines(captions)
+        if not lines:
+            raise SampleError(
+                "empty caption",
+                f"{captions}: an empty caption file; write a caption a line, or remove the pair",
+            )
+        return Sample(str(path), path, lines)
+
+    def name(self, index: int) -> str:
+        """The image's path."""
+        return self.paths[index]
+
+
+def _has_captions(path: Path) -> bool:
+    try:
+        return path.with_suffix(".txt").stat().st_size > 0
+    except OSError:
+        return False

@@ -1,0 +1,377 @@
+"""The `shards` layout: WebDataset's tar files, as img2dataset and `leanclip data pack` write them.
+
+    root[/split]/00000.tar ...     or one .tar, a pattern {00000..00099}.tar, http(s) URLs
+        000000123.jpg  .txt | .json  [.cls]     members of one name are one sample
+    classes.txt, or data.class_names            (a name a line, by label: class data)
+    templates.txt, or data.templates            (a caption a line, {} for the name)
+
+A sample is read at its place in the file, so that any can be had by index. What shuffles them is
+the order of the shards, and within windows of neighbours an order of all their samples.
+"""
+
+import json
+import logging
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from leanclip.config.schema import DataConfig
+from leanclip.data.dataset import (
+    Dataset,
+    Sample,
+    Strings,
+    check_templates,
+    check_unicode,
+    class_names_in,
+    fill,
+    read_class_names,
+    templates_in,
+)
+from leanclip.data.order import shuffled
+from leanclip.data.prompts import TEMPLATES
+from leanclip.data.readers.shard_cache import (
+    fetched_note,
+    fetched_path,
+    fetched_shard,
+    forget_failure,
+)
+from leanclip.data.readers.shard_list import URLS, beside, find_shards, read_local, stated_sizes
+from leanclip.data.readers.tar_index import PROBLEMS, is_indexed, shard_index
+from leanclip.errors import DataError, SampleError
+from leanclip.training.tracking import ProgressBar
+
+log = logging.getLogger("leanclip")
+
+CAPTION_KEYS = ("caption", "captions", "text", "title")  # of a .json, the first there is
+MOST_IMAGE_BYTES = 1 << 28
+MOST_TEXT_BYTES = 1 << 20
+_OPEN = 128  # shards a process holds open
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Find the shards and how many samples each has; those of which nothing says so are read.
+
+    Raises:
+        DataError: no shards, one that is not there or no tar file, an address that may not be
+            fetched, a damaged file of sizes, or no samples.
+    """
+    shards = find_shards(config)
+    for shard in shards:
+        if shard.startswith(URLS):
+            forget_failure(shard)
+    stated = stated_sizes(shards, _read)
+    unknown = [shard for shard, size in zip(shards, stated, strict=True) if size is None]
+    counted = dict(zip(unknown, count_samples(unknown, config) if unknown else (), strict=True))
+    sizes = [counted[s] if size is None else size for s, size in zip(shards, stated, strict=True)]
+    if sum(sizes) == 0:
+        raise DataError(f"{config.root}: no samples in {len(shards)} shards")
+    classes = _classes(shards[0], config)
+    dataset = Shards(shards, sizes, config, classes, _templates(shards[0], config))
+    if len(shards) == 1 and (unknown or not shards[0].startswith(URLS)):
+        with suppress(SampleError):  # of one sample; here only what is wrong with all counts
+            dataset.check_tar(0)
+    return dataset
+
+
+class _Opened(NamedTuple):
+    """A shard at hand."""
+
+    file: Any  # unbuffered; closes itself when nothing refers to it
+    rows: np.ndarray  # see tar_index.shard_index
+
+
+class Shards(Dataset):
+    """Samples in tar files."""
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        sizes: Sequence[int],
+        config: DataConfig,
+        classes: Sequence[str],
+        templates: Sequence[str] = (),
+    ) -> None:
+        self.shards, self.firsts = Strings(shards), np.cumsum([0, *sizes])
+        self.buffer, self.limit = config.shuffle_buffer, config.cache_gigabytes * 1e9
+        columns = config.caption_column
+        self.columns = (columns,) if isinstance(columns, str) else columns
+        self.classes = classes
+        if classes:
+            self.templates = templates
+        self._opened: OrderedDict[int, _Opened] = OrderedDict()
+        self._has_warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": OrderedDict()}  # files do not go to other processes
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, i = self._place(index)
+        opened = self._open(shard)
+        if i >= len(opened.rows):
+            raise SampleError(
+                "missing in shard",
+                f"{self.name(index)}: the shard holds {len(opened.rows)} samples, "
+                f"{self.firsts[shard + 1] - self.firsts[shard]} are stated beside it",
+            )
+        row, name = opened.rows[i], self.name(index)
+        if row["problem"]:
+            raise SampleError(PROBLEMS[row["problem"]], f"{name}: {PROBLEMS[row['problem']]}")
+        if not row["image"]:
+            raise SampleError("missing image", f"{name}: there is no image of this name")
+        captions, label = self._captions(opened, row, name)
+        image = _member(opened, row, "image", name, MOST_IMAGE_BYTES)
+        return Sample(name, image, captions, label)
+
+    def name(self, index: int) -> str:
+        """The shard, and the sample's name in it."""
+        shard, i = self._place(index)
+        with suppress(DataError, OSError):
+            at_hand = shard in self._opened or not self.shards[shard].startswith(URLS)
+            if at_hand and i < len(rows := self._open(shard).rows):
+                return f"{self.shards[shard]}/{rows[i]['key'].decode('utf-8', 'surrogateescape')}"
+        return f"{self.shards[shard]}/sample {i}"
+
+    def visits(self, key: Sequence[int], start: int = 0) -> Iterator[int | Sample]:
+        """Shards in an order drawn by `key`; all samples of a window of them mixed."""
+        order = np.array(list(shuffled(len(self.shards), key)))
+        ends = np.cumsum(np.diff(self.firsts)[order])
+        windows, begin = [], 0  # of places in `order`
+        while begin < len(order):
+            before = int(ends[begin - 1]) if begin else 0
+            end = int(np.searchsorted(ends, before + self.buffer)) + 1
+            windows.append((before, order[begin:end].tolist()))
+            begin = end
+        current = bisect_right([before for before, _ in windows], start) - 1
+        for number in range(current, len(windows)):
+            before, shards = windows[number]
+            ahead = [shard for _, some in windows[number : number + 2] for shard in some]
+            Thread(target=self._prepare, args=(ahead,), daemon=True).start()
+            yield from self._window(shards, [*key, number + 1], max(start - before, 0))
+
+    def check_tar(self, shard: int) -> None:
+        """Refuse a shard that is no tar file at all.
+
+        Raises:
+            DataError: it is not.
+            SampleError: it cannot be fetched or read.
+        """
+        opened = self._open(shard)
+        if len(opened.rows) and PROBLEMS[opened.rows[0]["problem"]] == "not a tar file":
+            raise DataError(f"{self.shards[shard]}: is not a tar file, or a compressed one")
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which shard, and which sample of it."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self.firsts, index, side="right")) - 1
+        return shard, index - int(self.firsts[shard])
+
+    def _window(self, shards: Sequence[int], key: Sequence[int], start: int) -> Iterator[int]:
+        """The indices of all samples of some shards, mixed."""
+        firsts = [int(self.firsts[shard]) for shard in shards]
+        begins = np.cumsum(
+            [0, *(int(self.firsts[shard + 1] - self.firsts[shard]) for shard in shards)]
+        )
+        begins = begins.tolist()
+        for position in shuffled(begins[-1], key, start):
+            which = bisect_right(begins, position) - 1
+            yield firsts[which] + position - begins[which]
+
+    def _prepare(self, shards: Sequence[int]) -> None:
+        """Fetch and look through shards before they are needed, for other processes too."""
+        for shard in shards:
+            with suppress(DataError, OSError):  # whoever reads a sample of it meets it again
+                _ready(self.shards[shard], self.limit)
+
+    def _open(self, shard: int) -> _Opened:
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard]
+        name = self.shards[shard]
+        try:
+            try:
+                opened = _opened(name, self.limit)
+            except FileNotFoundError:  # it has just made room for another
+                opened = _opened(name, self.limit)
+        except OSError as error:
+            raise SampleError(
+                "unreadable shard", f"{name}: cannot be read: {error.strerror}"
+            ) from None
+        stated = int(self.firsts[shard + 1] - self.firsts[shard])
+        if len(opened.rows) > stated and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s: of its %d samples only the %d that are stated beside it are used",
+                name,
+                len(opened.rows),
+                stated,
+            )
+        self._opened[shard] = opened
+        if len(self._opened) > _OPEN:
+            self._opened.popitem(last=False)
+        return opened
+
+    def _captions(
+        self, opened: _Opened, row: np.void, name: str
+    ) -> tuple[Sequence[str], int | None]:
+        """A sample's captions, and its label in class data."""
+        if self.classes:
+            label = self._label(opened, row, name)
+            return fill(self.templates, self.classes[label]), label
+        if row["txt"] and not self.columns:
+            text = _text(opened, row, "txt", name)
+            captions = [line.strip() for line in text.splitlines()]
+        elif row["json"]:
+            captions = _json_captions(_text(opened, row, "json", name), self.columns, name)
+        else:
+            hint = "; its .cls needs data.class_names" if row["cls"] else ""
+            raise SampleError("missing caption", f"{name}: there is no caption of this name{hint}")
+        captions = [caption for caption in captions if caption]
+        if not captions:
+            raise SampleError("empty caption", f"{name}: an empty caption")
+        check_unicode(captions, name)
+        return captions, None
+
+    def _label(self, opened: _Opened, row: np.void, name: str) -> int:
+        if not row["cls"]:
+            raise SampleError("missing label", f"{name}: there is no .cls of this name")
+        text = _text(opened, row, "cls", name).strip()
+        if text.isdecimal() and len(text) < 10 and int(text) < len(self.classes):
+            return int(text)
+        if text in self.classes:
+            return self.classes.index(text)
+        raise SampleError(
+            "unknown class", f"{name}: the class {text[:40]!r} is none of the {len(self.classes)}"
+        )
+
+
+def _ready(shard: str, limit: float) -> tuple[Path, np.ndarray]:
+    """A shard's file and index, fetched and looked through if need be."""
+    if not shard.startswith(URLS):
+        return Path(shard), shard_index(Path(shard))
+    path = fetched_shard(shard, limit)
+    return path, shard_index(path, f"{shard} {path.stat().st_size}")
+
+
+def _opened(shard: str, limit: float) -> _Opened:
+    path, rows = _ready(shard, limit)
+    return _Opened(path.open("rb", buffering=0), rows)
+
+
+def _member(opened: _Opened, row: np.void, part: str, name: str, most: int) -> bytes:
+    """The content of a member."""
+    size = int(row[f"{part}_size"])
+    if size > most:
+        raise SampleError(f"oversized {part}", f"{name}: {size} bytes of {part}, at most {most}")
+    content = os.pread(opened.file.fileno(), size, int(row[part]))
+    if len(content) < size:
+        raise SampleError("truncated shard", f"{name}: the shard was cut while it was in use")
+    return content
+
+
+def _text(opened: _Opened, row: np.void, part: str, name: str) -> str:
+    try:
+        return _member(opened, row, part, name, MOST_TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SampleError("caption not UTF-8", f"{name}: its .{part} is not UTF-8 text") from None
+
+
+def _json_captions(text: str, columns: Sequence[str] | None, name: str) -> list[str]:
+    """The strings under the given keys, or under the first usual one."""
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        raise SampleError("damaged JSON", f"{name}: its .json is not JSON") from None
+    facts = facts if isinstance(facts, dict) else {}
+    keys = columns or [key for key in CAPTION_KEYS if facts.get(key)][:1]
+    values = [facts.get(key) for key in keys]
+    found = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    captions = [caption.strip() for caption in found if isinstance(caption, str)]
+    if not captions:
+        wanted = ", ".join(columns or CAPTION_KEYS)
+        raise SampleError("missing caption", f"{name}: its .json has no caption ({wanted})")
+    return captions
+
+
+def _read(path: str) -> bytes | None:
+    return fetched_note(path) if path.startswith(URLS) else read_local(path)
+
+
+def _classes(shard: str, config: DataConfig) -> Sequence[str]:
+    """Names of classes by label, of class data."""
+    if config.caption_column is not None:
+        return ()
+    if config.class_names is not None:
+        return read_class_names(Path(config.class_names))
+    for place in _places(shard, config, "classes.txt"):
+        if (content := _read(place)) is not None:
+            return class_names_in(content, where=place)
+    return ()
+
+
+def _templates(shard: str, config: DataConfig) -> Sequence[str]:
+    """Templates of class data: the config's, those in a file beside the names, the usual one."""
+    if config.templates is not None:
+        return check_templates(config.templates)
+    for place in _places(shard, config, "templates.txt"):
+        if (content := _read(place)) is not None:
+            return templates_in(content, where=place)
+    return TEMPLATES
+
+
+def _places(shard: str, config: DataConfig, name: str) -> list[str]:
+    """Where a file of words about the classes may be."""
+    root = [] if config.split is None else [str(Path(config.root) / name)]
+    return [beside(shard, name), *root]
+
+
+def count_samples(shards: Sequence[str], config: DataConfig) -> list[int]:
+    """How many samples shards have, by looking through them."""
+    limit = config.cache_gigabytes * 1e9
+    local = all(not shard.startswith(URLS) for shard in shards)
+    new = len(shards)
+    if local:
+        new = sum(not is_indexed(Path(shard)) for shard in shards)
+    else:
+        log.info("nothing beside the shards says how many samples they have: fetching them all")
+    workers = min(len(os.sched_getaffinity(0)), new)
+    counts: list[int] = []
+    with ExitStack() as stack:
+        count = partial(_count, limit=limit)
+        if local and workers > 1:  # before the bar, whose thread should not be there to be forked
+            pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("fork")))
+            counting = pool.map(count, shards, chunksize=4)
+        else:
+            counting = map(count, shards)
+        bar = stack.enter_context(ProgressBar("indexing shards", len(shards)))
+        for one in counting:
+            counts.append(one)
+            bar.update(len(counts))
+    return counts
+
+
+def _count(shard: str, limit: float) -> int:
+    """How many samples a shard has; of a fetched one this is remembered when it is removed."""
+    if not shard.startswith(URLS):
+        try:
+            return len(shard_index(Path(shard)))
+        except OSError as error:
+            raise DataError(f"{shard}: cannot be read: {error.strerror}") from None
+    note = fetched_path(shard).with_suffix(".samples")
+    if not note.is_file():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(len(_ready(shard, limit)[1])))
+    return int(note.read_text())

@@ -1,0 +1,220 @@
+"""What the columns of a table mean: which one is the image, which hold captions or the class.
+
+names of columns -> Columns;   a row, by column -> Sample
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from leanclip.config.schema import DataConfig
+from leanclip.data.dataset import Sample, check_unicode, choose_templates, fill, read_class_names
+from leanclip.errors import DataError, SampleError
+
+# The names that are looked for, in this order and in any letter case, where a config has none.
+IMAGES = (
+    "image",
+    "image_path",
+    "image_name",
+    "img",
+    "filepath",
+    "file_path",
+    "path",
+    "file_name",
+    "filename",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+)
+CAPTIONS = ("caption", "captions", "text", "txt", "title", "sentence", "sentences", "description")
+LABELS = ("label", "labels", "class", "cls", "category", "target")
+MOST_CLASSES = 100_000
+LONGEST_PATH = 1000  # characters
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that are used."""
+
+    image: str
+    captions: tuple[str, ...]  # none in class data
+    label: str | None = None
+
+    @property
+    def all(self) -> list[str]:
+        """Each once."""
+        return list(dict.fromkeys([self.image, *self.captions, *filter(None, [self.label])]))
+
+
+def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Columns:
+    """The columns that the config names, or the first usual ones among those found.
+
+    Raises:
+        DataError: there are no such columns.
+    """
+    usual = {name.lower(): name for name in reversed(found)}
+
+    def first(names: Iterable[str]) -> str | None:
+        return next((usual[name] for name in names if name in usual), None)
+
+    def missing(setting: str, what: str) -> DataError:
+        return DataError(f"{where}: {what}; set data.{setting} (columns: {', '.join(found)[:300]})")
+
+    if config.caption_column and config.label_column:
+        raise DataError("data: give caption_column or label_column, not both")
+    given = config.caption_column or ()
+    captions = (given,) if isinstance(given, str) else given
+    for setting, name in (
+        ("image_column", config.image_column),
+        ("label_column", config.label_column),
+        *(("caption_column", caption) for caption in captions),
+    ):
+        if name is not None and name not in found:
+            raise missing(setting, f"has no column {name!r}")
+    image, label = config.image_column or first(IMAGES), config.label_column
+    if image is None:
+        raise missing("image_column", "no column of images found")
+    if not captions and label is None:
+        usual.pop(image.lower(), None)
+        caption = first(CAPTIONS)
+        captions = (caption,) if caption else ()
+        label = None if caption else first(LABELS)
+        if not captions and label is None:
+            raise missing("caption_column", "no column of captions or labels found")
+    return Columns(image, captions, label)
+
+
+def class_names(
+    config: DataConfig,
+    where: str,
+    names: Sequence[str] | None,
+    values: Callable[[], Iterable[str]] | None,
+) -> tuple[list[str], dict[str, int]]:
+    """The names of the classes, and the label of each value that a row may have.
+
+    Args:
+        config: its `class_names` is a file of names, which comes before the others.
+        where: the data set, for messages.
+        names: by label, where the data has them.
+        values: looks through the data for the different values; None: that cannot be done.
+
+    Raises:
+        DataError: no file, no names, or the same one twice.
+    """
+    if config.class_names is not None:
+        where, names = config.class_names, read_class_names(Path(config.class_names))
+    elif names is not None:
+        names = [name.replace("_", " ") for name in names]
+    elif values is not None:
+        found = sorted_values(values())
+        if not found:
+            raise DataError(f"{where}: no row has a label")
+        labels = {value: label for label, value in enumerate(found)}
+        return [value.replace("_", " ") for value in found], labels
+    else:
+        raise DataError(f"{where}: its classes have no names; set data.class_names to a file")
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"{where}: the names of classes should be there, each once")
+    indices = {str(label): label for label in range(len(names))}
+    return list(names), indices | {name: label for label, name in enumerate(names)}
+
+
+def sorted_values(values: Iterable[str]) -> list[str]:
+    """In the order of numbers if all are whole numbers; else of letters."""
+    distinct = set(values) - {""}
+    try:
+        return sorted(sorted(distinct), key=int)
+    except ValueError:
+        return sorted(distinct)
+
+
+def check_count(values: set[str], column: str, where: str) -> None:
+    """That a column can be one of labels.
+
+    Raises:
+        DataError: it has too many different values.
+    """
+    if len(values) > MOST_CLASSES:
+        raise DataError(
+            f"{where}: the label column {column!r} has over {MOST_CLASSES} different values; "
+            f"if these are captions, name it in data.caption_column"
+        )
+
+
+class Meaning:
+    """Makes samples of rows.
+
+    Args:
+        config: for templates.
+        columns: what is where in a row.
+        folder: what paths of images are relative to.
+        classes: of class data: the names, and the label of each value.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        columns: Columns,
+        folder: Path,
+        classes: tuple[list[str], dict[str, int]] | None = None,
+    ) -> None:
+        self.columns, self.folder = columns, folder
+        self.classes, self.labels = classes or ([], {})
+        self.templates: Sequence[str] = ()
+        if classes:
+            self.templates = choose_templates(config.templates, folder / "templates.txt")
+
+    def sample(self, name: str, row: Mapping[str, object]) -> Sample:
+        """The sample of a row called `name`.
+
+        Raises:
+            SampleError: it has no image, no caption or no known label.
+        """
+        columns = self.columns
+        image = self._image(name, row.get(columns.image))
+        id_ = str(image) if isinstance(image, Path) else name
+        if columns.label is None:
+            values = [row.get(column) for column in columns.captions]
+            return Sample(id_, image, _captions(name, values))
+        value = row.get(columns.label)
+        label = self.labels.get("" if value is None else str(value))
+        if label is None:
+            raise SampleError("unknown class", f"{name}: {str(value)[:60]!r} is no known class")
+        return Sample(id_, image, fill(self.templates, self.classes[label]), label)
+
+    def _image(self, name: str, value: object) -> Path | bytes:
+        if isinstance(value, Mapping):  # as Hugging Face keeps images
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes) and value:
+            return value
+        if not value:
+            raise SampleError("missing image", f"{name}: has no image")
+        if not isinstance(value, str) or "\0" in value:
+            raise SampleError("malformed row", f"{name}: its image is no path")
+        if value.startswith(("http://", "https://")):
+            raise SampleError("image at a URL", f"{name}: its image is at a URL; fetch it first")
+        if len(value) > LONGEST_PATH:
+            raise SampleError(
+                "malformed row",
+                f"{name}: its image is a path of {len(value)} characters (base64 is not read)",
+            )
+        return self.folder / value
+
+
+def _captions(name: str, values: Iterable[object]) -> list[str]:
+    """Every text among the values, which are texts or lists of them."""
+    captions = []
+    for value in values:
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if text is None or text != text:  # pandas writes a missing text as NaN
+                continue
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise SampleError("malformed row", f"{name}: a caption is no text but {kind}")
+            if text.strip():
+                captions.append(text)
+    if not captions:
+        raise SampleError("empty caption", f"{name}: an empty caption")
+    check_unicode(captions, name)
+    return captions

@@ -1,0 +1,109 @@
+"""Shards that are fetched: each whole, once for all processes, in a bounded part of the disk.
+
+URL -> shards-fetched/<hash of it>/<name>, in the cache folder
+"""
+
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+
+from leanclip.data.readers.shard_list import shard_name
+from leanclip.errors import DataError, SampleError
+from leanclip.io.download import FetchError, cache_folder, fetch
+from leanclip.io.files import last_use, locked
+
+log = logging.getLogger("leanclip")
+
+FAILED_FOR = 300.0  # seconds during which a shard that could not be fetched is not tried again
+_IN_USE = 60.0  # seconds since its last use in which a shard is missed if it makes room
+
+
+def fetched_path(url: str) -> Path:
+    """Where a URL's file is kept."""
+    return _folder() / hashlib.sha256(url.encode()).hexdigest()[:32] / shard_name(url)
+
+
+def fetched_shard(url: str, limit: float) -> Path:
+    """A shard's file, fetched if it is not there; others make room for it.
+
+    Args:
+        url: of a shard.
+        limit: bytes that all fetched shards may take.
+
+    Raises:
+        SampleError: it cannot be fetched.
+    """
+    path = fetched_path(url)
+    if not path.is_file():
+        with locked(path.with_name(path.name + ".lock")):
+            if not path.is_file():
+                _fetch(url, path)
+        _make_room(limit, path)
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # it was used now
+    return path
+
+
+def forget_failure(url: str) -> None:
+    """Let a shard that could not be fetched be tried again."""
+    _failure_of(fetched_path(url)).unlink(missing_ok=True)
+
+
+def fetched_note(url: str) -> bytes | None:
+    """A small file beside shards, fetched anew; None if the server does not have it.
+
+    Raises:
+        DataError: it cannot be fetched, and was not before.
+    """
+    path = fetched_path(url)
+    with locked(path.with_name(path.name + ".lock")):
+        try:
+            fetch(url, path)
+        except FetchError as error:
+            if error.status is not None and 400 <= error.status < 500:
+                return None
+            if not path.is_file():
+                raise
+            log.warning("%s; the copy from before is used", error)
+        return path.read_bytes()
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Fetch a shard, unless that failed a short while ago, maybe in another process."""
+    failure = _failure_of(path)
+    if failure.is_file() and 0 <= time.time() - failure.stat().st_mtime < FAILED_FOR:
+        raise SampleError("shard not fetched", failure.read_text(encoding="utf-8"))
+    try:
+        fetch(url, path)
+    except DataError as error:
+        failure.write_text(str(error), encoding="utf-8")
+        raise SampleError("shard not fetched", str(error)) from None
+
+
+def _make_room(limit: float, new: Path) -> None:
+    """Remove the shards whose last use is longest ago, but not `new`, until the rest fits."""
+    with locked(_folder() / "lock"):
+        stats = {path: path.stat() for path in _folder().glob("*/*.tar")}
+        total = sum(stat.st_size for stat in stats.values())
+        for path, stat in sorted(stats.items(), key=lambda item: last_use(item[1].st_atime)):
+            if total <= limit:
+                break
+            if path == new:
+                continue
+            if 0 <= time.time() - stat.st_atime < _IN_USE:
+                log.warning(
+                    "data.cache_gigabytes=%g: the shards in use take more, so that they are "
+                    "fetched again and again; raise it, or lower data.shuffle_buffer",
+                    limit / 1e9,
+                )
+            path.unlink(missing_ok=True)
+            total -= stat.st_size
+
+
+def _folder() -> Path:
+    return cache_folder() / "shards-fetched"
+
+
+def _failure_of(path: Path) -> Path:
+    return path.with_name(path.name + ".failed")

@@ -1,0 +1,258 @@
+"""Looks at all of a data set before training does: what is unusable, odd, there twice or leaked.
+
+    parts (splits) -> chunks -> processes: decode, hash, count tokens -> arrays -> findings
+
+All that is kept of an image is a row of RECORD, of a caption a row of CAPTION: 288 and 24 bytes.
+
+Shapes: N images, C captions.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from leanclip.config.schema import DataConfig
+from leanclip.data import open_dataset
+from leanclip.data.dataset import Dataset, Sample
+from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, open_reduced
+from leanclip.data.skipped import Bad
+from leanclip.data.splits import find_splits
+from leanclip.data.tools.duplicates import FINGERPRINT, fingerprint
+from leanclip.data.tools.parallel import Note, in_processes
+from leanclip.errors import ConfigError, SampleError
+from leanclip.preprocess.tokenizer import encode
+
+TINY = 32  # a short side below this, in pixels
+HUGE = 50_000_000  # more pixels than this
+VERY_LONG = 2000  # more characters than this; tokens are counted of so many
+
+# What may be odd about an image that can be read, by the bits of RECORD's `odd`.
+ODD = ("tiny", "huge", "CMYK", "16-bit", "palette", "transparent", "greyscale", "turned",
+       "animated", "misnamed")  # fmt: skip
+RECORD = np.dtype(
+    [
+        ("sha", np.uint64, 4),  # SHA-256 of the file
+        *FINGERPRINT,
+        ("index", np.int64),
+        ("label", np.int32),
+        ("width", np.int32),
+        ("height", np.int32),
+        ("odd", np.uint16),
+        ("part", np.uint16),
+    ]
+)
+CAPTION = np.dtype(
+    [("text", np.uint64), ("index", np.int64), ("tokens", np.int32), ("length", np.int32)]
+)
+
+DRAWN = 24  # images that are drawn, of all parts
+_CHUNK = 64  # samples that a process reads at a time
+_SUFFIXES = {
+    "JPEG": {".jpg", ".jpeg"},
+    "MPO": {".jpg", ".jpeg"},
+    "PNG": {".png"},
+    "BMP": {".bmp"},
+    "WEBP": {".webp"},
+    "GIF": {".gif"},
+    "TIFF": {".tif", ".tiff"},
+}
+
+
+@dataclass
+class Part:
+    """A split, opened, and what reading it gave."""
+
+    name: str
+    config: DataConfig
+    dataset: Dataset
+    images: np.ndarray  # (N,) RECORD, of those that can be read
+    captions: np.ndarray  # (C,) CAPTION, in class data none
+    bad: list[Bad]
+
+
+class _Read(NamedTuple):
+    images: np.ndarray
+    captions: np.ndarray
+    bad: list[Bad]
+
+
+def open_parts(configs: Sequence[DataConfig], splits: Sequence[str] = ()) -> list[Part]:
+    """The splits of sources, opened; without `splits` those that the layout or folders name.
+
+    Raises:
+        DataError: one is missing or empty.
+        ConfigError: a source is read as a stream.
+    """
+    wanted: dict[str, DataConfig] = {}
+    for config in configs:
+        if config.streaming or any(source.streaming for source in config.sources):
+            raise ConfigError(f"{config.root}: streaming data is not checked; set streaming: false")
+        # What training refuses to open is to be reported here.
+        config = config.model_copy(update={"epoch_size": None, "max_bad_share": 1.0})
+        for split in splits or _own_splits(config):
+            name = split or "all"
+            part = config.model_copy(update={"split": split})
+            if any(_same_data(other, part) for other in wanted.values()):
+                continue
+            wanted[_free_name(name, config, wanted)] = part
+    return [
+        Part(name, config, open_dataset(config), np.empty(0, RECORD), np.empty(0, CAPTION), [])
+        for name, config in wanted.items()
+    ]
+
+
+def read_parts(
+    parts: Sequence[Part],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Read every sample of the parts, into them.
+
+    Args:
+        parts: from `open_parts`.
+        workers: processes; 0: this one; null: one per CPU core.
+        progress: called now and then with samples done and of how many.
+
+    Raises:
+        DataError: a process died.
+    """
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    total, before = sum(len(part.dataset) for part in parts), 0
+    for number, part in enumerate(parts):
+        size = len(part.dataset)
+        results = in_processes(
+            _Reader(part.dataset, part.config.max_pixels),
+            (range(first, min(first + _CHUNK, size)) for first in range(0, size, _CHUNK)),
+            workers,
+            name=part.dataset.name,
+            progress=lambda done, before=before: progress(before + done, total),
+        )
+        with closing(results):
+            images, captions, bad = zip(*results, strict=True)
+        part.images, part.captions = np.concatenate(images), np.concatenate(captions)
+        part.images["part"] = number
+        part.bad = [one for some in bad for one in some]
+        before += size
+
+
+def examples(parts: Sequence[Part]) -> list[tuple[Path | bytes, str]]:
+    """Images that can be read, drawn from all parts in turn, each with a caption."""
+    rng = np.random.default_rng(0)
+    share = -(-DRAWN // max(1, len(parts)))
+    chosen = []
+    for part in parts:
+        rows = rng.permutation(len(part.images))[:share]
+        for index in part.images["index"][np.sort(rows)].tolist():
+            sample = part.dataset[index]
+            chosen.append((sample.image, f"{part.name}: {_first_caption(part.dataset, sample)}"))
+    return chosen[:DRAWN]
+
+
+def _first_caption(dataset: Dataset, sample: Sample) -> str:
+    if dataset.classes and sample.label is not None:
+        return dataset.classes[sample.label]
+    caption = next(iter(sample.captions), "")
+    return caption if len(caption) <= 80 else f"{caption[:79]}…"
+
+
+def _own_splits(config: DataConfig) -> Sequence[str | None]:
+    """The split that is set, or all that the layout or the names of folders and files tell of."""
+    if config.split is not None or config.layout == "mixture":
+        return (config.split,)
+    return find_splits(config) or (None,)
+
+
+def _free_name(name: str, config: DataConfig, taken: Container[str]) -> str:
+    """`name`, with the root's name before it and a number after it where it is taken."""
+    longer = f"{Path(config.root).name}/{name}"
+    numbered = (f"{longer} ({number})" for number in count(2))
+    return next(one for one in chain([name, longer], numbered) if one not in taken)
+
+
+def _same_data(a: DataConfig, b: DataConfig) -> bool:
+    return (a.layout, a.root, a.split, a.sources) == (b.layout, b.root, b.split, b.sources)
+
+
+class _Reader:
+    """Reads a range of samples; runs in the workers."""
+
+    def __init__(self, dataset: Dataset, max_pixels: int) -> None:
+        self.dataset, self.max_pixels = dataset, max_pixels
+
+    def __call__(self, indices: range, note: Note) -> _Read:
+        images, captions, bad = np.zeros(len(indices), RECORD), [], []
+        done = 0
+        for index in indices:
+            note(index)
+            sample = None
+            try:
+                sample = self.dataset[index]
+                if not self.dataset.classes:
+                    captions += list(_caption_rows(sample, index))
+                _describe(sample, self.max_pixels, images[done])
+            except SampleError as error:
+                bad.append(Bad.of(sample.id if sample else self.dataset.name(index), error))
+                continue
+            images[done]["index"] = index
+            images[done]["label"] = -1 if sample.label is None else sample.label
+            done += 1
+        return _Read(images[:done], np.array(captions, CAPTION), bad)
+
+
+def _caption_rows(sample: Sample, index: int) -> Iterator[tuple[int, int, int, int]]:
+    """Rows of CAPTION: a hash that spaces do not change, and tokens with start and end."""
+    if not any(caption.strip() for caption in sample.captions):
+        raise SampleError("empty caption", f"{sample.id}: an empty caption")
+    for caption in sample.captions:
+        text = " ".join(caption.split())
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        tokens = len(encode(text[:VERY_LONG])) + 2  # a book as a caption would take long
+        yield int.from_bytes(digest), index, tokens, len(text)
+
+
+def _describe(sample: Sample, max_pixels: int, row: np.void) -> None:
+    """Fill in the row of RECORD of an image.
+
+    Raises:
+        SampleError: it cannot be read.
+    """
+    data = image_bytes(sample)
+    header = open_header(data, max_pixels=max_pixels)
+    row["width"], row["height"] = header.size
+    name = sample.image if isinstance(sample.image, Path) else Path(sample.id)
+    image = open_reduced(header, 2 * 17, max_pixels=max_pixels)
+    row["signs"], row["colors"] = fingerprint(image)
+    header = open_header(data, max_pixels=max_pixels)  # looking for frames moves among them
+    row["odd"] = sum(1 << ODD.index(word) for word in _oddities(header, name.suffix.lower()))
+    row["sha"] = np.frombuffer(hashlib.sha256(data).digest(), np.uint64)
+
+
+def _oddities(header: Image.Image, suffix: str) -> Iterator[str]:
+    """Which of ODD an image is, by its header."""
+    width, height = header.size
+    yield from ("tiny",) if min(width, height) < TINY else ()
+    yield from ("huge",) if width * height > HUGE else ()
+    mode = header.mode
+    if mode in ("CMYK", "P") or mode[0] in "IF":
+        yield {"CMYK": "CMYK", "P": "palette"}.get(mode, "16-bit")
+    if mode in ("L", "LA", "1"):
+        yield "greyscale"
+    if header.has_transparency_data:
+        yield "transparent"
+    if is_turned(header):
+        yield "turned"
+    if header.format != "MPO" and getattr(header, "is_animated", False):
+        yield "animated"
+    known = set().union(*_SUFFIXES.values())
+    if suffix in known and suffix not in _SUFFIXES.get(header.format or "", known):
+        yield "misnamed"

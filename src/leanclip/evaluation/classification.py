@@ -1,0 +1,178 @@
+"""What a classifier said of each image, and the figures that follow: accuracy, confusion, trust.
+
+    scores (N, C), labels (N,) -> `classify`, row by row -> Classification -> figures, intervals
+
+Ties: of classes with the same score the one with the lower label comes first, as a stable sort
+puts them.
+
+Shapes: N images, C classes, K kept per image, R resamples.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from leanclip.evaluation.intervals import Interval, bootstrap
+
+KEPT = 5  # of an image's classes, the highest
+BINS = 15  # of confidences, as in Guo et al., arXiv 1706.04599
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The answers for each image of a data set, in the data set's order."""
+
+    classes: Sequence[str]
+    indices: torch.Tensor  # (N,) int64, of the images in their data set
+    labels: torch.Tensor  # (N,) int64
+    features: torch.Tensor  # (N, E), of unit length
+    ranks: torch.Tensor  # (N,) int64: the place of the right class, from 1
+    top_classes: torch.Tensor  # (N, K) int64, the highest first
+    top_probabilities: torch.Tensor  # (N, K) float32
+
+    def confusion(self) -> torch.Tensor:
+        """(C, C) int64: how many images of the class of the row were said to be of the column's."""
+        counts = torch.zeros(len(self.classes), len(self.classes), dtype=torch.int64)
+        label, said, images = self.confused().unbind(dim=1)
+        counts[label, said] = images
+        return counts
+
+    def confused(self) -> torch.Tensor:
+        """The entries of the confusion matrix that are not 0: rows of label, class said, images.
+
+        Of many classes it is small where the matrix is not.
+        """
+        size = len(self.classes)
+        cells, images = (self.labels * size + self.top_classes[:, 0]).unique(return_counts=True)
+        return torch.stack([cells // size, cells % size, images], dim=1)
+
+    def most_confused(self, count: int = 20) -> list[tuple[int, int, int]]:
+        """(label, class that was said, images) of the most frequent mistakes."""
+        cells = self.confused()
+        wrong = cells[cells[:, 0] != cells[:, 1]]
+        order = wrong[:, 2].argsort(descending=True, stable=True)[:count]
+        return [(label, said, images) for label, said, images in wrong[order].tolist()]
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """A row per class: name, images, shares right at 1 and within 5; None without images."""
+        size = len(self.classes)
+        images = torch.bincount(self.labels, minlength=size).tolist()
+        first, five = (
+            torch.bincount(self.labels[self.ranks <= k], minlength=size).tolist() for k in (1, 5)
+        )
+        said = torch.bincount(self.top_classes[:, 0], minlength=size).tolist()
+        return [
+            {
+                "name": name,
+                "images": images[i],
+                "top1": first[i] / images[i] if images[i] else None,
+                "top5": five[i] / images[i] if images[i] else None,
+                "said": said[i],  # how many images were said to be of it
+            }
+            for i, name in enumerate(self.classes)
+        ]
+
+    def figures(self) -> dict[str, float]:
+        """`top1`, `top5`, `mean_per_class` and `ece`."""
+        images = torch.bincount(self.labels, minlength=len(self.classes)).double()
+        right = torch.bincount(self.labels[self.ranks == 1], minlength=len(self.classes))
+        return {
+            "top1": (self.ranks == 1).double().mean().item(),
+            "top5": (self.ranks <= 5).double().mean().item(),
+            "mean_per_class": (right / images)[images > 0].mean().item(),
+            "ece": calibration_error(self.top_probabilities[:, 0], self.ranks == 1),
+        }
+
+    def intervals(self) -> dict[str, Interval]:
+        """Of the figures but `ece`: resampling raises it, so that the interval would miss it."""
+        ranks, labels, size = self.ranks.numpy(), self.labels.numpy(), len(self.classes)
+
+        def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:
+            ranks_drawn = ranks[drawn]  # (R, N)
+            right = ranks_drawn == 1
+            return {
+                "top1": right.mean(axis=1),
+                "top5": (ranks_drawn <= 5).mean(axis=1),
+                "mean_per_class": mean_per_class(right, labels[drawn], size),
+            }
+
+        return bootstrap(len(ranks), measure)
+
+
+def classify(
+    blocks: Iterator[torch.Tensor],
+    labels: torch.Tensor,
+    *,
+    classes: Sequence[str],
+    indices: torch.Tensor,
+    features: torch.Tensor,
+) -> Classification:
+    """A classification by scores whose softmax are probabilities.
+
+    Args:
+        blocks: of scores, (n, C) each, in the order of the images.
+        labels: (N,).
+        classes: their names, by label.
+        indices: of the images in their data set.
+        features: of the images.
+    """
+    size, count, first = len(labels), min(KEPT, len(classes)), 0
+    ranks = torch.empty(size, dtype=torch.int64)
+    tops = torch.empty(size, count, dtype=torch.int64)
+    probabilities = torch.empty(size, count)
+    for scores in blocks:
+        rows = slice(first, first + len(scores))
+        ranks[rows] = rank_of(scores, labels[rows].to(scores.device)).cpu()
+        top, where = _highest(scores, count)
+        tops[rows] = where.cpu()
+        total = scores.float().logsumexp(dim=1, keepdim=True)
+        probabilities[rows] = (top.float() - total).exp().cpu()
+        first += len(scores)
+    return Classification(classes, indices, labels, features, ranks, tops, probabilities)
+
+
+def mean_per_class(right: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
+    """The mean of each class's share that is right, of the `size` classes that are there.
+
+    Of each row of `right` (R, N) bool and `labels` (R, N): (R,).
+    """
+    cells = labels + size * np.arange(len(labels))[:, None]
+    counts, hits = (
+        np.bincount(some.ravel(), minlength=size * len(labels)).reshape(-1, size)
+        for some in (cells, cells[right])
+    )
+    return (hits / np.maximum(counts, 1)).sum(axis=1) / (counts > 0).sum(axis=1)
+
+
+def rank_of(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The place, from 1, that a stable sort of each row of scores (B, C) gives to `own` (B,).
+
+    What is no number counts as higher than all: a broken model does not find anything.
+    """
+    value = scores.gather(1, own[:, None])  # (B, 1)
+    before = torch.arange(scores.shape[1], device=scores.device) < own[:, None]  # (B, C)
+    return (~(scores <= value) | (before & (scores == value))).sum(dim=1) + 1
+
+
+def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> float:
+    """Expected calibration error: the mean distance of confidence and accuracy, by bin.
+
+    Bins of equal width over (0, 1], the upper edge within; weighted by their samples.
+    """
+    places = (confidences.double() * BINS).ceil().long().clamp(1, BINS) - 1
+    gaps = torch.zeros(BINS, dtype=torch.float64)
+    gaps.index_add_(0, places, hits.double() - confidences.double())
+    return gaps.abs().sum().item() / len(hits)
+
+
+def _highest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest scores of each row and where they are; of equals the first."""
+    top, where = scores.topk(count, dim=1)
+    has_tie = (scores >= top[:, -1:]).sum(dim=1) > count
+    has_tie |= (top[:, 1:] == top[:, :-1]).any(dim=1)
+    for row in has_tie.nonzero()[:, 0]:  # topk promises no order of equals
+        top[row], where[row] = (x[:count] for x in scores[row].sort(descending=True, stable=True))
+    return top, where

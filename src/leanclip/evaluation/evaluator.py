@@ -1,0 +1,328 @@
+"""Evaluation: a model and tasks in, a report out; training and `leanclip eval` share it.
+
+    tasks -> features over all ranks -> a result per task -> figures, intervals, sentences -> Report
+
+Every rank calls `evaluate` and gets the figures; the first one has the rest, too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from leanclip.config.schema import DataConfig
+from leanclip.data import Dataset
+from leanclip.data.dataset import fill
+from leanclip.distributed.collectives import everyones, rank_and_world_size, share_buffers
+from leanclip.evaluation.classification import Classification, classify
+from leanclip.evaluation.features import Encoded, encode_dataset, encode_texts
+from leanclip.evaluation.probe import (
+    Labelled,
+    ProbeResult,
+    draw_per_class,
+    linear_probe,
+    neighbour_votes,
+    scores_of,
+)
+from leanclip.evaluation.results import Report, Result
+from leanclip.evaluation.retention import PREFIX, comparison
+from leanclip.evaluation.retrieval import RetrievalResult, retrieve
+from leanclip.evaluation.tasks import Part, Task
+from leanclip.evaluation.zero_shot import (
+    ZeroShotResult,
+    build_classifier,
+    cached_classifier,
+    zero_shot,
+)
+from leanclip.model import CLIP
+from leanclip.model.lora import merged_state
+from leanclip.preprocess.images import Preprocess
+from leanclip.weights import fingerprint
+
+EXAMPLES = 8  # pairs kept for the picture of similarities
+PREDICTIONS = 24  # images kept for the picture of predictions
+PREFIXES = {"zero_shot": "zeroshot", "linear_probe": "linear_probe", "knn": "knn"}
+
+
+def evaluate(
+    model: CLIP,
+    tasks: Sequence[Task],
+    preprocess: Preprocess,
+    *,
+    guard: Task | None = None,
+    before: Mapping[str, float] | None = None,
+    use_cache: bool = False,
+) -> Report:
+    """Measure every task; the guard's figures are under `guard/`.
+
+    Args:
+        model: the same on every rank, but for the statistics of BatchNorms: the first one's count.
+        tasks: what to measure, on which data.
+        preprocess: of the model.
+        guard: the task that is not to be forgotten.
+        before: the figures before fine-tuning, which a sentence on the guard compares.
+        use_cache: take zero-shot classifiers from the cache folder, and keep them there.
+
+    Raises:
+        DataError: more than the allowed share of a data set is unreadable.
+    """
+    report = Report()
+    with _as_in_use(model):
+        share_buffers(model)
+        report.weights = fingerprint(merged_state(model))
+        measuring = Measuring(model, preprocess, report.weights if use_cache else None)
+        for task in tasks:
+            measuring.add(task, report)
+        if guard is not None:
+            own = Report()
+            measuring.add(guard, own)
+            _add_guard(report, own, guard, tasks, before or {})
+    report.metrics = everyones(report.metrics)[0]
+    return report
+
+
+@contextmanager
+def _as_in_use(model: CLIP) -> Iterator[None]:
+    """A ResNet's BatchNorms use what they have learned; a locked tower's do so in training too."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Measuring:
+    """A model on its way through tasks; what one has encoded the next finds.
+
+    Args:
+        model: in evaluation mode.
+        preprocess: of the model.
+        weights: their fingerprint, for a classifier from the cache; None: it is built.
+
+    Attributes:
+        encoded: images by `key_of`; what is put there is not encoded.
+    """
+
+    def __init__(self, model: CLIP, preprocess: Preprocess, weights: str | None) -> None:
+        self.model, self.preprocess, self.weights = model, preprocess, weights
+        self.device = model.logit_scale.device
+        self.encoded: dict[str, Encoded] = {}
+
+    def add(self, task: Task, report: Report) -> None:
+        """Measure a task; all ranks encode, the first one works out the figures."""
+        images = self._encode(task.data, task.dataset, task, task.limit)
+        report.bad |= images.bad
+        result: Result | None
+        if task.name == "zero_shot":
+            result = self._zero_shot(task, images)
+        elif task.name == "retrieval":
+            result = self._retrieval(task, images)
+        else:
+            result = self._probe(task, images)
+        if result is None:
+            return
+        report.results[task.name], report.tasks[task.name] = result, task
+        report.data[task.name] = _data_facts(task, images)
+        if isinstance(result, Classification):
+            prefix = PREFIXES[task.name]
+            report.metrics |= {f"{prefix}_{k}": value for k, value in result.figures().items()}
+            report.intervals |= {f"{prefix}_{k}": both for k, both in result.intervals().items()}
+        else:
+            report.metrics |= result.figures()
+            report.intervals |= result.intervals()
+        if isinstance(result, ZeroShotResult):
+            _say_zero_shot(task, result, report)
+        elif isinstance(result, RetrievalResult):
+            _say_retrieval(task, result, report)
+        elif isinstance(result, ProbeResult):
+            _say_probe(task, result, report)
+
+    def _encode(
+        self, data: DataConfig, dataset: Dataset, task: Task, limit: int | None = None
+    ) -> Encoded:
+        key = key_of(data, dataset, limit)
+        if key not in self.encoded:
+            self.encoded[key] = encode_dataset(
+                self.model,
+                dataset,
+                data,
+                self.preprocess,
+                batch_size=task.batch_size,
+                limit=limit,
+                label=f"evaluating {task.name}",
+            )
+        return self.encoded[key]
+
+    def _zero_shot(self, task: Task, images: Encoded) -> ZeroShotResult | None:
+        classes, templates = task.dataset.classes, task.dataset.templates
+        if self.weights is None:
+            classifier = build_classifier(
+                self.model, classes, templates, batch_size=task.batch_size, shared=True
+            )
+        else:
+            classifier = cached_classifier(
+                self.model,
+                classes,
+                templates,
+                weights=self.weights,
+                batch_size=task.batch_size,
+                shared=True,
+            )
+        if rank_and_world_size()[0] > 0:
+            return None
+        return zero_shot(
+            images,
+            classifier,
+            classes=classes,
+            templates=templates,
+            scale=self.model.logit_scale.exp().item(),
+            device=self.device,
+        )
+
+    def _retrieval(self, task: Task, images: Encoded) -> RetrievalResult | None:
+        captions = [caption for several in images.captions for caption in several]
+        texts = encode_texts(self.model, captions, batch_size=task.batch_size, shared=True)
+        if rank_and_world_size()[0] > 0:
+            return None
+        owners = [i for i, several in enumerate(images.captions) for _ in several]
+        return retrieve(
+            images.features,
+            texts,
+            torch.tensor(owners),
+            captions=captions,
+            indices=images.indices,
+            device=self.device,
+        )
+
+    def _probe(self, task: Task, images: Encoded) -> ProbeResult | None:
+        """A linear or k-NN probe; without a split to learn from, a half of each class is one."""
+        train = self._labelled(task, task.train)
+        validation = self._labelled(task, task.validation)
+        if rank_and_world_size()[0] > 0:
+            return None
+        learned_from = f"the split {task.train.data.split}" if task.train else ""
+        if train is None:
+            learn, rest = draw_per_class(images.labels, 0.5)
+            train = self._placed(images.features[learn], images.labels[learn])
+            images = images.chosen(rest)
+            learned_from = "a half of each class, the other half is measured"
+        classes, count = task.dataset.classes, len(task.dataset.classes)
+        if task.name == "linear_probe":
+            fitted = linear_probe(train, validation, count, shots=task.shots)
+            setting, learned = fitted.strength, fitted.learned
+            scores = scores_of(fitted.linear, images.features)
+        else:
+            setting, learned = min(task.k, len(train.labels)), len(train.labels)
+            scores = neighbour_votes(train, images.features, count, int(setting))
+        if task.shots is not None:
+            learned_from += f", {task.shots} images a class"
+        said = classify(
+            scores,
+            images.labels,
+            classes=classes,
+            indices=images.indices,
+            features=images.features,
+        )
+        return ProbeResult(
+            **vars(said), learned_from=learned_from, learned=learned, setting=setting
+        )
+
+    def _labelled(self, task: Task, part: Part | None) -> Labelled | None:
+        if part is None:
+            return None
+        found = self._encode(part.data, part.dataset, task)
+        return self._placed(found.features, found.labels)
+
+    def _placed(self, features: torch.Tensor, labels: torch.Tensor) -> Labelled:
+        return Labelled(features.to(self.device), labels.to(self.device))
+
+
+def key_of(data: DataConfig, dataset: Dataset, limit: int | None) -> str:
+    """Names what is encoded: the same for tasks that read the same images."""
+    return f"{data.model_dump_json(exclude={'templates'})} {limit} {bool(dataset.classes)}"
+
+
+def _add_guard(
+    report: Report, own: Report, guard: Task, tasks: Sequence[Task], before: Mapping[str, float]
+) -> None:
+    if rank_and_world_size()[0] > 0:
+        return
+    report.metrics |= {PREFIX + name: value for name, value in own.metrics.items()}
+    report.intervals |= {PREFIX + name: both for name, both in own.intervals.items()}
+    report.results |= {PREFIX + name: result for name, result in own.results.items()}
+    report.tasks |= {PREFIX + name: task for name, task in own.tasks.items()}
+    report.data |= {PREFIX + name: facts for name, facts in own.data.items()}
+    report.bad |= own.bad
+    report.before = dict(before)
+    report.sentences.append(comparison(guard, tasks, before, report.metrics))
+
+
+def _say_zero_shot(task: Task, result: ZeroShotResult, report: Report) -> None:
+    figures, classes = result.figures(), result.classes
+    about = f", {task.dataset.about}," if task.dataset.about else ""
+    report.sentences.append(
+        f"It names the right one of {len(classes)} classes{about} for "
+        f"{figures['top1']:.1%} of {len(result.labels)} images "
+        f"(guessing: {1 / len(classes):.1%}); the right one is among its first "
+        f"{min(5, len(classes))} for {figures['top5']:.1%}."
+    )
+    labels: list[int] = result.labels.tolist()
+    indices: list[int] = result.indices.tolist()
+    said: list[int] = result.top_classes[:, 0].tolist()
+    shown = range(0, len(labels), -(-len(labels) // PREDICTIONS))
+    report.predictions = [
+        (task.dataset[indices[i]].image, classes[said[i]], classes[labels[i]]) for i in shown
+    ]
+    if not report.examples:
+        firsts = {label: row for row, label in reversed(list(enumerate(labels)))}
+        rows = [firsts[label] for label in sorted(firsts)[:EXAMPLES]]
+        report.examples = [
+            (task.dataset[indices[i]].image, fill(result.templates[:1], classes[labels[i]])[0])
+            for i in rows
+        ]
+        shown_classes = result.classifier[[labels[i] for i in rows]]
+        report.similarity = shown_classes @ result.features[rows].T
+
+
+def _say_retrieval(task: Task, result: RetrievalResult, report: Report) -> None:
+    figures = result.figures()
+    report.sentences.append(
+        f"Among {len(result.captions)} captions, it finds one of an image's own first for "
+        f"{figures['image_to_text_R@1']:.1%} of {len(result.indices)} images; among the images, "
+        f"it finds a caption's own first for {figures['text_to_image_R@1']:.1%}."
+    )
+    owners: list[int] = result.owners.tolist()
+    firsts = [owners.index(i) for i in range(min(EXAMPLES, len(result.indices)))]
+    report.examples = [
+        (task.dataset[int(result.indices[i])].image, result.captions[first])
+        for i, first in enumerate(firsts)
+    ]
+    report.similarity = result.text_features[firsts] @ result.features[: len(firsts)].T
+
+
+def _say_probe(task: Task, result: ProbeResult, report: Report) -> None:
+    how = (
+        f"A linear probe (L2 strength {result.setting:.3g})"
+        if task.name == "linear_probe"
+        else f"The {result.setting:.0f} nearest neighbours"
+    )
+    report.sentences.append(
+        f"{how}, with {result.learned} labelled images of {task.data.root} "
+        f"({result.learned_from}), is right for {result.figures()['top1']:.1%} of "
+        f"{len(result.labels)} images."
+    )
+
+
+def _data_facts(task: Task, images: Encoded) -> dict[str, Any]:
+    data = task.data
+    return {
+        "layout": data.layout,
+        "root": data.root,
+        "split": data.split,
+        "samples": len(images.indices),
+        "limit": task.limit,
+        "sha256": images.fingerprint(task.dataset.classes),
+    }

@@ -1,0 +1,162 @@
+"""Retrieval between images and captions: recall@k and median rank, both ways.
+
+    features -> blocks of images x all captions, of captions x all images -> ranks -> figures
+
+An image's rank is the place of the first of its own captions among all captions; a caption's,
+the place of its image among all images. Ties: of equal scores the one that comes first in the
+data set is placed first, as a stable sort does; so a model that gives the same score to
+everything is at chance.
+
+Only a block of scores is held at a time: the memory does not grow with N * M.
+
+Shapes: N images, M captions, E embedding, B of a block, R resamples, K kept.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from leanclip.evaluation.classification import rank_of
+from leanclip.evaluation.intervals import Interval, bootstrap
+
+WAYS = ("image_to_text", "text_to_image")
+AT = (1, 5, 10)
+KEPT = 5
+_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}  # scores at a time; on a CPU those that caches hold
+
+Best = Callable[[torch.Tensor, int], torch.Tensor]  # scores (B, ...), first row -> (B,) indices
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Where images and captions found each other, in the data set's order."""
+
+    indices: torch.Tensor  # (N,) int64, of the images in their data set
+    features: torch.Tensor  # (N, E), of unit length
+    captions: Sequence[str]  # M
+    owners: torch.Tensor  # (M,) int64: the row of a caption's image, 0 to N - 1
+    text_features: torch.Tensor  # (M, E)
+    image_ranks: torch.Tensor  # (N,) int64, from 1
+    caption_ranks: torch.Tensor  # (M,) int64, from 1
+    top_captions: torch.Tensor  # (N, K) int64, the highest first
+    top_images: torch.Tensor  # (M, K) int64
+
+    def figures(self) -> dict[str, float]:
+        """Recall at 1, 5 and 10, and the median rank, both ways."""
+        return retrieval_figures(self.image_ranks, self.caption_ranks)
+
+    def intervals(self) -> dict[str, Interval]:
+        """Of all figures: over images for image to text, over captions for text to image."""
+        found = {}
+        for way, ranks in zip(WAYS, (self.image_ranks, self.caption_ranks), strict=True):
+            found |= _intervals(way, ranks.numpy())
+        return found
+
+
+def recall_at_k(scores: torch.Tensor, owners: torch.Tensor, k: int) -> tuple[float, float]:
+    """Image-to-text and text-to-image recall@k of scores (N, M).
+
+    `owners[j]` is the image that caption j belongs to. An image is found when any caption of
+    its own is among its k highest; a caption, when its image is among its k highest.
+    """
+    image_ranks, caption_ranks = retrieval_ranks(scores, owners)
+    return _recall(image_ranks, k), _recall(caption_ranks, k)
+
+
+def retrieval_metrics(scores: torch.Tensor, owners: torch.Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10, and the median rank, both ways, of scores (N, M)."""
+    return retrieval_figures(*retrieval_ranks(scores, owners))
+
+
+def retrieval_ranks(
+    scores: torch.Tensor, owners: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ranks of images (N,) and of captions (M,), from 1, by a whole matrix of scores (N, M)."""
+    image_ranks = rank_of(scores, _first_own(scores, owners, 0))
+    return image_ranks, rank_of(scores.T, owners)
+
+
+def retrieval_figures(image_ranks: torch.Tensor, caption_ranks: torch.Tensor) -> dict[str, float]:
+    """The figures by the names the field logs them under."""
+    both = dict(zip(WAYS, (image_ranks, caption_ranks), strict=True))
+    figures = {f"{way}_R@{k}": _recall(ranks, k) for k in AT for way, ranks in both.items()}
+    medians = {f"{way}_median_rank": float(np.median(r.numpy())) for way, r in both.items()}
+    return figures | medians
+
+
+def retrieve(
+    features: torch.Tensor,
+    text_features: torch.Tensor,
+    owners: torch.Tensor,
+    *,
+    captions: Sequence[str],
+    indices: torch.Tensor,
+    device: torch.device | str = "cpu",
+    block: int | None = None,
+) -> RetrievalResult:
+    """Rank all captions for each image and all images for each caption, a block at a time.
+
+    Args:
+        features: of images, (N, E).
+        text_features: of captions, (M, E).
+        owners: the row of each caption's image; every image has one or more.
+        captions: M texts.
+        indices: of the images in their data set.
+        device: where scores are computed.
+        block: the most scores that are held at once; None: what suits the device.
+    """
+    block = block or _BLOCK[torch.device(device).type]
+    images, texts, owners_there = (x.to(device) for x in (features, text_features, owners))
+    image_ranks, top_captions = _ranks(
+        images, texts, lambda scores, row: _first_own(scores, owners_there, row), block
+    )
+    caption_ranks, top_images = _ranks(
+        texts, images, lambda scores, row: owners_there[row : row + len(scores)], block
+    )
+    return RetrievalResult(
+        indices, features, captions, owners, text_features,
+        image_ranks, caption_ranks, top_captions, top_images,
+    )  # fmt: skip
+
+
+def _ranks(
+    queries: torch.Tensor, gallery: torch.Tensor, best: Best, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rank of each query's best own in the whole gallery, and the K highest."""
+    rows, count = max(1, block // len(gallery)), min(KEPT, len(gallery))
+    # Made at once: small results between large blocks would keep the blocks' memory in pieces.
+    ranks = torch.empty(len(queries), dtype=torch.int64)
+    tops = torch.empty(len(queries), count, dtype=torch.int64)
+    for first in range(0, len(queries), rows):
+        scores = queries[first : first + rows] @ gallery.T  # (B, M) or (B, N)
+        ranks[first : first + rows] = rank_of(scores, best(scores, first))
+        tops[first : first + rows] = scores.topk(count, dim=1).indices
+    return ranks, tops
+
+
+def _first_own(scores: torch.Tensor, owners: torch.Tensor, first: int) -> torch.Tensor:
+    """Of each image's own captions the one that scores highest, of equals the first: (B,).
+
+    Args:
+        scores: of a block of images and all captions, (B, M).
+        owners: (M,).
+        first: the row of the block's first image.
+    """
+    rows = torch.arange(first, first + len(scores), device=scores.device)
+    others = owners != rows[:, None]  # (B, M)
+    return scores.masked_fill(others, -torch.inf).argmax(dim=1)
+
+
+def _recall(ranks: torch.Tensor, k: int) -> float:
+    return (ranks <= k).double().mean().item()
+
+
+def _intervals(way: str, ranks: np.ndarray) -> dict[str, Interval]:
+    def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        found = ranks[drawn]  # (R, N)
+        recalls = {f"{way}_R@{k}": (found <= k).mean(axis=1) for k in AT}
+        return recalls | {f"{way}_median_rank": np.median(found, axis=1)}
+
+    return bootstrap(len(ranks), measure)

@@ -1,0 +1,1 @@
+"""Loaded models: features, similarity, classification, embeddings, export."""

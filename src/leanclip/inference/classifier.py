@@ -1,0 +1,127 @@
+"""Labels as a classifier, and what it says of images.
+
+Shapes: N images, C labels, E embedding.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from leanclip.data.dataset import class_names_in
+from leanclip.errors import DataError
+from leanclip.evaluation import Calibration
+
+
+class Guess(NamedTuple):
+    """A label for an image."""
+
+    label: str
+    probability: float  # over the labels given
+    similarity: float  # cosine
+
+
+class Ranked(NamedTuple):
+    """An image or a text, in its place among others."""
+
+    place: int  # in what was given
+    item: Any  # what was given: a text, a path, ...
+    similarity: float  # cosine
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A unit vector for each label, to be compared with images: what `Clip.classifier` makes."""
+
+    labels: tuple[str, ...]
+    weights: torch.Tensor  # (C, E) float32, unit, on the CPU
+    logit_scale: float  # the factor on cosines before the softmax
+    calibration: Calibration | None = None  # of these weights, labels and templates
+
+
+def guesses(
+    classifier: Classifier, features: torch.Tensor, top: int | None = None
+) -> list[list[Guess]]:
+    """The labels of each image by unit features (N, E), the most probable first.
+
+    Of an image that a calibration finds to be none of the labels it is an empty list.
+    """
+    similarity = features @ classifier.weights.T  # (N, C)
+    logits = classifier.logit_scale * similarity
+    calibration = classifier.calibration
+    if calibration is None:
+        probability, is_none = logits.softmax(dim=1), torch.zeros(len(features))
+    else:
+        probability, is_none = calibration.probabilities(logits), calibration.is_none(logits)
+    count = min(top or len(classifier.labels), len(classifier.labels))
+    best = similarity.topk(count, dim=1).indices  # (N, top)
+    rows = zip(
+        best.tolist(),
+        probability.gather(1, best).tolist(),
+        similarity.gather(1, best).tolist(),
+        is_none.tolist(),
+        strict=True,
+    )
+    return [
+        [] if none else [Guess(classifier.labels[i], p, s) for i, p, s in zip(*row, strict=True)]
+        for *row, none in rows
+    ]
+
+
+def check_labels(labels: Sequence[str]) -> list[str]:
+    """Labels without white space around them.
+
+    Raises:
+        DataError: fewer than two, an empty one, or one given twice.
+    """
+    names = [label.strip() for label in check_texts(labels, what="label")]
+    if "" in names:
+        raise DataError(f"labels: label {names.index('')} is empty; write a word there, or drop it")
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise DataError(f"labels: {name!r} is given {count} times; give each once")
+    if len(names) < 2:
+        raise DataError(
+            f"labels: found {len(names)}; give two or more to choose from, or use `similarity`, "
+            f"as one label alone always has the probability 1"
+        )
+    return names
+
+
+def read_labels(file: str | Path) -> list[str]:
+    """A label a line.
+
+    Raises:
+        DataError: there is no such file, or it does not hold such lines.
+    """
+    try:
+        content = Path(file).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"{error}"
+        raise DataError(
+            f"labels: {str(file)[:80]}: {reason}; give a list of words, or a file with one a line"
+        ) from None
+    return class_names_in(content, where=str(file))
+
+
+def check_texts(texts: str | Sequence[str], *, what: str = "text") -> list[str]:
+    """A list of texts; one text is a list of one.
+
+    Raises:
+        DataError: something is no text.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Sequence) or isinstance(texts, bytes):
+        try:
+            texts = list(texts)
+        except TypeError:
+            raise DataError(f"{what}s: found {texts!r}; give a list of strings") from None
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            found = type(text).__name__
+            raise DataError(f"{what}s: {what} {number} is of type {found}; give strings")
+    return list(texts)

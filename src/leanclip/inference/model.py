@@ -1,0 +1,428 @@
+"""Use a model: images and texts -> features -> similarities, labels, rankings.
+
+    load(source) -> Clip
+    images -> inputs.pixel_batches -> image tower -> unit features (N, E)
+    texts  -> tokens, each once    -> text tower  -> unit features (M, E)
+
+NumPy comes out unless torch is asked for. A row of features depends on its image or text alone,
+not on the batch that it was in (within rounding, 1e-6).
+
+Shapes: N images, M texts, C labels, B batch, R resolution, L tokens, E embedding.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast, overload
+
+import numpy as np
+import torch
+
+from leanclip.config.sections import to_plain
+from leanclip.data.dataset import check_templates
+from leanclip.data.prompts import TEMPLATES
+from leanclip.distributed.collectives import choose_device
+from leanclip.errors import ConfigError, WeightsError
+from leanclip.evaluation import Calibration, build_classifier
+from leanclip.evaluation.features import encode_images, encode_texts, images_at_once
+from leanclip.inference.classifier import (
+    Classifier,
+    Guess,
+    Ranked,
+    check_labels,
+    check_texts,
+    guesses,
+    read_labels,
+)
+from leanclip.inference.exported import is_exported, read_exported
+from leanclip.inference.inputs import AllowUrls, ImageInput, ImageInputs, gather, pixel_batches
+from leanclip.model import CLIP
+from leanclip.model.skip_init import Undrawn
+from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.tokenizer import tokenize
+from leanclip.training.tracking import ProgressBar
+from leanclip.weights import load_into, read_weights
+from leanclip.weights.hub import OPENAI_FILES
+from leanclip.weights.read import Architecture
+from leanclip.weights.weights import check_shapes
+
+MOST_RESOLUTION = 8192  # pixels a side that a stranger's preprocessing may ask for
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A model with what belongs to it: how its images are prepared and its texts tokenised.
+
+    `images` are everywhere one or several of: a path, a folder, bytes, a PIL image, an array
+    (height, width, 3), and a URL where `allow_urls` is set; several are a list, an iterator, or
+    an array of four dimensions. What cannot be read raises a SampleError that names it.
+    """
+
+    model: CLIP = field(repr=False)
+    preprocess: Preprocess  # an image -> (3, R, R) float32
+    allow_urls: AllowUrls = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the towers compute in; features are float32."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on cosines before a softmax, about 100 for trained models."""
+        return float(self.model.logit_scale.detach().float().exp())
+
+    def tokenize(self, texts: str | Sequence[str], *, truncate: bool = False) -> torch.Tensor:
+        """Token ids (B, L) of texts, L the model's context.
+
+        Raises:
+            DataError: a text is over the context, and `truncate` is false.
+        """
+        return tokenize(texts, self.model.context_length, truncate=truncate)
+
+    @torch.no_grad()
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels (B, 3, R, R) -> raw image features (B, E), not of unit length."""
+        parts = pixels.split(images_at_once(self.model))
+        return torch.cat(
+            [self.model.encode_image(part.to(self.device, self.dtype)) for part in parts]
+        )
+
+    @torch.no_grad()
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, L) -> raw text features (B, E), not of unit length."""
+        return self.model.encode_text(tokens.to(self.device))
+
+    @overload
+    def embed_images(
+        self,
+        images: ImageInputs,
+        *,
+        batch_size: int = 64,
+        workers: int | None = None,
+        as_torch: Literal[False] = False,
+    ) -> np.ndarray: ...
+    @overload
+    def embed_images(
+        self,
+        images: ImageInputs,
+        *,
+        batch_size: int = 64,
+        workers: int | None = None,
+        as_torch: Literal[True],
+    ) -> torch.Tensor: ...
+    def embed_images(
+        self,
+        images: ImageInputs,
+        *,
+        batch_size: int = 64,
+        workers: int | None = None,
+        as_torch: bool = False,
+    ) -> np.ndarray | torch.Tensor:
+        """Unit features of images, (N, E) float32, in their order; (1, E) of one.
+
+        A bar on stderr shows how far work of several batches is.
+
+        Args:
+            images: see the class.
+            batch_size: the most images that the model sees at once.
+            workers: threads that decode; None: one per CPU core, eight at most; 0: none.
+            as_torch: give a tensor on the CPU in place of an array.
+
+        Raises:
+            SampleError: an image cannot be read.
+            DataError: something given is no image, or a folder has none.
+        """
+        return _given(self._image_features(images, batch_size, workers), as_torch)
+
+    @overload
+    def embed_texts(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 256,
+        truncate: bool = False,
+        as_torch: Literal[False] = False,
+    ) -> np.ndarray: ...
+    @overload
+    def embed_texts(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 256,
+        truncate: bool = False,
+        as_torch: Literal[True],
+    ) -> torch.Tensor: ...
+    def embed_texts(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 256,
+        truncate: bool = False,
+        as_torch: bool = False,
+    ) -> np.ndarray | torch.Tensor:
+        """Unit features of texts, (M, E) float32, in their order; (1, E) of one.
+
+        Each distinct text is encoded once, and no longer than its batch needs.
+
+        Raises:
+            DataError: a text is over the context and `truncate` does not have it cut, or
+                something given is no text.
+        """
+        texts = check_texts(texts)
+        if not texts:
+            return _given(torch.empty(0, self.model.config.embed_dim), as_torch)
+        features = encode_texts(
+            self.model,
+            texts,
+            batch_size=batch_size,
+            truncate=truncate,
+            packed=isinstance(self.model, CLIP),
+        )
+        return _given(features, as_torch)
+
+    def similarity(
+        self, images: ImageInputs, texts: str | Sequence[str], *, truncate: bool = False
+    ) -> np.ndarray:
+        """Cosine similarities, (M, N): a row for each text, a column for each image.
+
+        Raises:
+            DataError: as `embed_images` and `embed_texts`.
+        """
+        texts_ = self.embed_texts(texts, truncate=truncate)
+        return texts_ @ self.embed_images(images).T
+
+    def classifier(
+        self,
+        labels: Sequence[str] | str | Path,
+        templates: str | Sequence[str] = TEMPLATES,
+        *,
+        calibration: Calibration | str | Path | None = None,
+        truncate: bool = False,
+    ) -> Classifier:
+        """The labels as a zero-shot classifier, to be used again and again.
+
+        Args:
+            labels: words, or a file with a label a line.
+            templates: sentences with `{}` for the label; the mean over them is taken.
+            calibration: what `leanclip eval --calibrate` wrote for these weights, labels and
+                templates: probabilities then mean what they say, and none of them may fit.
+            truncate: cut prompts that are over the context.
+
+        Raises:
+            DataError: fewer than two labels, an empty one, one given twice, a template without
+                `{}`, a prompt over the context, or no such file.
+            ConfigError: the calibration is of something else.
+        """
+        names = check_labels(read_labels(labels) if isinstance(labels, str | Path) else labels)
+        templates = [templates] if isinstance(templates, str) else templates
+        check_templates(templates, where="templates")
+        if isinstance(calibration, str | Path):
+            calibration = Calibration.load(calibration)
+        if calibration is not None:
+            calibration.check(self.model, names, templates)
+        weights = build_classifier(
+            self.model,
+            names,
+            templates,
+            truncate=truncate,
+            packed=isinstance(self.model, CLIP),
+        )  # (C, E)
+        return Classifier(tuple(names), weights, self.logit_scale, calibration)
+
+    @overload  # a path may be a folder's too
+    def classify(  # pyright: ignore[reportOverlappingOverload]
+        self,
+        images: ImageInput,
+        labels: Classifier | Sequence[str] | str | Path,
+        templates: str | Sequence[str] = TEMPLATES,
+        *,
+        calibration: Calibration | str | Path | None = None,
+        top: int | None = None,
+    ) -> list[Guess]: ...
+    @overload
+    def classify(
+        self,
+        images: ImageInputs,
+        labels: Classifier | Sequence[str] | str | Path,
+        templates: str | Sequence[str] = TEMPLATES,
+        *,
+        calibration: Calibration | str | Path | None = None,
+        top: int | None = None,
+    ) -> list[list[Guess]]: ...
+    def classify(
+        self,
+        images: ImageInputs,
+        labels: Classifier | Sequence[str] | str | Path,
+        templates: str | Sequence[str] = TEMPLATES,
+        *,
+        calibration: Calibration | str | Path | None = None,
+        top: int | None = None,
+    ) -> list[Guess] | list[list[Guess]]:
+        """Which label fits an image, the most probable first: a list for one image.
+
+        For a list, a folder or an iterator of images it is a list of such lists. With a
+        calibration, the list of an image that is none of the labels is empty.
+
+        Args:
+            images: see the class.
+            labels: what `classifier` made, or words or a file that it shall be made of.
+            templates: see `classifier`; of no use with one that is made.
+            calibration: see `classifier`; one that is made has its own.
+            top: only so many of the most probable labels.
+
+        Raises:
+            DataError: as `embed_images` and `classifier`.
+        """
+        is_single = gather(images).is_single
+        if not isinstance(labels, Classifier):
+            labels = self.classifier(labels, templates, calibration=calibration)
+        found = guesses(labels, self._image_features(images), top)
+        return found[0] if is_single else found
+
+    def rank(
+        self, images: ImageInputs, texts: str | Sequence[str], *, top: int | None = None
+    ) -> list[Ranked]:
+        """Images in the order in which they fit one text, or texts in which they fit one image.
+
+        Give a single text and several images, or a single image and several texts.
+
+        Raises:
+            ConfigError: both are single, or both several.
+            DataError: as `embed_images` and `embed_texts`.
+        """
+        given = gather(images)
+        if given.is_single == isinstance(texts, str):
+            raise ConfigError(
+                "rank: give one text (a string) and several images, or one image and a list of "
+                "texts; `similarity` compares all with all"
+            )
+        sources = list(given.sources)
+        items = check_texts(texts) if given.is_single else sources
+        scores = self.similarity(sources, texts).ravel()
+        order = np.argsort(-scores, kind="stable")[:top]
+        return [Ranked(int(i), items[i], float(scores[i])) for i in order]
+
+    def image_batches(
+        self, images: ImageInputs, batch_size: int = 64, workers: int | None = None
+    ) -> Generator[torch.Tensor, None, None]:
+        """Unit features of images batch by batch, (B, E) float32 on the CPU; nothing is kept.
+
+        Raises:
+            DataError: as `embed_images`.
+        """
+        for pixels in pixel_batches(
+            gather(images).sources,
+            self.preprocess.resolution,
+            batch_size=batch_size,
+            workers=workers,
+            allow_urls=self.allow_urls,
+        ):
+            yield self.embed_pixels(pixels)
+
+    def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Unit features of pixels (B, 3, R, R) uint8: (B, E) float32 on the CPU."""
+        return encode_images(self.model, pixels, self.preprocess)
+
+    def _image_features(
+        self, images: ImageInputs, batch_size: int = 64, workers: int | None = None
+    ) -> torch.Tensor:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: should be 1 or more, found {batch_size}")
+        given = gather(images)
+        is_short = given.total is not None and given.total <= batch_size
+        features, done = [torch.empty(0, self.model.config.embed_dim)], 0
+        with ProgressBar("embedding", given.total or 1, is_silent=is_short) as bar:
+            sources = [*given.sources] if is_short else given.sources
+            for batch in self.image_batches(iter(sources), batch_size, workers):
+                features.append(batch)
+                done += len(batch)
+                bar.update(done, total=given.total or done)
+        return torch.cat(features)
+
+
+def available() -> list[str]:
+    """The published weights that `load` takes by name, and fetches once into the cache."""
+    return list(OPENAI_FILES)
+
+
+def load(
+    source: str | Path,
+    *,
+    arch: Architecture | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+    partial: bool = False,
+    allow_urls: AllowUrls = False,
+    backend: str | None = None,
+) -> Clip:
+    """Load weights of any dialect, in evaluation mode, or what `leanclip export` wrote.
+
+    Args:
+        source: a file, a folder, a run's folder, a published name or a hub id.
+        arch: the architecture, where the source does not say it or says it wrongly.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", or another of torch's.
+        dtype: what the towers compute in: "float32", "bfloat16" or "float16".
+        partial: keep a new model's values for missing keys; drop left-over ones.
+        allow_urls: images may be http or https addresses, which are then fetched; "private": from
+            this machine and local networks too.
+        backend: of an exported folder, which runs on the CPU: "onnx", or "torch", whose programs
+            are to be trusted: PyTorch runs pickles that are in them; None: onnx.
+
+    Raises:
+        WeightsError: the weights cannot be read, do not fit, or do not say their architecture.
+        ConfigError: `arch`, `device` or `dtype` is none.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name}: is not one of {', '.join(DTYPES)}")
+    if is_exported(Path(source)):
+        model, preprocess = read_exported(Path(source), backend)
+        return Clip(cast(CLIP, model), preprocess, allow_urls)
+    if backend is not None:
+        raise ConfigError(f"{source}: backend={backend!r} is for a folder that was exported")
+    weights = read_weights(source, arch=arch)
+    if weights.model is None or weights.preprocess is None:
+        raise WeightsError(
+            f"{weights.source}: a {weights.dialect} without its architecture (the tensors do not "
+            f"tell the activation); say it with arch=, for example arch='ViT-B-32' (exact GELU) "
+            f"or arch='ViT-B-32-quickgelu' (OpenAI's)"
+        )
+    check_shapes(weights, weights.model)
+    # Where all values come from the file; of an architecture that was said some may be the model's.
+    with Undrawn() if arch is None and not partial else nullcontext():
+        model = CLIP(**to_plain(weights.model))
+    model = model.to(_device(device))
+    load_into(model, weights, partial=partial)
+    if not 0 < weights.preprocess.resolution <= MOST_RESOLUTION:
+        raise WeightsError(
+            f"{weights.source}: images of {weights.preprocess.resolution} pixels a side, at most "
+            f"{MOST_RESOLUTION} are made"
+        )
+    return Clip(model.to(DTYPES[name]).eval(), weights.preprocess, allow_urls)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name in ("auto", "cpu", "cuda"):
+        return choose_device(str(name))
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {name}: is none; give auto, cpu, cuda or cuda:1") from None
+
+
+@overload
+def _given(features: torch.Tensor, as_torch: Literal[False]) -> np.ndarray: ...
+@overload
+def _given(features: torch.Tensor, as_torch: bool) -> np.ndarray | torch.Tensor: ...
+def _given(features: torch.Tensor, as_torch: bool) -> np.ndarray | torch.Tensor:
+    if as_torch:  # autograd takes no tensor that was made in inference mode
+        return features.clone() if features.is_inference() else features
+    return features.numpy()

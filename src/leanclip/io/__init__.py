@@ -1,0 +1,1 @@
+"""Files, locks, downloads, optional imports and the progress bar."""

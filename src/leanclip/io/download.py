@@ -1,0 +1,180 @@
+"""What comes from elsewhere, and where it is kept: one cache folder, one careful download.
+
+URL -> path.part (goes on where it stopped) -> checksum -> path
+"""
+
+import errno
+import logging
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.client import HTTPException, InvalidURL
+from pathlib import Path
+
+from leanclip.errors import DataError
+from leanclip.io.addresses import Guard, PrivateAddressError, Resolve
+from leanclip.io.files import digest
+
+log = logging.getLogger("leanclip")
+
+TRIES = 5  # of a transfer that does not get on; the pause between two doubles from a second on
+PIECE = 1 << 20  # bytes that are asked for at once
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+_BUSY = (408, 425, 429)  # answers of 4xx that another time may differ
+
+
+class FetchError(DataError):
+    """A URL cannot be fetched; `status` is the server's answer where it gave one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def cache_folder() -> Path:
+    """Where fetched files and indices are kept: $LEANCLIP_CACHE, or ~/.cache/leanclip."""
+    return Path(os.environ.get("LEANCLIP_CACHE", Path.home() / ".cache" / "leanclip"))
+
+
+def fetch(
+    url: str,
+    path: Path,
+    *,
+    checksum: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    tries: int = TRIES,
+    pause: float = 1.0,
+) -> Path:
+    """Fetch a URL into a file, whole or not at all; a broken transfer is taken up where it broke.
+
+    The URL is one that the user named, and may be of a private network; one of the internet must
+    not redirect there.
+
+    Args:
+        url: http or https.
+        path: where it shall be; `path` with `.part` holds what came so far.
+        checksum: the file's MD5 or SHA-256 in hexadecimal, told apart by their length.
+        progress: is called with bytes that are there and bytes in all (0: unknown).
+        tries: attempts in a row that bring nothing before giving up; a refusal (an answer of
+            4xx) is not tried again.
+        pause: seconds after the first of them; doubled after each.
+
+    Raises:
+        FetchError: it cannot be fetched.
+        DataError: it differs from its checksum, or there is no space for it.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise DataError(f"{url}: is not an http or https address")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    failures, most = 0, _size(part)
+    while True:
+        try:
+            _transfer(url, part, progress)
+            break
+        except (OSError, HTTPException, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise DataError(f"{part}: no space is left for {url}; make some") from None
+            if isinstance(error, OSError) and error.errno in _NOT_OURS:  # of the file alone
+                raise DataError(f"{part}: cannot be written: {error.strerror}") from None
+            failures = 1 if _size(part) > most else failures + 1
+            most = max(most, _size(part))
+            status = error.code if isinstance(error, urllib.error.HTTPError) else None
+            refused = status is not None and 400 <= status < 500 and status not in _BUSY
+            refused = refused or _is_private(error)
+            if refused or failures >= tries or isinstance(error, InvalidURL | ValueError):
+                raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
+            log.warning("%s: %s; trying again", url, error)
+            time.sleep(pause * 2 ** (failures - 1))
+    if checksum is not None and digest(part, len(checksum)) != checksum.lower():
+        part.unlink()
+        raise DataError(f"{url}: what was fetched differs from its checksum {checksum}")
+    part.rename(path)
+    return path
+
+
+def fetch_bytes(
+    url: str,
+    *,
+    limit: int,
+    seconds: float = 60,
+    private: bool = False,
+    resolve: Resolve = socket.getaddrinfo,
+) -> bytes:
+    """What is at a URL, which may be a stranger's, in memory.
+
+    Args:
+        url: http or https.
+        limit: bytes.
+        seconds: for all of it.
+        private: whether it may lead to this machine or a local network.
+        resolve: looks names up.
+
+    Raises:
+        FetchError: it cannot be fetched, is larger than `limit` bytes, takes too long, or leads to
+            an address that is not public.
+    """
+    if not is_url(url):
+        raise FetchError(f"{url}: is not an http or https address")
+    guard = Guard(private=private, resolve=resolve)
+    try:
+        with guard.within(seconds), guard.open(url, timeout=seconds) as response:
+            content = response.read(limit + 1)
+        if guard.is_late or (response.length and len(content) <= limit):
+            raise OSError("the connection ended before all was there")
+    except (OSError, HTTPException, ValueError) as error:
+        status = error.code if isinstance(error, urllib.error.HTTPError) else None
+        words = f"over the time of {seconds:g} s" if guard.is_late else str(error)
+        words += "; allow_urls='private' has those fetched too" if _is_private(error) else ""
+        raise FetchError(f"{url}: cannot be fetched: {words}", status) from None
+    if len(content) > limit:
+        raise FetchError(f"{url}: is over the limit of {limit} bytes")
+    return content
+
+
+def is_url(text: str) -> bool:
+    """Whether this is an address and no path."""
+    return text.lower().startswith(("http://", "https://"))
+
+
+def _is_private(error: Exception) -> bool:
+    return isinstance(getattr(error, "reason", error), PrivateAddressError)
+
+
+def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
+    """Add to `part` what it lacks."""
+    have = _size(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = Guard(private=None).open(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing is left to send: it was all there, or of another file
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return
+        part.unlink()
+        raise OSError(f"the server has no more than the {have} bytes that were there") from None
+    with response:
+        if response.status != 206:  # the server sends it from the start
+            have = 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink()
+            raise OSError(f"the server sent another part than the one from byte {have} on")
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else 0
+        with part.open("ab" if have else "wb") as file:
+            # What has come is kept if this is ended; at the end nothing more is waited for.
+            while chunk := response.read1(min(PIECE, total - have) if total else PIECE):
+                file.write(chunk)
+                have += len(chunk)
+                progress(have, total)
+        if total and have < total:
+            raise OSError(f"the connection ended after {have} of {total} bytes")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

@@ -1,0 +1,1 @@
+"""Raw input to tensors: text to token ids, image bytes to pixels."""

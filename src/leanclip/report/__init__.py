@@ -1,0 +1,1 @@
+"""Evaluation results as text, pictures and HTML pages."""

@@ -1,0 +1,1 @@
+"""Training runs: plan, loop, step, optimiser, fine-tuning and checkpoints."""

@@ -1,0 +1,179 @@
+"""Fine-tuning: what of a model is trained, how fast, and the mean of its weights over the steps.
+
+    loaded model, FinetuneConfig -> Tuning -> factors (optimiser), after_step, weights (to write)
+
+A tower's groups, from the lowest: the stem with its embeddings, each block (of a ResNet: each
+bottleneck), and the last norm with the projection (of a ResNet: the attention pool). The scalars
+of the loss belong to none of them.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from leanclip.config.schema import FinetuneConfig, ModelConfig
+from leanclip.errors import ConfigError
+from leanclip.model import CLIP
+from leanclip.model.lora import add_low_rank, merged_state
+from leanclip.model.vit import VisionTransformer
+
+log = logging.getLogger("leanclip")
+
+
+class Group(NamedTuple):
+    """Where in which tower a parameter is."""
+
+    tower: str  # "image" or "text"
+    place: int  # 0 is the lowest
+    top: int  # the highest place of the tower
+
+
+class Tuning:
+    """A loaded model, prepared as the settings say, with what a run must keep beside it.
+
+    Raises:
+        ConfigError: a setting does not fit the model, or nothing is left to train.
+    """
+
+    def __init__(self, model: CLIP, config: FinetuneConfig, new: Sequence[str] = ()) -> None:
+        self.model, self.config = model, config
+        _lock(model, config)
+        if config.patch_dropout:
+            if not isinstance(model.visual, VisionTransformer):
+                raise ConfigError("finetune.patch_dropout: a ResNet has no patches; set it to 0")
+            model.visual.patch_dropout = config.patch_dropout
+        if config.lora_rank is not None:
+            add_low_rank(model, config.lora_rank, config.lora_alpha or config.lora_rank)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not any(group_of(name, model.config) for name, _ in trained):
+            raise ConfigError("finetune: nothing is left to train; lock fewer groups of a tower")
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and not _is_trained(module):
+                module.eval()  # it goes on with the statistics that it was loaded with
+        self.factors = {name: _factor(name, model.config, config, new) for name, _ in trained}
+        self.average: dict[str, torch.Tensor] = {}
+        if config.ema_decay is not None:
+            self.average = {name: parameter.detach().clone() for name, parameter in trained}
+        _log_what_is_trained(model)
+
+    @torch.no_grad()
+    def after_step(self, is_finite: torch.Tensor) -> None:
+        """Move the mean: decay * mean + (1 - decay) * weights, where the step counted.
+
+        `is_finite` () is the step's flag, which stays on the device.
+        """
+        if self.config.ema_decay is not None:
+            share = is_finite.float() * (1 - self.config.ema_decay)
+            for name, mean in self.average.items():
+                mean.lerp_(self.model.get_parameter(name), share)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the model has the mean of its weights, where one is kept.
+
+        A BatchNorm's statistics are means already, and stay.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What others read: the mean where one is kept, low-rank updates merged."""
+        if not self.average:
+            return merged_state(self.model)
+        with self.averaged():
+            return {name: tensor.clone() for name, tensor in merged_state(self.model).items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `weights` does not tell and going on needs; empty where it tells everything."""
+        if not self.average and self.config.lora_rank is None:
+            return {}
+        own = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return own | {f"average.{name}": tensor for name, tensor in self.average.items()}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Put `state` back; False where `tensors` holds none."""
+        own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        if not own:
+            return False
+        self.model.load_state_dict(own)
+        for name, mean in self.average.items():
+            mean.copy_(tensors[f"average.{name}"])
+        return True
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, mean in self.average.items():
+            parameter = self.model.get_parameter(name)
+            kept = parameter.clone()
+            parameter.copy_(mean)
+            mean.copy_(kept)
+
+
+def group_of(name: str, model: ModelConfig) -> Group | None:
+    """The group that a parameter is of, by its name; None: of the loss."""
+    if name.startswith("logit_"):
+        return None
+    if not name.startswith("visual."):
+        top = model.transformer_layers + 1
+        block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
+        is_top = name.startswith(("ln_final", "text_projection"))
+        return Group("text", top if is_top else 1 + int(block[1]) if block else 0, top)
+    if isinstance(model.vision_layers, int):
+        top, before = model.vision_layers + 1, [0]
+        block = re.match(r"visual\.transformer\.(resblocks)\.(\d+)\.", name)
+    else:
+        top = sum(model.vision_layers) + 1
+        before = [sum(model.vision_layers[:stage]) for stage in range(4)]
+        block = re.match(r"visual\.layer(\d)\.(\d+)\.", name)
+    if name.startswith(("visual.ln_post", "visual.proj", "visual.attnpool")):
+        return Group("image", top, top)
+    if block is None:
+        return Group("image", 0, top)
+    stage = int(block[1]) - 1 if block[1].isdigit() else 0
+    return Group("image", 1 + before[stage] + int(block[2]), top)
+
+
+def _lock(model: CLIP, config: FinetuneConfig) -> None:
+    wanted = {"image": config.lock_image, "text": config.lock_text}
+    for name, parameter in model.named_parameters():
+        group = group_of(name, model.config)
+        count = wanted[group.tower] if group else None
+        if group is None or count is None:
+            continue
+        groups = group.top + 1
+        if isinstance(count, int) and count > groups:
+            raise ConfigError(
+                f"finetune.lock_{group.tower}: {count} groups, and the {group.tower} tower has "
+                f"{groups}; lock fewer, or all"
+            )
+        if not isinstance(count, int) or group.place < count:
+            parameter.requires_grad_(False)
+
+
+def _factor(name: str, model: ModelConfig, config: FinetuneConfig, new: Sequence[str]) -> float:
+    """What a parameter's rate is multiplied by."""
+    group, factor = group_of(name, model), 1.0
+    if group is not None and config.layer_decay is not None:
+        factor = config.layer_decay ** (group.top - group.place)
+    return factor * config.new_rate_factor if name in new else factor
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _log_what_is_trained(model: CLIP) -> None:
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(count for count, is_trained in counts if is_trained)
+    everything = sum(count for count, _ in counts)
+    if trained < everything:
+        log.info("training %s of %s parameters", f"{trained:,}", f"{everything:,}")

@@ -1,0 +1,82 @@
+"""Norms over many tensors, also of parameters that are sharded over the ranks.
+
+model -> parameters by tower -> norm of gradients, of parameters, of what a step changed
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from torch import nn
+
+from leanclip.distributed.collectives import sum_over_ranks
+from leanclip.model import CLIP
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+SCALARS = ("logit_scale", "logit_bias")  # of the loss, not of the towers
+
+
+def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm () of all of them together, the same on every rank."""
+    sharded = [tensor.to_local() for tensor in tensors if is_shard(tensor)]
+    whole = [tensor for tensor in tensors if not is_shard(tensor)]
+    norm = nn.utils.get_total_norm(whole)
+    if not sharded:
+        return norm
+    square = sum_over_ranks(nn.utils.get_total_norm(sharded).square())
+    return (square + norm.to(square.device).square()).sqrt()
+
+
+def clip_(gradients: Sequence[torch.Tensor], norm: torch.Tensor, most: float) -> None:
+    """Scale gradients of this norm down to the norm `most`, where it is more.
+
+    As `torch.nn.utils.clip_grads_with_norm_`, which does not mix sharded and whole ones.
+    """
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    shards = [local(gradient) for gradient in gradients]
+    torch._foreach_mul_(shards, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class StepNorms:
+    """The norms of one step by tower: made before the optimiser's step, read after it.
+
+    Holds a copy of the parameters in between; changes nothing.
+    """
+
+    def __init__(self, model: CLIP) -> None:
+        self._parameters: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in SCALARS:
+                tower = "image" if name.startswith("visual.") else "text"
+                self._parameters[tower].append(parameter)
+        self._before = {k: [p.detach().clone() for p in v] for k, v in self._parameters.items()}
+        self._gradients = {
+            tower: total_norm([p.grad for p in parameters if p.grad is not None])
+            for tower, parameters in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def after_step(self) -> dict[str, torch.Tensor]:
+        """`gradient_norm/image`, `parameter_norm/text`, `update_norm/image` and so on, each ()."""
+        norms = {}
+        for tower, parameters in self._parameters.items():
+            norms[f"gradient_norm/{tower}"] = self._gradients[tower]
+            norms[f"parameter_norm/{tower}"] = total_norm(parameters)
+            before = self._before[tower]
+            for old, parameter in zip(before, parameters, strict=True):
+                local(old).sub_(local(parameter))
+            norms[f"update_norm/{tower}"] = total_norm(before)
+        self._before.clear()
+        return norms
+
+
+def is_shard(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
+    """Whether this rank holds a part of it alone; without DTensor's import, which is slow."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of it, or all of it."""
+    return tensor.to_local() if is_shard(tensor) else tensor

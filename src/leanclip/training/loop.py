@@ -1,0 +1,433 @@
+"""Training: a plan in, a run's folder out.
+
+    plan -> start (scratch, weights or checkpoint) -> loop -> evaluate -> pictures
+
+The run's folder holds config.yaml, metrics.jsonl, checkpoints/, report.json and pictures.
+The same command in the same folder goes on from the newest checkpoint.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from leanclip.api import SKIPPED, Outcome, finish
+from leanclip.config.schema import DataConfig, load_config
+from leanclip.config.sections import differences, to_plain
+from leanclip.config.strict_yaml import dump_yaml
+from leanclip.data.loader import Batch, Position, training_batches
+from leanclip.data.skipped import Bad, BadSamples
+from leanclip.distributed.collectives import (
+    barrier,
+    everyones,
+    rank_and_world_size,
+    together,
+    total,
+)
+from leanclip.distributed.fsdp import whole
+from leanclip.distributed.preemption import STOPPING, Signals, Stopped, noting_signals
+from leanclip.distributed.wrap_model import prepare_towers
+from leanclip.errors import ConfigError, DataError, LeanclipError
+from leanclip.evaluation import Report, evaluate
+from leanclip.io.files import held, write_text
+from leanclip.model import CLIP
+from leanclip.training import checkpoint
+from leanclip.training.determinism import only_deterministic
+from leanclip.training.early_stopping import by_evaluation, has_stopped_gaining, is_news, judged
+from leanclip.training.feature_cache import Frozen, freeze
+from leanclip.training.finetune import Tuning
+from leanclip.training.loss_scale import LossScale
+from leanclip.training.monitor import Clock, LogLines, Troubles, in_words, peak_memory, write_status
+from leanclip.training.optimizer import build_optimizer, learning_rate
+from leanclip.training.plan import Plan
+from leanclip.training.step import StepResult, train_step
+from leanclip.training.tracking import MetricsLog, ProgressBar
+from leanclip.weights import load_into, read_weights
+
+log = logging.getLogger("leanclip")
+
+# Settings, or groups, that may differ between two starts of a run: they do not change its weights,
+# but by rounding in the case of micro-batches.
+FREE_SETTINGS = (
+    "output_dir",
+    "device",
+    "load",
+    "load_arch",
+    "load_partial",
+    "data.workers",
+    "data.cache_gigabytes",
+    "data.max_bad_share",
+    "train.micro_batches",
+    "train.log_every",
+    "train.report_to",
+    "train.checkpoint_activations",
+    "finetune.cache_features",
+    "evaluate",
+    "checkpoint",
+)
+
+
+def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
+    """Train to the end, from the newest checkpoint in the run's folder where there is one.
+
+    Every rank calls this; the first one gives the outcome.
+
+    Raises:
+        Stopped: a signal asked for it; the checkpoint is written.
+        ConfigError: the folder holds a run of another configuration; or `must_resume` and
+            there is no checkpoint.
+        DataError: more than the allowed share of the data is unreadable.
+        WeightsError: the weights to start from do not fit the model.
+        OSError: another process trains in the run's folder.
+    """
+    if rank_and_world_size()[0] > 0:
+        together(problem="")
+        return _train(plan, must_resume)
+    with held(plan.folder / "lock") as is_ours:
+        problem = f"{plan.folder}: another process trains there; choose another --output-dir"
+        together(problem="" if is_ours else problem)
+        with suppress(OSError):  # the first checkpoint will say what is wrong there
+            checkpoint.sweep(plan.folder / "checkpoints")
+        return _train(plan, must_resume)
+
+
+def _train(plan: Plan, must_resume: bool) -> Outcome | None:
+    """As `train`, in a folder that is this run's."""
+    config, rank = plan.config, rank_and_world_size()[0]
+    torch.manual_seed(config.seed)
+    model = CLIP(**to_plain(config.model)).to(plan.device)
+    found = _checkpoint(plan, must_resume)
+    new = checkpoint.progress_of(found).new if found else _load(plan, model)
+    tuning = Tuning(model, config.finetune, new)
+    towers = prepare_towers(model, config.train)
+    optimizer = build_optimizer(model, config.optimizer, tuning.factors)
+    torch.manual_seed(config.seed + rank)  # what is drawn in training differs by rank
+    done = checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new)
+    if found:
+        done = _same_place(plan, found, checkpoint.restore(found, model, optimizer, tuning))
+    barrier()
+    if rank == 0:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
+    metrics = None
+    if rank == 0:
+        after_step = done.step if found else -1
+        report_to = config.train.report_to
+        metrics = MetricsLog(plan.folder, after_step=after_step, report_to=report_to)
+    try:
+        with only_deterministic(config.train.deterministic):
+            if plan.guard is not None and not found:  # what there is to forget
+                done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
+                if metrics is not None:
+                    metrics.write(0, by_evaluation(done.before))
+            frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
+            report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
+    except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
+        write_status(plan, "preempted", stopped=str(stopped))
+        if isinstance(stopped, Stopped):
+            barrier()  # an outer launcher may end all ranks with the first that ends
+        raise
+    except LeanclipError as error:
+        write_status(plan, "failed", reason=str(error))
+        raise
+    finally:
+        if metrics is not None:
+            metrics.close()
+    if rank > 0:
+        return None
+    write_status(plan, "done", step=done.step)
+    return finish(plan.folder, report, done.seconds, pictures=config.evaluate.pictures)
+
+
+def _fit(
+    plan: Plan,
+    model: CLIP,
+    towers: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tuning: Tuning,
+    done: checkpoint.Progress,
+    metrics: MetricsLog | None,
+    frozen: Frozen,
+) -> tuple[Report, checkpoint.Progress]:
+    """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
+    config, report = plan.config, None
+    rank = rank_and_world_size()[0]
+    path = plan.folder / SKIPPED
+    bad = BadSamples(plan.dataset.distinct, config.data.max_bad_share, path, must_write=rank == 0)
+    troubles, result = Troubles(plan), None
+    stream = _stream(plan, done, frozen)
+    is_fp16 = config.train.precision == "fp16"
+    loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
+    often = config.checkpoint.every_epochs, config.checkpoint.every_steps
+    clock = Clock(plan, done.samples)
+    began = time.perf_counter() - done.seconds
+    write_status(plan, "running", step=done.step)
+    bar = ProgressBar("training", plan.steps, completed=done.step, is_silent=rank > 0)
+    lines = LogLines(plan, done=done.step, is_silent=rank > 0 or bar.is_shown)
+    with noting_signals() as signals, bar:
+        for step in range(done.step, plan.steps):
+            if has_stopped_gaining(plan, done.best):
+                log.info("ends at step %d: no gain after the best, %s", step, done.best)
+                break
+            batch, position = clock.waiting(lambda: next(stream))
+            seen = _seen(batch, signals, len(config.data.sources))  # by all ranks
+            for reason in bad.add(seen.bad):
+                log.warning("skipped: %s", reason)
+            rate = learning_rate(step, peak=plan.peak_rate, warmup=plan.warmup, steps=plan.steps)
+            must_save = seen.must_save or _is_due(step + 1, plan, *often)
+            must_log = must_save or _is_due(step + 1, plan, None, config.train.log_every)
+            if seen.samples:
+                result = train_step(
+                    model,
+                    optimizer,
+                    frozen.replace(batch),
+                    plan.preprocess,
+                    rate=rate,
+                    settings=config.train,
+                    kind=plan.loss,
+                    max_gradient_norm=config.optimizer.max_gradient_norm,
+                    towers=towers,
+                    must_measure=must_log,
+                    loss_scale=loss_scale,
+                )
+                tuning.after_step(result.is_finite)
+                if not frozen.is_used:
+                    clock.work.add(len(batch), batch.tokens.shape[1])
+                troubles.note(step + 1, result.is_finite, batch)
+            done = _after_step(done, plan, seen, position, time.perf_counter() - began)
+            if must_log:
+                troubles.raise_if_many()  # waits for the device
+                line = _line(plan, done, result, rate, model.logit_scale, loss_scale)
+                line |= {"train/skipped": len(bad.found), "train/skipped_steps": troubles.count}
+                line |= clock.rates(done.samples)
+                if metrics is not None:
+                    metrics.write(done.step, line)
+                bar.note(in_words(line))
+                lines.note(done.step, line)
+            bar.update(done.step)
+            measures = plan.tasks or plan.guard
+            if measures and _is_due(done.step, plan, config.evaluate.every_epochs):
+                report = _evaluate(plan, model, tuning, done.before)
+                if metrics is not None:
+                    metrics.write(done.step, by_evaluation(report.metrics))
+                done = replace(done, best=judged(plan, done.best, report.metrics, done.step))
+                must_save = must_save or is_news(plan, done.best)
+            if must_save:
+                state = loss_scale.state() if loss_scale else None
+                _save(plan, replace(done, loss_scale=state), model, optimizer, tuning)
+            if seen.stop:
+                raise Stopped(seen.stop)
+    clock.log_waiting()
+    if done.samples == 0:
+        raise DataError(f"{plan.config.data.root}: not one sample could be used: {bad.summary()}")
+    # A run that is taken up again after its last step has nothing left but to be measured.
+    return report or _evaluate(plan, model, tuning, done.before), done
+
+
+def _stream(
+    plan: Plan, done: checkpoint.Progress, frozen: Frozen
+) -> Iterator[tuple[Batch, Position]]:
+    """This rank's part of the batches after `done`."""
+    config, (rank, world_size) = plan.config, rank_and_world_size()
+    return training_batches(
+        plan.dataset,
+        config.data,
+        resolution=config.model.image_resolution,
+        context_length=config.model.context_length,
+        truncate=config.train.truncate_captions,
+        batch_size=plan.batch_size,
+        seed=config.seed,
+        start=Position(done.epoch, done.sample),
+        rank=rank,
+        world_size=world_size,
+        undecoded=frozen.undecoded,
+    )
+
+
+def _line(
+    plan: Plan,
+    done: checkpoint.Progress,
+    result: StepResult | None,
+    rate: float,
+    logit_scale: torch.Tensor,
+    loss_scale: LossScale | None,
+) -> dict[str, float]:
+    """What metrics.jsonl says of a step; this waits for the device."""
+    line = {
+        "train/loss": result.loss.item() if result else 0.0,
+        "train/gradient_norm": result.gradient_norm.item() if result else 0.0,
+        "train/lr": rate,
+        "train/logit_scale": logit_scale.exp().item(),
+        "train/epoch": done.step / plan.steps_per_epoch,
+        "train/samples": done.samples,
+        **_by_source(plan.config.data, done.sources),
+        "train/peak_memory_gb": peak_memory(plan.device),
+    }
+    for name, norm in (result.norms if result else {}).items():
+        line[f"train/{name}"] = norm.item()
+    if loss_scale is not None:
+        line["train/loss_scale"] = loss_scale.factor.item()
+    return line
+
+
+def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
+    """The report, to which every rank adds its part; all have the figures, the first has all."""
+    model = whole(model)
+    with tuning.averaged():
+        return evaluate(model, plan.tasks, plan.preprocess, guard=plan.guard, before=before)
+
+
+def _save(
+    plan: Plan,
+    done: checkpoint.Progress,
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    tuning: Tuning,
+) -> None:
+    """Write a checkpoint; one that cannot be written ends the run only after its last step."""
+    try:
+        checkpoint.save(
+            plan.folder / "checkpoints",
+            done,
+            model,
+            optimizer,
+            plan.preprocess,
+            keep=plan.config.checkpoint.keep,
+            tuning=tuning,
+        )
+    except OSError as error:
+        if done.step == plan.steps:
+            raise
+        log.error(
+            "no checkpoint at step %d: %s; those before it are as they were", done.step, error
+        )
+        return
+    write_status(plan, "running", step=done.step)
+
+
+class _Seen(NamedTuple):
+    """What all ranks have in a step, and what signals asked of any of them."""
+
+    samples: int
+    sources: list[int]  # samples by source, of a mixture
+    bad: list[Bad]
+    stop: int  # a signal's number, or 0
+    must_save: bool
+
+
+def _seen(batch: Batch, signals: Signals, sources: int) -> _Seen:
+    """Put together what each rank has; the one word that ranks change beside the gradients."""
+    by_source = torch.bincount(batch.sources, minlength=sources).tolist() if sources else []
+    asked = [signals.stop == number for number in STOPPING]
+    counts = [len(batch), len(batch.bad), signals.save, *asked, *by_source]
+    samples, bad, save, *rest = total([int(count) for count in counts])
+    signals.save = False
+    stop = next((n for n, is_asked in zip(STOPPING, rest, strict=False) if is_asked), 0)
+    every_bad = [one for part in everyones(batch.bad) for one in part] if bad else []
+    return _Seen(samples, rest[len(STOPPING) :], every_bad, stop, bool(save or stop))
+
+
+def _after_step(
+    done: checkpoint.Progress, plan: Plan, seen: _Seen, position: Position, seconds: float
+) -> checkpoint.Progress:
+    """How far the run has come with one step more, which saw this and ended there."""
+    sources = [a + b for a, b in zip_longest(done.sources, seen.sources, fillvalue=0)]
+    return replace(
+        done,
+        step=done.step + 1,
+        epoch=position.epoch,
+        sample=position.sample,
+        samples=done.samples + seen.samples,
+        sources=sources,
+        seconds=seconds,
+        dataset_size=len(plan.dataset),
+        batch_size=plan.batch_size,
+    )
+
+
+def _checkpoint(plan: Plan, must_resume: bool) -> Path | None:
+    """The checkpoint of the run's folder to go on from."""
+    found, skipped = checkpoint.newest(plan.folder / "checkpoints")
+    for reason in skipped:
+        log.warning("checkpoint skipped: %s", reason)
+    if found is not None:
+        _same_run(plan, checkpoint.progress_of(found).batch_size)
+    elif must_resume:
+        raise ConfigError(f"--resume: no checkpoint in {plan.folder}; leave --resume out to begin")
+    return found
+
+
+def _same_place(plan: Plan, found: Path, done: checkpoint.Progress) -> checkpoint.Progress:
+    """A checkpoint's progress in steps of this run's batch."""
+    left = max(0, len(plan.dataset) - done.sample) // plan.batch_size  # whole ones of this epoch
+    here = (done.epoch + 1) * plan.steps_per_epoch - left
+    if done.dataset_size not in (0, len(plan.dataset)):
+        log.warning(
+            "the data has %d samples an epoch, and had %d when the checkpoint was written: the "
+            "rest of this epoch is of another order, and may repeat or leave out samples",
+            *(len(plan.dataset), done.dataset_size),
+        )
+    elif here != done.step:
+        log.info("the batch was of another size then: step %d is step %d now", done.step, here)
+    done = replace(done, step=here)
+    more = " (so --load is not used)" if plan.config.load else ""
+    log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
+    return done
+
+
+def _load(plan: Plan, model: CLIP) -> list[str]:
+    """Bring the model to the weights of `config.load`, where there are; what they do not have."""
+    config, new = plan.config, []
+    if config.load is not None:
+        weights = read_weights(config.load, arch=config.load_arch)
+        new = load_into(model, weights, partial=config.load_partial)
+        own = weights.preprocess
+        if own and (own.mean, own.std) != (plan.preprocess.mean, plan.preprocess.std):
+            log.warning(
+                "%s: was trained with mean %s, std %s; this run has data.mean %s, data.std %s",
+                *(config.load, own.mean, own.std, plan.preprocess.mean, plan.preprocess.std),
+            )
+        log.info("starting from the weights of %s", config.load)
+    for name in ("lock_image", "lock_text", "lora_rank"):
+        if config.load is None and getattr(config.finetune, name) is not None:
+            raise ConfigError(f"finetune.{name}: keeps loaded weights as they are; give --load")
+    if rank_and_world_size()[0] == 0:
+        (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
+    return new
+
+
+def _same_run(plan: Plan, batch_size: int) -> None:
+    """Refuse to go on in a folder whose run had other settings; `batch_size` is its global one."""
+    old = load_config(plan.folder / "config.yaml")
+    split = ("train.batch_size",) if plan.batch_size == batch_size else ()  # among other ranks
+    changed = differences(old, plan.config, ignore=FREE_SETTINGS + split)
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"{plan.folder}: holds a run of another configuration "
+            f"({'; '.join(changed[:3])}{more}); choose another --output-dir, or remove that folder"
+        )
+
+
+def _is_due(
+    step: int, plan: Plan, every_epochs: int | None, every_steps: int | None = None
+) -> bool:
+    """Whether something is due after this step: at the end, every so many epochs or steps."""
+    by_epoch = every_epochs is not None and step % (every_epochs * plan.steps_per_epoch) == 0
+    by_step = every_steps is not None and step % every_steps == 0
+    return step == plan.steps or by_epoch or by_step
+
+
+def _by_source(data: DataConfig, counts: list[int]) -> dict[str, float]:
+    """`train/samples/ROOT` of each source of a mixture."""
+    return {
+        f"train/samples/{source.root}": counts[i] if i < len(counts) else 0
+        for i, source in enumerate(data.sources)
+    }

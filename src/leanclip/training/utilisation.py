@@ -1,0 +1,65 @@
+"""Model FLOP utilisation: the share of a device's peak that goes into the model's own products.
+
+pairs, length of their texts -> FLOPs of forward and backward -> / seconds / peak
+"""
+
+import re
+
+import torch
+
+from leanclip.config.schema import ModelConfig
+from leanclip.model.presets import forward_gflops
+
+# 10^12 FLOPs a second of dense products: bf16 and fp16 on tensor cores with float32 sums (None:
+# it has none), fp32 without TF32, which PyTorch does not use unless it is told to. From NVIDIA's
+# data sheets of each product; of the GeForce cards from the appendices of the GA102 and Ada
+# architecture white papers. Figures that are given "with sparsity" are halved.
+PEAKS: dict[str, tuple[float | None, float | None, float]] = {
+    r"H200": (989.0, 989.0, 67.0),
+    r"H100 PCIe": (756.0, 756.0, 51.0),
+    r"H100 80GB HBM3": (989.0, 989.0, 67.0),
+    r"A100": (312.0, 312.0, 19.5),
+    r"A40": (149.7, 149.7, 37.4),
+    r"A10": (125.0, 125.0, 31.2),
+    r"L40S": (362.0, 362.0, 91.6),
+    r"L4": (121.0, 121.0, 30.3),
+    r"V100-SXM2": (None, 125.0, 15.7),
+    r"T4": (None, 65.0, 8.1),
+    r"RTX 3090": (71.0, 71.0, 35.6),
+    r"RTX 4090": (165.2, 165.2, 82.6),
+}
+PRECISIONS = ("bf16", "fp16", "fp32")
+
+
+def peak_teraflops(device_name: str, precision: str) -> float | None:
+    """The device's peak by the name that CUDA gives it; None where it is not in the table."""
+    for name, peaks in PEAKS.items():
+        # "L4" is not "L40", "A100" is "A100-SXM4-80GB", a laptop's RTX 4090 is another chip.
+        if re.search(rf"\b{name}(?![\w ]*(Laptop|Ti|D)\b)\b", device_name):
+            return peaks[PRECISIONS.index(precision)]
+    return None
+
+
+class Utilisation:
+    """Adds up the work of this rank's steps; nothing is counted where the peak is not known."""
+
+    def __init__(self, model: ModelConfig, device: torch.device, precision: str) -> None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._model, self._peak = model, peak_teraflops(name, precision)
+        self._by_length: dict[int, float] = {}
+        self._gflops = 0.0
+
+    def add(self, pairs: int, length: int) -> None:
+        """Note a step on `pairs` with texts of `length` tokens."""
+        if self._peak is None:
+            return
+        if length not in self._by_length:
+            self._by_length[length] = forward_gflops(self._model, length)
+        self._gflops += 3 * pairs * self._by_length[length]  # backward is twice forward
+
+    def share(self, seconds: float) -> dict[str, float]:
+        """`train/flop_utilisation` since the last call, where the peak is known."""
+        gflops, self._gflops = self._gflops, 0.0
+        if self._peak is None:
+            return {}
+        return {"train/flop_utilisation": gflops / 1e3 / seconds / self._peak}
