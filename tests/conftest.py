@@ -39,7 +39,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "golden"
 PROJECT = Path(__file__).parent.parent
 
 CLASSES = ("ant", "bee", "cow", "dog", "eel")

@@ -63,27 +63,27 @@ NOT_RUN = {  # a part of a command: why it is not run here
     "--num-gpus": "needs GPUs",
     "--num-procs": "takes minutes",
     "--dry-run": "needs Food-101",
-    "compare runs/": "needs two runs; tests/test_compare.py has them",
-    "interpolate runs/": "needs two runs; tests/test_sweep.py has them",
+    "compare runs/": "needs two runs; tests/evaluation/test_compare.py has them",
+    "interpolate runs/": "needs two runs; tests/evaluation/test_sweep.py has them",
     "food101": "needs Food-101, or the network",
     "food-101": "needs Food-101",
     "ViT-B": "needs published weights",
     "runs/other": "needs another run",
-    "runs/big": "needs a run in shards; tests/test_fsdp.py has one",
+    "runs/big": "needs a run in shards; tests/distributed/test_fsdp.py has one",
     "merged": "needs what leanclip merge writes",
-    "data/pets": "needs class data; tests/test_evaluate.py has some",
+    "data/pets": "needs class data; tests/evaluation/test_evaluate.py has some",
     "-c configs/quickstart.yaml": "takes minutes; .ci/run runs it",
-    "leanclip models": "counts the operations of large models; tests/test_presets.py runs it",
+    "leanclip models": "counts the operations of large models; tests/model/test_presets.py runs it",
     "python tools/train.py": "trains ViT-B/32",
-    "quickstart exported": "takes seconds; tests/test_export.py has them",
-    "leanclip app": "serves until it is stopped; tests/test_app_server.py starts it",
-    "--ann": "needs FAISS; tests/test_search_vectors.py runs it",
-    "classify - ": "reads from a pipe; tests/test_use.py does",
+    "quickstart exported": "takes seconds; tests/inference/test_export.py has them",
+    "leanclip app": "serves until it is stopped; tests/app/test_app_server.py starts it",
+    "--ann": "needs FAISS; tests/search/test_search_vectors.py runs it",
+    "classify - ": "reads from a pipe; tests/inference/test_use.py does",
 }
 
 
 PYTHON_NOT_RUN = {  # what a block imports: why it is not run here
-    "lancedb": "is no dependency; tests/test_vector_database.py runs these lines where it is",
+    "lancedb": "is no dependency; tests/search/test_vector_database.py runs these lines where it is",
 }
 
 
