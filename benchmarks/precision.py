@@ -6,8 +6,8 @@
 Three runs of the real command line with configs/quickstart.yaml, its loss in metrics.jsonl at every
 step: in float32, in bf16, and, as a measure of chance, in float32 with another seed. Run and seed
 apart, all is the same: initial weights, order of the data, crops. The curves are compared as means
-over tenths of the run. The band is that of `tests/training/test_precision.py`: in every tenth the two means
-are within BAND of float32's.
+over tenths of the run. The band is that of `tests/training/test_precision.py`: in every tenth the
+two means are within BAND of float32's.
 
 `--only NAME` makes one of the runs and ends there; those that a folder holds are not made again, so
 that the three can be made in pieces.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from leanclip.training.tracking import read_metrics
+from leanclip.io.files import read_metrics
 from measuring import command_line
 
 BAND = 0.05  # of the loss; in the first tenths, where it is large, 2% of it

@@ -83,7 +83,7 @@ NOT_RUN = {  # a part of a command: why it is not run here
 
 
 PYTHON_NOT_RUN = {  # what a block imports: why it is not run here
-    "lancedb": "is no dependency; tests/search/test_vector_database.py runs these lines where it is",
+    "lancedb": "is no dependency; tests/search/test_vector_database.py runs these lines",
 }
 
 

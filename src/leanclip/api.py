@@ -1,8 +1,10 @@
-"""What a run came to: figures, sentences and pictures in its folder, and what to type next."""
+"""Training, evaluation and sweeps joined with their reports, for Python and the command line."""
 
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,14 +15,23 @@ from leanclip.distributed.collectives import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluation import Report, evaluate, open_guard, open_tasks
 from leanclip.evaluation.calibrated import calibrate, open_held_out
+from leanclip.evaluation.sweep import Sweep
+from leanclip.io.files import write_text
 from leanclip.model import CLIP
-from leanclip.report.plots import run_pictures
+from leanclip.report.plots import pareto_picture, run_pictures
 from leanclip.report.report_page import headlines, write_report_page
 from leanclip.training import checkpoint
-from leanclip.training.plan import model_preprocess
-from leanclip.weights import SHARDS, load_into, read_weights
-
-SKIPPED = "skipped.jsonl"  # in the run's folder
+from leanclip.training.loop import SKIPPED
+from leanclip.training.loop import train as run
+from leanclip.training.plan import Plan, model_preprocess
+from leanclip.weights import (
+    SHARDS,
+    Weights,
+    interpolate,
+    load_into,
+    read_weights,
+    write_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,17 @@ class Outcome:
     page: Path  # report.html
     pictures: list[Path]
     seconds: float  # of training, over all starts
+
+
+def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
+    """Train a planned run to the end and write its report; None on every rank but the first.
+
+    Raises as `training.loop.train` does.
+    """
+    report, seconds = run(plan, must_resume=must_resume)
+    if rank_and_world_size()[0] > 0:
+        return None
+    return finish(plan.folder, report, seconds, pictures=plan.config.evaluate.pictures)
 
 
 def evaluate_only(
@@ -126,3 +148,21 @@ def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> O
     page = write_report_page(folder, report, BadSamples(0, 1, folder / SKIPPED))
     drawn = run_pictures(folder, report) if pictures else []
     return Outcome(folder, report, page, drawn, seconds)
+
+
+def write_sweep(
+    folder: Path, found: Sweep, first: Weights, second: Weights, facts: dict[str, Any]
+) -> list[Path]:
+    """Write the chosen weights as a folder, with sweep.json and pareto.png; what was written."""
+    weights = interpolate(first, second, found.chosen)
+    write_weights(weights, folder, "leanclip", provenance=str(weights.source))
+    write_text(folder / "sweep.json", json.dumps(found.facts() | facts, indent=1) + "\n")
+    places = [(p.task[found.task], p.guard[found.guard]) for p in found.points]
+    drawn = pareto_picture(
+        places,
+        [f"{point.alpha:g}" for point in found.points],
+        chosen=[point.alpha for point in found.points].index(found.chosen),
+        axes=(f"task: {found.task}", f"guard: {found.guard}"),
+        path=folder / "pareto.png",
+    )
+    return [folder / "sweep.json", *drawn]

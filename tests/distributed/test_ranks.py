@@ -21,8 +21,8 @@ from leanclip.data import open_dataset
 from leanclip.data.loader import Position, training_batches
 from leanclip.distributed.launch import launch
 from leanclip.distributed.preemption import ASKING
+from leanclip.io.files import read_metrics
 from leanclip.training import checkpoint
-from leanclip.training.tracking import read_metrics
 
 OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_share=0.2")
 NO_EVALUATION = ("-o", "evaluate.retrieval=null")

@@ -18,8 +18,8 @@ from web import PIECE, Server, serving
 
 import leanclip
 from leanclip.inference.embeddings import read_embeddings
+from leanclip.io.files import read_metrics
 from leanclip.training import checkpoint
-from leanclip.training.tracking import read_metrics
 
 OPTIONS = (
     "train", "-c", "config.yaml", "-o", "evaluate.retrieval=null", "-o", "checkpoint.every_steps=1",

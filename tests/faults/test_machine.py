@@ -33,8 +33,8 @@ from web import serving
 
 from leanclip.data.readers import shard_cache
 from leanclip.errors import SampleError
+from leanclip.io.files import read_metrics
 from leanclip.training import checkpoint
-from leanclip.training.tracking import read_metrics
 
 pytestmark = pytest.mark.usefixtures("left")
 

@@ -23,8 +23,8 @@ from conftest import (
 )
 from leftovers import Leftovers, children
 
+from leanclip.io.files import read_metrics
 from leanclip.training import checkpoint
-from leanclip.training.tracking import read_metrics
 
 OPTIONS = (
     "train", "-c", "config.yaml", "-o", "train.epochs=20", "-o", "evaluate.retrieval=null",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import Command, Forked, fork_ranks, weights_hash
 
+from leanclip.io.files import read_metrics
 from leanclip.training import checkpoint
-from leanclip.training.tracking import read_metrics
 
 pytestmark = pytest.mark.usefixtures("left")
 

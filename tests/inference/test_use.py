@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import leanclip
+from leanclip.evaluation.classification import Prediction
 from leanclip.inference.attention_maps import gradient_map, rollout
-from leanclip.inference.classifier import Guess
 from leanclip.report.charts import classification, heat_maps, plane, scatter
 
 RESNET = {"vision_layers": [1, 1, 1, 1], "vision_width": 8, "vision_heads": 4}
@@ -225,7 +225,7 @@ def test_the_plane_is_that_of_principal_components() -> None:
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     images = [noise_image(i, (60, 40)) for i in range(2)]
-    guesses = [[Guess("a $cat$ [1]", 0.9, 0.3), Guess("dog", 0.1, 0.1)]] * 2
+    guesses = [[Prediction("a $cat$ [1]", 0.9, 0.3), Prediction("dog", 0.1, 0.1)]] * 2
     figures = {
         "bars.png": classification(images, guesses, tmp_path / "bars.png"),
         "heat.png": heat_maps(

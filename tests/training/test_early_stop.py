@@ -13,15 +13,15 @@ from conftest import TINY, assert_refused, make_pairs, noise_image, ranks_of
 
 import leanclip
 from leanclip import CLIP, Preprocess
+from leanclip.api import train
 from leanclip.config.schema import load_config
 from leanclip.evaluation import METRICS, retrieval_metrics
 from leanclip.evaluation.retention import comparison
+from leanclip.io.files import read_metrics
 from leanclip.training import checkpoint
 from leanclip.training.checkpoint import Best
 from leanclip.training.early_stopping import has_stopped_gaining, is_news, judged
-from leanclip.training.loop import train
 from leanclip.training.plan import Plan, make_plan
-from leanclip.training.tracking import read_metrics
 from leanclip.weights import save_weights
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -19,6 +19,7 @@ from leanclip.config.sections import to_plain
 from leanclip.data.loader import Batch
 from leanclip.distributed.wrap_model import over_ranks
 from leanclip.evaluation import evaluate
+from leanclip.io.files import read_metrics
 from leanclip.model.lora import ADAPTED
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.training import checkpoint
@@ -26,7 +27,6 @@ from leanclip.training.finetune import Tuning, group_of
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.plan import make_plan, memory_estimate
 from leanclip.training.step import train_step
-from leanclip.training.tracking import read_metrics
 from leanclip.weights import save_weights
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -9,11 +9,11 @@ from conftest import TINY, Command, make_config, make_pairs, noise_image, ranks_
 
 from leanclip.config.schema import load_config
 from leanclip.data import open_dataset
+from leanclip.io.files import read_metrics
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
 from leanclip.training import feature_cache as frozen
 from leanclip.training.feature_cache import freeze
-from leanclip.training.tracking import read_metrics
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from leanclip import CLIP, Preprocess
 from leanclip.config.schema import OptimizerConfig, TrainConfig
 from leanclip.distributed.wrap_model import over_ranks
+from leanclip.io.files import read_metrics
 from leanclip.training.loss_scale import INTERVAL, START, LossScale
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.step import train_step
-from leanclip.training.tracking import read_metrics
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CPU = torch.device("cpu")

@@ -28,12 +28,12 @@ from leanclip.config.schema import OptimizerConfig, TrainConfig, load_config
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.data.loader import Batch
 from leanclip.evaluation import retrieval_metrics
+from leanclip.io.files import read_metrics
 from leanclip.preprocess.images import normalize
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.plan import default_precision, make_plan, memory_estimate
 from leanclip.training.step import train_step
-from leanclip.training.tracking import read_metrics
 
 
 def batch_of(n: int = 6) -> Batch:

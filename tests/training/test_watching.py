@@ -15,11 +15,11 @@ from test_step import batch_of
 from leanclip import CLIP, Preprocess
 from leanclip.config.schema import ModelConfig, OptimizerConfig
 from leanclip.config.sections import parse
+from leanclip.io.files import read_metrics
 from leanclip.model.presets import forward_gflops, preset
 from leanclip.training.monitor import peak_memory
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.step import train_step
-from leanclip.training.tracking import read_metrics
 from leanclip.training.utilisation import peak_teraflops
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -105,7 +105,8 @@ def test_a_log_without_a_terminal_shows_life(workplace: Path) -> None:
 
 def test_peak_memory_is_in_gigabytes() -> None:
     code = (
-        "import torch; from leanclip.training.monitor import peak_memory as peak; d = torch.device('cpu')\n"
+        "import torch; from leanclip.training.monitor import peak_memory as peak\n"
+        "d = torch.device('cpu')\n"
         "before = peak(d); x = torch.ones(2**27); del x; print(peak(d) - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanclip.io.files import read_facts
-from leanclip.training.tracking import read_metrics
+from leanclip.io.files import read_facts, read_metrics
 
 DEPTH = 3
 MOST_RUNS = 500

@@ -29,7 +29,7 @@ def shapes(
 ) -> None:
     """Draw the built-in data set of coloured, textured figures (about 10,000 images)."""
     from leanclip.data.formats.shapes import draw_dataset
-    from leanclip.training.tracking import ProgressBar
+    from leanclip.io.progress import ProgressBar
 
     done, total = 0, 1
     with ProgressBar("drawing", total) as bar:
@@ -57,7 +57,7 @@ def food101(
     The same command goes on where it was interrupted.
     """
     from leanclip.data.readers import food101_archive
-    from leanclip.training.tracking import ProgressBar
+    from leanclip.io.progress import ProgressBar
 
     with ProgressBar("", 1) as bar:
         is_new = food101_archive.get_food101(
@@ -92,7 +92,7 @@ def pack_(
     The same command goes on where an earlier one was interrupted.
     """
     from leanclip.data.tools.pack import pack, summary
-    from leanclip.training.tracking import ProgressBar
+    from leanclip.io.progress import ProgressBar
 
     settings, _ = _data_settings(source, overrides or ())
     if split is not None:
@@ -150,8 +150,8 @@ def check_(
     from leanclip.data.tools.text import check_text
     from leanclip.evaluation.tasks import evaluation_data
     from leanclip.io.files import write_text
+    from leanclip.io.progress import ProgressBar
     from leanclip.report.plots import check_pictures
-    from leanclip.training.tracking import ProgressBar
 
     settings, config = _data_settings(source, overrides or ())
     more = evaluation_data(config) if config and not splits else []

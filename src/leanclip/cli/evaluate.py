@@ -132,18 +132,19 @@ def compare(
     from leanclip.evaluation import evaluation_config, open_tasks
     from leanclip.evaluation.compare import compare as measure
     from leanclip.inference.model import load
-    from leanclip.report.compare_page import write_comparison
+    from leanclip.report.compare_page import comparison_text, write_comparison
 
     settings = evaluation_config(
         first, data_spec, task, config=config, arch=arch, overrides=overrides or ()
     )
     device = choose_device(settings.device, num_gpus)
     tasks = open_tasks(settings)
-    models = [load(source, arch=arch, device=device.type) for source in (first, second)]
+    loaded = [load(source, arch=arch, device=device.type) for source in (first, second)]
+    models = [(clip.model, clip.preprocess) for clip in loaded]
     found = measure(models[0], models[1], (first, second), tasks)
     folder = out or Path("runs") / f"compare-{Path(first).name}-{Path(second).name}"
     written = write_comparison(folder, found, tasks)
-    print(found.words())
+    print(comparison_text(found))
     for path in written:
         print(path)
 
@@ -223,9 +224,10 @@ def _sweep(
     out: Path,
 ) -> None:
     """Measure, choose, write, print."""
+    from leanclip.api import write_sweep
     from leanclip.errors import ConfigError
     from leanclip.evaluation import evaluation_config, open_guard, open_tasks
-    from leanclip.evaluation.sweep import parse_alphas, sweep, write_sweep
+    from leanclip.evaluation.sweep import parse_alphas, sweep
 
     alphas = parse_alphas(words)
     if out.exists():

@@ -183,7 +183,6 @@ def _train(
     from leanclip import api as outcomes
     from leanclip.distributed.collectives import choose_device, join_group
     from leanclip.distributed.preemption import Stopped
-    from leanclip.training.loop import train as start
     from leanclip.training.plan import describe, headline, make_plan
 
     device = choose_device(settings.device, num_gpus)
@@ -200,7 +199,7 @@ def _train(
         return
     log.info("%s", headline(plan))
     try:
-        outcome = start(plan, must_resume=must_resume)
+        outcome = outcomes.train(plan, must_resume=must_resume)
     except Stopped as stopped:
         if stopped.code != 130:  # of Ctrl-C `main` speaks
             log.info("%s; the same command goes on from its last checkpoint", stopped)

@@ -30,7 +30,7 @@ from leanclip.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from leanclip.inference.classifier import Guess
+    from leanclip.evaluation.classification import Prediction
     from leanclip.preprocess.decoding import Source
 
 log = logging.getLogger("leanclip")
@@ -96,7 +96,7 @@ def classify(
         _labels(labels), templates or TEMPLATES, calibration=calibration, truncate=truncate
     )
     sources = _sources(images)
-    drawn: list[tuple[Source, Sequence[Guess]]] = []
+    drawn: list[tuple[Source, Sequence[Prediction]]] = []
     rows = Rows("image", "label", "probability", "similarity", numbers=(2, 3), as_json=as_json)
     at = 0
     for features in clip.image_batches(sources):
@@ -114,7 +114,7 @@ def classify(
         log.info("%s", plot)
 
 
-def _add_guesses(rows: Rows, name: str, found: "Sequence[Guess]") -> None:
+def _add_guesses(rows: Rows, name: str, found: "Sequence[Prediction]") -> None:
     """What is said of one image: a line of JSON, or a row for each label."""
     if rows.is_json:
         labels = [

@@ -11,8 +11,8 @@ from torch import nn
 from leanclip.config.sections import to_plain
 from leanclip.distributed.collectives import rank_and_world_size
 from leanclip.model import CLIP
+from leanclip.model.parameters import SCALARS, is_shard
 from leanclip.model.skip_init import shapes_alone
-from leanclip.training.gradients import SCALARS, is_shard
 
 
 def shard_model(model: CLIP, blocks: list[nn.Module]) -> None:

@@ -19,9 +19,9 @@ from leanclip.config.schema import TrainConfig
 from leanclip.distributed.collectives import rank_and_world_size
 from leanclip.distributed.fsdp import is_sharded, shard_model
 from leanclip.model import CLIP
+from leanclip.model.parameters import SCALARS
 from leanclip.model.resnet import Bottleneck
 from leanclip.model.transformer import Block
-from leanclip.training.gradients import SCALARS
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 

@@ -10,7 +10,7 @@ Shapes: N images, C classes, K kept per image, R resamples.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -176,3 +176,11 @@ def _highest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     for row in has_tie.nonzero()[:, 0]:  # topk promises no order of equals
         top[row], where[row] = (x[:count] for x in scores[row].sort(descending=True, stable=True))
     return top, where
+
+
+class Prediction(NamedTuple):
+    """A label for an image."""
+
+    label: str
+    probability: float  # over the labels given
+    similarity: float  # cosine

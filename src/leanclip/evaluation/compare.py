@@ -23,8 +23,8 @@ from leanclip.evaluation.intervals import LEVEL, RESAMPLES, Interval, bootstrap
 from leanclip.evaluation.multi_model import evaluate_each
 from leanclip.evaluation.retrieval import AT, WAYS, RetrievalResult
 from leanclip.evaluation.significance import McNemar, mcnemar
-from leanclip.inference.model import Clip
-from leanclip.report.report_page import called
+from leanclip.model import CLIP
+from leanclip.preprocess.images import Preprocess
 
 
 @dataclass(frozen=True)
@@ -93,45 +93,20 @@ class Comparison:
             "bad": self.reports[0].bad,
         }
 
-    def words(self) -> str:
-        """The comparison as lines for a terminal."""
-        lines = [f"A: {self.names[0]}", f"B: {self.names[1]}"]
-        width = max((len(called(one.name)) for one in self.figures), default=0)
-        for one in self.figures:
-            low, high = one.interval
-            lines.append(
-                f"{called(one.name):<{width}}  A {one.first:>6.1%}  B {one.second:>6.1%}  "
-                f"B - A {points(one.difference)} (95%: {points(low)} to {points(high)})"
-            )
-        return "\n".join([*lines, *(sentence(name, t) for name, t in self.tests.items())])
 
-
-def points(difference: float) -> str:
-    """A difference of shares in percentage points."""
-    return f"{100 * difference:+.1f}"
-
-
-def sentence(name: str, test: McNemar) -> str:
-    """A test in words."""
-    p = f"p = {test.p:.2g}" if test.p >= 1e-4 else "p < 0.0001"
-    verdict = (
-        "more than luck would explain (at 5%)" if test.p < 0.05 else "it could be luck (at 5%)"
-    )
-    return (
-        f"{called(name)}: B is right on {test.better:,} where A is wrong, and wrong on "
-        f"{test.worse:,} where A is right; {p} ({test.method}): {verdict}."
-    )
-
-
-def compare(first: Clip, second: Clip, names: tuple[str, str], tasks: Sequence[Task]) -> Comparison:
-    """Measure both models on the same samples of every task.
+def compare(
+    first: tuple[CLIP, Preprocess],
+    second: tuple[CLIP, Preprocess],
+    names: tuple[str, str],
+    tasks: Sequence[Task],
+) -> Comparison:
+    """Measure both models, each with its preprocessing, on the same samples of every task.
 
     Raises:
         DataError: too much of the data is unreadable, or one model reads images that the other
             does not.
     """
-    pairs = [(clip.model, clip.preprocess) for clip in (first, second)]
-    reports = evaluate_each(pairs, tasks)
+    reports = evaluate_each([first, second], tasks)
     found = Comparison(names, (reports[0], reports[1]))
     for task in tasks:
         one, other = (report.results[task.name] for report in reports)

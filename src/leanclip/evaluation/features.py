@@ -25,10 +25,10 @@ from leanclip.data.loader import evaluation_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed.collectives import everyones, gather_rows, rank_and_world_size
 from leanclip.errors import DataError
+from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess, normalize
 from leanclip.preprocess.tokenizer import END, tokenize
-from leanclip.training.tracking import ProgressBar
 
 log = logging.getLogger("leanclip")
 

@@ -5,12 +5,10 @@
 Images are decoded once for all alphas: one model takes each mixture's weights in turn.
 """
 
-import json
 import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +18,9 @@ from leanclip.errors import ConfigError
 from leanclip.evaluation import Task
 from leanclip.evaluation.multi_model import evaluate_each
 from leanclip.evaluation.retention import HEADLINES
-from leanclip.io.files import write_text
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
-from leanclip.report.plots import pareto_picture
-from leanclip.weights import Weights, interpolate, write_weights
+from leanclip.weights import Weights, interpolate
 from leanclip.weights.interpolate import between
 
 log = logging.getLogger("leanclip")
@@ -144,24 +140,6 @@ def sweep(
         HEADLINES[guard.name],
         max_drop,
     )
-
-
-def write_sweep(
-    folder: Path, found: Sweep, first: Weights, second: Weights, facts: dict[str, Any]
-) -> list[Path]:
-    """Write the chosen weights as a folder, with sweep.json and pareto.png; what was written."""
-    weights = interpolate(first, second, found.chosen)
-    write_weights(weights, folder, "leanclip", provenance=str(weights.source))
-    write_text(folder / "sweep.json", json.dumps(found.facts() | facts, indent=1) + "\n")
-    places = [(p.task[found.task], p.guard[found.guard]) for p in found.points]
-    drawn = pareto_picture(
-        places,
-        [f"{point.alpha:g}" for point in found.points],
-        chosen=[point.alpha for point in found.points].index(found.chosen),
-        axes=(f"task: {found.task}", f"guard: {found.guard}"),
-        path=folder / "pareto.png",
-    )
-    return [folder / "sweep.json", *drawn]
 
 
 def _alpha(words: str, whole: str) -> float:

@@ -14,14 +14,7 @@ import torch
 from leanclip.data.dataset import class_names_in
 from leanclip.errors import DataError
 from leanclip.evaluation import Calibration
-
-
-class Guess(NamedTuple):
-    """A label for an image."""
-
-    label: str
-    probability: float  # over the labels given
-    similarity: float  # cosine
+from leanclip.evaluation.classification import Prediction
 
 
 class Ranked(NamedTuple):
@@ -44,7 +37,7 @@ class Classifier:
 
 def guesses(
     classifier: Classifier, features: torch.Tensor, top: int | None = None
-) -> list[list[Guess]]:
+) -> list[list[Prediction]]:
     """The labels of each image by unit features (N, E), the most probable first.
 
     Of an image that a calibration finds to be none of the labels it is an empty list.
@@ -66,7 +59,9 @@ def guesses(
         strict=True,
     )
     return [
-        [] if none else [Guess(classifier.labels[i], p, s) for i, p, s in zip(*row, strict=True)]
+        []
+        if none
+        else [Prediction(classifier.labels[i], p, s) for i, p, s in zip(*row, strict=True)]
         for *row, none in rows
     ]
 

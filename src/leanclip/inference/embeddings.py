@@ -32,8 +32,8 @@ from leanclip.inference.inputs import in_threads
 from leanclip.inference.model import Clip
 from leanclip.io.files import held, whole_file, write_array, write_text
 from leanclip.io.optional_imports import need
+from leanclip.io.progress import ProgressBar
 from leanclip.preprocess.images import evaluation_pixels
-from leanclip.training.tracking import ProgressBar
 from leanclip.weights import fingerprint
 
 log = logging.getLogger("leanclip")

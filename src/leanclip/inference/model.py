@@ -25,10 +25,10 @@ from leanclip.data.prompts import TEMPLATES
 from leanclip.distributed.collectives import choose_device
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.evaluation import Calibration, build_classifier
+from leanclip.evaluation.classification import Prediction
 from leanclip.evaluation.features import encode_images, encode_texts, images_at_once
 from leanclip.inference.classifier import (
     Classifier,
-    Guess,
     Ranked,
     check_labels,
     check_texts,
@@ -37,11 +37,11 @@ from leanclip.inference.classifier import (
 )
 from leanclip.inference.exported import is_exported, read_exported
 from leanclip.inference.inputs import AllowUrls, ImageInput, ImageInputs, gather, pixel_batches
+from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.model.skip_init import Undrawn
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import tokenize
-from leanclip.training.tracking import ProgressBar
 from leanclip.weights import load_into, read_weights
 from leanclip.weights.hub import OPENAI_FILES
 from leanclip.weights.read import Architecture
@@ -246,7 +246,7 @@ class Clip:
         *,
         calibration: Calibration | str | Path | None = None,
         top: int | None = None,
-    ) -> list[Guess]: ...
+    ) -> list[Prediction]: ...
     @overload
     def classify(
         self,
@@ -256,7 +256,7 @@ class Clip:
         *,
         calibration: Calibration | str | Path | None = None,
         top: int | None = None,
-    ) -> list[list[Guess]]: ...
+    ) -> list[list[Prediction]]: ...
     def classify(
         self,
         images: ImageInputs,
@@ -265,7 +265,7 @@ class Clip:
         *,
         calibration: Calibration | str | Path | None = None,
         top: int | None = None,
-    ) -> list[Guess] | list[list[Guess]]:
+    ) -> list[Prediction] | list[list[Prediction]]:
         """Which label fits an image, the most probable first: a list for one image.
 
         For a list, a folder or an iterator of images it is a list of such lists. With a

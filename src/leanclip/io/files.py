@@ -121,3 +121,9 @@ def held(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; one without a step is left out."""
+    lines = read_json_lines(folder / "metrics.jsonl")
+    return [one for one in lines if isinstance(one, dict) and isinstance(one.get("step"), int)]

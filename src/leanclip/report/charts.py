@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from leanclip.inference.classifier import Guess
+from leanclip.evaluation.classification import Prediction
 from leanclip.preprocess.images import Source, middle_square, open_image
 from leanclip.report.plots import new_figure, saved, words
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def classification(
     images: Sequence[Source],
-    guesses: Sequence[Sequence[Guess]],
+    guesses: Sequence[Sequence[Prediction]],
     path: Path | None = None,
     *,
     top: int = 5,

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from leanclip.evaluation import Task
-from leanclip.evaluation.compare import Change, Comparison, points, sentence
+from leanclip.evaluation.compare import Change, Comparison
 from leanclip.evaluation.retention import HEADLINES
 from leanclip.evaluation.retrieval import WAYS
+from leanclip.evaluation.significance import McNemar
 from leanclip.io.files import write_text
 from leanclip.report.page import (
     Html,
@@ -50,6 +51,36 @@ def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> 
         image_grid(pictures, titles, folder / "changed.png")
         written.append(folder / "changed.png")
     return written
+
+
+def points(difference: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{100 * difference:+.1f}"
+
+
+def sentence(name: str, test: McNemar) -> str:
+    """A test in words."""
+    p = f"p = {test.p:.2g}" if test.p >= 1e-4 else "p < 0.0001"
+    verdict = (
+        "more than luck would explain (at 5%)" if test.p < 0.05 else "it could be luck (at 5%)"
+    )
+    return (
+        f"{called(name)}: B is right on {test.better:,} where A is wrong, and wrong on "
+        f"{test.worse:,} where A is right; {p} ({test.method}): {verdict}."
+    )
+
+
+def comparison_text(found: Comparison) -> str:
+    """The comparison as lines for a terminal."""
+    lines = [f"A: {found.names[0]}", f"B: {found.names[1]}"]
+    width = max((len(called(one.name)) for one in found.figures), default=0)
+    for one in found.figures:
+        low, high = one.interval
+        lines.append(
+            f"{called(one.name):<{width}}  A {one.first:>6.1%}  B {one.second:>6.1%}  "
+            f"B - A {points(one.difference)} (95%: {points(low)} to {points(high)})"
+        )
+    return "\n".join([*lines, *(sentence(name, t) for name, t in found.tests.items())])
 
 
 def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:

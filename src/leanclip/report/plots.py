@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from leanclip.evaluation import Report
+from leanclip.io.files import read_metrics
 from leanclip.io.optional_imports import need
 from leanclip.preprocess.images import Source, open_image
-from leanclip.training.tracking import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

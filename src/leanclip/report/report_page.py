@@ -11,6 +11,7 @@ from leanclip.data.skipped import BadSamples
 from leanclip.evaluation.classification import Classification
 from leanclip.evaluation.results import Report
 from leanclip.evaluation.retention import PREFIX
+from leanclip.io.files import read_metrics
 from leanclip.report.page import (
     Html,
     Points,
@@ -25,7 +26,6 @@ from leanclip.report.page import (
     write_page,
 )
 from leanclip.report.results import class_table, confusion_matrix, mistakes, neighbours, retrieved
-from leanclip.training.tracking import read_metrics
 
 FILE = "report.html"
 HEADLINES = 4  # figures that are shown large

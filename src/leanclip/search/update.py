@@ -21,10 +21,10 @@ import torch
 from leanclip.errors import DataError, SampleError
 from leanclip.inference.inputs import in_threads
 from leanclip.inference.model import Clip
+from leanclip.io.progress import ProgressBar
 from leanclip.search.items import Entry, Items
 from leanclip.search.sources import Found, Source, read, with_caption
 from leanclip.search.vectors import Vectors
-from leanclip.training.tracking import ProgressBar
 
 log = logging.getLogger("leanclip")
 

@@ -32,12 +32,12 @@ from leanclip.distributed.collectives import barrier, everyones, rank_and_world_
 from leanclip.errors import ConfigError
 from leanclip.evaluation.features import encode_images
 from leanclip.io.files import write_text
+from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.training.finetune import group_of
 from leanclip.training.step import AUTOCAST
-from leanclip.training.tracking import ProgressBar
 
 BLOCK = 256  # samples, or captions, that a rank takes at once
 ROWS, DIGESTS, BLOCKS = "rows.f32", "digests.u64", "blocks.jsonl"

@@ -4,18 +4,13 @@ model -> parameters by tower -> norm of gradients, of parameters, of what a step
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
 
 from leanclip.distributed.collectives import sum_over_ranks
 from leanclip.model import CLIP
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-SCALARS = ("logit_scale", "logit_bias")  # of the loss, not of the towers
+from leanclip.model.parameters import SCALARS, is_shard, local
 
 
 def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -70,13 +65,3 @@ class StepNorms:
             norms[f"update_norm/{tower}"] = total_norm(before)
         self._before.clear()
         return norms
-
-
-def is_shard(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
-    """Whether this rank holds a part of it alone; without DTensor's import, which is slow."""
-    return hasattr(tensor, "to_local")
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of it, or all of it."""
-    return tensor.to_local() if is_shard(tensor) else tensor

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from leanclip.api import SKIPPED, Outcome, finish
 from leanclip.config.schema import DataConfig, load_config
 from leanclip.config.sections import differences, to_plain
 from leanclip.config.strict_yaml import dump_yaml
@@ -37,6 +36,7 @@ from leanclip.distributed.wrap_model import prepare_towers
 from leanclip.errors import ConfigError, DataError, LeanclipError
 from leanclip.evaluation import Report, evaluate
 from leanclip.io.files import held, write_text
+from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.training import checkpoint
 from leanclip.training.determinism import only_deterministic
@@ -48,7 +48,7 @@ from leanclip.training.monitor import Clock, LogLines, Troubles, in_words, peak_
 from leanclip.training.optimizer import build_optimizer, learning_rate
 from leanclip.training.plan import Plan
 from leanclip.training.step import StepResult, train_step
-from leanclip.training.tracking import MetricsLog, ProgressBar
+from leanclip.training.tracking import MetricsLog
 from leanclip.weights import load_into, read_weights
 
 log = logging.getLogger("leanclip")
@@ -74,10 +74,13 @@ FREE_SETTINGS = (
 )
 
 
-def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
+SKIPPED = "skipped.jsonl"  # in the run's folder
+
+
+def train(plan: Plan, *, must_resume: bool = False) -> tuple[Report, float]:
     """Train to the end, from the newest checkpoint in the run's folder where there is one.
 
-    Every rank calls this; the first one gives the outcome.
+    Every rank calls this. Returns the last report and the seconds of training, over all starts.
 
     Raises:
         Stopped: a signal asked for it; the checkpoint is written.
@@ -98,7 +101,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
         return _train(plan, must_resume)
 
 
-def _train(plan: Plan, must_resume: bool) -> Outcome | None:
+def _train(plan: Plan, must_resume: bool) -> tuple[Report, float]:
     """As `train`, in a folder that is this run's."""
     config, rank = plan.config, rank_and_world_size()[0]
     torch.manual_seed(config.seed)
@@ -140,10 +143,9 @@ def _train(plan: Plan, must_resume: bool) -> Outcome | None:
     finally:
         if metrics is not None:
             metrics.close()
-    if rank > 0:
-        return None
-    write_status(plan, "done", step=done.step)
-    return finish(plan.folder, report, done.seconds, pictures=config.evaluate.pictures)
+    if rank == 0:
+        write_status(plan, "done", step=done.step)
+    return report, done.seconds
 
 
 def _fit(

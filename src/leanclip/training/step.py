@@ -23,9 +23,10 @@ from leanclip.distributed.fsdp import is_sharded
 from leanclip.distributed.wrap_model import still, summing
 from leanclip.losses import Kind, contrastive_loss
 from leanclip.model import CLIP
+from leanclip.model.parameters import SCALARS
 from leanclip.preprocess.images import Preprocess, normalize
 from leanclip.preprocess.tokenizer import END
-from leanclip.training.gradients import SCALARS, StepNorms, clip_, total_norm
+from leanclip.training.gradients import StepNorms, clip_, total_norm
 from leanclip.training.loss_scale import LossScale
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of others: none

@@ -1,4 +1,4 @@
-"""What a person watches: metrics on disk or with a tracker, and a progress bar.
+"""The metrics of a run, on disk and with a tracker.
 
 metrics.jsonl is always written. A tracker is imported only where it is chosen: TensorBoard's files
 (by default where it is installed), Weights & Biases, or trackio.
@@ -15,17 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-
 from leanclip.errors import ConfigError
-from leanclip.io.files import read_json_lines, write_text
+from leanclip.io.files import read_metrics, write_text
 
 
 def check_tracker(report_to: str | None) -> None:
@@ -128,61 +119,3 @@ class _Run:
 
     def close(self) -> None:
         self._library.finish()
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; one without a step is left out."""
-    lines = read_json_lines(folder / "metrics.jsonl")
-    return [one for one in lines if isinstance(one, dict) and isinstance(one.get("step"), int)]
-
-
-class ProgressBar:
-    """A bar on stderr: done of total, notes, rate and time left; silent without a terminal.
-
-    Args:
-        label: what is going on.
-        total: steps until the end.
-        completed: steps done before.
-        is_silent: show nothing, for all ranks but one.
-    """
-
-    def __init__(
-        self, label: str, total: int, *, completed: int = 0, is_silent: bool = False
-    ) -> None:
-        console = Console(stderr=True)
-        self.is_shown = console.is_terminal and not is_silent
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[notes]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self.is_shown,
-            transient=True,
-        )
-        self._task = self._bar.add_task(label, total=total, completed=completed, notes="")
-
-    def __enter__(self) -> "ProgressBar":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, done: int, *, total: int | None = None) -> None:
-        """Move the bar to `done` steps, of a new total where one is given."""
-        self._bar.update(self._task, completed=done, total=total)
-
-    def note(self, text: str) -> None:
-        """Show a few words beside the bar."""
-        self._bar.update(self._task, notes=text)
-
-    def update_bytes(self, label: str, done: int, total: int) -> None:
-        """Move the bar by bytes, shown in millions; a total of 0 is unknown."""
-        self._bar.update(
-            self._task,
-            description=f"{label} (MB)",
-            completed=done // 10**6,
-            total=-(-total // 10**6) if total else None,
-        )

@@ -11,7 +11,7 @@ from leanclip.errors import DataError, WeightsError, one_line
 from leanclip.io.download import cache_folder, fetch
 from leanclip.io.files import digest
 from leanclip.io.optional_imports import need
-from leanclip.training.tracking import ProgressBar
+from leanclip.io.progress import ProgressBar
 
 # openai/CLIP, clip/clip.py: the SHA-256 of each file is a part of its address.
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"

@@ -48,7 +48,7 @@ from leanclip.data.readers.shard_cache import (
 from leanclip.data.readers.shard_list import URLS, beside, find_shards, read_local, stated_sizes
 from leanclip.data.readers.tar_index import PROBLEMS, is_indexed, shard_index
 from leanclip.errors import DataError, SampleError
-from leanclip.training.tracking import ProgressBar
+from leanclip.io.progress import ProgressBar
 
 log = logging.getLogger("leanclip")
 

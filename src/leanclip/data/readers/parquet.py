@@ -15,7 +15,7 @@ from leanclip.data.readers.cached import cached
 from leanclip.data.readers.columns import check_count, sorted_values
 from leanclip.errors import DataError, SampleError, one_line
 from leanclip.io.optional_imports import need
-from leanclip.training.tracking import ProgressBar
+from leanclip.io.progress import ProgressBar
 
 if TYPE_CHECKING:
     import pyarrow

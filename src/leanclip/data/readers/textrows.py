@@ -20,7 +20,7 @@ import numpy as np
 from leanclip.data.readers.cached import cached
 from leanclip.data.readers.columns import check_count, sorted_values
 from leanclip.errors import DataError, SampleError
-from leanclip.training.tracking import ProgressBar
+from leanclip.io.progress import ProgressBar
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _CHUNK = 1 << 23  # bytes that are looked through at once
