@@ -1,5 +1,6 @@
 # make quickstart   set up, draw the built-in data, train a small CLIP, evaluate it
 # make test         set up, run the tests
+# make test-fast    those of the core in under a minute: model, losses, data order, tokeniser
 # make lint         style and types
 # make test-slow    the longer tests; CHOICE="..." says which, in words of pytest
 # make bench        measure everything, on a machine without other work: an hour or two on two cores
@@ -12,7 +13,7 @@ RUN := .venv/bin
 PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 READY := .venv/.ready
 
-.PHONY: setup quickstart test test-slow bench bench-tiny lint format clean
+.PHONY: setup quickstart test test-fast test-slow bench bench-tiny lint format clean
 
 setup: $(READY)
 
@@ -32,6 +33,10 @@ quickstart: $(READY)
 
 test: $(READY)
 	@$(RUN)/python -m pytest -q $(PARALLEL)
+
+test-fast: $(READY)
+	@$(RUN)/python -m pytest -q tests/model tests/test_loss.py tests/preprocess/test_tokenizer.py \
+	  tests/data/test_loader.py tests/test_imports.py
 
 test-slow: $(READY)
 	@$(RUN)/python -m pytest -q -m slow $(PARALLEL) $(CHOICE)

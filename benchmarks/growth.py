@@ -31,7 +31,7 @@ from models import QUICKSTART, architecture, write_model
 CODE = """
 import sys
 from pathlib import Path
-from leanclip.cli import main
+from leanclip.cli.main import main
 try:
     main(sys.argv[2:])
 finally:

@@ -69,7 +69,7 @@ def test_imports_ask_nobody_and_hub_data_on_the_disk_neither(tmp_path: Path) -> 
 import pkgutil, importlib, leanclip
 for module in pkgutil.walk_packages(leanclip.__path__, "leanclip."):
     importlib.import_module(module.name)
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
 from leanclip.data import open_dataset
 for streaming in (False, True):
     size = 2 if streaming else None

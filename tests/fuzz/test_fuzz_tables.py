@@ -171,7 +171,7 @@ PARQUET = """
 import random, sys
 from mutations import bounded, edited
 from test_fuzz_tables import parquet_edits, parquet_seeds, read_all
-from leanclip.config import DataConfig
+from leanclip.config.schema import DataConfig
 from pathlib import Path
 first, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 seeds = parquet_seeds()

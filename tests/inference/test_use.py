@@ -107,7 +107,7 @@ def test_standard_input_is_an_image_or_paths_or_words(
 def test_a_terminal_gets_a_table_and_a_bar(photos: Path) -> None:
     code = """
 import leanclip
-from leanclip.cli import main
+from leanclip.cli.main import main
 leanclip.load("tiny").embed_images(["photos/0.png"] * 40, batch_size=1)
 main(["classify", "photos/0.png", "--labels", "[cat], dog", "--model", "tiny"])
 """
