@@ -68,9 +68,9 @@ def test_a_caption_has_the_ids_of_the_reference(text: str) -> None:
 @pytest.mark.parametrize("entity", ["amp;", "#38;", "#65286;"])
 def test_entities_within_entities_end_soon(entity: str) -> None:
     text = "&" + entity * 12_000
-    with bounded(text, "entities.txt", seconds=15):  # they took 28 s, and the last kind longer
+    with bounded(text, "entities.txt", seconds=15):  # unbounded, they take 28 s and more
         assert tokenize(text, truncate=True)[0, 0] == 49406
-    deep = "a &" + "amp;" * 300 + "lt; b"  # over _LONG, under the bound of neither
+    deep = "a &" + "amp;" * 300 + "lt; b"
     assert encode(deep)[0] == encode("a")[0]
 
 

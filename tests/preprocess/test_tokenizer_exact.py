@@ -5,10 +5,8 @@ import string
 import sys
 from collections.abc import Callable, Sequence
 
-import ftfy
 import pytest
 import reference_tokenizer as reference
-from ftfy.badness import is_bad
 
 from leanclip.preprocess import tokenizer
 from leanclip.preprocess.tokenizer import clean, decode, encode, tokenize, vocabulary
@@ -89,9 +87,9 @@ def random_texts(count: int, seed: int) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_texts_give_the_reference_ids(seed: int) -> None:
-    texts = random_texts(25_000, seed)
+    texts = random_texts(5_000, seed)
     for text in texts:
         assert encode(text) == reference.encode(text), ascii(text)
 
@@ -114,33 +112,11 @@ def test_the_array_is_the_reference_array() -> None:
         assert tokenize(texts, length, truncate=True).tolist() == expected
 
 
-def test_every_code_point_left_alone_is_one_that_ftfy_leaves_alone() -> None:
-    kept = [chr(c) for c in range(sys.maxunicode + 1) if not tokenizer._REPLACED.match(chr(c))]
-    kept.remove("&")
-    for first in range(0, len(kept), 1000):
-        text = " ".join(kept[first : first + 1000])
-        text = ftfy.fix_text(text, fix_encoding=False, normalization=None, uncurl_quotes=False)
-        assert text.split(" ") == " ".join(kept[first : first + 1000]).split(" ")
-
-
 def test_white_space_is_that_of_the_pattern_and_separators() -> None:
     python = {chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace()}
     pattern = {chr(c) for c in range(sys.maxunicode + 1) if reference.SPACES.match(chr(c))}
     assert python == pattern | set("\x1c\x1d\x1e\x1f")
     assert not pattern & set("\x1c\x1d\x1e\x1f")
-
-
-def test_what_is_not_suspect_is_not_bad() -> None:
-    # Every character that ftfy's rules may name, between all kinds of neighbours that it may have.
-    named = [
-        chr(c) for r in ((0x80, 0x600), (0x2000, 0x2700), (0xF8FF, 0x10000)) for c in range(*r)
-    ]
-    sides = "aZ0 .?',\t_&(–—’…"
-    for character in named:
-        text = "\n".join(f"{a}{character}{b}{character}{b}" for a in sides for b in sides)
-        if not tokenizer._SUSPECT.search(character):
-            apart = [t for t in text.split("\n") if not tokenizer._SUSPECT.search(t)]
-            assert not is_bad("\n".join(apart)), ascii(character)
 
 
 def test_long_words_are_merged_in_sweeps() -> None:

@@ -6,8 +6,8 @@
 start, ids, end, then zeros. The merge table is the one published with CLIP; see
 THIRD_PARTY_NOTICES.md.
 
-Two things make it fast. A chunk's ids are kept, and found again without the pattern, which never
-crosses white space. And ftfy, the most costly step by far, runs only on text that it may change.
+Two things make it fast. The ids of a chunk are cached, and found again without the pattern, which
+never crosses white space. And plain ASCII skips ftfy, the most costly step by far.
 
 Shapes: B texts, L context length.
 """
@@ -21,14 +21,11 @@ from functools import cache
 from heapq import heapify, heappop, heappush
 from importlib import resources
 from itertools import pairwise
-from unicodedata import is_normalized
 
 import ftfy
 import numpy as np
 import regex
 import torch
-from ftfy.badness import is_bad
-from ftfy.fixes import unescape_html
 
 from leanclip.errors import DataError
 
@@ -44,18 +41,7 @@ _WORDS = regex.compile(
 
 # ASCII of which neither ftfy nor html changes more than the kind of its white space.
 _PLAIN = re.compile(r"[\t\n\f\r -%'-~]*")
-# What ftfy replaces one by one, apart from quotes: controls, ligatures, full and half widths, line
-# ends, surrogates. The first line end is also where ftfy divides a text.
-_REPLACED = re.compile(
-    "[\x00-\x08\n-\x1f\x7f-\x9f\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u2028\u2029"
-    "\u206a-\u206f\u3000\ud800-\udfff\ufb00-\ufb06\ufeff\uff01-\uffef\ufff9-\ufffc]"
-)
-# All that ftfy takes for signs of a wrong encoding has one of these.
-_SUSPECT = re.compile("[^\x00-\x7f–—’…]{2}|[\x80-\x9fÂÃÎÐØÙŒœ]")
-_SINGLE_QUOTES = re.compile("[\u02bc\u2018-\u201b]")
-_DOUBLE_QUOTES = re.compile("[\u201c-\u201f]")
-_SEGMENT = 1_000_000  # characters, the most that ftfy repairs in one piece
-_LONG, _MOST_ROUNDS = 1000, 20  # characters; see _fix_text
+_MAX_REPAIRED = 10_000  # characters; entities nested deeper would take ftfy minutes
 _LONG_NUMBER = re.compile("&#([0-9]{1000,})")
 
 _KEPT_CHUNKS = 1 << 16  # about 10 MB of English, and 30 MB of any text
@@ -148,64 +134,14 @@ def _chunks(text: str) -> list[str]:
 
 def _unescape(text: str) -> str:
     """html.unescape, which takes no number of over 4300 digits; its first ones will do."""
-    if len(text) > _LONG:
+    if len(text) > 1000:
         text = _LONG_NUMBER.sub(lambda found: f"&#{(found[1].lstrip('0') or '0')[:9]}", text)
     return html.unescape(text)
 
 
 def _repair(text: str) -> str:
-    """ftfy.fix_text, whose loop this is, without the steps that would change nothing.
-
-    Entities and quotes are repaired here; where there is more to do, ftfy does it all.
-    """
-    if len(text) > _SEGMENT:
-        return _fix_text(text)
-    fixed, before, rounds = text, None, 0
-    while fixed != before:
-        before, rounds = fixed, rounds + 1
-        if rounds > _MOST_ROUNDS:
-            return _fix_text(text)
-        if "&" in fixed and "<" not in text:  # ftfy takes `<` for a sign of HTML that is meant
-            fixed = unescape_html(fixed)
-        if _REPLACED.search(fixed) or (_SUSPECT.search(fixed) and is_bad(fixed)):
-            return _fix_text(text)
-        if not fixed.isascii():
-            fixed = _SINGLE_QUOTES.sub("'", _DOUBLE_QUOTES.sub('"', fixed))
-            if not is_normalized("NFC", fixed):
-                return _fix_text(text)
-    return fixed
-
-
-def _fix_text(text: str) -> str:
-    """ftfy.fix_text, in a bounded number of rounds where a line is long.
-
-    ftfy goes over a line as long as it changes, and each level of entities within entities
-    (`&amp;amp;amp;lt;`) is a round: a hundred kilobytes would take half a minute. A line of over
-    _LONG characters that still changes after _MOST_ROUNDS is left as it is then; no other differs.
-    """
-    if len(text) <= _LONG:
-        return ftfy.fix_text(text)
-    fixed, unescapes = [], True
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
-        for start in range(0, len(line), _SEGMENT):
-            piece = line[start : start + _SEGMENT]
-            unescapes = unescapes and "<" not in piece  # from there on, as ftfy has it
-            fixed.append(_fix_piece(piece, unescapes))
-    return "".join(fixed)
-
-
-def _fix_piece(piece: str, unescapes: bool) -> str:
-    """What ftfy repairs at once."""
-    if not unescapes:
-        return ftfy.fix_text(piece, unescape_html=False)
-    if len(piece) <= _LONG:
-        return ftfy.fix_text(piece)
-    fixed = piece
-    for _ in range(_MOST_ROUNDS):
-        before, fixed = fixed, ftfy.fix_text(unescape_html(fixed), unescape_html=False)
-        if fixed == before:
-            return ftfy.fix_text(piece)
-    return fixed
+    """ftfy.fix_text, of the first 10,000 characters."""
+    return ftfy.fix_text(text[:_MAX_REPAIRED]) + text[_MAX_REPAIRED:]
 
 
 class _IdsOfChunk(dict[str, bytes]):
