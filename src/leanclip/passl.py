@@ -18,9 +18,9 @@ from leanclip.model import CLIP
 from leanclip.preprocess import tokenizer
 from leanclip.preprocess.images import Source, center_crop, open_image, to_array
 from leanclip.weights import Weights, load_into
+from leanclip.weights.numpy_pickle import read_numpy_pickle
 from leanclip.weights.paddle import paddle_arrays
 from leanclip.weights.passl import from_arrays
-from leanclip.weights.unpickle import read_numpy_pickle
 
 __all__ = ["CLIPWrapper", "SimpleTokenizer", "load", "preprocess"]
 

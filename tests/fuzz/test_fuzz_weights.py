@@ -22,7 +22,8 @@ import leanclip
 from leanclip.training.sharded_checkpoint import read_shards, save_shards
 from leanclip.weights import read_weights
 from leanclip.weights.convert import write_weights
-from leanclip.weights.unpickle import interpret, numpy_names
+from leanclip.weights.numpy_pickle import numpy_names
+from leanclip.weights.unpickle import interpret
 
 SMALL = {"vocab_size": 64, "vision_width": 64, "transformer_width": 64, "vision_heads": 1}
 SMALL |= {"transformer_heads": 1, "vision_layers": 1, "transformer_layers": 1}

@@ -120,7 +120,7 @@ def test_hugging_face_cannot_hold_a_resnet(tmp_path: Path) -> None:
 
 
 def test_square_matrices_are_transposed_for_paddle(tmp_path: Path) -> None:
-    from leanclip.weights.unpickle import read_numpy_pickle
+    from leanclip.weights.numpy_pickle import read_numpy_pickle
 
     weights = tiny(vision_heads=None, vision_width=64, transformer_width=64, transformer_heads=1)
     write_weights(weights, tmp_path / "w.pdparams", "passl")

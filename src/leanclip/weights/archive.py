@@ -23,7 +23,8 @@ import torch
 
 from leanclip.errors import WeightsError
 from leanclip.weights.formats import sniff
-from leanclip.weights.unpickle import Name, Unfinished, interpret, numpy_names, refusing
+from leanclip.weights.numpy_pickle import numpy_names
+from leanclip.weights.unpickle import Name, Unfinished, interpret, refusing
 
 _MOST_MEMBERS = 200_000
 _MOST_NAMES = 200_000

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from leanclip.errors import WeightsError
-from leanclip.weights.unpickle import check_sharing, refusing
+from leanclip.weights.numpy_pickle import check_sharing
+from leanclip.weights.unpickle import refusing
 
 _NAME_TABLE = "StructuredToParameterName@@"
 _SLICE_TABLE = "UnpackBigParamInfor@@"

@@ -15,9 +15,9 @@ from leanclip.model.presets import PRESETS, preset
 from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.formats import read_safetensors, sniff
 from leanclip.weights.hub import locate
+from leanclip.weights.numpy_pickle import read_numpy_pickle
 from leanclip.weights.paddle import paddle_arrays
 from leanclip.weights.state_dict import TORCHSCRIPT, read_json, read_torch
-from leanclip.weights.unpickle import read_numpy_pickle
 from leanclip.weights.weights import Weights
 
 _ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError)

@@ -9,7 +9,8 @@ import torch
 from leanclip.errors import WeightsError
 from leanclip.weights.archive import Module, module_tensors, read_torch_legacy, read_torch_zip
 from leanclip.weights.formats import sniff
-from leanclip.weights.unpickle import check_sharing, refusing
+from leanclip.weights.numpy_pickle import check_sharing
+from leanclip.weights.unpickle import refusing
 
 TORCHSCRIPT = ("TorchScript code, which was not read",)
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema")
