@@ -275,6 +275,7 @@ assert clip.build_model is build_model is module.build_model
 names = {}
 exec("from clip import *", names)
 assert {"available_models", "load", "tokenize"} == {*names} - {"__builtins__"}
+exec("from clip.model import *\\nassert CLIP and OrderedDict and nn.Module and F.relu and np", {})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -302,6 +303,19 @@ def test_other_mistakes_raise_too(tmp_path: Path) -> None:
         clip.load(tmp_path / "damaged.pt")
     with pytest.raises(RuntimeError, match="device nowhere"):
         clip.load(DATA / "openai-vit/torchscript.pt", device="nowhere")
+
+
+def test_a_bare_state_dict_is_of_openais_architecture(tmp_path: Path) -> None:
+    """What training saves, without the three numbers of OpenAI's files."""
+    torch.manual_seed(1)
+    expected = CLIP(*VIT).eval()
+    torch.save(expected.state_dict(), tmp_path / "mine.pt")
+    with pytest.warns(UserWarning, match="does not tell its activation; QuickGELU is used"):
+        model, _ = clip.load(str(tmp_path / "mine.pt"), device="cpu")
+    assert torch.equal(model(*inputs())[0], expected(*inputs())[0])
+    torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")
+    with pytest.raises(RuntimeError, match=r"other\.pt: not CLIP's tensors"):
+        clip.load(tmp_path / "other.pt")
 
 
 def test_jit_is_a_warning() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from leanclip import inference, tokenizer
-from leanclip.errors import LeanclipError
+from leanclip.config import ModelConfig
+from leanclip.errors import LeanclipError, WeightsError
 from leanclip.inference import Clip
 from leanclip.model import CLIP as LeanCLIP
 from leanclip.model.undrawn import shapes_alone
@@ -21,7 +22,9 @@ from leanclip.openai.bpe import SimpleTokenizer
 from leanclip.openai.network import CLIP, convert_weights
 from leanclip.openai.transforms import Compose, steps_of
 from leanclip.settings import to_plain
+from leanclip.weights import read_weights
 from leanclip.weights.hub import OPENAI_FILES, OPENAI_URL, fetch_openai
+from leanclip.weights.weights import infer_architecture
 
 _MODELS = {name: f"{OPENAI_URL}/{file}" for name, file in OPENAI_FILES.items()}
 _tokenizer = SimpleTokenizer()
@@ -96,10 +99,29 @@ def _read(name: str | Path, download_root: str | Path | None) -> Clip:
         name = fetch_openai(OPENAI_FILES[str(name)], root)
     elif not str(name).startswith("hf-hub:") and not Path(name).exists():
         raise RuntimeError(f"Model {name} not found; available models = {available_models()}")
-    clip = inference.load(name, device="cpu")
+    try:
+        clip = inference.load(name, device="cpu")
+    except WeightsError:
+        if (arch := _implied(name)) is None:
+            raise
+        clip = inference.load(name, device="cpu", arch=to_plain(arch))
     if not isinstance(clip.model, LeanCLIP):
         raise RuntimeError(f"{name}: is an exported model; give the weights that it was made of")
     return clip
+
+
+def _implied(name: str | Path) -> ModelConfig | None:
+    """The architecture that OpenAI's code takes a bare state dict for.
+
+    None where the weights tell theirs, or no heads of 64 channels fit.
+    """
+    weights = read_weights(name)
+    if weights.model is not None:
+        return None
+    arch = infer_architecture(weights.tensors, source=weights.source, activation="quick_gelu")
+    words = f"{name}: does not tell its activation; QuickGELU is used, as in OpenAI's package"
+    warnings.warn(words, stacklevel=4)
+    return arch
 
 
 def _download(url: str, root: str | Path | None = None) -> str:

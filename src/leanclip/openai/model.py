@@ -1,4 +1,12 @@
-"""The names of OpenAI's `clip.model`."""
+"""The names of OpenAI's `clip.model`, also those that its `import *` brings along."""
+
+from collections import OrderedDict
+from typing import Tuple, Union  # noqa: UP035
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from leanclip.openai.network import (
     CLIP,
@@ -16,12 +24,19 @@ __all__ = [
     "CLIP",
     "AttentionPool2d",
     "Bottleneck",
+    "F",
     "LayerNorm",
     "ModifiedResNet",
+    "OrderedDict",
     "QuickGELU",
     "ResidualAttentionBlock",
     "Transformer",
+    "Tuple",
+    "Union",
     "VisionTransformer",
     "build_model",
     "convert_weights",
+    "nn",
+    "np",
+    "torch",
 ]
