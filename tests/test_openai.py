@@ -324,6 +324,7 @@ def test_jit_is_a_warning() -> None:
     assert isinstance(model, CLIP)
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 def test_weights_are_float16_where_openais_are() -> None:
     model, _ = clip.load(DATA / "openai-vit/torchscript.pt", device="meta")  # as any but the CPU
     assert (model.dtype, model.ln_final.weight.dtype) == (torch.float16, torch.float32)

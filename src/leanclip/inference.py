@@ -399,7 +399,7 @@ def load(
     # Where all values come from the file; of an architecture that was said some may be the model's.
     with Undrawn() if arch is None and not partial else nullcontext():
         model = CLIP(**to_plain(weights.model))
-    model = model.to(device_of(device))
+    model = model.to(_device(device))
     load_into(model, weights, partial=partial)
     if not 0 < weights.preprocess.resolution <= MOST_RESOLUTION:
         raise WeightsError(
@@ -409,12 +409,7 @@ def load(
     return Clip(model.to(DTYPES[name]).eval(), weights.preprocess, allow_urls)
 
 
-def device_of(name: str | torch.device) -> torch.device:
-    """The device of a name: "auto" is CUDA where there is one.
-
-    Raises:
-        ConfigError: it is none.
-    """
+def _device(name: str | torch.device) -> torch.device:
     if name in ("auto", "cpu", "cuda"):
         return choose_device(str(name))
     try:

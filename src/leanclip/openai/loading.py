@@ -61,16 +61,15 @@ def load(
         words = "jit=True: TorchScript is not supported; a plain module is loaded instead"
         warnings.warn(words, stacklevel=2)
     try:
-        target = inference.device_of("auto" if device is None else device)
-        clip = _read(name, download_root)
+        clip = _read(name, "auto" if device is None else device, download_root)
     except LeanclipError as error:
         raise RuntimeError(str(error)) from None
     with shapes_alone():
         model = CLIP(**to_plain(clip.model.config))
     model.load_state_dict(clip.model.state_dict(), assign=True)
-    if target.type != "cpu":
+    if clip.device.type != "cpu":
         convert_weights(model)
-    return model.to(target).eval(), steps_of(clip.preprocess)
+    return model.eval(), steps_of(clip.preprocess)
 
 
 def tokenize(
@@ -92,19 +91,19 @@ def tokenize(
     return tokenizer.tokenize(texts, context_length, truncate=truncate).int()
 
 
-def _read(name: str | Path, download_root: str | Path | None) -> Clip:
-    """The weights of a name, on the CPU."""
+def _read(name: str | Path, device: str | torch.device, download_root: str | Path | None) -> Clip:
+    """The weights of a name."""
     if str(name) in _MODELS:
         root = None if download_root is None else Path(download_root)
         name = fetch_openai(OPENAI_FILES[str(name)], root)
     elif not str(name).startswith("hf-hub:") and not Path(name).exists():
         raise RuntimeError(f"Model {name} not found; available models = {available_models()}")
     try:
-        clip = inference.load(name, device="cpu")
+        clip = inference.load(name, device=device)
     except WeightsError:
         if (arch := _implied(name)) is None:
             raise
-        clip = inference.load(name, device="cpu", arch=to_plain(arch))
+        clip = inference.load(name, device=device, arch=to_plain(arch))
     if not isinstance(clip.model, LeanCLIP):
         raise RuntimeError(f"{name}: is an exported model; give the weights that it was made of")
     return clip
