@@ -287,7 +287,7 @@ def test_tokens_are_int32_and_long_texts_raise() -> None:
     assert clip.tokenize("a cat").tolist()[0][:4] == [49406, 320, 2368, 49407]
     cut = clip.tokenize("word " * 100, truncate=True)
     assert (cut.shape, int(cut[0, -1])) == ((1, 77), 49407)
-    with pytest.raises(RuntimeError, match=r"too long for context length 77: 102 tokens"):
+    with pytest.raises(RuntimeError, match=r"too long for context length 77: .* 102 tokens"):
         clip.tokenize(["short", "word " * 100])
 
 

@@ -2,8 +2,8 @@
 
     name -> download_root, or leanclip's cache -> weights -> network.CLIP, its transform
 
-Errors are RuntimeErrors, as there. Code that runs only in TorchScript is not offered: with
-`jit=True` there is a warning, and the model is an ordinary one with the same methods.
+Errors are RuntimeErrors, as there. TorchScript is not supported: with `jit=True` a warning is given,
+and the model is an ordinary module with the same methods.
 """
 
 import warnings
@@ -14,7 +14,7 @@ import torch
 
 from leanclip import inference, tokenizer
 from leanclip.config import ModelConfig
-from leanclip.errors import LeanclipError, WeightsError
+from leanclip.errors import DataError, LeanclipError, WeightsError
 from leanclip.inference import Clip
 from leanclip.model import CLIP as LeanCLIP
 from leanclip.model.undrawn import shapes_alone
@@ -80,15 +80,11 @@ def tokenize(
     Raises:
         RuntimeError: a text is longer than the context, and `truncate` is false.
     """
-    texts = [texts] if isinstance(texts, str) else texts
-    if not truncate:
-        for text in texts:
-            if (found := len(tokenizer.encode(text)) + 2) > context_length:
-                raise RuntimeError(
-                    f"Input {text[:60]!r} is too long for context length {context_length}: "
-                    f"{found} tokens; shorten it or pass truncate=True"
-                )
-    return tokenizer.tokenize(texts, context_length, truncate=truncate).int()
+    try:
+        return tokenizer.tokenize(texts, context_length, truncate=truncate).int()
+    except DataError as error:
+        words = f"Input is too long for context length {context_length}: {error}"
+        raise RuntimeError(words) from None
 
 
 def _read(name: str | Path, device: str | torch.device, download_root: str | Path | None) -> Clip:
