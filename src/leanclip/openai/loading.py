@@ -2,8 +2,8 @@
 
     name -> download_root, or leanclip's cache -> weights -> network.CLIP, its transform
 
-Errors are RuntimeErrors, as there. TorchScript is not supported: with `jit=True` a warning is given,
-and the model is an ordinary module with the same methods.
+Errors are RuntimeErrors, as there. TorchScript is not supported: `jit=True` gives a warning and an
+ordinary module with the same methods.
 """
 
 import warnings
