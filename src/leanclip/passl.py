@@ -1,7 +1,11 @@
-"""In place of PASSL: `CLIPWrapper` and `SimpleTokenizer`, as its "Train CLIP Model" uses them.
+"""In place of PASSL, and of what its document "Train CLIP Model" uses of Paddle.
 
-With `paddle` replaced by `torch` its cells run; `paddle.load` is `load` here, for torch.load does
-not read .pdparams, and the Compose of paddle.vision is `preprocess`.
+    import leanclip.passl as paddle
+    from leanclip.passl import CLIPWrapper, SimpleTokenizer, Compose, Resize, CenterCrop, ToTensor
+
+With these lines in place of the document's imports its cells run; docs/checkpoints.md lists all
+that has to be replaced. Features and images are torch's tensors, which take Paddle's arguments
+where the document has them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,28 +14,78 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from PIL import Image
+from torch import nn, no_grad
 from torch.nn import functional as F
 
+import leanclip
 from leanclip.errors import ConfigError
 from leanclip.model import CLIP
-from leanclip.preprocess import tokenizer
+from leanclip.openai import transforms
+from leanclip.openai.bpe import SimpleTokenizer
+from leanclip.openai.transforms import CenterCrop, Compose, Normalize, Resize
 from leanclip.preprocess.images import Source, center_crop, open_image, to_array
 from leanclip.weights import Weights, load_into
 from leanclip.weights.numpy_pickle import read_numpy_pickle
 from leanclip.weights.paddle import paddle_arrays
 from leanclip.weights.passl import from_arrays
 
-__all__ = ["CLIPWrapper", "SimpleTokenizer", "load", "preprocess"]
+__all__ = [
+    "CLIPWrapper",
+    "CenterCrop",
+    "Compose",
+    "Normalize",
+    "Resize",
+    "SimpleTokenizer",
+    "Tensor",
+    "ToRGB",
+    "ToTensor",
+    "__version__",
+    "load",
+    "matmul",
+    "no_grad",
+    "preprocess",
+    "to_tensor",
+    "zeros",
+]
+__version__ = leanclip.__version__
+
+
+class Tensor(torch.Tensor):
+    """torch's tensor, with Paddle's arguments of `norm` and `transpose` beside torch's own."""
+
+    def norm(  # pyright: ignore[reportIncompatibleMethodOverride]: Paddle's argument is added
+        self, p: Any = "fro", dim: Any = None, keepdim: bool = False, *, axis: Any = None
+    ) -> torch.Tensor:
+        """The norm over `axis`, or `dim`; by default over all values."""
+        return super().norm(p, dim if axis is None else axis, keepdim)
+
+    def transpose(  # pyright: ignore[reportIncompatibleMethodOverride]: Paddle's form is added
+        self, *axes: Any, **torchs: Any
+    ) -> torch.Tensor:
+        """The axes in another order, `transpose((1, 2, 0))`; or two of them exchanged, as torch."""
+        if len(axes) == 1 and not torchs:
+            return self.permute(*axes[0])
+        return super().transpose(*axes, **torchs)
+
+
+class _Model(CLIP):
+    """A CLIP that takes and gives such tensors."""
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().encode_image(pixels.as_subclass(torch.Tensor)).as_subclass(Tensor)
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().encode_text(tokens.as_subclass(torch.Tensor)).as_subclass(Tensor)
 
 
 class CLIPWrapper(nn.Module):
     """A CLIP in `.model`, with PASSL's ways of loading and training it.
 
     Args:
-        architectual: the `arch` dict; PASSL's document spells it so.
+        architectual: the `arch` dict; early versions of PASSL's document spell it so.
         head: `{"name": ...}`; whatever it says, the losses are those of PASSL's head.
-        architecture: the `arch` dict, as the later PASSL has it.
+        architecture: the `arch` dict.
 
     Raises:
         ConfigError: there is no `arch` dict, or a setting of it is wrong.
@@ -48,7 +102,7 @@ class CLIPWrapper(nn.Module):
         arch = architecture or architectual
         if arch is None:
             raise ConfigError("CLIPWrapper: give the architecture: CLIPWrapper(architecture=arch)")
-        self.model = CLIP(**arch)
+        self.model = _Model(**arch)
 
     def set_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the parameters of a .pdparams, or those of `state_dict()`.
@@ -87,25 +141,6 @@ class CLIPWrapper(nn.Module):
         return self.train_iter(*inputs)
 
 
-class SimpleTokenizer:
-    """The tokeniser's tables, and its ids without start and end tokens."""
-
-    def __init__(self, bpe_path: str | None = None) -> None:  # leanclip has the file in itself
-        self.encoder = tokenizer.vocabulary()  # symbol -> id
-        self.decoder = {number: symbol for symbol, number in self.encoder.items()}
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-        return tokenizer.encode(text)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ids, with a space after each word, start and end tokens as they are."""
-        table = tokenizer.byte_of_character()
-        symbols = "".join(self.decoder[int(token)] for token in tokens)
-        text = bytes(table[character] for character in symbols).decode("utf-8", errors="replace")
-        return text.replace("</w>", " ")
-
-
 def load(path: str | Path) -> Any:
     """What a .pdparams holds, as `paddle.load` gives it, with numpy arrays; nothing in it is run.
 
@@ -113,6 +148,38 @@ def load(path: str | Path) -> Any:
         WeightsError: it cannot be read, or holds more than data.
     """
     return read_numpy_pickle(path)
+
+
+def to_tensor(data: Any) -> Tensor:
+    """A tensor with a copy of an array, numbers or a tensor."""
+    copy = data.detach().clone() if isinstance(data, torch.Tensor) else torch.tensor(data)
+    return copy.as_subclass(Tensor)
+
+
+def zeros(shape: Sequence[int], dtype: str = "float32") -> Tensor:
+    """A tensor of zeros, its type by name."""
+    return torch.zeros(tuple(shape), dtype=getattr(torch, dtype)).as_subclass(Tensor)
+
+
+def matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The matrix product."""
+    return torch.matmul(x, y)
+
+
+class ToTensor(transforms.ToTensor):
+    """A PIL image -> (3, height, width) float32 in [0, 1]."""
+
+    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        """The tensor of one image."""
+        return super().__call__(image).as_subclass(Tensor)
+
+
+class ToRGB:
+    """A PIL image -> RGB."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The image, converted."""
+        return image.convert("RGB")
 
 
 def preprocess(image: Source, resolution: int = 224) -> np.ndarray:

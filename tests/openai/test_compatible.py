@@ -1,88 +1,24 @@
-"""`leanclip.openai` and `leanclip.passl` beside what those systems' own code gave."""
+"""`leanclip.passl` beside what PASSL's own code gave, and its document."""
 
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, TINY
-from photographs import DESCRIPTIONS, photograph
+from conftest import DATA, PROJECT, TINY
+from photographs import DESCRIPTIONS
 from reference_tokenizer import encode as reference_encode
-from test_inference import save_tiny
 
-import leanclip.openai as clip
-from leanclip.errors import ConfigError, DataError, WeightsError
-from leanclip.passl import CLIPWrapper, SimpleTokenizer, load, preprocess
+import leanclip
+from leanclip.errors import ConfigError, WeightsError
+from leanclip.passl import CLIPWrapper, SimpleTokenizer, load, preprocess, to_tensor, zeros
 from leanclip.preprocess.tokenizer import encode
+from leanclip.weights import read_weights, write_weights
 
 ARCH: dict[str, Any] = json.loads((DATA / "passl-vit/arch.json").read_text())
-
-
-@pytest.mark.parametrize("name", ["openai-vit", "openai-resnet"])
-def test_the_forward_pass_is_openais(name: str) -> None:
-    model, _ = clip.load(str(DATA / name / "torchscript.pt"), device="cpu")
-    golden = np.load(DATA / name / "io.npz")
-    image, text = torch.from_numpy(golden["image"]), torch.from_numpy(golden["text"])
-    with torch.no_grad():
-        per_image, per_text = model(image, text)
-    np.testing.assert_allclose(per_image, golden["logits_per_image"], atol=1e-4)
-    assert torch.equal(per_image.T, per_text)
-    assert model.visual.input_resolution == 64
-    assert model.dtype == torch.float32
-    assert (model.context_length, model.vocab_size) == (77, 320)
-    assert not model.training
-
-
-def test_the_first_snippet_of_openais_readme(tmp_path: Path) -> None:
-    weights = save_tiny(tmp_path / "tiny", context_length=77)
-    image_path = tmp_path / "CLIP.png"
-    photograph("coffee").save(image_path)
-    # From here as there, but for the names of the files.
-    from PIL import Image
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, preprocess = clip.load(str(weights), device=device)
-
-    image = preprocess(Image.open(image_path)).unsqueeze(0).to(device)
-    text = clip.tokenize(["a diagram", "a dog", "a cat"]).to(device)
-
-    with torch.no_grad():
-        image_features = model.encode_image(image)
-        text_features = model.encode_text(text)
-
-        logits_per_image, _ = model(image, text)
-        probs = logits_per_image.softmax(dim=-1).cpu().numpy()
-    assert probs.shape == (1, 3)
-    assert probs.sum() == pytest.approx(1)
-
-    # The zero-shot prediction, whose 100.0 is a trained model's scale.
-    scale = model.logit_scale.exp().item()
-    image_features /= image_features.norm(dim=-1, keepdim=True)
-    text_features /= text_features.norm(dim=-1, keepdim=True)
-    similarity = (scale * image_features @ text_features.T).softmax(dim=-1)
-    values, indices = similarity[0].topk(2)
-    np.testing.assert_allclose(values, np.sort(probs[0])[:0:-1], rtol=1e-5)
-    assert indices[0] == probs[0].argmax()
-
-
-def test_other_names_of_openais_package(tmp_path: Path) -> None:
-    assert clip.available_models()[:2] == ["RN50", "RN101"]
-    assert clip.tokenize("a cat").tolist()[0][:4] == [49406, 320, 2368, 49407]
-    assert clip.tokenize(["a", "b"], context_length=10).shape == (2, 10)
-    assert clip.tokenize("word " * 100, truncate=True).shape == (1, 77)
-    with pytest.raises(DataError, match="over the context"):
-        clip.tokenize("word " * 100)
-    with pytest.raises(ConfigError, match="jit=True"):
-        clip.load("ViT-B/32", jit=True)
-    model, _ = clip.load(save_tiny(tmp_path / "tiny"), device="cpu")
-    image = torch.rand(1, 3, 32, 32)
-    expected = model.encode_image(image)
-    half = model.half().encode_image(image)  # images are converted, as there
-    assert half.dtype == torch.float16
-    torch.testing.assert_close(half.float(), expected, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("file", ["bare", "nested", "training"])
@@ -122,60 +58,152 @@ def test_the_wrapper_takes_back_its_own_state(tmp_path: Path) -> None:
         second(torch.rand(1, 3, 32, 32), torch.ones(1, 4, dtype=torch.long), mode="test")
 
 
-def cells(folder: Path) -> Iterator[np.ndarray]:
-    """The cells of PASSL's document, `paddle` replaced by `torch`; the features they give."""
-    arch = ARCH | {"vocab_size": 49408, "image_resolution": 40}
-    head = {"name": "ClipCNHead"}
-    model = CLIPWrapper(architectual=arch, head=head)
-    image_mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-    image_std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    images, texts = [], []
-    for name, description in DESCRIPTIONS.items():
-        images.append(preprocess(photograph(name).convert("RGB"), 40))
-        texts.append(description)
-    assert images[0].transpose((1, 2, 0)).shape == (40, 40, 3)
+# What the cells of PASSL's document "Train CLIP Model" do, one string a cell, with a smaller model.
+CELLS = (
+    """
+!python3 -m pip install paddlepaddle-gpu
+import numpy as np
+import paddle
 
-    image_input = torch.tensor(np.stack(images))
-    image_input -= torch.tensor(np.array(image_mean).reshape(-1, 1, 1))
-    image_input /= torch.tensor(np.array(image_std).reshape(-1, 1, 1))
-    tokenizer = SimpleTokenizer()
-    text_tokens = [tokenizer.encode("This is " + desc) for desc in texts]
-    text_input = torch.zeros((len(text_tokens), 77), dtype=torch.int64)
-    sot_token = tokenizer.encoder["<|startoftext|>"]
-    eot_token = tokenizer.encoder["<|endoftext|>"]
-    for i, tokens in enumerate(text_tokens):
-        tokens = [sot_token, *tokens, eot_token]
-        text_input[i, : len(tokens)] = torch.tensor(tokens)
-    with torch.no_grad():
-        state_dict = load(folder / "ViT-B-32.pdparams")["state_dict"]
-        model.set_state_dict(state_dict)
-        image_features = model.model.encode_image(image_input)
-        text_features = model.model.encode_text(text_input)
-    image_features /= image_features.norm(dim=-1, keepdim=True)
-    text_features /= text_features.norm(dim=-1, keepdim=True)
-    yield torch.matmul(text_features, image_features.t()).cpu().numpy()
+print("Paddle version:", paddle.__version__)
+""",
+    """
+!wget https://passl.bj.bcebos.com/models/ViT-B-32.pdparams
+
+from passl.modeling.architectures import CLIPWrapper
+arch = {'name': 'CLIP', 'embed_dim': 64, 'image_resolution': 224, 'vision_layers': 2,
+        'vision_width': 128, 'vision_patch_size': 32, 'context_length': 77, 'vocab_size': 49408,
+        'transformer_width': 64, 'transformer_heads': 1, 'transformer_layers': 2, 'qkv_bias': True}
+head = {'name': 'ClipHead'}
+model = CLIPWrapper(architecture=arch, head=head)
+""",
+    """
+from paddle.vision.transforms import Compose, Resize, CenterCrop, ToTensor, Normalize
+from passl.datasets.preprocess.transforms import ToRGB
+
+preprocess = Compose([Resize(224,interpolation='bicubic'), CenterCrop(224), ToTensor()])
+image_mean = paddle.to_tensor([0.48145466, 0.4578275, 0.40821073])
+image_std = paddle.to_tensor([0.26862954, 0.26130258, 0.27577711])
+""",
+    """
+class SimpleTokenizer(object):
+    def __init__(self, bpe_path="passl/utils/bpe_simple_vocab_16e6.txt.gz"):
+        self.merges = open(bpe_path)
+""",
+    """
+import os
+import skimage
+import matplotlib.pyplot as plt
+from PIL import Image
+
+images = []
+texts = []
+for filename in [filename for filename in os.listdir(skimage.data_dir)]:
+    name = os.path.splitext(filename)[0]
+    if name not in descriptions:
+        continue
+    im = Image.open(os.path.join(skimage.data_dir, filename))
+    image = preprocess(im.convert("RGB"))
+    images.append(image)
+    texts.append(descriptions[name])
+    plt.imshow(image.transpose((1, 2, 0)))
+""",
+    """
+image_input = paddle.to_tensor(np.stack(images))
+image_input -= paddle.to_tensor(np.array(image_mean).reshape(-1,1,1))
+image_input /= paddle.to_tensor(np.array(image_std).reshape(-1,1,1))
+tokenizer = SimpleTokenizer()
+text_tokens = [tokenizer.encode("This is " + desc) for desc in texts]
+text_input = paddle.zeros((len(text_tokens), 77), dtype="int64")
+sot_token = tokenizer.encoder['<|startoftext|>']
+eot_token = tokenizer.encoder['<|endoftext|>']
+for i, tokens in enumerate(text_tokens):
+    tokens = [sot_token] + tokens + [eot_token]
+    text_input[i, :len(tokens)] = paddle.to_tensor(tokens)
+with paddle.no_grad():
+    image_input = paddle.to_tensor(image_input)
+    text_input = paddle.to_tensor(text_input)
+    state_dict = paddle.load("ViT-B-32.pdparams")['state_dict']
+    model.set_state_dict(state_dict)
+    image_features = model.model.encode_image(image_input)
+    text_features = model.model.encode_text(text_input)
+""",
+    """
+image_features /= image_features.norm(axis=-1, keepdim=True)
+text_features /= text_features.norm(axis=-1, keepdim=True)
+similarity = paddle.matmul(text_features, image_features.t()).cpu().numpy()
+for i, image in enumerate(images):
+    plt.imshow(image.transpose((1, 2, 0)), extent=(i - 0.5, i + 0.5, -1.6, -0.6), origin="lower")
+""",
+)
 
 
-def test_the_cells_of_passls_document(tmp_path: Path) -> None:
-    import pickle
+def replacements() -> dict[str, str]:
+    """The table of docs/checkpoints.md: what stands in the document -> what stands here."""
+    page = (PROJECT / "docs/checkpoints.md").read_text()
+    table = page.partition("### The document's cells")[2].partition("\n\n|")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
+    return dict(rows)
 
-    import leanclip
-    from leanclip.weights import read_weights, write_weights
 
-    arch = ARCH | {"vocab_size": 49408, "image_resolution": 40}
+def test_the_cells_of_passls_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import matplotlib as mpl
+    import skimage
+
+    mpl.use("Agg")
+    named = replacements()
+    text = {old.strip("`"): new.strip("`") for old, new in named.items() if old.startswith("`")}
+    assert len(text) == 4
+    assert named.keys() - {f"`{old}`" for old in text} == {
+        "the cell that defines `SimpleTokenizer`",
+        "lines that begin with `!`",
+    }
+    cells = []
+    for cell in CELLS:
+        if "class SimpleTokenizer" in cell:
+            cells.append(named["the cell that defines `SimpleTokenizer`"].strip("`"))
+            continue
+        for old, new in text.items():
+            cell = cell.replace(old, new)
+        cells.append(re.sub(r"(?m)^!.*\n", "", cell))
+
+    # The weights are converted, as a person would who goes back to PASSL.
+    arch = eval(re.search(r"arch = (\{.*?\})", CELLS[1], re.DOTALL)[1])  # pyright: ignore
     torch.manual_seed(3)
-    wrapper = CLIPWrapper(architecture=arch)
-    source = tmp_path / "plain.pt"
-    torch.save(wrapper.model.state_dict(), source)
-    write_weights(read_weights(source, arch=arch), tmp_path / "bare.pdparams", "passl")
-    state = load(tmp_path / "bare.pdparams")
-    with (tmp_path / "ViT-B-32.pdparams").open("wb") as file:
-        pickle.dump({"epoch": 3, "state_dict": state}, file, protocol=4)
-    (similarity,) = cells(tmp_path)
-    ours = leanclip.load(tmp_path / "ViT-B-32.pdparams", arch=arch, device="cpu")
-    images = [photograph(name) for name in DESCRIPTIONS]
-    expected = ours.similarity(images, [f"This is {text}" for text in DESCRIPTIONS.values()])
-    np.testing.assert_allclose(similarity, expected, atol=1e-5)
+    torch.save(CLIPWrapper(architecture=arch).model.state_dict(), tmp_path / "plain.pt")
+    weights = read_weights(tmp_path / "plain.pt", arch=arch)
+    write_weights(weights, tmp_path / "ViT-B-32.pdparams", "passl")
+
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"descriptions": DESCRIPTIONS}
+    for cell in cells:
+        exec(cell, names)
+    assert capsys.readouterr().out == f"Paddle version: {leanclip.__version__}\n"
+    assert sorted(names["texts"]) == sorted(DESCRIPTIONS.values())
+
+    ours = leanclip.load("ViT-B-32.pdparams", arch=arch, device="cpu")
+    paths = [path for path in Path(skimage.data_dir).iterdir() if path.stem in DESCRIPTIONS]
+    paths.sort(key=lambda path: names["texts"].index(DESCRIPTIONS[path.stem]))
+    expected = ours.similarity(paths, [f"This is {text}" for text in names["texts"]])
+    np.testing.assert_allclose(names["similarity"], expected, atol=1e-5)
+    pixels = [preprocess(path) for path in paths]  # the same in one step
+    np.testing.assert_array_equal(pixels, np.stack(names["images"]))
+
+
+def test_tensors_take_paddles_arguments_and_torchs() -> None:
+    x = to_tensor([[3.0, 4.0], [6.0, 8.0]])
+    assert (x.dtype, to_tensor([1, 2]).dtype) == (torch.float32, torch.int64)
+    assert x.norm(axis=-1).tolist() == x.norm(dim=-1).tolist() == x.norm(2, 1).tolist() == [5, 10]
+    assert x.norm(axis=1, keepdim=True).shape == (2, 1)
+    assert x.norm().item() == pytest.approx(125**0.5)
+    y = zeros((2, 3, 5))
+    assert y.transpose((2, 0, 1)).shape == (5, 2, 3)
+    assert y.transpose(0, 2).shape == y.transpose(dim0=0, dim1=2).shape == (5, 3, 2)
+    z = to_tensor(x)
+    z += 1
+    assert float(x[0, 0]) == 3  # a copy
 
 
 def test_the_tokenizer_has_passls_tables() -> None:

@@ -34,7 +34,7 @@ START, END = 49406, 49407
 CONTEXT_LENGTH = 77
 
 _MERGES = 49152 - 256 - 2  # the lines of the published file that CLIP uses
-_WORDS = regex.compile(
+WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
@@ -149,7 +149,7 @@ class _IdsOfChunk(dict[str, bytes]):
 
     def __missing__(self, chunk: str) -> bytes:
         letters = chunk.isascii() and chunk.isalpha()
-        words = [chunk] if letters else _WORDS.findall(chunk)
+        words = [chunk] if letters else WORDS.findall(chunk)
         if words == [chunk]:
             ids = _packed(_ids_of_word(chunk))
         else:
@@ -170,7 +170,13 @@ def _ids_of_word(word: str) -> list[int]:
         return [vocabulary.special[word]]
     if word.isascii() and (token := vocabulary.ids.get(word + "</w>")) is not None:
         return [token]  # every symbol is what its own letters merge into
-    ids = [vocabulary.byte_ids[byte] for byte in word.encode("utf-8")]
+    return ids_of_bytes(word.encode("utf-8"))
+
+
+def ids_of_bytes(word: bytes) -> list[int]:
+    """Token ids of one word, which the pattern found."""
+    vocabulary = _vocabulary()
+    ids = [vocabulary.byte_ids[byte] for byte in word]
     ids[-1] += 256  # the same byte at the end of a word
     return _merge(ids, vocabulary.merged)
 
@@ -210,7 +216,7 @@ class _Vocabulary:
             .read_bytes()
         )
         lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : _MERGES + 1]
-        letters = _characters_of_bytes()
+        letters = characters_of_bytes()
         self.byte_ids = {byte: i for i, byte in enumerate(letters)}
         self.symbols = [*letters.values(), *(c + "</w>" for c in letters.values())]
         first = len(self.symbols)
@@ -231,7 +237,7 @@ def _vocabulary() -> _Vocabulary:
 
 
 @cache
-def _characters_of_bytes() -> dict[int, str]:
+def characters_of_bytes() -> dict[int, str]:
     """A printable character for each byte, in the order that fixes the first 256 ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)
@@ -243,4 +249,4 @@ def _characters_of_bytes() -> dict[int, str]:
 @cache
 def byte_of_character() -> dict[str, int]:
     """The bytes that the characters of symbols stand for."""
-    return {c: byte for byte, c in _characters_of_bytes().items()} | {" ": ord(" ")}
+    return {c: byte for byte, c in characters_of_bytes().items()} | {" ": ord(" ")}

@@ -44,24 +44,33 @@ def locate(source: str | Path) -> Path:
     if path.exists():
         return path
     if name in OPENAI_FILES:
-        return _fetch_openai(name)
+        return fetch_openai(OPENAI_FILES[name])
     match = _HUB_ID.fullmatch(name)
     if match and (match[1] or not path.suffix):
         return _fetch_hub(match[2])
     raise WeightsError(f"{source}: no such file")
 
 
-def _fetch_openai(name: str) -> Path:
-    """The published file in the cache, fetched if it is not there; its SHA-256 is checked."""
-    base = os.environ.get("LEANCLIP_OPENAI_URL", OPENAI_URL)
-    checksum, _, file_name = OPENAI_FILES[name].partition("/")
-    path = cache_folder() / file_name
+def fetch_openai(file: str, folder: Path | None = None, base: str | None = None) -> Path:
+    """A published file, fetched into a folder if it is not there; its SHA-256 is checked.
+
+    Args:
+        file: one of `OPENAI_FILES`.
+        folder: by default the cache.
+        base: the address that `file` is under; by default LEANCLIP_OPENAI_URL, or OpenAI's.
+
+    Raises:
+        WeightsError: it cannot be fetched, or is another file.
+    """
+    base = base or os.environ.get("LEANCLIP_OPENAI_URL", OPENAI_URL)
+    checksum, _, name = file.partition("/")
+    path = (folder or cache_folder()) / name
     if path.is_file() and digest(path) == checksum:
         return path
     with ProgressBar(f"fetching {name}", 1) as bar:
         try:
             return fetch(
-                f"{base}/{OPENAI_FILES[name]}",
+                f"{base}/{file}",
                 path,
                 checksum=checksum,
                 progress=lambda done, total: bar.update(done, total=total),

@@ -74,7 +74,9 @@ def from_arrays(
 
 
 def write(file: Path, weights: Weights, model: ModelConfig) -> None:
-    """A `.pdparams` of numpy arrays; whoever reads it must know the architecture.
+    """A checkpoint in the form of PASSL's: `{"state_dict": arrays}`, under CLIPWrapper's names.
+
+    PASSL's loaders and its document take it from there; they must know the architecture.
 
     Raises:
         WeightsError: PASSL's model has no place for something in the architecture.
@@ -93,7 +95,7 @@ def write(file: Path, weights: Weights, model: ModelConfig) -> None:
         )
     if model.transformer_heads != model.transformer_width // 64:
         log.warning(
-            "%s: PASSL's files do not hold the number of text heads: whoever loads %s must say "
+            "%s: PASSL's files do not store the number of text heads: load %s with "
             "transformer_heads: %d",
             weights.source,
             file,
@@ -106,9 +108,9 @@ def write(file: Path, weights: Weights, model: ModelConfig) -> None:
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.contiguous().view(torch.uint16)  # Paddle keeps the bits so
         tensor = tensor.reshape((1,) * _LEADING.get(name, 0) + tuple(tensor.shape))
-        arrays[theirs] = np.ascontiguousarray(tensor.numpy()).reshape(tensor.shape)
+        arrays[f"model.{theirs}"] = np.ascontiguousarray(tensor.numpy()).reshape(tensor.shape)
     with file.open("wb") as out:
-        pickle.dump(arrays, out, protocol=4)
+        pickle.dump({"state_dict": arrays}, out, protocol=4)
 
 
 def _rename(name: str, *, inverse: bool = False, is_vit: bool = True) -> str:

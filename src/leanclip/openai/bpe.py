@@ -1,0 +1,89 @@
+"""OpenAI's `SimpleTokenizer` over leanclip's tokeniser: the same tables, the same ids."""
+
+import gzip
+import html
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+
+import ftfy
+
+from leanclip.errors import ConfigError
+from leanclip.preprocess import tokenizer
+
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+
+
+class SimpleTokenizer:
+    """The tokeniser's tables, and its ids without start and end tokens.
+
+    Args:
+        bpe_path: CLIP's merge table, which leanclip contains; another one is refused.
+
+    Raises:
+        ConfigError: the file at `bpe_path` is another table.
+        OSError: there is no such file.
+    """
+
+    def __init__(self, bpe_path: str | Path | None = None) -> None:
+        if bpe_path is not None and _read(bpe_path) != _read(default_bpe()):
+            raise ConfigError(
+                f"bpe_path: {bpe_path} is not CLIP's merge table, the only one that is supported; "
+                f"leave it out"
+            )
+        self.byte_encoder = bytes_to_unicode()
+        self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
+        self.encoder = tokenizer.vocabulary()  # symbol -> id
+        self.decoder = {number: symbol for symbol, number in self.encoder.items()}
+        pairs = (tuple(rule.split()) for rule in tokenizer.merges())
+        self.bpe_ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        self.pat = tokenizer.WORDS
+
+    def bpe(self, token: str) -> str:
+        """A word, a character for each of its bytes -> its symbols, with spaces between."""
+        if token in _SPECIAL:
+            return token
+        word = bytes(self.byte_decoder[character] for character in token)
+        return " ".join(self.decoder[number] for number in tokenizer.ids_of_bytes(word))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return tokenizer.encode(text)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of ids, with a space after each word, start and end tokens as they are."""
+        symbols = "".join(self.decoder[int(token)] for token in tokens)
+        text = bytes(self.byte_decoder[character] for character in symbols)
+        return text.decode("utf-8", errors="replace").replace("</w>", " ")
+
+
+def default_bpe() -> str:
+    """The path of CLIP's merge table."""
+    return str(resources.files("leanclip.preprocess") / "bpe_simple_vocab_16e6.txt.gz")
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """The printable character that stands for each byte in the symbols."""
+    return dict(tokenizer.characters_of_bytes())
+
+
+def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
+    """The symbols of a word that are neighbours."""
+    return set(pairwise(word))
+
+
+def basic_clean(text: str) -> str:
+    """A text repaired by ftfy, without HTML's entities and without space around it."""
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+def whitespace_clean(text: str) -> str:
+    """A text with one space between words."""
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _read(path: str | Path) -> bytes:
+    with gzip.open(path) as file:
+        return file.read()

@@ -1,0 +1,24 @@
+"""The names of OpenAI's `clip.clip`."""
+
+from leanclip.openai.bpe import SimpleTokenizer as _Tokenizer
+from leanclip.openai.loading import (
+    _MODELS,
+    _download,
+    _tokenizer,
+    available_models,
+    load,
+    tokenize,
+)
+from leanclip.openai.network import build_model
+from leanclip.openai.transforms import (
+    BICUBIC,
+    CenterCrop,
+    Compose,
+    Normalize,
+    Resize,
+    ToTensor,
+    _convert_image_to_rgb,
+    _transform,
+)
+
+__all__ = ["available_models", "load", "tokenize"]

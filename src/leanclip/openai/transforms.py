@@ -1,0 +1,159 @@
+"""OpenAI's transform of an image in steps, under torchvision's names and with its results.
+
+    PIL image -> Resize -> CenterCrop -> _convert_image_to_rgb -> ToTensor -> Normalize
+
+An image becomes RGB after it is resized, as there, and Pillow's `convert` decides how: alpha is
+dropped, a palette is resized without interpolation, 16-bit greyscale is clipped at 255, and EXIF's
+orientation is not applied. `leanclip.Preprocess` treats such images with more care, so that for
+them the pixels differ.
+
+Resize, CenterCrop and Normalize also take tensors (..., H, W), as torchvision's do, with gradients.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess
+
+BICUBIC = Image.Resampling.BICUBIC
+_TENSOR_MODES = {Image.Resampling.BILINEAR: "bilinear", BICUBIC: "bicubic"}
+
+
+@dataclass
+class Compose:
+    """One step after the other; `transforms` is the list of them."""
+
+    transforms: list[Any]  # callables
+
+    def __call__(self, image: Any) -> Any:
+        """What the last step gives."""
+        for transform in self.transforms:
+            image = transform(image)
+        return image
+
+
+@dataclass
+class Resize:
+    """The short side to `size`, or both to (height, width), antialiased.
+
+    Args:
+        size: in pixels.
+        interpolation: one of Pillow's, or its name in lower case.
+    """
+
+    size: int | Sequence[int]
+    interpolation: Image.Resampling | int | str = Image.Resampling.BILINEAR
+
+    def __post_init__(self) -> None:
+        if isinstance(self.interpolation, str):
+            self.interpolation = Image.Resampling[self.interpolation.upper()]
+        self.interpolation = Image.Resampling(self.interpolation)
+
+    def __call__(self, image: Any) -> Any:
+        """A PIL image or a tensor (..., H, W), resized."""
+        width, height = _size_of(image)
+        if isinstance(self.size, int):
+            short = min(width, height)
+            new = (self.size * height // short, self.size * width // short)
+        else:
+            new = (self.size[0], self.size[-1])
+        if not isinstance(image, torch.Tensor):
+            return image.resize(new[::-1], self.interpolation)
+        if new == (height, width):
+            return image
+        mode = _TENSOR_MODES[Image.Resampling(self.interpolation)]
+        x = image.reshape(-1, *image.shape[-3:])
+        x = F.interpolate(x, new, mode=mode, antialias=True)
+        return x.reshape(*image.shape[:-2], *new)
+
+
+@dataclass
+class CenterCrop:
+    """The middle of an image, `size` or (height, width); what lies outside of it is black."""
+
+    size: int | Sequence[int]
+
+    def __post_init__(self) -> None:
+        self.size = (self.size,) * 2 if isinstance(self.size, int) else tuple(self.size)
+
+    def __call__(self, image: Any) -> Any:
+        """A PIL image or a tensor (..., H, W), cropped."""
+        assert not isinstance(self.size, int)
+        (width, height), (rows, columns) = _size_of(image), self.size
+        left, top = round((width - columns) / 2), round((height - rows) / 2)
+        right, bottom = left + columns, top + rows
+        if isinstance(image, torch.Tensor):
+            return F.pad(image, (-left, right - width, -top, bottom - height))
+        return image.crop((left, top, right, bottom))
+
+
+class ToTensor:
+    """A PIL image or an array (H, W, C) -> (C, H, W); bytes become float32 in [0, 1]."""
+
+    def __call__(self, image: Image.Image | np.ndarray) -> torch.Tensor:
+        """The tensor of one image."""
+        pixels = np.array(image)
+        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+        x = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        if x.dtype == torch.bool:
+            return x.float()
+        return x.float() / 255 if x.dtype == torch.uint8 else x
+
+    def __repr__(self) -> str:
+        return "ToTensor()"
+
+
+@dataclass
+class Normalize:
+    """(x - mean) / std of each channel of a tensor (..., C, H, W)."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    inplace: bool = False
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The normalised tensor."""
+        mean, std = (tensor.new_tensor(list(v)).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (tensor if self.inplace else tensor.clone()).sub_(mean).div_(std)
+
+
+def _convert_image_to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def _transform(
+    n_px: int,
+    mean: tuple[float, float, float] = CLIP_MEAN,
+    std: tuple[float, float, float] = CLIP_STD,
+) -> Compose:
+    """OpenAI's transform for images of `n_px` pixels a side."""
+    return Compose(
+        [
+            Resize(n_px, interpolation=BICUBIC),
+            CenterCrop(n_px),
+            _convert_image_to_rgb,
+            ToTensor(),
+            Normalize(mean, std),
+        ]
+    )
+
+
+def steps_of(preprocess: Preprocess) -> Compose:
+    """The transform of a model in OpenAI's steps; in one step where those cannot express it."""
+    resolution, mean, std = preprocess.resolution, preprocess.mean, preprocess.std
+    if preprocess != Preprocess(resolution, mean, std):
+        return Compose([preprocess])
+    return _transform(resolution, mean, std)
+
+
+def _size_of(image: Any) -> tuple[int, int]:
+    """Width and height."""
+    if isinstance(image, torch.Tensor):
+        return image.shape[-1], image.shape[-2]
+    return image.size
