@@ -32,6 +32,7 @@ import leanclip
 import leanclip.openai as clip
 from leanclip.openai.network import CLIP, build_model, convert_weights
 from leanclip.openai.simple_tokenizer import SimpleTokenizer
+from leanclip.preprocess.images import CLIP_MEAN
 from leanclip.weights import hub
 
 # embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, context_length,
@@ -422,7 +423,7 @@ def test_the_transform_is_openais(kind: str) -> None:
     np.testing.assert_array_equal(ours, reference(image, 24))
     mean, std = (
         np.array(v, np.float32)[:, None, None]
-        for v in (leanclip.preprocess.images.CLIP_MEAN, leanclip.images.CLIP_STD)
+        for v in (CLIP_MEAN, leanclip.images.CLIP_STD)
     )
     pixels = np.round((ours.numpy() * std + mean) * 255)
     np.testing.assert_allclose(pixels, golden[kind], atol=1)  # Pillow's versions may differ by one
@@ -436,7 +437,7 @@ def test_the_steps_of_the_transform(tmp_path: Path) -> None:
         Image.Resampling.BICUBIC,
         (32, 32),
     )
-    assert normalize.mean == leanclip.preprocess.images.CLIP_MEAN
+    assert normalize.mean == CLIP_MEAN
     image = noise_image(1, (70, 50))
     expected = preprocess(image)
     # Some steps alone, as where others augment; and the transform in another process.
