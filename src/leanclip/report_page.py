@@ -10,7 +10,7 @@ from pathlib import Path
 from leanclip.data.skipped import BadSamples
 from leanclip.evaluate.classification import Classification
 from leanclip.evaluate.guard import PREFIX
-from leanclip.evaluate.report import Report
+from leanclip.evaluate.report import Report, sample_note
 from leanclip.page import (
     Html,
     Points,
@@ -211,7 +211,7 @@ def _provenance(report: Report) -> Html:
     parts = [_hashed("weights", report.source, report.weights)]
     for name, data in report.data.items():
         where = f"{data['layout']}:{data['root']}" + (f", {data['split']}" if data["split"] else "")
-        words = f"{where}, {data['samples']:,} images"
+        words = f"{where}, {data['samples']:,} images. {sample_note(data)}"
         parts.append(_hashed(name.replace("_", " "), words, data["sha256"]))
     if report.command:
         parts += [tag("h3", "The same again"), tag("pre", report.command)]

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from leanclip.errors import SampleError
 from leanclip.evaluate.classification import Classification
 from leanclip.evaluate.retrieval import RetrievalResult
 from leanclip.evaluate.tasks import Task
-from leanclip.images import Source
 from leanclip.page import Html, bar, figure, gallery, matrix, shortened, table, tag, thumbnail
 
 MATRIX = 40  # classes of a confusion matrix that is shown whole
@@ -150,15 +148,7 @@ def neighbours(result: Classification | RetrievalResult, task: Task) -> list[Htm
 
 def _picture(result: Classification | RetrievalResult, task: Task, row: int) -> Html:
     """The image of a row of the result."""
-    return thumbnail(image_of(task, int(result.indices[row])) or b"", _words(result, row))
-
-
-def image_of(task: Task, index: int) -> Source | None:
-    """The image of a sample, not yet decoded; None: it cannot be had any more."""
-    try:
-        return task.dataset[index].image
-    except SampleError:
-        return None
+    return thumbnail(task.image(int(result.indices[row])), _words(result, row))
 
 
 def _words(result: Classification | RetrievalResult, row: int) -> str:

@@ -154,7 +154,6 @@ def evaluation_batches(
     resolution: int,
     context_length: int,
     batch_size: int,
-    limit: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
@@ -163,7 +162,7 @@ def evaluation_batches(
     Of several ranks each takes every `world_size`-th batch, from the rank-th: the batches are
     the same whatever the number of ranks, and so is what a model makes of them.
     """
-    size = min(len(dataset), limit or len(dataset))
+    size = len(dataset)
     starts = range(rank * batch_size, size, world_size * batch_size)
     places = (range(n, min(n + batch_size, size)) for n in starts)
     yield from batches_at(
