@@ -38,6 +38,7 @@ from leanclip.data.skipped import Bad
 from leanclip.decoding import Source
 from leanclip.errors import DataError, SampleError, is_shortage
 from leanclip.images import evaluation_pixels, training_pixels
+from leanclip.stopping import is_main_thread
 from leanclip.tokenizer import END, encode, tokenize
 
 NOT_HANDED_OVER = 71  # exit code of a worker whose batch does not get through
@@ -223,7 +224,8 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         raise _shortage(()) from None
     # When the workers have ended, who remove their own; at exit that is of a negative priority.
     tidy_up = Finalize(batches, shutil.rmtree, (sockets, True), exitpriority=-1)
-    if workers:  # PyTorch raises a worker's death wherever the program is just then
+    # PyTorch, in the main thread, raises a worker's death wherever the program is just then.
+    if workers and is_main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
