@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pytest
@@ -19,8 +20,10 @@ from pyarrow import parquet
 
 from leanclip import CLIP, Preprocess
 from leanclip.config import Config
+from leanclip.data import Dataset, Sample
 from leanclip.errors import DataError
 from leanclip.evaluate import RetrievalResult, evaluate, open_tasks
+from leanclip.evaluate.distinct import distinct_images
 from leanclip.evaluate.intervals import mean_by_group, median_by_group
 from leanclip.evaluate.paired import mcnemar
 from leanclip.settings import parse
@@ -86,6 +89,15 @@ def write_parquet(root: Path, data: list[Picture]) -> str:
     return f"table:{root}/rows.parquet"
 
 
+def write_hub(root: Path, data: list[Picture]) -> str:
+    rows = rows_of(data)[::2] + rows_of(data)[1::2]
+    columns = {"image": [{"bytes": data[i][0], "path": None} for i, _ in rows]}
+    columns |= {"caption": [words for _, words in rows]}
+    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(root)
+    return f"hub:{root}"
+
+
 def write_shards(root: Path, data: list[Picture], rows: bool = False) -> str:
     root.mkdir()
     samples = [(data[i][0], [words]) for i, words in rows_of(data)] if rows else data[::-1]
@@ -108,6 +120,7 @@ FORMS: dict[str, Callable[[Path, list[Picture]], str]] = {
     "csv": write_csv,
     "copies": write_copies,
     "parquet": write_parquet,
+    "hub": write_hub,
     "shards": write_shards,
     "shards of rows": write_shards_of_rows,
 }
@@ -282,6 +295,40 @@ def test_a_row_without_a_caption_takes_nothing_from_its_image(tmp_path: Path) ->
     assert report.data["retrieval"]["samples"] == 31
     assert report.metrics == whole.metrics
     assert len(report.bad) == 3
+
+
+class Slow(Dataset):
+    """A data set that is read fast only in its own order; it notes what is read."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset, self.asked = dataset, []
+
+    @property
+    def has_random_access(self) -> bool:
+        return False
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        self.asked.append(index)
+        return self._dataset[index]
+
+
+def test_shards_that_must_be_fetched_are_read_in_their_order(tmp_path: Path) -> None:
+    spec = write_csv(tmp_path / "t", pictures())
+    for limit in (None, 12):
+        expected = measured(spec, limit=limit)
+        (task,) = tasks_of(spec, limit=limit)
+        slow = Slow(task.dataset)
+        torch.manual_seed(1)
+        found = evaluate(CLIP(**TINY).eval(), [replace(task, dataset=slow)], Preprocess(32))
+        assert found.data["retrieval"] == expected.data["retrieval"]
+        images = distinct_images(slow, limit)
+        assert (np.diff(images.first_rows) > 0).all()
+        assert slow.asked[: len(slow)] == list(range(len(slow)))
+        rows = np.setdiff1d(slow.asked[len(slow) :], [])
+        assert len(rows) == sum(len(images[i].captions) for i in range(len(images)))
 
 
 # --- intervals and tests over images
