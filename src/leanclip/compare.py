@@ -158,7 +158,6 @@ def _add_classification(
     found: Comparison, task: Task, one: Classification, other: Classification
 ) -> None:
     labels, names = one.labels.numpy(), one.classes
-
     size = len(labels)
 
     def by_class(right: np.ndarray, drawn: np.ndarray) -> np.ndarray:

@@ -55,8 +55,8 @@ class DistinctImages(Dataset):
         first, *others = (self.dataset[row] for row in self._rows_of(index))
         if self.classes:
             return first
-        captions = sorted(words.strip() for one in (first, *others) for words in one.captions)
-        return Sample(first.id, first.image, [words for words in captions if words] or [""])
+        captions = (caption.strip() for one in (first, *others) for caption in one.captions)
+        return Sample(first.id, first.image, sorted(filter(None, captions)) or [""])
 
     def name(self, index: int) -> str:
         """As the data set names the first row."""

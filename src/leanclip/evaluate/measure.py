@@ -260,6 +260,7 @@ def _add_guard(
     report.bad |= own.bad
     report.before = dict(before)
     report.sentences.append(comparison(guard, tasks, before, report.metrics))
+    report.sentences += filter(None, map(sample_note, own.data.values()))
 
 
 def _say_zero_shot(task: Task, result: ZeroShotResult, report: Report) -> None:
