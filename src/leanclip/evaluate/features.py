@@ -11,7 +11,7 @@ Shapes: N images, M texts, E embedding, B batch, L tokens.
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from leanclip.config import DataConfig
 from leanclip.data import Dataset
-from leanclip.data.loader import evaluation_batches
+from leanclip.data.loader import Batch, evaluation_batches
 from leanclip.data.skipped import Bad, BadSamples, short_id
 from leanclip.distributed import everyones, gather_rows, rank_and_world_size
 from leanclip.errors import DataError, SampleError
@@ -123,16 +123,7 @@ def encode_each(
     tried = distinct.names if distinct else len(dataset)
     facts, captions, bad = [torch.empty(0, 3).long()], [], []
     features = [[torch.empty(0, model.config.embed_dim)] for model, _ in models]
-    model, preprocess = next(iter(models))
-    batches = evaluation_batches(
-        images,
-        data,
-        resolution=preprocess.resolution,
-        context_length=model.context_length,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
+    batches = _own_batches(next(iter(models)), images, data, batch_size)
     with ProgressBar(label, len(images), is_silent=rank > 0) as bar:
         done = 0
         for batch in batches:
@@ -164,6 +155,22 @@ def encode_each(
     available = distinct.available if distinct else len(dataset)
     about = (indices, labels, captions, digests, reasons, available)
     return [Encoded(gather_rows(torch.cat(parts))[0][order], *about) for parts in features]
+
+
+def _own_batches(
+    model: tuple[CLIP, Preprocess], images: Dataset, data: DataConfig, batch_size: int
+) -> Iterator[Batch]:
+    """This rank's batches, as a model reads them."""
+    rank, world_size = rank_and_world_size()
+    return evaluation_batches(
+        images,
+        data,
+        resolution=model[1].resolution,
+        context_length=model[0].context_length,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def _bad_rows(images: DistinctImages, good: torch.Tensor, bad: Sequence[Bad]) -> list[Bad]:
