@@ -8,6 +8,7 @@ Before the first step there is nothing to save: SIGTERM and SIGINT end at once.
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -30,9 +31,20 @@ class Stopped(BaseException):
         self.code = 128 + number
 
 
+def is_main_thread() -> bool:
+    """Whether this thread may set handlers of signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def answering(answers: Mapping[signal.Signals, Answer]) -> Iterator[None]:
-    """Answer signals so, by their numbers; the previous handlers come back at the end."""
+    """Answer signals so, by their numbers; the previous handlers come back at the end.
+
+    Signals are the main thread's: in another one nothing changes.
+    """
+    if not is_main_thread():
+        yield
+        return
     before = {number: signal.signal(number, answer) for number, answer in answers.items()}
     try:
         yield

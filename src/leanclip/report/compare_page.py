@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from leanclip.evaluation import Task
-from leanclip.evaluation.compare import Change, Comparison, points, sentence
+from leanclip.evaluation.compare import Change, Comparison, points
 from leanclip.evaluation.retention import HEADLINES
 from leanclip.evaluation.retrieval import WAYS
 from leanclip.io.files import write_text
@@ -22,7 +22,6 @@ from leanclip.report.page import (
 )
 from leanclip.report.plots import can_draw, image_grid
 from leanclip.report.report_page import called, say
-from leanclip.report.results import image_of
 
 SHOWN = 24  # changed samples of a kind on the page
 DRAWN = 12  # in the picture
@@ -44,7 +43,7 @@ def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> 
                     f"only {letter} is right: {shortened(one.truth, 60)} ({shortened(wrong, 60)})"
                 )
                 drawn.append((task, one, words))
-    images = [(image, words) for task, one, words in drawn if (image := image_of(task, one.index))]
+    images = [(task.image(one.index), words) for task, one, words in drawn]
     if images and can_draw():
         pictures, titles = zip(*images, strict=True)
         image_grid(pictures, titles, folder / "changed.png")
@@ -77,7 +76,7 @@ def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
             tag("p", "Differences are in points, B less A; their interval is where they would "
                 "be for 95 of 100 draws of as many samples, the same for both (paired "
                 "bootstrap).", class_="soft"),
-            *(tag("p", sentence(name, test)) for name, test in found.tests.items()),
+            *(tag("p", words) for words in found.sentences()),
         ),
     ]  # fmt: skip
     for task in tasks:
@@ -95,7 +94,6 @@ def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
 def _changes(title: str, kind: str, some: Sequence[Change], task: Task) -> Html:
     figures = []
     for one in some[:SHOWN]:
-        image = image_of(task, one.index)
         words = [
             tag("b", shortened(one.truth, 60)),
             tag("br"),
@@ -103,6 +101,6 @@ def _changes(title: str, kind: str, some: Sequence[Change], task: Task) -> Html:
             tag("br"),
             f"B: {shortened(one.second, 60)}",
         ]
-        figures.append(figure(thumbnail(image or b"", one.id), words, kind=kind))
+        figures.append(figure(thumbnail(task.image(one.index), one.id), words, kind=kind))
     more = f"{len(some):,} samples; compare.json names all of them."
     return section(title, tag("p", more, class_="soft"), gallery(figures))
