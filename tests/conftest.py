@@ -244,7 +244,7 @@ def make_table(root: Path, count: int) -> Path:
     root.mkdir()
     lines = []
     for i in range(count):
-        Image.new("RGB", (8, 8), (i % 256, i * 7 % 256, i * 31 % 256)).save(root / f"{i}.bmp")
+        Image.new("RGB", (8, 8), (i % 256, i * 7 % 256, i // 256)).save(root / f"{i}.bmp")
         lines.append((f"{i}.bmp", f"picture {i % 700} of them", CLASSES[i % 5]))
     for name, place in (("caption", 1), ("label", 2)):
         rows = [f"image,{name}", *(f"{line[0]},{line[place]}" for line in lines)]

@@ -1,6 +1,8 @@
 """`leanclip embed`: shards of features, killed and continued, over ranks; nothing lost."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from test_inference import save_tiny
 
 import leanclip
 from leanclip.errors import ConfigError, DataError
-from leanclip.inference.embeddings import Source, read_embeddings, read_index, shards_of
+from leanclip.inference.embeddings import Source, embed, read_embeddings, read_index, shards_of
 
 
 @pytest.fixture
@@ -91,6 +93,57 @@ def test_what_cannot_be_read_is_skipped_and_named(photos: Path, command: Command
     np.testing.assert_allclose(features, expected, atol=1e-6)
 
 
+def test_a_stricter_second_start_says_what_the_first_skipped(
+    photos: Path, command: Command
+) -> None:
+    for name in ("0/000.png", "1/001.png", "2/047.png"):
+        (photos / "photos" / name).write_bytes(b"nothing")
+    assert command(*WORDS, "--max-bad-share", "0.1").returncode == 0
+    for missing in ([], ["00002.npy"], ["00000.npy", "00006.npy"]):  # of shards of all kinds
+        for name in missing:
+            (photos / "out" / name).unlink()
+        done = command(*WORDS, "--max-bad-share", "0.05")
+        assert_refused(done, "3 of 50 images are unreadable", "--max-bad-share")
+    done = command(*WORDS, "--max-bad-share", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["skipped"] == 3
+    noise_image(0).save(photos / "photos/0/000.png")  # mended
+    (photos / "out/00000.npy").unlink()
+    done = command(*WORDS, "--max-bad-share", "0.05")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["skipped"] == 2
+    assert len(read_embeddings("out")[0]) == 48
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_bad_images_are_a_share_of_those_of_all_ranks(photos: Path, world_size: int) -> None:
+    clip, source = leanclip.load("tiny"), Source.of(photos / "photos")
+    for row in (0, 20, 33, 49):  # of several ranks' shards
+        source.path(row).write_bytes(b"nothing")
+
+    def work(out: str, share: float) -> None:
+        for rank in range(world_size):
+            embed(clip, source, Path(out), shard_size=8, max_bad_share=share, workers=0,
+                  rank=rank, world_size=world_size)  # fmt: skip
+
+    work("enough", 0.08)
+    assert len(read_embeddings("enough")[0]) == 46
+    with pytest.raises(DataError, match="of 50 images are unreadable"):
+        work("little", 0.07)
+
+
+def test_nothing_to_embed(photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert_refused(command("embed", "-", *WORDS[2:]), "no images", "standard input")
+    for path in (photos / "photos").rglob("*.png"):
+        path.write_bytes(b"nothing")
+    for format in ("npy", "parquet"):
+        words = (*WORDS[:5], format, *WORDS[6:], "--format", format, "--max-bad-share", "1")
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+        assert read_embeddings(format)[1].shape == (0, 16)
+
+
 def expected_rows_without(name: str) -> tuple[list[str], np.ndarray]:
     paths = [path for path in sorted(Path("photos").rglob("*.png")) if not str(path).endswith(name)]
     return [str(path.relative_to("photos")) for path in paths], leanclip.load("tiny").embed_images(
@@ -120,9 +173,6 @@ def test_another_start_must_agree(photos: Path, command: Command) -> None:
 def test_paths_from_standard_input(
     photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-    import sys
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("photos/0/003.png\n\nphotos/0/000.png\n"))
     done = command("embed", "-", *WORDS[2:])
     assert done.returncode == 0, done.stderr

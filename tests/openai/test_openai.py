@@ -422,8 +422,7 @@ def test_the_transform_is_openais(kind: str) -> None:
     assert ours.dtype == torch.float32
     np.testing.assert_array_equal(ours, reference(image, 24))
     mean, std = (
-        np.array(v, np.float32)[:, None, None]
-        for v in (CLIP_MEAN, leanclip.images.CLIP_STD)
+        np.array(v, np.float32)[:, None, None] for v in (CLIP_MEAN, leanclip.images.CLIP_STD)
     )
     pixels = np.round((ours.numpy() * std + mean) * 255)
     np.testing.assert_allclose(pixels, golden[kind], atol=1)  # Pillow's versions may differ by one

@@ -427,7 +427,9 @@ class EvaluationData(Section):
         default=None, description="null: as class_names, unless caption_column is set"
     )
     limit: Positive | None = Field(
-        default=None, description="use this many samples, from the start"
+        default=None,
+        description="measure a sample of this many images with all their captions; it is the same "
+        "for every model and seed; null: all",
     )
 
 

@@ -57,6 +57,11 @@ class Dataset(ABC):
         """
 
     @property
+    def has_random_access(self) -> bool:
+        """Whether samples far from each other are read as fast as neighbours."""
+        return True
+
+    @property
     def distinct(self) -> int:
         """How many different samples there are, whatever the size of an epoch."""
         return len(self)

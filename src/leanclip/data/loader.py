@@ -36,6 +36,7 @@ from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.decoded_image_cache import ROOM, Kept
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError, SampleError, is_shortage
+from leanclip.io.threads import is_main_thread
 from leanclip.preprocess.decoding import Source
 from leanclip.preprocess.images import evaluation_pixels, training_pixels
 from leanclip.preprocess.tokenizer import END, encode, tokenize
@@ -154,7 +155,6 @@ def evaluation_batches(
     resolution: int,
     context_length: int,
     batch_size: int,
-    limit: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
@@ -163,7 +163,7 @@ def evaluation_batches(
     Of several ranks each takes every `world_size`-th batch, from the rank-th: the batches are
     the same whatever the number of ranks, and so is what a model makes of them.
     """
-    size = min(len(dataset), limit or len(dataset))
+    size = len(dataset)
     starts = range(rank * batch_size, size, world_size * batch_size)
     places = (range(n, min(n + batch_size, size)) for n in starts)
     yield from batches_at(
@@ -224,7 +224,8 @@ def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None)
         raise _shortage(()) from None
     # When the workers have ended, who remove their own; at exit that is of a negative priority.
     tidy_up = Finalize(batches, shutil.rmtree, (sockets, True), exitpriority=-1)
-    if workers:  # PyTorch raises a worker's death wherever the program is just then
+    # PyTorch, in the main thread, raises a worker's death wherever the program is just then.
+    if workers and is_main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:

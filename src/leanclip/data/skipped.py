@@ -24,10 +24,10 @@ class Bad(NamedTuple):
         """What an error says of the sample called `name`."""
         reason = " ".join(str(error).split())
         reason = reason if name in reason else f"{name}: {reason}"
-        return cls(_short(name), error.kind, _short(reason))
+        return cls(short_id(name), error.kind, short_id(reason))
 
 
-def _short(text: str) -> str:
+def short_id(text: str) -> str:
     """At most LONGEST characters, of the start and the end."""
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"

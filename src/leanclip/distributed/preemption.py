@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from leanclip.io.threads import is_main_thread
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 ASKING = (*STOPPING, signal.SIGUSR1)
 Answer = Callable[[int, FrameType | None], Any] | int  # an int: SIG_IGN or SIG_DFL
@@ -32,7 +34,13 @@ class Stopped(BaseException):
 
 @contextmanager
 def answering(answers: Mapping[signal.Signals, Answer]) -> Iterator[None]:
-    """Answer signals so, by their numbers; the previous handlers come back at the end."""
+    """Answer signals so, by their numbers; the previous handlers come back at the end.
+
+    Signals are the main thread's: in another one nothing changes.
+    """
+    if not is_main_thread():
+        yield
+        return
     before = {number: signal.signal(number, answer) for number, answer in answers.items()}
     try:
         yield

@@ -23,7 +23,7 @@ BINS = 15  # of confidences, as in Guo et al., arXiv 1706.04599
 
 @dataclass(frozen=True)
 class Classification:
-    """The answers for each image of a data set, in the data set's order."""
+    """The answers for each image; `indices` says which of the data set's it is."""
 
     classes: Sequence[str]
     indices: torch.Tensor  # (N,) int64, of the images in their data set

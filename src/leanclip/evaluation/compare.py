@@ -19,7 +19,7 @@ from leanclip.errors import DataError
 from leanclip.evaluation import Report, Task
 from leanclip.evaluation.classification import Classification, mean_per_class
 from leanclip.evaluation.evaluator import PREFIXES
-from leanclip.evaluation.intervals import LEVEL, RESAMPLES, Interval, bootstrap
+from leanclip.evaluation.intervals import LEVEL, RESAMPLES, Interval, bootstrap, mean_by_group
 from leanclip.evaluation.multi_model import evaluate_each
 from leanclip.evaluation.retrieval import AT, WAYS, RetrievalResult
 from leanclip.evaluation.significance import McNemar, mcnemar
@@ -126,14 +126,15 @@ def _add_classification(
     found: Comparison, task: Task, one: Classification, other: Classification
 ) -> None:
     labels, names = one.labels.numpy(), one.classes
+    size = len(labels)
 
     def by_class(right: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         return mean_per_class(right[drawn], labels[drawn], len(names))
 
     ranks, prefix = (one.ranks, other.ranks), PREFIXES[task.name]
-    _add_figure(found, f"{prefix}_top1", [rank == 1 for rank in ranks], _mean)
-    _add_figure(found, f"{prefix}_top5", [rank <= 5 for rank in ranks], _mean)
-    _add_figure(found, f"{prefix}_mean_per_class", [rank == 1 for rank in ranks], by_class)
+    _add_figure(found, f"{prefix}_top1", [rank == 1 for rank in ranks], _mean, size)
+    _add_figure(found, f"{prefix}_top5", [rank <= 5 for rank in ranks], _mean, size)
+    _add_figure(found, f"{prefix}_mean_per_class", [rank == 1 for rank in ranks], by_class, size)
 
     def change(row: int) -> Change:
         index = int(one.indices[row])
@@ -146,15 +147,20 @@ def _add_classification(
 def _add_retrieval(
     found: Comparison, task: Task, one: RetrievalResult, other: RetrievalResult
 ) -> None:
-    name = task.dataset.name
+    name, size, owners = task.dataset.name, len(one.indices), one.owners.numpy()
     firsts: dict[int, int] = {}
     for caption, owner in enumerate(one.owners.tolist()):
         firsts.setdefault(owner, caption)
     for way in WAYS:
         is_of_images = way == "image_to_text"
         ranks = tuple(r.image_ranks if is_of_images else r.caption_ranks for r in (one, other))
+        images = np.arange(size) if is_of_images else owners
+
+        def recall(right: np.ndarray, drawn: np.ndarray, images: np.ndarray = images) -> np.ndarray:
+            return mean_by_group(right, images, drawn)
+
         for k in AT:
-            _add_figure(found, f"{way}_R@{k}", [rank <= k for rank in ranks], _mean)
+            _add_figure(found, f"{way}_R@{k}", [rank <= k for rank in ranks], recall, size)
 
         def image_change(row: int) -> Change:
             index = int(one.indices[row])
@@ -167,7 +173,8 @@ def _add_retrieval(
             return Change(name(index), index, one.captions[caption], first, second)
 
         change = image_change if is_of_images else caption_change
-        _add_changes(found, f"{way}_R@1", (ranks[0], ranks[1]), change)
+        groups = None if is_of_images else one.owners
+        _add_changes(found, f"{way}_R@1", (ranks[0], ranks[1]), change, groups)
 
 
 def _mean(right: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -179,13 +186,15 @@ def _add_figure(
     name: str,
     right: Sequence[torch.Tensor],
     mean: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    size: int,
 ) -> None:
-    """A figure that is some mean of what is right, and its difference over the same resamples."""
+    """A figure that is some mean of what is right, and its difference over the same resamples.
+
+    `size` is how many images there are to draw from.
+    """
     first, second = (one.numpy() for one in right)
-    everything = np.arange(len(first))[None]
-    intervals = bootstrap(
-        len(first), lambda drawn: {name: mean(second, drawn) - mean(first, drawn)}
-    )
+    everything = np.arange(size)[None]
+    intervals = bootstrap(size, lambda drawn: {name: mean(second, drawn) - mean(first, drawn)})
     values = [float(mean(one, everything)[0]) for one in (first, second)]
     found.figures.append(Figure(name, values[0], values[1], intervals[name]))
 
@@ -195,9 +204,11 @@ def _add_changes(
     name: str,
     ranks: tuple[torch.Tensor, torch.Tensor],
     change: Callable[[int], Change],
+    groups: torch.Tensor | None = None,
 ) -> None:
-    """McNemar's test on who is first, and every sample that only one got right."""
+    """McNemar's test on who is first, and every sample that only one got right, by index."""
     first, second = (rank == 1 for rank in ranks)
-    found.tests[name] = mcnemar(first, second)
+    found.tests[name] = mcnemar(first, second, groups)
     for kind, rows in ((found.better, ~first & second), (found.worse, first & ~second)):
-        kind[name] = [change(row) for row in rows.nonzero()[:, 0].tolist()]
+        changes = [change(row) for row in rows.nonzero()[:, 0].tolist()]
+        kind[name] = sorted(changes, key=lambda one: one.index)

@@ -25,7 +25,7 @@ from leanclip.evaluation.probe import (
     neighbour_votes,
     scores_of,
 )
-from leanclip.evaluation.results import Report, Result
+from leanclip.evaluation.results import Report, Result, sample_note
 from leanclip.evaluation.retention import PREFIX, comparison
 from leanclip.evaluation.retrieval import RetrievalResult, retrieve
 from leanclip.evaluation.tasks import Part, Task
@@ -139,6 +139,8 @@ class Measuring:
             _say_retrieval(task, result, report)
         elif isinstance(result, ProbeResult):
             _say_probe(task, result, report)
+        if note := sample_note(report.data[task.name]):
+            report.sentences.append(note)
 
     def _encode(
         self, data: DataConfig, dataset: Dataset, task: Task, limit: int | None = None
@@ -258,6 +260,7 @@ def _add_guard(
     report.bad |= own.bad
     report.before = dict(before)
     report.sentences.append(comparison(guard, tasks, before, report.metrics))
+    report.sentences += filter(None, map(sample_note, own.data.values()))
 
 
 def _say_zero_shot(task: Task, result: ZeroShotResult, report: Report) -> None:
@@ -272,15 +275,16 @@ def _say_zero_shot(task: Task, result: ZeroShotResult, report: Report) -> None:
     labels: list[int] = result.labels.tolist()
     indices: list[int] = result.indices.tolist()
     said: list[int] = result.top_classes[:, 0].tolist()
-    shown = range(0, len(labels), -(-len(labels) // PREDICTIONS))
+    in_order: list[int] = result.indices.argsort().tolist()
     report.predictions = [
-        (task.dataset[indices[i]].image, classes[said[i]], classes[labels[i]]) for i in shown
+        (task.image(indices[i]), classes[said[i]], classes[labels[i]])
+        for i in in_order[:: -(-len(labels) // PREDICTIONS)]
     ]
     if not report.examples:
-        firsts = {label: row for row, label in reversed(list(enumerate(labels)))}
+        firsts = {labels[row]: row for row in reversed(in_order)}
         rows = [firsts[label] for label in sorted(firsts)[:EXAMPLES]]
         report.examples = [
-            (task.dataset[indices[i]].image, fill(result.templates[:1], classes[labels[i]])[0])
+            (task.image(indices[i]), fill(result.templates[:1], classes[labels[i]])[0])
             for i in rows
         ]
         shown_classes = result.classifier[[labels[i] for i in rows]]
@@ -294,13 +298,13 @@ def _say_retrieval(task: Task, result: RetrievalResult, report: Report) -> None:
         f"{figures['image_to_text_R@1']:.1%} of {len(result.indices)} images; among the images, "
         f"it finds a caption's own first for {figures['text_to_image_R@1']:.1%}."
     )
-    owners: list[int] = result.owners.tolist()
-    firsts = [owners.index(i) for i in range(min(EXAMPLES, len(result.indices)))]
+    rows: list[int] = result.indices.argsort()[:EXAMPLES].tolist()
+    firsts = [int((result.owners == row).nonzero()[0, 0]) for row in rows]
     report.examples = [
-        (task.dataset[int(result.indices[i])].image, result.captions[first])
-        for i, first in enumerate(firsts)
+        (task.image(int(result.indices[row])), result.captions[first])
+        for row, first in zip(rows, firsts, strict=True)
     ]
-    report.similarity = result.text_features[firsts] @ result.features[: len(firsts)].T
+    report.similarity = result.text_features[firsts] @ result.features[rows].T
 
 
 def _say_probe(task: Task, result: ProbeResult, report: Report) -> None:
@@ -324,5 +328,6 @@ def _data_facts(task: Task, images: Encoded) -> dict[str, Any]:
         "split": data.split,
         "samples": len(images.indices),
         "limit": task.limit,
+        "available": images.available,
         "sha256": images.fingerprint(task.dataset.classes),
     }

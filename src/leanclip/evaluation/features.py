@@ -1,6 +1,6 @@
 """Unit features of images and texts, in batches, without gradients, over all ranks.
 
-    a data set -> this rank's batches -> features -> everyone's, in the data set's order
+    a data set -> distinct images -> this rank's batches -> features -> everyone's, by digest
     texts -> the distinct ones, by length -> batches of one length, without padding -> features
 
 What a batch holds does not depend on the number of ranks, so the features do not either.
@@ -11,7 +11,7 @@ Shapes: N images, M texts, E embedding, B batch, L tokens.
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 from leanclip.config.schema import DataConfig
 from leanclip.data import Dataset
-from leanclip.data.loader import evaluation_batches
-from leanclip.data.skipped import Bad, BadSamples
+from leanclip.data.loader import Batch, evaluation_batches
+from leanclip.data.skipped import Bad, BadSamples, short_id
 from leanclip.distributed.collectives import everyones, gather_rows, rank_and_world_size
-from leanclip.errors import DataError
+from leanclip.errors import DataError, SampleError
+from leanclip.evaluation.distinct import DistinctImages, distinct_images
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess, normalize
@@ -40,14 +41,15 @@ _NAMED: WeakKeyDictionary[Dataset, set[str]] = WeakKeyDictionary()  # ids that a
 
 
 class Encoded(NamedTuple):
-    """The readable images of a data set, in its order."""
+    """The readable images of a data set, in the order of their digests."""
 
     features: torch.Tensor  # (N, E) float32, of unit length
-    indices: torch.Tensor  # (N,) int64, in the data set
+    indices: torch.Tensor  # (N,) int64, in the data set; of several rows the first
     labels: torch.Tensor  # (N,) int64, of class data; -1 elsewhere
     captions: list[Sequence[str]]  # N, of data that is no class data
     digests: torch.Tensor  # (N,) int64, of image files and their captions or labels
     bad: dict[str, str]  # those that could not be read: id -> reason
+    available: int  # images of the data set, of which these may be a sample
 
     def chosen(self, rows: torch.Tensor) -> "Encoded":
         """Some of the images of class data."""
@@ -58,13 +60,14 @@ class Encoded(NamedTuple):
             [],
             self.digests[rows],
             self.bad,
+            self.available,
         )
 
     def fingerprint(self, classes: Sequence[str] = ()) -> str:
-        """SHA-256 over the images' digests, in order, and the names of classes.
+        """SHA-256 over the images' digests, from the lowest up, and the names of classes.
 
         An image's digest is the BLAKE2b, of eight bytes, of its file and its label or captions:
-        the same data gives the same, wherever it lies and however it is packed.
+        the same data gives the same, in any place, order and format.
         """
         found = hashlib.sha256(self.digests.numpy().astype("<i8").tobytes())
         found.update(json.dumps(list(classes)).encode())
@@ -89,11 +92,11 @@ def encode_dataset(
         data: workers and limits.
         preprocess: of the model.
         batch_size: the most images of a forward pass; a CPU takes them in smaller parts.
-        limit: only so many samples, from the start.
+        limit: a sample of so many images, the same for every model; see `distinct_images`.
         label: of the progress bar.
 
     Raises:
-        DataError: more than the allowed share is unreadable, or all.
+        DataError: more than the allowed share of the images that were tried is unreadable, or all.
     """
     pairs = [(model, preprocess)]
     (found,) = encode_each(pairs, dataset, data, batch_size=batch_size, limit=limit, label=label)
@@ -114,26 +117,18 @@ def encode_each(
     `models` is gone through for every batch; otherwise as `encode_dataset`.
     """
     rank, world_size = rank_and_world_size()
-    most_bad = data.max_bad_share * len(dataset)
+    images, distinct = dataset, None
+    if limit is not None or not dataset.classes:  # all of class data is measured row by row
+        images = distinct = distinct_images(dataset, limit, workers=data.workers)
+    tried = distinct.names if distinct else len(dataset)
     facts, captions, bad = [torch.empty(0, 3).long()], [], []
     features = [[torch.empty(0, model.config.embed_dim)] for model, _ in models]
-    model, preprocess = next(iter(models))
-    batches = evaluation_batches(
-        dataset,
-        data,
-        resolution=preprocess.resolution,
-        context_length=model.context_length,
-        batch_size=batch_size,
-        limit=limit,
-        rank=rank,
-        world_size=world_size,
-    )
-    total = min(len(dataset), limit or len(dataset))
-    with ProgressBar(label, total, is_silent=rank > 0) as bar:
+    batches = _own_batches(next(iter(models)), images, data, batch_size)
+    with ProgressBar(label, len(images), is_silent=rank > 0) as bar:
         done = 0
         for batch in batches:
             bad += batch.bad
-            if len(bad) > most_bad:  # enough to say so
+            if len(bad) > data.max_bad_share * tried:  # enough to say so
                 break
             if len(batch):
                 for parts, (model, preprocess) in zip(features, models, strict=True):
@@ -141,38 +136,69 @@ def encode_each(
                 facts.append(torch.stack([batch.indices, batch.labels, batch.digests], dim=1))
                 captions += [] if dataset.classes else batch.captions
             done += len(batch) + len(batch.bad)
-            bar.update(min(done * world_size, total))
-    reasons = _report_bad(dataset, data, bad)
+            bar.update(min(done * world_size, len(images)))
     numbers = gather_rows(torch.cat(facts))[0]
+    bad = sorted(one for part in everyones(bad) for one in part)
+    counted = BadSamples(tried, data.max_bad_share)
+    counted.add(bad)  # ends here where a rank has stopped early
+    if distinct:
+        bad = _bad_rows(distinct, numbers[:, 0], bad)
+    reasons = _report_bad(dataset, counted, bad)
     if not len(numbers):
         raise DataError(f"{data.root}: none of the images is readable")
     captions = [several for part in everyones(captions) for several in part]
-    order = numbers[:, 0].argsort()
-    indices, labels, digests = numbers[order].unbind(dim=1)
+    order = torch.from_numpy(np.lexsort(numbers[:, [0, 2]].T.numpy()))
+    places, labels, digests = numbers[order].unbind(dim=1)
     if captions:
         captions = [captions[i] for i in order.tolist()]
-    return [
-        Encoded(
-            gather_rows(torch.cat(parts))[0][order], indices, labels, captions, digests, reasons
-        )
-        for parts in features
-    ]
+    indices = torch.from_numpy(distinct.first_rows)[places] if distinct else places
+    available = distinct.available if distinct else len(dataset)
+    about = (indices, labels, captions, digests, reasons, available)
+    return [Encoded(gather_rows(torch.cat(parts))[0][order], *about) for parts in features]
 
 
-def _report_bad(dataset: Dataset, data: DataConfig, bad: Sequence[Bad]) -> dict[str, str]:
-    """What all ranks could not read: id -> reason. What was not said of the data set before is.
+def _own_batches(
+    model: tuple[CLIP, Preprocess], images: Dataset, data: DataConfig, batch_size: int
+) -> Iterator[Batch]:
+    """This rank's batches, as a model reads them."""
+    rank, world_size = rank_and_world_size()
+    return evaluation_batches(
+        images,
+        data,
+        resolution=model[1].resolution,
+        context_length=model[0].context_length,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _bad_rows(images: DistinctImages, good: torch.Tensor, bad: Sequence[Bad]) -> list[Bad]:
+    """Every sample that shows one of the images that are bad; `good` are the others' indices."""
+    found = {one.id: one for one in bad}
+    for index in np.setdiff1d(np.arange(len(images)), good.numpy()).tolist():
+        names = images.names_of(index)
+        if (first := found.get(short_id(names[0]))) is None:
+            continue
+        for name in names[1:]:
+            error = SampleError(first.kind, f"{name}: the same bytes as {first.reason}")
+            found.setdefault(short_id(name), Bad.of(name, error))
+    return sorted(found.values())
+
+
+def _report_bad(dataset: Dataset, counted: BadSamples, bad: Sequence[Bad]) -> dict[str, str]:
+    """What could not be read: id -> reason. A warning names each, once for a data set.
 
     Raises:
-        DataError: too many, on every rank.
+        DataError: it is too much.
     """
-    every = sorted(one for part in everyones(list(bad)) for one in part)
-    BadSamples(len(dataset), data.max_bad_share).add(every)
+    counted.add(bad)
     named = _NAMED.setdefault(dataset, set())
-    for one in {one.id: one for one in every}.values():
+    for one in {one.id: one for one in bad}.values():
         if one.id not in named:
             log.warning("skipped: %s", one.reason)
             named.add(one.id)
-    return {one.id: one.reason for one in every}
+    return {one.id: one.reason for one in bad}
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ def bootstrap(
     size: int,
     measure: Callable[[np.ndarray], Mapping[str, np.ndarray]],
     *,
+    width: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict[str, Interval]:
     """95% percentile intervals of figures of `size` samples (Efron, 1979).
@@ -30,10 +31,11 @@ def bootstrap(
     Args:
         size: N.
         measure: indices of resamples (R, N) -> figures by name, (R,) each.
+        width: values that `measure` needs for a resample, where they are more than N.
         resamples: how many there are in all.
     """
     rng = np.random.default_rng(0)
-    rows = max(1, _CHUNK // max(size, 1))
+    rows = max(1, _CHUNK // max(size, width, 1))
     found: dict[str, list[np.ndarray]] = {}
     for first in range(0, resamples, rows):
         drawn = rng.integers(size, size=(min(rows, resamples - first), size), dtype=np.int32)
@@ -42,3 +44,26 @@ def bootstrap(
     tails = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
     low_high = {k: np.quantile(np.concatenate(v), tails) for k, v in found.items()}
     return {name: (float(low), float(high)) for name, (low, high) in low_high.items()}
+
+
+def mean_by_group(values: np.ndarray, groups: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """The mean of the values of all members of the groups that were drawn, (R, N) -> (R,).
+
+    Args:
+        values: of members, (M,).
+        groups: of each member, from 0 to N - 1, (M,).
+        drawn: groups.
+    """
+    sums = np.bincount(groups, values)
+    sizes = np.bincount(groups)
+    return sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+
+
+def median_by_group(values: np.ndarray, groups: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """The median of the same values, (R, N) -> (R,)."""
+    order, (rows, size) = values.argsort(kind="stable"), drawn.shape
+    cells = drawn + size * np.arange(rows)[:, None]
+    times = np.bincount(cells.ravel(), minlength=rows * size).reshape(rows, size)
+    ends = times[:, groups[order]].cumsum(axis=1)  # (R, M): values drawn up to each
+    low, high = ((ends <= (ends[:, -1:] - odd) // 2).sum(axis=1) for odd in (1, 0))
+    return (values[order[low]] + values[order[high]]) / 2

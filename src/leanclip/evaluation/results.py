@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -62,6 +63,16 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write `report.json` in an existing folder."""
         write_text(folder / FILE, _json(self.facts()) + "\n")
+
+
+def sample_note(data: Mapping[str, Any]) -> str:
+    """That only a sample of a data set was measured; nothing where all of it was."""
+    if data.get("limit") is None or data["limit"] >= data["available"]:
+        return ""
+    return (
+        f"Measured on a sample of {data['limit']:,} of the {data['available']:,} images of "
+        f"{data['root']} (limit), which is the same for every model and seed."
+    )
 
 
 def _has_classes(result: Result) -> bool:

@@ -3,9 +3,10 @@
     features -> blocks of images x all captions, of captions x all images -> ranks -> figures
 
 An image's rank is the place of the first of its own captions among all captions; a caption's,
-the place of its image among all images. Ties: of equal scores the one that comes first in the
-data set is placed first, as a stable sort does; so a model that gives the same score to
-everything is at chance.
+the place of its image among all images. Ties: of equal scores the first is placed first, as a
+stable sort does. `encode_dataset` gives images in the order of their digests, which is a random
+one that depends on their content alone; so a model that gives the same score to everything is at
+chance, and the order of the data set's rows does not matter.
 
 Only a block of scores is held at a time: the memory does not grow with N * M.
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from leanclip.evaluation.classification import rank_of
-from leanclip.evaluation.intervals import Interval, bootstrap
+from leanclip.evaluation.intervals import Interval, bootstrap, mean_by_group, median_by_group
 
 WAYS = ("image_to_text", "text_to_image")
 AT = (1, 5, 10)
@@ -31,9 +32,9 @@ Best = Callable[[torch.Tensor, int], torch.Tensor]  # scores (B, ...), first row
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Where images and captions found each other, in the data set's order."""
+    """Where images and captions found each other; the captions of an image are neighbours."""
 
-    indices: torch.Tensor  # (N,) int64, of the images in their data set
+    indices: torch.Tensor  # (N,) int64, of the images in their data set; of several rows the first
     features: torch.Tensor  # (N, E), of unit length
     captions: Sequence[str]  # M
     owners: torch.Tensor  # (M,) int64: the row of a caption's image, 0 to N - 1
@@ -48,11 +49,10 @@ class RetrievalResult:
         return retrieval_figures(self.image_ranks, self.caption_ranks)
 
     def intervals(self) -> dict[str, Interval]:
-        """Of all figures: over images for image to text, over captions for text to image."""
-        found = {}
-        for way, ranks in zip(WAYS, (self.image_ranks, self.caption_ranks), strict=True):
-            found |= _intervals(way, ranks.numpy())
-        return found
+        """Of all figures, over images: captions of one image are not independent samples."""
+        images = np.arange(len(self.indices))
+        found = _intervals(WAYS[0], self.image_ranks.numpy(), images)
+        return found | _intervals(WAYS[1], self.caption_ranks.numpy(), self.owners.numpy())
 
 
 def recall_at_k(scores: torch.Tensor, owners: torch.Tensor, k: int) -> tuple[float, float]:
@@ -153,10 +153,11 @@ def _recall(ranks: torch.Tensor, k: int) -> float:
     return (ranks <= k).double().mean().item()
 
 
-def _intervals(way: str, ranks: np.ndarray) -> dict[str, Interval]:
-    def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:
-        found = ranks[drawn]  # (R, N)
-        recalls = {f"{way}_R@{k}": (found <= k).mean(axis=1) for k in AT}
-        return recalls | {f"{way}_median_rank": np.median(found, axis=1)}
+def _intervals(way: str, ranks: np.ndarray, images: np.ndarray) -> dict[str, Interval]:
+    """Of the ranks of queries, each of which belongs to an image."""
 
-    return bootstrap(len(ranks), measure)
+    def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        recalls = {f"{way}_R@{k}": mean_by_group(ranks <= k, images, drawn) for k in AT}
+        return recalls | {f"{way}_median_rank": median_by_group(ranks, images, drawn)}
+
+    return bootstrap(int(images.max()) + 1, measure, width=len(ranks))

@@ -2,12 +2,14 @@
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from leanclip.config.schema import Config, DataConfig, EvaluationData, NeighbourData, ProbeData
 from leanclip.data import Dataset, open_dataset, source_configs
 from leanclip.data.splits import find_splits
-from leanclip.errors import ConfigError, DataError
+from leanclip.errors import ConfigError, DataError, one_line
+from leanclip.preprocess.images import warn_not_shown
 
 log = logging.getLogger("leanclip")
 
@@ -64,6 +66,14 @@ class Task:
     validation: Part | None = None  # of a linear probe; None: a fifth of each class of `train`
     shots: int | None = None
     k: int = 0
+
+    def image(self, index: int) -> Path | bytes:
+        """The image of a sample, to be shown; no bytes, with a warning, where it is gone."""
+        try:
+            return self.dataset[index].image
+        except Exception as error:  # of many libraries; the metrics are there, whatever it is
+            warn_not_shown(f"{self.dataset.name(index)}: {one_line(error)}")
+            return b""
 
 
 def open_tasks(config: Config) -> list[Task]:

@@ -28,11 +28,11 @@ import torch
 from leanclip.data.dataset import Strings
 from leanclip.data.readers.image_files import find_images
 from leanclip.errors import ConfigError, DataError, SampleError
-from leanclip.inference.inputs import in_threads
 from leanclip.inference.model import Clip
 from leanclip.io.files import held, whole_file, write_array, write_text
 from leanclip.io.optional_imports import need
 from leanclip.io.progress import ProgressBar
+from leanclip.io.threads import in_threads
 from leanclip.preprocess.images import evaluation_pixels
 from leanclip.weights import fingerprint
 
@@ -116,14 +116,17 @@ def embed(
         workers: threads that decode; None: one per CPU core, eight at most.
         format: "npy" or "parquet" (the extra `table`).
         dtype: of what is stored: "float32" or "float16".
-        max_bad_share: the share of images that may be unreadable; they are skipped and named.
+        max_bad_share: the share of all images, over all ranks, that may be unreadable; they are
+            skipped and named.
         rank: whose shards to make, of `world_size`.
         world_size: how many share the work; they need not run at the same time.
 
     Raises:
         ConfigError: a setting is wrong, or `out` holds something else.
-        DataError: too many images are unreadable.
+        DataError: there are no images, or too many are unreadable.
     """
+    if not len(source.names):
+        raise DataError("embed: no images; give a folder, or paths on standard input, one a line")
     index = _index(clip, source, shard_size, format, dtype)
     _open(out, index)
     lock = out / f".{rank}-of-{world_size}.lock"
@@ -160,7 +163,8 @@ def _make_shards(
     done = sum(sizes.values()) - sum(sizes[number] for number in pending)
     if done:
         log.info("%d of %d shards are there", len(sizes) - len(pending), len(sizes))
-    bad = sum(len(_skipped(out, number)) for number in mine)
+    counted: dict[int, int] = {}
+    _check_skipped(out, index, max_bad_share, counted, {})
     numbers = (number for shard in pending for number in _part(index, shard))
     decoded = in_threads(_reader(source, clip.preprocess.resolution), numbers, workers, batch_size)
     with ProgressBar("embedding", sum(sizes.values()), completed=done, is_silent=rank > 0) as bar:
@@ -175,23 +179,33 @@ def _make_shards(
                     rows.append(clip.embed_pixels(pixels).numpy().astype(dtype))
                 done += len(batch)
                 bar.update(done)
-            bad += len(skipped)
-            _check_skipped(skipped, bad, index, max_bad_share)
+            for name, reason in skipped.items():
+                log.warning("skipped: %s: %s", name, reason)
+            _check_skipped(out, index, max_bad_share, counted, skipped)
             _write(out, shard, index, ids, rows, skipped)
+            _check_skipped(out, index, max_bad_share, counted, {})  # two ranks may end at once
 
 
-def _check_skipped(skipped: dict[str, str], bad: int, index: Index, max_bad_share: float) -> None:
-    """Name what a shard skipped.
+def _check_skipped(
+    out: Path, index: Index, max_bad_share: float, counted: dict[int, int], new: dict[str, str]
+) -> None:
+    """See how many images the finished shards of all ranks lack, and a new one.
+
+    `counted` keeps what each finished shard lacks.
 
     Raises:
-        DataError: there were too many by now.
+        DataError: they are too many.
     """
-    for name, reason in skipped.items():
-        log.warning("skipped: %s: %s", name, reason)
+    for path in out.glob("*.skipped.json"):
+        shard = int(path.name.partition(".")[0])
+        if shard not in counted and _last_file(out, shard, index.format).exists():
+            counted[shard] = len(_skipped(out, shard))
+    bad = sum(counted.values()) + len(new)
     if bad > max_bad_share * index.images:
+        example = list((new or _skipped(out, max(counted))).values())[-1]
         raise DataError(
             f"{bad} of {index.images} images are unreadable, allowed are {max_bad_share:.1%} "
-            f"(--max-bad-share); the last: {list(skipped.values())[-1]}"
+            f"(--max-bad-share); one of them: {example}"
         )
 
 
@@ -333,6 +347,7 @@ def _write(
 ) -> None:
     """The files of a shard, of which the last appears last and whole."""
     features = np.concatenate([np.empty((0, index.embed_dim), index.dtype), *rows])  # (n, E)
+    _skipped_file(out, shard).unlink(missing_ok=True)  # of a start that was killed
     if skipped:
         write_text(_skipped_file(out, shard), json.dumps(skipped, indent=1) + "\n")
     last = _last_file(out, shard, index.format)

@@ -8,13 +8,10 @@ as many images. Nothing is held but the batches that are under way.
 Shapes: B batch, R resolution.
 """
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +20,9 @@ from PIL import Image
 from leanclip.data.readers.image_files import find_images
 from leanclip.errors import DataError, SampleError
 from leanclip.io.download import fetch_bytes, is_url
+from leanclip.io.threads import in_threads
 from leanclip.preprocess.images import SUFFIXES, Source, evaluation_pixels
 
-S = TypeVar("S")
-R = TypeVar("R")
 ImageInput = Source | np.ndarray
 AllowUrls = bool | Literal["private"]
 ImageInputs = ImageInput | Iterable[ImageInput]
@@ -103,36 +99,6 @@ def pixel_batches(
     arrays = in_threads(read, sources, workers, batch_size)
     while part := list(islice(arrays, batch_size)):
         yield torch.from_numpy(np.stack(part))
-
-
-def in_threads(
-    read: Callable[[int, S], R], sources: Iterable[S], workers: int | None, batch_size: int
-) -> Iterator[R]:
-    """`read(place, source)` of each source, in order; two batches are under way at once.
-
-    Args:
-        read: runs in a thread; what it raises is raised here.
-        sources: what to read; no further than needed.
-        workers: threads; 0: this one; None: one per CPU core, eight at most.
-        batch_size: how many will be taken at once.
-    """
-    if workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = min(8, max(1, len(os.sched_getaffinity(0)) // processes))
-    if workers == 0:
-        yield from (read(place, source) for place, source in enumerate(sources))
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="leanclip-decode")
-    try:
-        futures: deque[Future[R]] = deque()
-        for place, source in enumerate(sources):
-            futures.append(pool.submit(read, place, source))
-            if len(futures) >= 2 * batch_size:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def to_source(image: ImageInput, *, allow_urls: AllowUrls = False) -> Source:

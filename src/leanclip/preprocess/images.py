@@ -9,14 +9,15 @@ Shapes: B batch, R resolution.
 """
 
 import io
+import logging
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.errors import SampleError
+from leanclip.errors import SampleError, one_line
 from leanclip.preprocess.decoding import (
     FORMATS,
     MAX_PIXELS,
@@ -38,12 +39,16 @@ __all__ = [
     "as_jpeg",
     "center_crop",
     "evaluation_pixels",
+    "image_to_show",
     "middle_square",
     "normalize",
     "open_image",
     "to_array",
     "training_pixels",
+    "warn_not_shown",
 ]
+
+log = logging.getLogger("leanclip")
 
 MAX_LENGTH = 1 << 18  # of the long side when the short one is as the model wants it
 SPARE = 1.5  # a crop decoded smaller keeps at least this many times the wanted side
@@ -159,6 +164,23 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((side - resolution) / 2) for side in size)
     return image.crop((left, top, left + resolution, top + resolution))
+
+
+def image_to_show(source: Source) -> Image.Image | None:
+    """The image for a picture or a page; None, with a warning, where it cannot be read."""
+    if source == b"":  # a warning is logged already
+        return None
+    try:
+        return open_image(source)
+    except (SampleError, OSError, MemoryError) as error:
+        warn_not_shown(one_line(error))
+        return None
+
+
+@lru_cache(1000)
+def warn_not_shown(reason: str) -> None:
+    """Log, once, why an image is left out of pictures."""
+    log.warning("not shown: %s", reason)
 
 
 def middle_square(image: Image.Image) -> Box:

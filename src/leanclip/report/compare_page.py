@@ -6,6 +6,7 @@ from pathlib import Path
 
 from leanclip.evaluation import Task
 from leanclip.evaluation.compare import Change, Comparison
+from leanclip.evaluation.results import sample_note
 from leanclip.evaluation.retention import HEADLINES
 from leanclip.evaluation.retrieval import WAYS
 from leanclip.evaluation.significance import McNemar
@@ -23,7 +24,6 @@ from leanclip.report.page import (
 )
 from leanclip.report.plots import can_draw, image_grid
 from leanclip.report.report_page import called, say
-from leanclip.report.results import image_of
 
 SHOWN = 24  # changed samples of a kind on the page
 DRAWN = 12  # in the picture
@@ -45,7 +45,7 @@ def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> 
                     f"only {letter} is right: {shortened(one.truth, 60)} ({shortened(wrong, 60)})"
                 )
                 drawn.append((task, one, words))
-    images = [(image, words) for task, one, words in drawn if (image := image_of(task, one.index))]
+    images = [(task.image(one.index), words) for task, one, words in drawn]
     if images and can_draw():
         pictures, titles = zip(*images, strict=True)
         image_grid(pictures, titles, folder / "changed.png")
@@ -80,7 +80,14 @@ def comparison_text(found: Comparison) -> str:
             f"{called(one.name):<{width}}  A {one.first:>6.1%}  B {one.second:>6.1%}  "
             f"B - A {points(one.difference)} (95%: {points(low)} to {points(high)})"
         )
-    return "\n".join([*lines, *(sentence(name, t) for name, t in found.tests.items())])
+    return "\n".join([*lines, *comparison_notes(found)])
+
+
+def comparison_notes(found: Comparison) -> list[str]:
+    """The tests in words, and what was measured where it is a sample."""
+    notes = map(sample_note, found.reports[0].data.values())
+    tests = [sentence(name, test) for name, test in found.tests.items()]
+    return [*tests, *dict.fromkeys(note for note in notes if note)]
 
 
 def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
@@ -108,7 +115,7 @@ def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
             tag("p", "Differences are in points, B less A; their interval is where they would "
                 "be for 95 of 100 draws of as many samples, the same for both (paired "
                 "bootstrap).", class_="soft"),
-            *(tag("p", sentence(name, test)) for name, test in found.tests.items()),
+            *(tag("p", words) for words in comparison_notes(found)),
         ),
     ]  # fmt: skip
     for task in tasks:
@@ -126,7 +133,6 @@ def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
 def _changes(title: str, kind: str, some: Sequence[Change], task: Task) -> Html:
     figures = []
     for one in some[:SHOWN]:
-        image = image_of(task, one.index)
         words = [
             tag("b", shortened(one.truth, 60)),
             tag("br"),
@@ -134,6 +140,6 @@ def _changes(title: str, kind: str, some: Sequence[Change], task: Task) -> Html:
             tag("br"),
             f"B: {shortened(one.second, 60)}",
         ]
-        figures.append(figure(thumbnail(image or b"", one.id), words, kind=kind))
+        figures.append(figure(thumbnail(task.image(one.index), one.id), words, kind=kind))
     more = f"{len(some):,} samples; compare.json names all of them."
     return section(title, tag("p", more, class_="soft"), gallery(figures))

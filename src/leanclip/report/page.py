@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from leanclip.errors import SampleError
 from leanclip.io.files import write_text
-from leanclip.preprocess.images import Source, as_jpeg, middle_square, open_image
+from leanclip.preprocess.images import Source, as_jpeg, image_to_show, middle_square
 
 SIDE = 112  # of a thumbnail, in pixels: twice what is shown, for fine screens
 MOST_POINTS = 400  # of a line
@@ -119,9 +118,8 @@ def bar(share: float, *, low: float | None = None, high: float | None = None) ->
 
 def thumbnail(source: Source, words: str = "") -> Html:
     """A picture inside the page, cut to a square; its words are for who cannot see it."""
-    try:
-        image = open_image(source)
-    except SampleError:
+    image = image_to_show(source)
+    if image is None:
         return tag("span", "no picture", class_="thumb missing")
     image = image.crop(middle_square(image))
     if image.width > SIDE:

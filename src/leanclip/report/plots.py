@@ -15,9 +15,10 @@ import numpy as np
 from leanclip.evaluation import Report
 from leanclip.io.files import read_metrics
 from leanclip.io.optional_imports import need
-from leanclip.preprocess.images import Source, open_image
+from leanclip.preprocess.images import Source, image_to_show
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -99,7 +100,7 @@ def similarity_matrix(
         thumbnail = figure.add_axes(
             (box[0] / width, box[1] / height, size[0] / width, size[1] / height), anchor="S"
         )
-        thumbnail.imshow(open_image(image))
+        _draw(thumbnail, image)
         thumbnail.axis("off")
     figure.suptitle("Cosine similarity between text and image features", y=1 - 0.15 / height)
     return saved(figure, path)
@@ -199,9 +200,18 @@ def image_grid(
     for axes in grid:
         axes.axis("off")
     for axes, image, caption in zip(grid, images, captions, strict=False):
-        axes.imshow(open_image(image))
+        _draw(axes, image)
         axes.set_title(words(caption, 28), fontsize=8)
     return saved(figure, path)
+
+
+def _draw(axes: "Axes", image: Source) -> None:
+    """An image, or words in its place where it cannot be read."""
+    shown = image_to_show(image)
+    if shown is not None:
+        axes.imshow(shown)
+    else:
+        axes.text(0.5, 0.5, "no picture", ha="center", va="center", transform=axes.transAxes)
 
 
 def words(text: str, width: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from leanclip.data.skipped import BadSamples
 from leanclip.evaluation.classification import Classification
-from leanclip.evaluation.results import Report
+from leanclip.evaluation.results import Report, sample_note
 from leanclip.evaluation.retention import PREFIX
 from leanclip.io.files import read_metrics
 from leanclip.report.page import (
@@ -211,7 +211,7 @@ def _provenance(report: Report) -> Html:
     parts = [_hashed("weights", report.source, report.weights)]
     for name, data in report.data.items():
         where = f"{data['layout']}:{data['root']}" + (f", {data['split']}" if data["split"] else "")
-        words = f"{where}, {data['samples']:,} images"
+        words = f"{where}, {data['samples']:,} images. {sample_note(data)}"
         parts.append(_hashed(name.replace("_", " "), words, data["sha256"]))
     if report.command:
         parts += [tag("h3", "The same again"), tag("pre", report.command)]

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from leanclip.errors import SampleError
 from leanclip.evaluation.classification import Classification
 from leanclip.evaluation.retrieval import RetrievalResult
 from leanclip.evaluation.tasks import Task
-from leanclip.preprocess.images import Source
 from leanclip.report.page import (
     Html,
     bar,
@@ -160,15 +158,7 @@ def neighbours(result: Classification | RetrievalResult, task: Task) -> list[Htm
 
 def _picture(result: Classification | RetrievalResult, task: Task, row: int) -> Html:
     """The image of a row of the result."""
-    return thumbnail(image_of(task, int(result.indices[row])) or b"", _words(result, row))
-
-
-def image_of(task: Task, index: int) -> Source | None:
-    """The image of a sample, not yet decoded; None: it cannot be had any more."""
-    try:
-        return task.dataset[index].image
-    except SampleError:
-        return None
+    return thumbnail(task.image(int(result.indices[row])), _words(result, row))
 
 
 def _words(result: Classification | RetrievalResult, row: int) -> str:

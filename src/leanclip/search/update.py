@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from leanclip.errors import DataError, SampleError
-from leanclip.inference.inputs import in_threads
 from leanclip.inference.model import Clip
 from leanclip.io.progress import ProgressBar
+from leanclip.io.threads import in_threads
 from leanclip.search.items import Entry, Items
 from leanclip.search.sources import Found, Source, read, with_caption
 from leanclip.search.vectors import Vectors

@@ -135,6 +135,11 @@ class Shards(Dataset):
         image = _member(opened, row, "image", name, MOST_IMAGE_BYTES)
         return Sample(name, image, captions, label)
 
+    @property
+    def has_random_access(self) -> bool:
+        """Whether every shard is on this machine, with no need to fetch it again and again."""
+        return all(not one.startswith(URLS) or fetched_path(one).is_file() for one in self.shards)
+
     def name(self, index: int) -> str:
         """The shard, and the sample's name in it."""
         shard, i = self._place(index)
