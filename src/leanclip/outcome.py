@@ -9,7 +9,7 @@ import torch
 from leanclip import checkpoint
 from leanclip.config import Config
 from leanclip.data.skipped import BadSamples
-from leanclip.distributed import barrier, rank_and_world_size
+from leanclip.distributed import barrier, from_first, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import Report, evaluate, open_guard, open_tasks
 from leanclip.evaluate.calibrated import calibrate, open_held_out
@@ -18,7 +18,8 @@ from leanclip.plan import model_preprocess
 from leanclip.plots import run_pictures
 from leanclip.report_page import headlines, write_report_page
 from leanclip.settings import to_plain
-from leanclip.weights import SHARDS, load_into, read_weights
+from leanclip.start import read_on_all_ranks
+from leanclip.weights import SHARDS, load_into
 
 SKIPPED = "skipped.jsonl"  # in the run's folder
 
@@ -32,6 +33,7 @@ class Outcome:
     page: Path  # report.html
     pictures: list[Path]
     seconds: float  # of training, over all starts
+    finished_at: int | None = None  # the step at which an earlier start had finished the run
 
 
 def evaluate_only(
@@ -65,10 +67,12 @@ def evaluate_only(
     folder = Path(config.output_dir)
     model = CLIP(**to_plain(config.model))
     if source is None:
-        source = str(folder) if any(folder.glob("checkpoints/step-*")) else config.load
-    weights = read_weights(source or folder, arch=config.load_arch)
+        has_run = from_first(lambda: any(folder.glob("checkpoints/step-*")))
+        source = str(folder) if has_run else config.load
+    weights, _ = read_on_all_ranks(source or folder, config.load_arch)
     load_into(model, weights, partial=config.load_partial)
-    progress = checkpoint.last_progress(Path(source or folder) / "checkpoints")
+    root = Path(source or folder) / "checkpoints"
+    progress = from_first(lambda: checkpoint.last_progress(root))
     before = progress.before if progress else {}
     preprocess = model_preprocess(config)
     report = evaluate(
@@ -86,7 +90,12 @@ def summary(outcome: Outcome) -> str:
     """A run in plain words: what it learned, where everything is, what to type next."""
     folder, report = outcome.folder, outcome.report
     lines = []
-    if outcome.seconds:
+    if outcome.finished_at is not None:
+        lines.append(
+            f"{folder}: already finished, at step {outcome.finished_at:,} after "
+            f"{outcome.seconds / 60:.1f} minutes of training; its metrics:"
+        )
+    elif outcome.seconds:
         lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
     lines += report.sentences
     skipped = BadSamples(0, 1, folder / SKIPPED)

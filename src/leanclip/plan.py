@@ -4,6 +4,7 @@ Config, device -> make_plan -> Plan -> describe (for --dry-run), headline, train
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from leanclip.config import Config, FinetuneConfig, Precision, load_config
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.mixture import Mixture
-from leanclip.distributed import barrier, rank_and_world_size
+from leanclip.distributed import barrier, from_first, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import METRICS, Task, open_guard, open_tasks
 from leanclip.finetune import Tuning
@@ -42,14 +43,20 @@ class Plan:
     ranks: int
     batch_size: int  # pairs per step over all ranks
     steps_per_epoch: int
-    steps: int
+    steps: int  # from the first sample to the last, in batches of this size
     peak_rate: float
     warmup: int  # steps
+    offset: int = 0  # steps made so far, less those that this batch size would have taken
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.output_dir)
+
+    @property
+    def last_step(self) -> int:
+        """The number of the last step, counting every step that the run has made."""
+        return self.offset + self.steps
 
 
 def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
@@ -64,7 +71,8 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     """
     _check_together(config)
     if config.train.precision == "auto":
-        train = config.train.model_copy(update={"precision": _precision(config, device)})
+        precision = from_first(partial(_precision, config, device))
+        train = config.train.model_copy(update={"precision": precision})
         config = config.model_copy(update={"train": train})
     check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()

@@ -28,7 +28,7 @@ log = logging.getLogger("leanclip")
 def write_status(plan: Plan, state: str, **facts: str | int) -> None:
     """Write status.json into the run's folder, for schedulers."""
     if rank_and_world_size()[0] == 0 and plan.folder.is_dir():
-        text = json.dumps({"state": state, "steps": plan.steps, "time": time.time(), **facts})
+        text = json.dumps({"state": state, "steps": plan.last_step, "time": time.time(), **facts})
         try:
             write_text(plan.folder / "status.json", text + "\n")
         except OSError as error:
@@ -63,7 +63,7 @@ class Troubles:
                 *(step, ", ".join(names)),
             )
             allowed = self.plan.config.train.max_skipped_steps
-            if self.in_a_row >= (allowed if step < self.plan.steps else min(allowed, 3)):
+            if self.in_a_row >= (allowed if step < self.plan.last_step else min(allowed, 3)):
                 raise LeanclipError(
                     f"the loss or its gradients were not finite in {self.in_a_row} steps in a row, "
                     f"to step {step}; lower optimizer.learning_rate, lengthen optimizer.warmup or "
@@ -144,7 +144,7 @@ class LogLines:
     """Now and then a line in the log where there is no progress bar, to show that it lives."""
 
     def __init__(self, plan: Plan, *, done: int, is_silent: bool) -> None:
-        self.steps, self.is_silent = plan.steps, is_silent
+        self.steps, self.is_silent = plan.last_step, is_silent
         self.first, self.began, self.last = done, time.perf_counter(), 0.0
 
     def note(self, step: int, line: Mapping[str, float]) -> None:
