@@ -285,7 +285,7 @@ def test_another_load_is_refused_and_the_same_goes_on(command: Command, workplac
         assert done.returncode == 0, done.stderr
         assert "going on from loaded/checkpoints/step-00000008, step 8 of 9" in done.stderr
         assert weights_hash(workplace / "loaded") == weights_hash(workplace / "whole")
-    command(*start, "loaded", "--load", "a")  # so that it is in the run's settings
+    command(*start, "loaded", "--load", "a")  # `copy` is what its settings name now
     shutil.rmtree("a")
     done = command(*start, "loaded", "--load", "a")  # what it began with is not needed any more
     assert done.returncode == 0, done.stderr

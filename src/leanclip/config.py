@@ -510,6 +510,11 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where there is"
     )
+    tf32: bool = Field(
+        default=False,
+        description="on a GPU: float32 products and convolutions may round their factors to TF32 "
+        "(10 bits of mantissa in place of 23), in training and evaluation; faster",
+    )
     load: str | None = Field(
         default=None, description="weights to start from, with a fresh optimiser"
     )

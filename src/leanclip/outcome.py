@@ -9,6 +9,7 @@ import torch
 from leanclip import checkpoint
 from leanclip.config import Config
 from leanclip.data.skipped import BadSamples
+from leanclip.determinism import allow_tf32
 from leanclip.distributed import barrier, from_first, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import Report, evaluate, open_guard, open_tasks
@@ -65,6 +66,7 @@ def evaluate_only(
     if not tasks and guard is None:
         raise ConfigError("nothing to evaluate: set evaluate.zero_shot or evaluate.retrieval")
     folder = Path(config.output_dir)
+    allow_tf32(config.tf32)
     model = CLIP(**to_plain(config.model))
     if source is None:
         has_run = from_first(lambda: any(folder.glob("checkpoints/step-*")))

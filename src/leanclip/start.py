@@ -65,6 +65,7 @@ class Chosen(NamedTuple):
     folder: Path  # on the first rank
     digest: str  # of its manifest, which has the digest of every file
     progress: checkpoint.Progress
+    config: Config  # of the last start
     is_sharded: bool
     digests: dict[str, str]  # of all checkpoints there, by their names
 
@@ -156,7 +157,7 @@ def _choose(plan: Plan, must_resume: bool) -> Chosen | None:
     old = _same_run(plan, progress.batch_size)
     _check_load(plan, old, progress.loaded, must_resume)
     is_sharded = checkpoint.is_in_shards(found)
-    return Chosen(found, digests[found.name], progress, is_sharded, digests)
+    return Chosen(found, digests[found.name], progress, old, is_sharded, digests)
 
 
 def _same_run(plan: Plan, batch_size: int) -> Config:

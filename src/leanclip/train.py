@@ -19,10 +19,10 @@ from torch import nn
 
 from leanclip import checkpoint
 from leanclip.best import by_evaluation, has_stopped_gaining, is_news, judged
-from leanclip.config import DataConfig
+from leanclip.config import Config, DataConfig
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
-from leanclip.determinism import only_deterministic
+from leanclip.determinism import allow_tf32, only_deterministic
 from leanclip.distributed import (
     barrier,
     everyones,
@@ -89,6 +89,7 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
 
 def _train(plan: Plan, must_resume: bool) -> Outcome | None:
     """As `train`, in a folder that is this run's."""
+    allow_tf32(plan.config.tf32)
     check_same_plan(plan)
     chosen = choose_checkpoint(plan, must_resume)
     if chosen:
@@ -123,7 +124,7 @@ def _run(plan: Plan, chosen: Chosen | None) -> Outcome | None:
     metrics, is_finished = None, _is_finished(plan, done)
     if rank == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
-        write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
+        write_text(plan.folder / "config.yaml", dump_yaml(to_plain(_recorded(config, chosen))))
         after_step = done.step if chosen else -1
         report_to = config.train.report_to
         metrics = MetricsLog(plan.folder, after_step=after_step, report_to=report_to)
@@ -350,6 +351,14 @@ def _after_step(
         dataset_size=len(plan.dataset),
         batch_size=plan.batch_size,
     )
+
+
+def _recorded(config: Config, chosen: Chosen | None) -> Config:
+    """The settings to write: they name the weights that the run began with, once and for all."""
+    if chosen is None or config.load is not None:
+        return config
+    names = ("load", "load_arch", "load_partial")
+    return config.model_copy(update={name: getattr(chosen.config, name) for name in names})
 
 
 def _from_there(plan: Plan, chosen: Chosen) -> Plan:
