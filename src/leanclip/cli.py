@@ -178,7 +178,7 @@ def _train(
     """Train, or what is asked for in its place, as one of the ranks or alone."""
     from leanclip import outcome as outcomes
     from leanclip.distributed import choose_device, join_group
-    from leanclip.plan import describe, headline, make_plan
+    from leanclip.plan import batch_warnings, describe, headline, make_plan
     from leanclip.stopping import Stopped
     from leanclip.train import train as start
 
@@ -195,6 +195,8 @@ def _train(
             print(describe(plan))
         return
     log.info("%s", headline(plan))
+    for warning in batch_warnings(plan):
+        log.warning("%s", warning)
     try:
         outcome = start(plan, must_resume=must_resume)
     except Stopped as stopped:

@@ -194,6 +194,22 @@ def headline(plan: Plan) -> str:
     )
 
 
+def batch_warnings(plan: Plan) -> list[str]:
+    """What a run loses by the size of its batches, a sentence each."""
+    size, batch, found = len(plan.dataset), plan.batch_size, []
+    if batch == 1:
+        has_loss = plan.loss == "siglip"
+        what = "a pair has no negatives" if has_loss else "its loss is 0, so nothing is learned"
+        found.append(f"the batch is one pair: {what}; raise train.batch_size, or use more data")
+    left_out = size - plan.steps_per_epoch * batch
+    if left_out and (2 * batch > size or 10 * left_out > size):
+        found.append(
+            f"batches of {batch:,} leave out {left_out:,} of {size:,} samples in each epoch "
+            f"({left_out / size:.0%}), others each time; lower train.batch_size to leave out fewer"
+        )
+    return found
+
+
 def _data_line(plan: Plan) -> str:
     """How many samples of what."""
     data, dataset = plan.config.data, plan.dataset
@@ -217,7 +233,9 @@ def describe(plan: Plan) -> str:
         f"for weights, gradients and moments + {activations / 2**30:.2f} for a batch's activations "
         f"(captions as long as the context; shorter ones take less)"
     )
-    comments = "".join(f"# {line}\n" for line in (*headline(plan).splitlines(), gigabytes))
+    warnings = [f"warning: {warning}" for warning in batch_warnings(plan)]
+    lines = (*headline(plan).splitlines(), *warnings, gigabytes)
+    comments = "".join(f"# {line}\n" for line in lines)
     return comments + dump_yaml(to_plain(plan.config)).rstrip()
 
 
