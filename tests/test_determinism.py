@@ -65,7 +65,7 @@ def switches() -> Iterator[None]:
     """PyTorch's own defaults before and after."""
 
     def reset() -> None:
-        torch.backends.fp32_precision = "none"
+        torch.backends.fp32_precision = "none"  # pyright: ignore[reportAttributeAccessIssue]
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = True
 
@@ -78,13 +78,13 @@ def is_tf32() -> tuple[bool, bool]:
     """What products, and convolutions, may use, by both of PyTorch's interfaces."""
     backends = torch.backends
     old = bool(backends.cuda.matmul.allow_tf32), bool(backends.cudnn.allow_tf32)
-    precisions = (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)
-    assert tuple(one == "tf32" for one in precisions) == old
+    convolutions = backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    assert old == (backends.cuda.matmul.fp32_precision == "tf32", convolutions == "tf32")
     return old
 
 
 def use_new_interface() -> None:
-    torch.backends.fp32_precision = "tf32"
+    torch.backends.fp32_precision = "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def use_old_interface() -> None:

@@ -21,8 +21,8 @@ def allow_tf32(is_allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = is_allowed
     precision = "tf32" if is_allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
-    torch.backends.cudnn.rnn.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.rnn.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
