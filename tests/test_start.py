@@ -213,6 +213,42 @@ def test_loaded_weights_are_compared(workplace: Path, second: str, words: str) -
     assert bool(words) == bool(found[0])
 
 
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ((("--load", "first"), ("--load", "other")), "rank 1 has other weights in other (SHA-256"),
+        ((("--load", "first"), ()), "weights with --load: False there, True here"),
+    ],
+)
+def test_ranks_of_other_weights_all_end_and_say_so(
+    workplace: Path, own: tuple[tuple[str, ...], ...], words: str
+) -> None:
+    make_model(workplace / "first")
+    make_model(workplace / "other")
+    weights = load_file(workplace / "other/model.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, workplace / "other/model.safetensors")
+    ranks = fork_ranks(2, *OF_TWO, "--output-dir", "run", folder=workplace, own=own)
+    assert [rank.code() for rank in ranks] == [2, 2]
+    for rank in ranks:
+        assert words in rank.said().splitlines()[-1]
+
+
+def test_features_of_a_locked_tower_are_the_first_ranks(workplace: Path) -> None:
+    """A rank that has the features of an earlier run in its own folder does not take them."""
+    make_model(workplace / "base")
+    locked = (*OPTIONS, "--load", "base", "-o", "finetune.lock_text=all")
+    (alone,) = fork_ranks(1, *locked, "-o", "seed=4", "--output-dir", "b", folder=workplace)
+    assert alone.code() == 0
+    shutil.rmtree("b/checkpoints")
+    (workplace / "b/features/text/about.json").write_text("{}")  # of other weights, say
+    own = [("--output-dir", name) for name in "ab"]
+    more = ("-o", "train.batch_size=2")
+    ranks = fork_ranks(2, *locked, *more, folder=workplace, own=own)
+    assert [rank.code() for rank in ranks] == [2, 2]
+    for rank in ranks:
+        assert "/features/text: rank 1 does not see what rank 0 wrote" in rank.said()
+
+
 def test_shards_want_one_folder(workplace: Path) -> None:
     own = [("--output-dir", name) for name in "ab"]
     ranks = fork_ranks(2, *OF_TWO, "-o", "train.sharding=fsdp", folder=workplace, own=own)
