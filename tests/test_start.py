@@ -47,7 +47,7 @@ def run(workplace: Path) -> Path:
     model = CLIP(**TINY)
     optimizer = build_optimizer(model, config.optimizer)
     for step, place in ((8, (2, 8)), (9, (3, 0))):
-        done = checkpoint.Progress(step, *place, 4 * step, [], 1.0, 12, 4)
+        done = checkpoint.Progress(step, *place, 4 * step, [], 1.0, 12, 4, run="this")
         checkpoint.save(
             folder / "checkpoints", done, model, optimizer, Preprocess(32), keep=2
         )  # fmt: skip
@@ -91,6 +91,22 @@ def changed(run: Path) -> None:
     shutil.copytree(run / "checkpoints" / STEPS[0], folder)
 
 
+def of_another_run(run: Path) -> None:
+    """An older checkpoint, which the first rank has not, of another run."""
+    without_newest(run)
+    folder = (run / "checkpoints" / STEPS[0]).rename(run / "checkpoints/step-00000005")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"run": "that"}))
+    (folder / "manifest.json").unlink()
+    checkpoint._write_manifest(folder, {})
+
+
+def older(run: Path) -> None:
+    """An older checkpoint of the run, which the first rank has not any more."""
+    without_newest(run)
+    (run / "checkpoints" / STEPS[0]).rename(run / "checkpoints/step-00000005")
+
+
 @pytest.mark.parametrize(
     ("first", "second", "seen"),
     [
@@ -106,6 +122,8 @@ def changed(run: Path) -> None:
         (damaged, None, (STEPS[1], STEPS[0])),
         (None, changed, (STEPS[1], STEPS[1])),
         (changed, None, (STEPS[1], STEPS[1])),
+        (None, older, None),
+        (None, of_another_run, ("step-00000005", STEPS[1])),
     ],
 )
 def test_another_rank_may_see_less_but_nothing_else(

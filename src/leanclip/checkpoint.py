@@ -75,6 +75,7 @@ class Progress:
     best: Best | None = None
     loss_scale: list[float] | None = None  # of precision fp16
     loaded: str | None = None  # digest of the weights that the run began with; "": of none
+    run: str = ""  # drawn when the run began; "": by an older leanclip
 
 
 def save(
@@ -155,8 +156,13 @@ def progress_of(folder: Path) -> Progress:
 def last_progress(root: Path) -> Progress | None:
     """How far the run with these checkpoints has come, by what the newest says, unverified."""
     newest_first = _newest_first(root)
+    return progress_if_any(newest_first[0]) if newest_first else None
+
+
+def progress_if_any(folder: Path) -> Progress | None:
+    """As `progress_of`; None where it cannot be read."""
     try:
-        return progress_of(newest_first[0]) if newest_first else None
+        return progress_of(folder)
     except (OSError, ValueError, TypeError):
         return None
 

@@ -572,13 +572,13 @@ def weights_name(source: str) -> str:
     A file's or folder's name, a published name (ViT-B-32), a hub id's last part; of what lies in a
     checkpoint's folder the run's name and the step.
     """
-    if re.fullmatch(r"(ViT|RN)[\w-]*/\d+(@\d+px)?", source):
+    if re.fullmatch(r"ViT-\w+/\d+(@\d+px)?", source):
         return source.replace("/", "-")
     path = PurePosixPath(source.removeprefix("hf-hub:"))
     if path.suffix in _WEIGHTS_SUFFIXES:
-        path = (
-            path.parent if path.stem in _COMMON_NAMES and path.parent.name else path.with_suffix("")
-        )
+        path = path.with_suffix("")
+    if path.name in _COMMON_NAMES and path.parent.name:
+        path = path.parent
     name = path.name
     if path.parent.name == "checkpoints":
         name = f"{path.parent.parent.name}-{name}"

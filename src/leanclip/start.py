@@ -88,7 +88,7 @@ def check_same_plan(plan: Plan) -> None:
         changed = differences(other, config, ignore=FREE_AMONG_RANKS)
         changed += [
             f"{name}: {found.get(name)} there, {first.get(name)} here"
-            for name in first.keys() | found.keys()
+            for name in sorted(first.keys() | found.keys())
             if found.get(name) != first.get(name)
         ]
         if changed:
@@ -214,8 +214,8 @@ def _check_load(plan: Plan, old: Config, loaded: str | None, must_resume: bool) 
 def _contradiction(plan: Plan, chosen: Chosen | None) -> str:
     """What this rank sees in the run's folder that the first one's choice cannot stand beside.
 
-    An older checkpoint is none: a folder on another machine may show an earlier state. Nor is one
-    that is damaged.
+    An older checkpoint of the run does not: another machine may show an earlier state of the
+    folder. Nor does one that is damaged.
     """
     root = plan.folder / "checkpoints"
     if rank_and_world_size()[0] == 0:
@@ -224,15 +224,21 @@ def _contradiction(plan: Plan, chosen: Chosen | None) -> str:
     for name, digest in digests.items():  # the newest first
         expected = chosen.digests.get(name) if chosen else None
         is_newer = chosen is None or name > chosen.folder.name
-        is_other = expected is not None and digest != expected
+        is_other = digest != expected if expected else _is_of_another_run(root / name, chosen)
         if (is_newer or is_other) and checkpoint.is_whole(root / name):
             if chosen is None:
                 return _sees(root / name, digest, None, "")
-            first = chosen.folder if is_newer else chosen.folder.with_name(name)
+            first = chosen.folder.with_name(name) if expected and is_other else chosen.folder
             return _sees(root / name, digest, first, chosen.digests[first.name])
     if chosen is not None and chosen.is_sharded and chosen.folder.name not in digests:
         return _sees(None, "", chosen.folder, chosen.digest)
     return ""
+
+
+def _is_of_another_run(folder: Path, chosen: Chosen | None) -> bool:
+    progress = checkpoint.progress_if_any(folder)
+    runs = {one.run for one in (progress, chosen and chosen.progress) if one and one.run}
+    return len(runs) > 1
 
 
 def _sees(here: Path | None, digest: str, first: Path | None, first_digest: str) -> str:

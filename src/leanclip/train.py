@@ -8,6 +8,7 @@ The same command in the same folder goes on from the newest checkpoint.
 
 import logging
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -411,7 +412,8 @@ def _load(plan: Plan, model: CLIP) -> checkpoint.Progress:
             raise ConfigError(f"finetune.{name}: keeps loaded weights as they are; give --load")
     if rank_and_world_size()[0] == 0:
         (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
-    return checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new, loaded=digest)
+    run = from_first(lambda: uuid.uuid4().hex)
+    return checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new, loaded=digest, run=run)
 
 
 def _is_due(
