@@ -21,6 +21,7 @@ LEVELS = (
     ("plots", "page", "towers", "plan", "step", "frozen"),
     ("report_results",),
     ("report_page",),
+    ("start",),
     ("outcome", "watching", "best"),
     ("train", "inference", "charts", "embeddings"),
     ("openai", "passl", "export", "compare", "sweep", "search"),

@@ -184,7 +184,7 @@ def _train(
     from leanclip.distributed.collectives import choose_device, join_group
     from leanclip.distributed.preemption import Stopped
     from leanclip.training.loop import train as start
-    from leanclip.training.plan import describe, headline, make_plan
+    from leanclip.training.plan import batch_warnings, describe, headline, make_plan
 
     device = choose_device(settings.device, num_gpus)
     join_group(device)
@@ -199,6 +199,8 @@ def _train(
             print(describe(plan))
         return
     log.info("%s", headline(plan))
+    for warning in batch_warnings(plan):
+        log.warning("%s", warning)
     try:
         outcome = start(plan, must_resume=must_resume)
     except Stopped as stopped:
