@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,10 @@ class Forked:
         return self._file.read_text()
 
 
-def fork_ranks(world_size: int, *words: str, folder: Path) -> list[Forked]:
-    """The ranks of a job, as an outer launcher would start them."""
+def fork_ranks(
+    world_size: int, *words: str, folder: Path, own: Sequence[Sequence[str]] = ()
+) -> list[Forked]:
+    """The ranks of a job, as an outer launcher would start them; `own` are more words of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -165,7 +167,10 @@ def fork_ranks(world_size: int, *words: str, folder: Path) -> list[Forked]:
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     words = (*words, "--num-gpus", "0")
     numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-    return [Forked(*words, folder=folder, environment=shared | number) for number in numbers]
+    return [
+        Forked(*words, *more, folder=folder, environment=shared | number)
+        for number, more in zip(numbers, own or [()] * world_size, strict=True)
+    ]
 
 
 def tries(default: int) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
 from leanclip.data.skipped import BadSamples
-from leanclip.distributed.collectives import barrier, rank_and_world_size
+from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluation import Report, evaluate, open_guard, open_tasks
 from leanclip.evaluation.calibrated import calibrate, open_held_out
@@ -21,17 +21,12 @@ from leanclip.model import CLIP
 from leanclip.report.plots import pareto_picture, run_pictures
 from leanclip.report.report_page import headlines, write_report_page
 from leanclip.training import checkpoint
+from leanclip.training.determinism import allow_tf32
 from leanclip.training.loop import SKIPPED
 from leanclip.training.loop import train as run
 from leanclip.training.plan import Plan, model_preprocess
-from leanclip.weights import (
-    SHARDS,
-    Weights,
-    interpolate,
-    load_into,
-    read_weights,
-    write_weights,
-)
+from leanclip.training.start import read_on_all_ranks
+from leanclip.weights import SHARDS, Weights, interpolate, load_into, write_weights
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,7 @@ class Outcome:
     page: Path  # report.html
     pictures: list[Path]
     seconds: float  # of training, over all starts
+    finished_at: int | None = None  # the step at which an earlier start had finished the run
 
 
 def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
@@ -50,10 +46,12 @@ def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
 
     Raises as `training.loop.train` does.
     """
-    report, seconds = run(plan, must_resume=must_resume)
-    if rank_and_world_size()[0] > 0:
-        return None
-    return finish(plan.folder, report, seconds, pictures=plan.config.evaluate.pictures)
+
+    def write_report(report: Report, seconds: float, finished_at: int | None) -> Outcome:
+        outcome = finish(plan.folder, report, seconds, pictures=plan.config.evaluate.pictures)
+        return replace(outcome, finished_at=finished_at)
+
+    return run(plan, write_report, must_resume=must_resume)
 
 
 def evaluate_only(
@@ -85,12 +83,15 @@ def evaluate_only(
     if not tasks and guard is None:
         raise ConfigError("nothing to evaluate: set evaluate.zero_shot or evaluate.retrieval")
     folder = Path(config.output_dir)
+    allow_tf32(config.tf32)
     model = CLIP(**to_plain(config.model))
     if source is None:
-        source = str(folder) if any(folder.glob("checkpoints/step-*")) else config.load
-    weights = read_weights(source or folder, arch=config.load_arch)
+        has_run = from_first(lambda: any(folder.glob("checkpoints/step-*")))
+        source = str(folder) if has_run else config.load
+    weights, _ = read_on_all_ranks(source or folder, config.load_arch)
     load_into(model, weights, partial=config.load_partial)
-    progress = checkpoint.last_progress(Path(source or folder) / "checkpoints")
+    root = Path(source or folder) / "checkpoints"
+    progress = from_first(lambda: checkpoint.last_progress(root))
     before = progress.before if progress else {}
     preprocess = model_preprocess(config)
     report = evaluate(
@@ -108,7 +109,12 @@ def summary(outcome: Outcome) -> str:
     """A run in plain words: what it learned, where everything is, what to type next."""
     folder, report = outcome.folder, outcome.report
     lines = []
-    if outcome.seconds:
+    if outcome.finished_at is not None:
+        lines.append(
+            f"{folder}: already finished, at step {outcome.finished_at:,} after "
+            f"{outcome.seconds / 60:.1f} minutes of training; its metrics:"
+        )
+    elif outcome.seconds:
         lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
     lines += report.sentences
     skipped = BadSamples(0, 1, folder / SKIPPED)

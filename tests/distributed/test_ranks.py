@@ -26,6 +26,7 @@ from leanclip.training import checkpoint
 
 OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_share=0.2")
 NO_EVALUATION = ("-o", "evaluate.retrieval=null")
+BEST = ("-o", "evaluate.every_epochs=1", "-o", "checkpoint.best_metric=image_to_text_R@1")
 LONG = ("-o", "train.epochs=20", "-o", "checkpoint.every_steps=9", *NO_EVALUATION)
 
 
@@ -119,13 +120,15 @@ def test_another_number_of_ranks_goes_on_with_the_next_sample(
     workplace: Path, before: int, after: int
 ) -> None:
     def start(world_size: int) -> list[Forked]:
-        # Batches of 2 a rank: 3 steps of two ranks or 6 of one make an epoch.
-        options = (*OPTIONS, *LONG, "-o", "train.batch_size=2", "--output-dir", "run")
+        # Batches of 2 a rank: 3 steps of two ranks or 6 of one make an epoch. Hardly anything is
+        # learned, so the first evaluation is the best.
+        options = ("-o", "train.batch_size=2", "-o", "optimizer.learning_rate=1e-9", *BEST)
+        options = (*OPTIONS, "-o", "train.epochs=8", *options, "--output-dir", "run")
         return fork_ranks(world_size, *options, folder=workplace)
 
-    run = workplace / "run"
+    run, best = workplace / "run", f"step-{12 // (2 * before):08d}"
     ranks = start(before)
-    ranks[0].until(lambda: len(losses(run)) >= 4)
+    ranks[0].until(lambda: len(losses(run)) > 12 // (2 * before))
     ranks[-1].send(signal.SIGTERM)
     assert [rank.code() for rank in ranks] == [143] * before
     found, _ = checkpoint.newest(run / "checkpoints")
@@ -136,10 +139,21 @@ def test_another_number_of_ranks_goes_on_with_the_next_sample(
     assert found is not None
     assert skipped == []
     ended = json.loads((found / "state.json").read_text())
-    assert ended["step"] == 20 * 12 // (2 * after)
-    assert ended["epoch"] == 20
+    assert ended["epoch"] == 8
     # What two ranks leave out at an epoch's end where one had stopped in the middle of a batch.
-    assert ended["samples"] == 20 * 12 - stopped["sample"] % (2 * after)
+    assert ended["samples"] == 8 * 12 - stopped["sample"] % (2 * after)
+    left = (8 - stopped["epoch"]) * 12 - stopped["sample"]
+    assert ended["step"] == stopped["step"] + left // (2 * after)
+    # Steps are counted on: names, metrics and the best checkpoint stay those of before.
+    lines = [line for line in read_metrics(run) if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, ended["step"] + 1))
+    counts = [line["train/samples"] for line in lines]
+    assert counts == sorted(counts)
+    assert (run / "checkpoints/best").read_text() == f"{best}\n"
+    assert json.loads((run / "checkpoints" / best / "state.json").read_text())["epoch"] == 1
+    assert ended["best"][2:] == [int(best[-8:]), 7]
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["steps"]) == ("done", *2 * [ended["step"]])
 
 
 @pytest.mark.slow

@@ -200,6 +200,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(small_disk: Path, workplace: 
     assert skipped == []
     assert found is not None
     assert found.name == "step-00000002"
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
 
 
 @pytest.mark.slow

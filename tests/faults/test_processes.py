@@ -179,6 +179,7 @@ def test_a_dead_rank_ends_the_job(workplace: Path, left: Leftovers) -> None:
     assert said[5:] == ["rank 1 ended by signal 9"]  # after the headline
     left.check()
     assert checkpoint.newest(Path("two/checkpoints"))[1] == []
+    assert json.loads(Path("two/status.json").read_text())["state"] == "failed"
 
 
 @pytest.mark.slow

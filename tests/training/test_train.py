@@ -190,8 +190,7 @@ def test_resume_options(command: Command, workplace: Path) -> None:
     done = command("train", "--resume", "a")
     assert done.returncode == 0, done.stderr
     assert "going on from a/checkpoints/step-00000006, step 6 of 6" in done.stderr
-    done = command("train", "-c", "config.yaml", "--resume", "--output-dir", "a", "--load", "a")
-    assert "so --load is not used" in done.stderr
+    assert "a: already finished, at step 6 after " in done.stdout
 
 
 def test_another_configurations_folder_is_refused(command: Command) -> None:

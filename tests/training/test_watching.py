@@ -1,9 +1,11 @@
 """What a run shows of itself while it trains, and that looking changes nothing."""
 
+import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,14 +15,15 @@ from conftest import TINY, assert_refused, make_config, run_cli
 from test_step import batch_of
 
 from leanclip import CLIP, Preprocess
-from leanclip.config.schema import ModelConfig, OptimizerConfig
+from leanclip.config.schema import ModelConfig, OptimizerConfig, load_config
 from leanclip.config.sections import parse
 from leanclip.io.files import read_metrics
 from leanclip.model.presets import forward_gflops, preset
-from leanclip.training.monitor import peak_memory
+from leanclip.training.monitor import peak_memory, write_status
 from leanclip.training.optimizer import build_optimizer
+from leanclip.training.plan import make_plan
 from leanclip.training.step import train_step
-from leanclip.training.utilisation import peak_teraflops
+from leanclip.training.utilisation import Utilisation, peak_teraflops
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -139,6 +142,25 @@ def test_peaks_are_found_by_the_name_of_the_device(
     assert peak_teraflops(name, precision) == expected
 
 
+def test_the_peak_of_float32_follows_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, exact, tf32 in (
+        ("NVIDIA A100-SXM4-80GB", 19.5, 156.0),
+        ("NVIDIA H200", 67.0, 494.5),
+        ("Tesla T4", 8.1, 8.1),  # it has no TF32
+    ):
+        assert peak_teraflops(name, "fp32") == exact
+        assert peak_teraflops(name, "fp32", tf32=True) == tf32
+        assert peak_teraflops(name, "fp16", tf32=True) == peak_teraflops(name, "fp16")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    config = parse(ModelConfig, preset("ViT-B-32"), where="ViT-B-32")
+    shares = []
+    for tf32 in (False, True):
+        work = Utilisation(config, torch.device("cuda"), "fp32", tf32=tf32)
+        work.add(8, 77)
+        shares.append(work.share(1.0)["train/flop_utilisation"])
+    assert shares[0] / shares[1] == pytest.approx(494.5 / 67.0)
+
+
 def test_shorter_texts_are_less_work() -> None:
     config = parse(ModelConfig, preset("ViT-B-32"), where="ViT-B-32")
     whole, half = forward_gflops(config), forward_gflops(config, 39)
@@ -161,3 +183,102 @@ def test_no_tracker_leaves_metrics_alone(command: Command) -> None:
     assert command("train", "-c", "config.yaml").returncode == 0
     assert not Path("runs/config/tensorboard").exists()
     assert read_metrics(Path("runs/config"))
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "reason"),
+    [
+        ("training.loop.train_step", MemoryError(), "MemoryError"),
+        ("training.loop.train_step", RuntimeError("a bug\nof two lines"), "a bug of two lines"),
+        ("training.checkpoint.save", OSError(28, "No space left on device"), "No space left"),
+        ("training.loop.freeze", OSError("no features"), "no features"),
+        ("training.loop.CLIP", MemoryError(), "MemoryError"),
+        ("training.loop.MetricsLog", OSError("no metrics"), "no metrics"),
+        ("api.finish", OSError("no report"), "no report"),
+    ],
+)
+def test_a_run_that_ends_by_an_error_says_so(
+    command: Command,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: Exception,
+    reason: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    (workplace / "run").mkdir()
+    status = workplace / "run/status.json"
+    status.write_text('{"state": "running"}')  # of a start that was killed
+    monkeypatch.setattr(f"leanclip.{where}", fail)
+    with suppress(RuntimeError):
+        done = command("train", "-c", "config.yaml", "--output-dir", "run")
+        assert done.returncode == 2
+    facts = json.loads(status.read_text())
+    assert facts["state"] == "failed"
+    assert reason in facts["reason"]
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert command("train", "-c", "config.yaml", "--output-dir", "run").returncode == 0
+    assert json.loads(status.read_text())["state"] == "done"
+
+
+def test_a_refused_start_leaves_the_status_of_the_run(command: Command, workplace: Path) -> None:
+    assert command("train", "-c", "config.yaml").returncode == 0
+    before = Path("runs/config/status.json").read_text()
+    assert_refused(command("train", "-c", "config.yaml", "-o", "seed=3"), "another configuration")
+    assert Path("runs/config/status.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["train.batch_size=1"], ["the batch is one pair: its loss is 0"]),
+        (["train.batch_size=1", "train.loss=siglip", "model.logit_bias=true"], ["no negatives"]),
+        (["train.batch_size=7"], ["batches of 7 leave out 5 of 12 samples in each epoch (42%)"]),
+        (["train.batch_size=11"], ["batches of 11 leave out 1 of 12 samples in each epoch (8%)"]),
+        (["train.batch_size=5"], ["batches of 5 leave out 2 of 12 samples in each epoch (17%)"]),
+        (["train.batch_size=6"], []),
+        (["train.batch_size=12"], []),
+        (["train.batch_size=100"], []),
+    ],
+)
+def test_batches_that_lose_something_are_warned_of(
+    command: Command, settings: list[str], words: list[str]
+) -> None:
+    options = [word for one in (*settings, "train.epochs=1") for word in ("-o", one)]
+    shown = command("train", "-c", "config.yaml", *options, "--dry-run").stdout
+    logged = command("train", "-c", "config.yaml", *options).stderr
+    assert shown.count("# warning: ") == len(words)
+    for one in words:
+        assert one in shown
+        (line,) = [line for line in logged.splitlines() if one in line]
+        assert line.startswith("warning: ")
+    assert bool(words) == ("leave out" in logged or "one pair" in logged)
+
+
+def test_a_lost_step_names_three_samples(command: Command) -> None:
+    make_config(Path("config.yaml"), train={"batch_size": 12, "epochs": 30})
+    done = command("train", "-c", "config.yaml", "-o", "optimizer.learning_rate=1e30")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "left out: its loss" in line]
+    assert lines
+    for line in lines:
+        names = line.split("its samples: ")[1]
+        assert names.count("data/") == 3
+        assert names.endswith(" and 9 more")
+
+
+def test_the_status_is_written_where_there_is_no_room_for_another_file(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    plan = make_plan(load_config("config.yaml", output_dir="."), torch.device("cpu"))
+    write_status(plan, "running", more="words " * 20)
+    monkeypatch.setattr("leanclip.training.monitor.write_text", fail)
+    write_status(plan, "failed", reason="no room")
+    facts = json.loads(Path("status.json").read_text())
+    assert (facts["state"], facts["reason"]) == ("failed", "no room")

@@ -14,6 +14,7 @@ from leanclip.cli.options import (
     OneGpu,
     Overrides,
     TaskName,
+    Tf32,
     count_ranks,
     launch_ranks,
 )
@@ -61,6 +62,7 @@ def evaluate(
     num_gpus: NumGpus = None,
     num_procs: NumProcs = 1,
     arch: Arch = None,
+    tf32: Tf32 = False,
     out: Annotated[
         str | None, typer.Option(help="Where to write report.json and pictures.")
     ] = None,
@@ -100,6 +102,7 @@ def evaluate(
         out=out,
         wishes=Wishes(split, classes, templates, train_split, shots, k),
     )
+    settings = settings.model_copy(update={"tf32": tf32 or settings.tf32})
     device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
     join_group(device)
     command = shlex.join(["leanclip", *context.obj])
@@ -120,6 +123,7 @@ def compare(
     overrides: Overrides = None,
     arch: Arch = None,
     num_gpus: OneGpu = None,
+    tf32: Tf32 = False,
     out: Annotated[
         Path | None, typer.Option(help="The folder to write; default: runs/compare-A-B.")
     ] = None,
@@ -139,7 +143,8 @@ def compare(
     )
     device = choose_device(settings.device, num_gpus)
     tasks = open_tasks(settings)
-    loaded = [load(source, arch=arch, device=device.type) for source in (first, second)]
+    tf32 = tf32 or settings.tf32
+    loaded = [load(one, arch=arch, device=device.type, tf32=tf32) for one in (first, second)]
     models = [(clip.model, clip.preprocess) for clip in loaded]
     found = measure(models[0], models[1], (first, second), tasks)
     folder = out or Path("runs") / f"compare-{Path(first).name}-{Path(second).name}"
@@ -228,6 +233,7 @@ def _sweep(
     from leanclip.errors import ConfigError
     from leanclip.evaluation import evaluation_config, open_guard, open_tasks
     from leanclip.evaluation.sweep import parse_alphas, sweep
+    from leanclip.training.determinism import allow_tf32
 
     alphas = parse_alphas(words)
     if out.exists():
@@ -238,6 +244,7 @@ def _sweep(
         guard = open_tasks(evaluation_config(second, guard_spec, arch=arch))[-1]
     else:
         guard = open_guard(settings)
+    allow_tf32(settings.tf32)
     if guard is None or not tasks:
         raise ConfigError("--sweep: needs --data and --guard, or what the second's run measured")
     found = sweep(*weights, alphas, tasks, guard, device=device, max_drop=max_drop)

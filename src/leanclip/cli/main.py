@@ -183,7 +183,7 @@ def _train(
     from leanclip import api as outcomes
     from leanclip.distributed.collectives import choose_device, join_group
     from leanclip.distributed.preemption import Stopped
-    from leanclip.training.plan import describe, headline, make_plan
+    from leanclip.training.plan import batch_warnings, describe, headline, make_plan
 
     device = choose_device(settings.device, num_gpus)
     join_group(device)
@@ -198,6 +198,8 @@ def _train(
             print(describe(plan))
         return
     log.info("%s", headline(plan))
+    for warning in batch_warnings(plan):
+        log.warning("%s", warning)
     try:
         outcome = outcomes.train(plan, must_resume=must_resume)
     except Stopped as stopped:

@@ -79,6 +79,9 @@ AllowUrls = Annotated[
 AllowPrivateUrls = Annotated[
     bool, typer.Option("--allow-private-urls", help="And addresses of your own network too.")
 ]
+Tf32 = Annotated[
+    bool, typer.Option("--tf32", help="Let a GPU compute float32 in TF32: faster, less exact.")
+]
 Truncate = Annotated[
     bool, typer.Option("--truncate", help="Cut texts that are over the model's context.")
 ]

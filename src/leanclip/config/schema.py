@@ -4,8 +4,9 @@ YAML file -> strict loader -> -o key.path=value -> Config -> YAML in the run's f
 """
 
 import json
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -32,6 +33,10 @@ _VIT_ONLY = (  # a ResNet takes none of these, or only their defaults
     "pre_norm",
     "patch_bias",
 )
+
+
+_WEIGHTS_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pdparams"}
+_COMMON_NAMES = {"model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model"}
 
 
 class ModelConfig(Section):
@@ -507,6 +512,11 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where there is"
     )
+    tf32: bool = Field(
+        default=False,
+        description="on a GPU: float32 products and convolutions may round their factors to TF32 "
+        "(10 bits of mantissa in place of 23), in training and evaluation; faster",
+    )
     load: str | None = Field(
         default=None, description="weights to start from, with a fresh optimiser"
     )
@@ -531,7 +541,8 @@ class Config(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> Config:
     """Read a YAML file, apply `key.path=value` overrides, then `settings` that are not None.
 
-    Where neither sets `output_dir`, it is `runs/` and the file's name.
+    Where neither sets `output_dir`, it is `runs/` and the file's name, with the weights' name where
+    `load` is not the file's own: a run from weights is another one than that from scratch.
 
     Raises:
         ConfigError: the file or an override cannot be read, or a setting is wrong.
@@ -546,11 +557,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any
     values = load_yaml(text, where=str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a mapping of settings, found {kind(values)}")
+    load = values.get("load")
     for override in overrides:
         apply_override(values, override)
     values |= {key: value for key, value in settings.items() if value is not None}
-    values.setdefault("output_dir", f"runs/{path.stem}")
+    name = path.stem
+    if isinstance(values.get("load"), str) and values["load"] != load:
+        name += f"-{weights_name(values['load'])}"
+    values.setdefault("output_dir", f"runs/{name}")
     return parse(Config, values, where=str(path))
+
+
+def weights_name(source: str) -> str:
+    """What weights are called in the name of a folder.
+
+    A file's or folder's name, a published name (ViT-B-32), a hub id's last part; of what lies in a
+    checkpoint's folder the run's name and the step.
+    """
+    if re.fullmatch(r"ViT-\w+/\d+(@\d+px)?", source):
+        return source.replace("/", "-")
+    path = PurePosixPath(source.removeprefix("hf-hub:"))
+    if path.suffix in _WEIGHTS_SUFFIXES:
+        path = path.with_suffix("")
+    if path.name in _COMMON_NAMES and path.parent.name:
+        path = path.parent
+    name = path.name
+    if path.parent.name == "checkpoints":
+        name = f"{path.parent.parent.name}-{name}"
+    return re.sub(r"[^\w.@-]+", "-", name).strip("-.") or "weights"
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

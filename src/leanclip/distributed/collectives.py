@@ -6,9 +6,9 @@ Shapes: n rows of this rank, N rows of all ranks.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from leanclip.errors import ConfigError
+from leanclip.errors import ConfigError, LeanclipError
 
 T = TypeVar("T")
+BROADCAST_BYTES = 1 << 28  # at most at once
 
 
 def choose_device(name: str = "auto", num_gpus: int | None = None) -> torch.device:
@@ -96,6 +97,49 @@ def everyones(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size
     dist.all_gather_object(values, value)
     return [value for value in values if value is not None]
+
+
+def from_first(get: Callable[[], T]) -> T:
+    """What the first rank gets, a small object, on every rank.
+
+    Raises:
+        LeanclipError, OSError: on every rank, where the first one gets none.
+    """
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return get()
+    found: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if rank == 0:
+        try:
+            found = [(get(), None)]
+        except (LeanclipError, OSError) as error:
+            found = [(None, error)]
+    dist.broadcast_object_list(found, 0)
+    value, error = found[0]
+    if error is not None:
+        raise error
+    return cast(T, value)
+
+
+def tensors_from_first(
+    get: Callable[[], Mapping[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """As `from_first`, of tensors on the CPU, which may be large."""
+    if rank_and_world_size()[1] == 1:
+        return dict(get())
+    found: dict[str, torch.Tensor] = {}
+
+    def describe() -> dict[str, tuple[torch.dtype, torch.Size]]:
+        found.update({name: tensor.contiguous() for name, tensor in get().items()})
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}
+
+    for name, (dtype, shape) in from_first(describe).items():
+        if name not in found:
+            found[name] = torch.empty(shape, dtype=dtype)
+        if found[name].numel():
+            for part in found[name].reshape(-1).view(torch.uint8).split(BROADCAST_BYTES):
+                dist.broadcast(part, 0)
+    return found
 
 
 def together(*, problem: str) -> None:

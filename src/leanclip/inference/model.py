@@ -42,6 +42,7 @@ from leanclip.model import CLIP
 from leanclip.model.skip_init import Undrawn
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import tokenize
+from leanclip.training.determinism import allow_tf32
 from leanclip.weights import load_into, read_weights
 from leanclip.weights.hub import OPENAI_FILES
 from leanclip.weights.read import Architecture
@@ -362,6 +363,7 @@ def load(
     partial: bool = False,
     allow_urls: AllowUrls = False,
     backend: str | None = None,
+    tf32: bool = False,
 ) -> Clip:
     """Load weights of any dialect, in evaluation mode, or what `leanclip export` wrote.
 
@@ -375,6 +377,9 @@ def load(
             this machine and local networks too.
         backend: of an exported folder, which runs on the CPU: "onnx", or "torch", whose programs
             are to be trusted: PyTorch runs pickles that are in them; None: onnx.
+        tf32: let a GPU round the factors of float32 products and convolutions to TF32, which is
+            faster. It is set for the whole process; false turns it off in convolutions too, where
+            PyTorch has it on by default.
 
     Raises:
         WeightsError: the weights cannot be read, do not fit, or do not say their architecture.
@@ -388,6 +393,7 @@ def load(
         return Clip(cast(CLIP, model), preprocess, allow_urls)
     if backend is not None:
         raise ConfigError(f"{source}: backend={backend!r} is for a folder that was exported")
+    allow_tf32(tf32)
     weights = read_weights(source, arch=arch)
     if weights.model is None or weights.preprocess is None:
         raise WeightsError(

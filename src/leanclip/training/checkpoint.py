@@ -17,7 +17,8 @@ the one of the best metric.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +26,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from leanclip.distributed.collectives import gather_rows, rank_and_world_size, together
+from leanclip.distributed.collectives import (
+    from_first,
+    gather_rows,
+    rank_and_world_size,
+    tensors_from_first,
+    together,
+)
 from leanclip.distributed.fsdp import is_sharded, placed_as
 from leanclip.errors import WeightsError
 from leanclip.io.files import digest, digests, sync, write_text
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
 from leanclip.training.finetune import Tuning
-from leanclip.weights import SHARDS, describe_weights, load_into, read_weights, save_weights
+from leanclip.weights import (
+    SHARDS,
+    Weights,
+    describe_weights,
+    load_into,
+    read_weights,
+    save_weights,
+)
 
 
 class Best(NamedTuple):
@@ -60,6 +74,8 @@ class Progress:
     before: dict[str, float] = field(default_factory=dict)  # metrics before the first step
     best: Best | None = None
     loss_scale: list[float] | None = None  # of precision fp16
+    loaded: str | None = None  # digest of the weights that the run began with; "": of none
+    run: str = ""  # drawn when the run began; "": by an older leanclip
 
 
 def save(
@@ -123,7 +139,7 @@ def save(
     best = progress.best and f"step-{progress.best.step:08d}"
     if best and (root / best).is_dir():
         write_text(root / "best", best + "\n")
-    found = _by_age(root)
+    found = _newest_first(root)
     place = found.index(folder)
     for old in (*found[:place], *found[place + keep :]):  # one ahead was damaged and passed over
         if old.name != best:
@@ -139,9 +155,14 @@ def progress_of(folder: Path) -> Progress:
 
 def last_progress(root: Path) -> Progress | None:
     """How far the run with these checkpoints has come, by what the newest says, unverified."""
-    newest_first = _by_age(root)
+    newest_first = _newest_first(root)
+    return progress_if_any(newest_first[0]) if newest_first else None
+
+
+def progress_if_any(folder: Path) -> Progress | None:
+    """As `progress_of`; None where it cannot be read."""
     try:
-        return progress_of(newest_first[0]) if newest_first else None
+        return progress_of(folder)
     except (OSError, ValueError, TypeError):
         return None
 
@@ -151,19 +172,22 @@ def restore(
 ) -> Progress:
     """Put a checkpoint's weights, moments and random states back.
 
+    Every rank calls this; the first one reads and gives the others what it read. Only shards are
+    read by all.
+
     Raises:
         WeightsError: the checkpoint is of another model.
     """
-    tensors = load_file(folder / "training.safetensors")
-    if (folder / SHARDS).is_dir():
+    tensors = tensors_from_first(lambda: load_file(folder / "training.safetensors"))
+    if from_first(lambda: is_in_shards(folder)):
         from leanclip.training.sharded_checkpoint import load_shards
 
         load_shards(folder / SHARDS, model, optimizer)
     elif is_sharded(model):
-        own, weights = model.state_dict(), read_weights(folder)
+        own, weights = model.state_dict(), _weights_of(folder)
         model.load_state_dict({k: placed_as(v, own[k]) for k, v in weights.tensors.items()})
     elif tuning is None or not tuning.restore(tensors):
-        load_into(model, read_weights(folder))
+        load_into(model, _weights_of(folder))
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -176,7 +200,26 @@ def restore(
         torch.set_rng_state(tensors["random.cpu"][rank].clone())
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"][rank].clone())
-    return progress_of(folder)
+    return from_first(lambda: progress_of(folder))
+
+
+def manifest_digests(root: Path) -> dict[str, str]:
+    """The digests of the checkpoints' manifests under `root`, by their names, the newest first."""
+    found = {}
+    for folder in _newest_first(root):
+        with suppress(OSError):  # it has none, or was removed just now
+            found[folder.name] = digest(folder / "manifest.json")
+    return found
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is as its manifest has it."""
+    return next(_problems(folder), None) is None
+
+
+def is_in_shards(folder: Path) -> bool:
+    """Whether a checkpoint was written in shards."""
+    return (folder / SHARDS).is_dir()
 
 
 def merge(source: Path, destination: Path) -> Path:
@@ -217,16 +260,13 @@ def merge(source: Path, destination: Path) -> Path:
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint under `root` that is whole, and why newer ones are not."""
-    found, skipped = None, []
-    for folder in _by_age(root, unreadable=1 << 62):  # so that it is looked at, and named
-        if found is not None and folder.name < found.name:
-            continue
-        problem = next(_problems(folder), None)  # of one of a later step also where it looks older
-        if problem is not None:
-            skipped.append(problem)
-        elif found is None:
-            found = folder
-    return found, skipped
+    skipped = []
+    for folder in _newest_first(root):
+        problem = next(_problems(folder), None)
+        if problem is None:
+            return folder, skipped
+        skipped.append(problem)
+    return None, skipped
 
 
 def sweep(root: Path) -> None:
@@ -239,6 +279,18 @@ def sweep(root: Path) -> None:
         shutil.rmtree(folder)
     for file in root.glob(".*.part"):
         file.unlink()
+
+
+def _weights_of(folder: Path) -> Weights:
+    """The weights of a checkpoint, on every rank as the first one reads them."""
+    found: list[Weights] = []
+
+    def read() -> Weights:
+        found.append(read_weights(folder))
+        return replace(found[0], tensors={})
+
+    weights = from_first(read)
+    return replace(weights, tensors=tensors_from_first(lambda: found[0].tensors))
 
 
 def _begin(temporary: Path) -> str:
@@ -271,21 +323,9 @@ def _problems(folder: Path) -> Iterator[str]:
             yield f"{path}: differs from its checksum"
 
 
-def _by_age(root: Path, *, unreadable: int = -1) -> list[Path]:
-    """The checkpoints, the newest first: by how far the data was read.
-
-    Steps would not do: a run that goes on with more ranks counts fewer of them. Where the state
-    cannot be read, `unreadable` stands for the epoch.
-    """
-
-    def position(folder: Path) -> tuple[int, int, str]:
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            return state["epoch"], state["sample"], folder.name
-        except (OSError, ValueError, KeyError):
-            return unreadable, -1, folder.name
-
-    return sorted(root.glob("step-*"), key=position, reverse=True)
+def _newest_first(root: Path) -> list[Path]:
+    """The checkpoints by their steps, which only ever grow in a run."""
+    return sorted(root.glob("step-*"), reverse=True)
 
 
 def _moments(model: CLIP, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The same bits again: `train.deterministic`."""
+"""What a GPU's kernels may do: other bits each time (`train.deterministic`), TF32 (`tf32`)."""
 
 import os
 import re
@@ -8,6 +8,21 @@ from contextlib import contextmanager
 import torch
 
 from leanclip.errors import ConfigError
+
+
+def allow_tf32(is_allowed: bool) -> None:
+    """Let float32 products and convolutions on a GPU round their factors to TF32's 10 bits, or not.
+
+    Of the whole process, until it is set again. PyTorch's own default is to allow it in
+    convolutions only. Both of its interfaces are set, as the newer one wins where a program has
+    used it.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = is_allowed
+    torch.backends.cudnn.allow_tf32 = is_allowed
+    precision = "tf32" if is_allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.rnn.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def freeze(
     """The features of locked towers, from `folder` or computed into it; every rank calls this.
 
     Raises:
-        ConfigError: another machine of the run does not see the folder.
+        ConfigError: another rank does not see what the first one wrote into the folder.
     """
     frozen = Frozen()
     for tower in frozen_towers(config, dataset):
@@ -105,11 +105,7 @@ def freeze(
         blocks = _sample_blocks(0, dataset.distinct) if tower == "image" else _text_blocks(dataset)
         _compute(model, config, dataset, preprocess, tower, blocks, store)
         barrier()
-        if not (path / ROWS).is_file():
-            raise ConfigError(
-                f"{path}: this machine does not see what the first rank wrote there; put "
-                f"output_dir where all see it, or set finetune.cache_features to false"
-            )
+        _check_shared(path)
         rows = _mapped(path / ROWS, np.float32).reshape(-1, config.model.embed_dim)
         if tower == "image":
             frozen = frozen._replace(image=rows, undecoded=_bad(path))
@@ -118,6 +114,19 @@ def freeze(
             order = digests.argsort(kind="stable")
             frozen = frozen._replace(text=rows, digests=digests[order], rows=order)
     return frozen
+
+
+def _check_shared(folder: Path) -> None:
+    """See that all ranks have the first one's features; an error is raised on all of them."""
+    rows, about = folder / ROWS, folder / "about.json"
+    is_there = rows.is_file() and about.is_file()
+    seen = everyones((rows.stat().st_size, about.read_text()) if is_there else ())
+    for rank, one in enumerate(seen):
+        if one != seen[0]:
+            raise ConfigError(
+                f"{folder}: rank {rank} does not see what rank 0 wrote there; put output_dir where "
+                f"all ranks see it, or set finetune.cache_features to false"
+            )
 
 
 def _compute(

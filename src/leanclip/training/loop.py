@@ -8,24 +8,26 @@ The same command in the same folder goes on from the newest checkpoint.
 
 import logging
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from leanclip.config.schema import DataConfig, load_config
-from leanclip.config.sections import differences, to_plain
+from leanclip.config.schema import Config, DataConfig
+from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed.collectives import (
     barrier,
     everyones,
+    from_first,
+    is_lost_rank,
     rank_and_world_size,
     together,
     total,
@@ -33,13 +35,13 @@ from leanclip.distributed.collectives import (
 from leanclip.distributed.fsdp import whole
 from leanclip.distributed.preemption import STOPPING, Signals, Stopped, noting_signals
 from leanclip.distributed.wrap_model import prepare_towers
-from leanclip.errors import ConfigError, DataError, LeanclipError
+from leanclip.errors import ConfigError, DataError, one_line
 from leanclip.evaluation import Report, evaluate
 from leanclip.io.files import held, write_text
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.training import checkpoint
-from leanclip.training.determinism import only_deterministic
+from leanclip.training.determinism import allow_tf32, only_deterministic
 from leanclip.training.early_stopping import by_evaluation, has_stopped_gaining, is_news, judged
 from leanclip.training.feature_cache import Frozen, freeze
 from leanclip.training.finetune import Tuning
@@ -47,40 +49,26 @@ from leanclip.training.loss_scale import LossScale
 from leanclip.training.monitor import Clock, LogLines, Troubles, in_words, peak_memory, write_status
 from leanclip.training.optimizer import build_optimizer, learning_rate
 from leanclip.training.plan import Plan
+from leanclip.training.start import Chosen, check_same_plan, choose_checkpoint, read_on_all_ranks
 from leanclip.training.step import StepResult, train_step
 from leanclip.training.tracking import MetricsLog
-from leanclip.weights import load_into, read_weights
+from leanclip.weights import load_into
 
 log = logging.getLogger("leanclip")
-
-# Settings, or groups, that may differ between two starts of a run: they do not change its weights,
-# but by rounding in the case of micro-batches.
-FREE_SETTINGS = (
-    "output_dir",
-    "device",
-    "load",
-    "load_arch",
-    "load_partial",
-    "data.workers",
-    "data.cache_gigabytes",
-    "data.max_bad_share",
-    "train.micro_batches",
-    "train.log_every",
-    "train.report_to",
-    "train.checkpoint_activations",
-    "finetune.cache_features",
-    "evaluate",
-    "checkpoint",
-)
 
 
 SKIPPED = "skipped.jsonl"  # in the run's folder
 
+T = TypeVar("T")
+WriteReport = Callable[[Report, float, int | None], T]
 
-def train(plan: Plan, *, must_resume: bool = False) -> tuple[Report, float]:
+
+def train(plan: Plan, write_report: WriteReport[T], *, must_resume: bool = False) -> T | None:
     """Train to the end, from the newest checkpoint in the run's folder where there is one.
 
-    Every rank calls this. Returns the last report and the seconds of training, over all starts.
+    Every rank calls this; on the first one `write_report` is called with the last report, the
+    seconds of training over all starts, and the step at which an earlier start had finished the
+    run (else None). Returns its result; None on other ranks.
 
     Raises:
         Stopped: a signal asked for it; the checkpoint is written.
@@ -92,60 +80,72 @@ def train(plan: Plan, *, must_resume: bool = False) -> tuple[Report, float]:
     """
     if rank_and_world_size()[0] > 0:
         together(problem="")
-        return _train(plan, must_resume)
+        return _train(plan, write_report, must_resume)
     with held(plan.folder / "lock") as is_ours:
         problem = f"{plan.folder}: another process trains there; choose another --output-dir"
         together(problem="" if is_ours else problem)
         with suppress(OSError):  # the first checkpoint will say what is wrong there
             checkpoint.sweep(plan.folder / "checkpoints")
-        return _train(plan, must_resume)
+        return _train(plan, write_report, must_resume)
 
 
-def _train(plan: Plan, must_resume: bool) -> tuple[Report, float]:
+def _train(plan: Plan, write_report: WriteReport[T], must_resume: bool) -> T | None:
     """As `train`, in a folder that is this run's."""
-    config, rank = plan.config, rank_and_world_size()[0]
-    torch.manual_seed(config.seed)
-    model = CLIP(**to_plain(config.model)).to(plan.device)
-    found = _checkpoint(plan, must_resume)
-    new = checkpoint.progress_of(found).new if found else _load(plan, model)
-    tuning = Tuning(model, config.finetune, new)
-    towers = prepare_towers(model, config.train)
-    optimizer = build_optimizer(model, config.optimizer, tuning.factors)
-    torch.manual_seed(config.seed + rank)  # what is drawn in training differs by rank
-    done = checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new)
-    if found:
-        done = _same_place(plan, found, checkpoint.restore(found, model, optimizer, tuning))
-    barrier()
-    if rank == 0:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        write_text(plan.folder / "config.yaml", dump_yaml(to_plain(config)))
-    metrics = None
-    if rank == 0:
-        after_step = done.step if found else -1
-        report_to = config.train.report_to
-        metrics = MetricsLog(plan.folder, after_step=after_step, report_to=report_to)
+    allow_tf32(plan.config.tf32)
+    check_same_plan(plan)
+    chosen = choose_checkpoint(plan, must_resume)
+    if chosen:
+        plan = _from_there(plan, chosen)
     try:
-        with only_deterministic(config.train.deterministic):
-            if plan.guard is not None and not found:  # what there is to forget
-                done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
-                if metrics is not None:
-                    metrics.write(0, by_evaluation(done.before))
-            frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
-            report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
+        return _run(plan, chosen, write_report)
     except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
         if isinstance(stopped, Stopped):
             barrier()  # an outer launcher may end all ranks with the first that ends
         raise
-    except LeanclipError as error:
-        write_status(plan, "failed", reason=str(error))
+    except Exception as error:
+        is_lost = is_lost_rank(error)
+        write_status(plan, "failed", reason="another rank is gone" if is_lost else one_line(error))
         raise
+
+
+def _run(plan: Plan, chosen: Chosen | None, write_report: WriteReport[T]) -> T | None:
+    """From the checkpoint, the weights or scratch to the report."""
+    config, rank = plan.config, rank_and_world_size()[0]
+    torch.manual_seed(config.seed)
+    model = CLIP(**to_plain(config.model)).to(plan.device)
+    done = chosen.progress if chosen else _load(plan, model)
+    tuning = Tuning(model, config.finetune, done.new)
+    towers = prepare_towers(model, config.train)
+    optimizer = build_optimizer(model, config.optimizer, tuning.factors)
+    torch.manual_seed(config.seed + rank)  # what is drawn in training differs by rank
+    if chosen:
+        folder = plan.folder / "checkpoints" / chosen.folder.name
+        done = checkpoint.restore(folder, model, optimizer, tuning)
+    barrier()
+    metrics, is_finished = None, _is_finished(plan, done)
+    if rank == 0:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        write_text(plan.folder / "config.yaml", dump_yaml(to_plain(_recorded(config, chosen))))
+        after_step = done.step if chosen else -1
+        report_to = config.train.report_to
+        metrics = MetricsLog(plan.folder, after_step=after_step, report_to=report_to)
+    try:
+        with only_deterministic(config.train.deterministic):
+            if plan.guard is not None and not chosen:  # what there is to forget
+                done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
+                if metrics is not None:
+                    metrics.write(0, by_evaluation(done.before))
+            frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
+            report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
     finally:
         if metrics is not None:
             metrics.close()
-    if rank == 0:
-        write_status(plan, "done", step=done.step)
-    return report, done.seconds
+    if rank > 0:
+        return None
+    result = write_report(report, done.seconds, done.step if is_finished else None)
+    write_status(plan, "done", step=done.step)
+    return result
 
 
 def _fit(
@@ -163,6 +163,7 @@ def _fit(
     rank = rank_and_world_size()[0]
     path = plan.folder / SKIPPED
     bad = BadSamples(plan.dataset.distinct, config.data.max_bad_share, path, must_write=rank == 0)
+    bad.found = from_first(lambda: bad.found)
     troubles, result = Troubles(plan), None
     stream = _stream(plan, done, frozen)
     is_fp16 = config.train.precision == "fp16"
@@ -171,10 +172,10 @@ def _fit(
     clock = Clock(plan, done.samples)
     began = time.perf_counter() - done.seconds
     write_status(plan, "running", step=done.step)
-    bar = ProgressBar("training", plan.steps, completed=done.step, is_silent=rank > 0)
+    bar = ProgressBar("training", plan.last_step, completed=done.step, is_silent=rank > 0)
     lines = LogLines(plan, done=done.step, is_silent=rank > 0 or bar.is_shown)
     with noting_signals() as signals, bar:
-        for step in range(done.step, plan.steps):
+        for step in range(done.step, plan.last_step):
             if has_stopped_gaining(plan, done.best):
                 log.info("ends at step %d: no gain after the best, %s", step, done.best)
                 break
@@ -182,7 +183,7 @@ def _fit(
             seen = _seen(batch, signals, len(config.data.sources))  # by all ranks
             for reason in bad.add(seen.bad):
                 log.warning("skipped: %s", reason)
-            rate = learning_rate(step, peak=plan.peak_rate, warmup=plan.warmup, steps=plan.steps)
+            rate = _rate(plan, step)
             must_save = seen.must_save or _is_due(step + 1, plan, *often)
             must_log = must_save or _is_due(step + 1, plan, None, config.train.log_every)
             if seen.samples:
@@ -267,7 +268,7 @@ def _line(
         "train/gradient_norm": result.gradient_norm.item() if result else 0.0,
         "train/lr": rate,
         "train/logit_scale": logit_scale.exp().item(),
-        "train/epoch": done.step / plan.steps_per_epoch,
+        "train/epoch": (done.step - plan.offset) / plan.steps_per_epoch,
         "train/samples": done.samples,
         **_by_source(plan.config.data, done.sources),
         "train/peak_memory_gb": peak_memory(plan.device),
@@ -305,7 +306,7 @@ def _save(
             tuning=tuning,
         )
     except OSError as error:
-        if done.step == plan.steps:
+        if done.step == plan.last_step:
             raise
         log.error(
             "no checkpoint at step %d: %s; those before it are as they were", done.step, error
@@ -354,41 +355,51 @@ def _after_step(
     )
 
 
-def _checkpoint(plan: Plan, must_resume: bool) -> Path | None:
-    """The checkpoint of the run's folder to go on from."""
-    found, skipped = checkpoint.newest(plan.folder / "checkpoints")
-    for reason in skipped:
-        log.warning("checkpoint skipped: %s", reason)
-    if found is not None:
-        _same_run(plan, checkpoint.progress_of(found).batch_size)
-    elif must_resume:
-        raise ConfigError(f"--resume: no checkpoint in {plan.folder}; leave --resume out to begin")
-    return found
+def _recorded(config: Config, chosen: Chosen | None) -> Config:
+    """The settings to write: they name the weights that the run began with, once and for all."""
+    if chosen is None or config.load is not None:
+        return config
+    names = ("load", "load_arch", "load_partial")
+    return config.model_copy(update={name: getattr(chosen.config, name) for name in names})
 
 
-def _same_place(plan: Plan, found: Path, done: checkpoint.Progress) -> checkpoint.Progress:
-    """A checkpoint's progress in steps of this run's batch."""
+def _from_there(plan: Plan, chosen: Chosen) -> Plan:
+    """The plan from a checkpoint on: its steps are counted on, in batches of this run's size."""
+    done = chosen.progress
     left = max(0, len(plan.dataset) - done.sample) // plan.batch_size  # whole ones of this epoch
     here = (done.epoch + 1) * plan.steps_per_epoch - left
+    plan = replace(plan, offset=done.step - here)
     if done.dataset_size not in (0, len(plan.dataset)):
         log.warning(
             "the data has %d samples an epoch, and had %d when the checkpoint was written: the "
             "rest of this epoch is of another order, and may repeat or leave out samples",
             *(len(plan.dataset), done.dataset_size),
         )
-    elif here != done.step:
-        log.info("the batch was of another size then: step %d is step %d now", done.step, here)
-    done = replace(done, step=here)
-    more = " (so --load is not used)" if plan.config.load else ""
-    log.info("going on from %s, step %d of %d%s", found, done.step, plan.steps, more)
-    return done
+    elif done.batch_size not in (0, plan.batch_size):
+        log.info(
+            "the global batch was %d and is %d now: %d steps are left",
+            *(done.batch_size, plan.batch_size, plan.last_step - done.step),
+        )
+    log.info("going on from %s, step %d of %d", chosen.folder, done.step, plan.last_step)
+    return plan
 
 
-def _load(plan: Plan, model: CLIP) -> list[str]:
-    """Bring the model to the weights of `config.load`, where there are; what they do not have."""
-    config, new = plan.config, []
+def _is_finished(plan: Plan, done: checkpoint.Progress) -> bool:
+    return done.step >= plan.last_step or has_stopped_gaining(plan, done.best)
+
+
+def _rate(plan: Plan, step: int) -> float:
+    """The learning rate of a step, by its place in the data."""
+    return learning_rate(
+        step - plan.offset, peak=plan.peak_rate, warmup=plan.warmup, steps=plan.steps
+    )
+
+
+def _load(plan: Plan, model: CLIP) -> checkpoint.Progress:
+    """The beginning of a run: the model has the weights of `config.load`, where there are."""
+    config, new, digest = plan.config, [], ""
     if config.load is not None:
-        weights = read_weights(config.load, arch=config.load_arch)
+        weights, digest = read_on_all_ranks(config.load, config.load_arch)
         new = load_into(model, weights, partial=config.load_partial)
         own = weights.preprocess
         if own and (own.mean, own.std) != (plan.preprocess.mean, plan.preprocess.std):
@@ -402,29 +413,18 @@ def _load(plan: Plan, model: CLIP) -> list[str]:
             raise ConfigError(f"finetune.{name}: keeps loaded weights as they are; give --load")
     if rank_and_world_size()[0] == 0:
         (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
-    return new
-
-
-def _same_run(plan: Plan, batch_size: int) -> None:
-    """Refuse to go on in a folder whose run had other settings; `batch_size` is its global one."""
-    old = load_config(plan.folder / "config.yaml")
-    split = ("train.batch_size",) if plan.batch_size == batch_size else ()  # among other ranks
-    changed = differences(old, plan.config, ignore=FREE_SETTINGS + split)
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ConfigError(
-            f"{plan.folder}: holds a run of another configuration "
-            f"({'; '.join(changed[:3])}{more}); choose another --output-dir, or remove that folder"
-        )
+    run = from_first(lambda: uuid.uuid4().hex)
+    return checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new, loaded=digest, run=run)
 
 
 def _is_due(
     step: int, plan: Plan, every_epochs: int | None, every_steps: int | None = None
 ) -> bool:
     """Whether something is due after this step: at the end, every so many epochs or steps."""
-    by_epoch = every_epochs is not None and step % (every_epochs * plan.steps_per_epoch) == 0
+    here = step - plan.offset
+    by_epoch = every_epochs is not None and here % (every_epochs * plan.steps_per_epoch) == 0
     by_step = every_steps is not None and step % every_steps == 0
-    return step == plan.steps or by_epoch or by_step
+    return step == plan.last_step or by_epoch or by_step
 
 
 def _by_source(data: DataConfig, counts: list[int]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from leanclip.training.utilisation import Utilisation
 
 T = TypeVar("T")
 LOG_SECONDS = 30  # between two lines of a log that nobody watches as a progress bar
+NAMED = 3  # samples of a step that was left out
 MUCH_WAITING = 0.2  # share of the time from which waiting for data is worth a word
 log = logging.getLogger("leanclip")
 
@@ -28,11 +29,22 @@ log = logging.getLogger("leanclip")
 def write_status(plan: Plan, state: str, **facts: str | int) -> None:
     """Write status.json into the run's folder, for schedulers."""
     if rank_and_world_size()[0] == 0 and plan.folder.is_dir():
-        text = json.dumps({"state": state, "steps": plan.steps, "time": time.time(), **facts})
+        text = json.dumps({"state": state, "steps": plan.last_step, "time": time.time(), **facts})
+        path = plan.folder / "status.json"
         try:
-            write_text(plan.folder / "status.json", text + "\n")
+            write_text(path, text + "\n")
         except OSError as error:
-            log.warning("status.json does not say %s: %s", state, error)
+            try:  # on a full disk there may be room where the file is
+                _overwrite(path, text + "\n")
+            except OSError:
+                log.warning("status.json does not say %s: %s", state, error)
+
+
+def _overwrite(path: Path, text: str) -> None:
+    """Write a file in its place, which takes no more room than it has."""
+    with path.open("r+b") as file:
+        file.write(text.encode())
+        file.truncate()
 
 
 class Troubles:
@@ -57,13 +69,15 @@ class Troubles:
             if is_finite:
                 continue
             self.count += 1
-            names = [self.plan.dataset.name(index) for index in indices if index >= 0]
+            known = [index for index in indices if index >= 0]  # in a stream they have no names
+            names = ", ".join(self.plan.dataset.name(index) for index in known[:NAMED])
+            more = f" and {len(known) - NAMED:,} more" if len(known) > NAMED else ""
             log.warning(
-                "step %d left out: its loss or gradients are not finite; its samples: %s",
-                *(step, ", ".join(names)),
+                "step %d left out: its loss or gradients are not finite%s%s",
+                *(step, names and f"; its samples: {names}", more),
             )
             allowed = self.plan.config.train.max_skipped_steps
-            if self.in_a_row >= (allowed if step < self.plan.steps else min(allowed, 3)):
+            if self.in_a_row >= (allowed if step < self.plan.last_step else min(allowed, 3)):
                 raise LeanclipError(
                     f"the loss or its gradients were not finite in {self.in_a_row} steps in a row, "
                     f"to step {step}; lower optimizer.learning_rate, lengthen optimizer.warmup or "
@@ -80,7 +94,8 @@ class Clock:
 
     def __init__(self, plan: Plan, samples: int) -> None:
         config = plan.config
-        self.work = Utilisation(config.model, plan.device, config.train.precision)
+        precision = config.train.precision
+        self.work = Utilisation(config.model, plan.device, precision, tf32=config.tf32)
         self.samples, self.began, self.waited = samples, time.perf_counter(), 0.0
         self.first_began, self.waited_before = self.began, 0.0
 
@@ -144,7 +159,7 @@ class LogLines:
     """Now and then a line in the log where there is no progress bar, to show that it lives."""
 
     def __init__(self, plan: Plan, *, done: int, is_silent: bool) -> None:
-        self.steps, self.is_silent = plan.steps, is_silent
+        self.steps, self.is_silent = plan.last_step, is_silent
         self.first, self.began, self.last = done, time.perf_counter(), 0.0
 
     def note(self, step: int, line: Mapping[str, float]) -> None:

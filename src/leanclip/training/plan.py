@@ -4,6 +4,7 @@ Config, device -> make_plan -> Plan -> describe (for --dry-run), headline, train
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.formats.mixture import Mixture
-from leanclip.distributed.collectives import barrier, rank_and_world_size
+from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.distributed.wrap_model import checkpoint_activations
 from leanclip.errors import ConfigError
 from leanclip.evaluation import METRICS, Task, open_guard, open_tasks
@@ -42,14 +43,20 @@ class Plan:
     ranks: int
     batch_size: int  # pairs per step over all ranks
     steps_per_epoch: int
-    steps: int
+    steps: int  # from the first sample to the last, in batches of this size
     peak_rate: float
     warmup: int  # steps
+    offset: int = 0  # steps made so far, less those that this batch size would have taken
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.output_dir)
+
+    @property
+    def last_step(self) -> int:
+        """The number of the last step, counting every step that the run has made."""
+        return self.offset + self.steps
 
 
 def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
@@ -64,7 +71,8 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     """
     _check_together(config)
     if config.train.precision == "auto":
-        train = config.train.model_copy(update={"precision": _precision(config, device)})
+        precision = from_first(partial(_precision, config, device))
+        train = config.train.model_copy(update={"precision": precision})
         config = config.model_copy(update={"train": train})
     check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
@@ -186,6 +194,22 @@ def headline(plan: Plan) -> str:
     )
 
 
+def batch_warnings(plan: Plan) -> list[str]:
+    """What a run loses by the size of its batches, a sentence each."""
+    size, batch, found = len(plan.dataset), plan.batch_size, []
+    if batch == 1:
+        has_loss = plan.loss == "siglip"
+        what = "a pair has no negatives" if has_loss else "its loss is 0, so nothing is learned"
+        found.append(f"the batch is one pair: {what}; raise train.batch_size, or use more data")
+    left_out = size - plan.steps_per_epoch * batch
+    if left_out and (2 * batch > size or 10 * left_out > size):
+        found.append(
+            f"batches of {batch:,} leave out {left_out:,} of {size:,} samples in each epoch "
+            f"({left_out / size:.0%}), others each time; lower train.batch_size to leave out fewer"
+        )
+    return found
+
+
 def _data_line(plan: Plan) -> str:
     """How many samples of what."""
     data, dataset = plan.config.data, plan.dataset
@@ -209,7 +233,9 @@ def describe(plan: Plan) -> str:
         f"for weights, gradients and moments + {activations / 2**30:.2f} for a batch's activations "
         f"(captions as long as the context; shorter ones take less)"
     )
-    comments = "".join(f"# {line}\n" for line in (*headline(plan).splitlines(), gigabytes))
+    warnings = [f"warning: {warning}" for warning in batch_warnings(plan)]
+    lines = (*headline(plan).splitlines(), *warnings, gigabytes)
+    comments = "".join(f"# {line}\n" for line in lines)
     return comments + dump_yaml(to_plain(plan.config)).rstrip()
 
 

@@ -10,32 +10,37 @@ import torch
 from leanclip.config.schema import ModelConfig
 from leanclip.model.presets import forward_gflops
 
-# 10^12 FLOPs a second of dense products: bf16 and fp16 on tensor cores with float32 sums (None:
-# it has none), fp32 without TF32, which PyTorch does not use unless it is told to. From NVIDIA's
-# data sheets of each product; of the GeForce cards from the appendices of the GA102 and Ada
-# architecture white papers. Figures that are given "with sparsity" are halved.
-PEAKS: dict[str, tuple[float | None, float | None, float]] = {
-    r"H200": (989.0, 989.0, 67.0),
-    r"H100 PCIe": (756.0, 756.0, 51.0),
-    r"H100 80GB HBM3": (989.0, 989.0, 67.0),
-    r"A100": (312.0, 312.0, 19.5),
-    r"A40": (149.7, 149.7, 37.4),
-    r"A10": (125.0, 125.0, 31.2),
-    r"L40S": (362.0, 362.0, 91.6),
-    r"L4": (121.0, 121.0, 30.3),
-    r"V100-SXM2": (None, 125.0, 15.7),
-    r"T4": (None, 65.0, 8.1),
-    r"RTX 3090": (71.0, 71.0, 35.6),
-    r"RTX 4090": (165.2, 165.2, 82.6),
+# 10^12 FLOPs a second of dense products: bf16 and fp16 on tensor cores with float32 sums, fp32 on
+# the other cores, fp32 as TF32 on tensor cores (None: it has none). From NVIDIA's data sheets of
+# each product; of the GeForce cards from the appendices of the GA102 and Ada architecture white
+# papers. Figures that are given "with sparsity" are halved.
+PEAKS: dict[str, tuple[float | None, float | None, float, float | None]] = {
+    r"H200": (989.0, 989.0, 67.0, 494.5),
+    r"H100 PCIe": (756.0, 756.0, 51.0, 378.0),
+    r"H100 80GB HBM3": (989.0, 989.0, 67.0, 494.5),
+    r"A100": (312.0, 312.0, 19.5, 156.0),
+    r"A40": (149.7, 149.7, 37.4, 74.8),
+    r"A10": (125.0, 125.0, 31.2, 62.5),
+    r"L40S": (362.0, 362.0, 91.6, 183.0),
+    r"L4": (121.0, 121.0, 30.3, 60.0),
+    r"V100-SXM2": (None, 125.0, 15.7, None),
+    r"T4": (None, 65.0, 8.1, None),
+    r"RTX 3090": (71.0, 71.0, 35.6, 35.6),
+    r"RTX 4090": (165.2, 165.2, 82.6, 82.6),
 }
-PRECISIONS = ("bf16", "fp16", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp32", "tf32")
 
 
-def peak_teraflops(device_name: str, precision: str) -> float | None:
-    """The device's peak by the name that CUDA gives it; None where it is not in the table."""
+def peak_teraflops(device_name: str, precision: str, *, tf32: bool = False) -> float | None:
+    """The device's peak by the name that CUDA gives it; None where it is not in the table.
+
+    With `tf32`, float32's is that of TF32, where the device has it.
+    """
     for name, peaks in PEAKS.items():
         # "L4" is not "L40", "A100" is "A100-SXM4-80GB", a laptop's RTX 4090 is another chip.
         if re.search(rf"\b{name}(?![\w ]*(Laptop|Ti|D)\b)\b", device_name):
+            if precision == "fp32" and tf32:
+                return peaks[PRECISIONS.index("tf32")] or peaks[PRECISIONS.index("fp32")]
             return peaks[PRECISIONS.index(precision)]
     return None
 
@@ -43,9 +48,11 @@ def peak_teraflops(device_name: str, precision: str) -> float | None:
 class Utilisation:
     """Adds up the work of this rank's steps; nothing is counted where the peak is not known."""
 
-    def __init__(self, model: ModelConfig, device: torch.device, precision: str) -> None:
+    def __init__(
+        self, model: ModelConfig, device: torch.device, precision: str, *, tf32: bool = False
+    ) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self._model, self._peak = model, peak_teraflops(name, precision)
+        self._model, self._peak = model, peak_teraflops(name, precision, tf32=tf32)
         self._by_length: dict[int, float] = {}
         self._gflops = 0.0
 
