@@ -185,6 +185,9 @@ class SourceConfig(Section):
     caption_column: str | tuple[str, ...] | None = Field(
         default=None, description="one or several, of a table, a hub data set or shards' .json"
     )
+    one_caption_per_line: bool = Field(
+        default=True, description="of a .txt file; false: the whole file is one caption"
+    )
     label_column: str | None = Field(
         default=None, description="names the class, in place of captions; an index or a name"
     )

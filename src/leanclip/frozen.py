@@ -30,7 +30,7 @@ from leanclip.data.skipped import Bad
 from leanclip.distributed import barrier, everyones, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate.features import encode_images
-from leanclip.files import write_text
+from leanclip.files import split_lines, write_text
 from leanclip.finetune import group_of
 from leanclip.images import Preprocess
 from leanclip.model import CLIP
@@ -292,7 +292,7 @@ class _Store:
 def _lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of the blocks that are there whole."""
     path, found = folder / BLOCKS, []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in split_lines(path.read_text()) if path.is_file() else ():
         try:
             found.append(json.loads(line))
         except ValueError:  # cut short by a crash

@@ -32,7 +32,7 @@ from leanclip.data.reduced import image_bytes, is_turned, open_header, open_redu
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.errors import DataError, SampleError
-from leanclip.files import held, read_facts, whole_file, write_text
+from leanclip.files import held, read_facts, split_lines, whole_file, write_text
 from leanclip.settings import to_plain
 from leanclip.strict_yaml import dump_yaml
 
@@ -240,7 +240,7 @@ class _ShardMaker:
         captions = [caption for caption in sample.captions if caption.strip()]
         if not captions:
             raise SampleError("empty caption", f"{sample.id}: an empty caption")
-        if len(captions) == 1 and len(captions[0].splitlines()) == 1:
+        if len(captions) == 1 and len(split_lines(captions[0])) == 1:
             return {"txt": captions[0].encode()}
         return {"json": json.dumps({"captions": captions}, ensure_ascii=False).encode()}
 
