@@ -42,7 +42,9 @@ def open_dataset(config: DataConfig) -> Dataset:
     if sum(sizes) == 0:
         raise DataError(f"{folder}: no samples in {len(shards)} shards")
     templates = choose_templates(config.templates, root / TEMPLATES) if classes else ()
-    return Shards(shards, sizes, config, classes, templates)
+    dataset = Shards(shards, sizes, config, classes, templates)
+    dataset.has_remarked = True  # by count_samples
+    return dataset
 
 
 def _kind(root: Path, names: Path) -> str:
