@@ -3,6 +3,7 @@
 names of columns -> Columns;   a row, by column -> Sample
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ CAPTIONS = ("caption", "captions", "text", "txt", "title", "sentence", "sentence
 LABELS = ("label", "labels", "class", "cls", "category", "target")
 MOST_CLASSES = 100_000
 LONGEST_PATH = 1000  # characters
+_IS_FILE = re.compile(r"\w\.(jpe?g|png|webp|bmp|gif|tiff?)$")  # of a value, not a column's name
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
         return next((usual[name] for name in names if name in usual), None)
 
     def missing(setting: str, what: str) -> DataError:
-        return DataError(f"{where}: {what}; set data.{setting} (columns: {', '.join(found)[:300]})")
+        columns = ", ".join(repr(name) if "," in name else name for name in found)[:300]
+        hint = _header_hint(found) if where.lower().endswith((".csv", ".tsv")) else ""
+        return DataError(f"{where}: {what}; set data.{setting} (columns: {columns}){hint}")
 
     if config.caption_column and config.label_column:
         raise DataError("data: give caption_column or label_column, not both")
@@ -82,7 +86,23 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
         label = None if caption else first(LABELS)
         if not captions and label is None:
             raise missing("caption_column", "no column of captions or labels found")
-    return Columns(image, captions, label)
+    columns = Columns(image, captions, label)
+    for name in columns.all:
+        if (count := list(found).count(name)) > 1:
+            raise DataError(f"{where}: has {count} columns named {name!r}; rename all but one")
+    return columns
+
+
+def _header_hint(found: Sequence[str]) -> str:
+    """What to do where the first line of a file may have values in place of columns' names."""
+    names = [name.lower() for name in found]
+    if not set(names).isdisjoint((*IMAGES, *CAPTIONS, *LABELS)):
+        return ""
+    is_data = any(
+        name.startswith(("http://", "https://")) or _IS_FILE.search(name) for name in names
+    )
+    words = "it has no header line" if is_data else "if these are values, it has no header line"
+    return f"; {words}: write the names of the columns above the first row"
 
 
 def class_names(
