@@ -3,13 +3,13 @@
 names of columns -> Columns;   a row, by column -> Sample
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from leanclip.config import DataConfig
 from leanclip.data.samples import Sample, check_unicode, choose_templates, fill, read_class_names
+from leanclip.decoding import SUFFIXES
 from leanclip.errors import DataError, SampleError
 
 # The names that are looked for, in this order and in any letter case, where a config has none.
@@ -32,7 +32,6 @@ CAPTIONS = ("caption", "captions", "text", "txt", "title", "sentence", "sentence
 LABELS = ("label", "labels", "class", "cls", "category", "target")
 MOST_CLASSES = 100_000
 LONGEST_PATH = 1000  # characters
-_IS_FILE = re.compile(r"\w\.(jpe?g|png|webp|bmp|gif|tiff?)$")  # of a value, not a column's name
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,6 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
     Raises:
         DataError: there are no such columns.
     """
-    usual = {name.lower(): name for name in reversed(found)}
-
-    def first(names: Iterable[str]) -> str | None:
-        return next((usual[name] for name in names if name in usual), None)
 
     def missing(setting: str, what: str) -> DataError:
         columns = ", ".join(repr(name) if "," in name else name for name in found)[:300]
@@ -76,14 +71,14 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
     ):
         if name is not None and name not in found:
             raise missing(setting, f"has no column {name!r}")
-    image, label = config.image_column or first(IMAGES), config.label_column
+    image, label = config.image_column or usual_column(found, IMAGES), config.label_column
     if image is None:
         raise missing("image_column", "no column of images found")
     if not captions and label is None:
-        usual.pop(image.lower(), None)
-        caption = first(CAPTIONS)
+        others = [name for name in found if name.lower() != image.lower()]
+        caption = usual_column(others, CAPTIONS)
         captions = (caption,) if caption else ()
-        label = None if caption else first(LABELS)
+        label = None if caption else usual_column(others, LABELS)
         if not captions and label is None:
             raise missing("caption_column", "no column of captions or labels found")
     columns = Columns(image, captions, label)
@@ -93,13 +88,27 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
     return columns
 
 
+def usual_column(found: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first of the usual names that is among those found, in any letter case."""
+    usual = {name.lower(): name for name in reversed(list(found))}
+    return next((usual[name] for name in names if name in usual), None)
+
+
+def several_labels(column: str, where: str) -> DataError:
+    """What to raise where a column has lists of labels."""
+    return DataError(
+        f"{where}: the column {column!r} has lists of labels; one label per image is read: name "
+        f"such a column in data.label_column, or one of captions in data.caption_column"
+    )
+
+
 def _header_hint(found: Sequence[str]) -> str:
     """What to do where the first line of a file may have values in place of columns' names."""
     names = [name.lower() for name in found]
     if not set(names).isdisjoint((*IMAGES, *CAPTIONS, *LABELS)):
         return ""
     is_data = any(
-        name.startswith(("http://", "https://")) or _IS_FILE.search(name) for name in names
+        name.startswith(("http://", "https://")) or Path(name).suffix in SUFFIXES for name in names
     )
     words = "it has no header line" if is_data else "if these are values, it has no header line"
     return f"; {words}: write the names of the columns above the first row"
@@ -198,6 +207,8 @@ class Meaning:
             values = [row.get(column) for column in columns.captions]
             return Sample(id_, image, _captions(name, values))
         value = row.get(columns.label)
+        if isinstance(value, list | tuple | Mapping):
+            raise SampleError("several labels", str(several_labels(columns.label, name)))
         label = self.labels.get("" if value is None else str(value))
         if label is None:
             raise SampleError("unknown class", f"{name}: {str(value)[:60]!r} is no known class")

@@ -92,6 +92,12 @@ class ParquetRows:
                     check_count(values, column, str(path))
         return sorted_values(values)
 
+    def is_nested(self, column: str) -> bool:
+        """Whether a column has lists or structs."""
+        from pyarrow import types
+
+        return types.is_nested(self.schema.field(column).type)
+
     def label_names(self, column: str) -> list[str] | None:
         """The names that Hugging Face's notes in the file give to a column of labels."""
         try:

@@ -20,12 +20,14 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from leanclip.data.sources.cached import cached, cached_path
+from leanclip.decoding import SUFFIXES
 from leanclip.errors import is_shortage
 from leanclip.files import write_array
 
 log = logging.getLogger("leanclip")
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # the first there is counts
+_USUAL = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGES = (*_USUAL, *sorted({suffix[1:] for suffix in SUFFIXES} - {*_USUAL}))  # the first counts
 PARTS = ("image", "txt", "json", "cls")
 PROBLEMS = (  # by their number in an index; 0: none
     "",
@@ -38,6 +40,7 @@ PROBLEMS = (  # by their number in an index; 0: none
 _KNOWN = frozenset((*IMAGES, *PARTS[1:]))
 _DOCUMENTS = ("md", "rst", "html", "pdf", "csv", "tsv", "parquet", "yaml", "yml", "toml", "ini",
               "log", "db", "py", "sh")  # beside samples, not of one  # fmt: skip
+_KIND = f"npy-{'-'.join(IMAGES)}"  # what is read depends on what Pillow has
 _EXAMPLES = 5  # names in a message
 _LONGEST_KEY = 255  # bytes that are kept of one
 _BLOCK = 512  # of a tar
@@ -65,7 +68,7 @@ def shard_index(path: Path, identity: str | None = None) -> np.ndarray:
         OSError: the shard cannot be read.
     """
     return cached(
-        [path], "npy", lambda part: write_array(part, build_index(path)), _load, identity=identity
+        [path], _KIND, lambda part: write_array(part, build_index(path)), _load, identity=identity
     )
 
 
@@ -118,7 +121,7 @@ class Remarks:
 
 def is_indexed(path: Path) -> bool:
     """Whether a shard has been looked through before."""
-    return cached_path([path], "npy").is_file()
+    return cached_path([path], _KIND).is_file()
 
 
 def _load(kept: Path) -> np.ndarray | None:

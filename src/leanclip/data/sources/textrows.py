@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from leanclip.data.sources.cached import cached
-from leanclip.data.sources.columns import check_count, sorted_values
+from leanclip.data.sources.columns import check_count, several_labels, sorted_values
 from leanclip.errors import DataError, SampleError
 from leanclip.tracking import ProgressBar
 
@@ -154,6 +154,8 @@ class TextRows:
         for index, (begin, end) in enumerate(pairwise(ends), first):
             with contextlib.suppress(SampleError):
                 value = self._parse(data[begin:end], self.name(index)).get(column)
+                if isinstance(value, list | dict):
+                    raise several_labels(column, self.name(index))
                 found.update(() if value is None else (str(value),))
         return found
 
