@@ -40,8 +40,8 @@ _SUFFIXES = {
     ".arrow": "arrow",
 }
 
-# Usual names that go before columns of images of other names, whatever they have; the path or name of
-# a file beside images is more often a note about them.
+# Usual names that go before columns of images of other names, whatever they have; the path or name
+# of a file beside images is more often a note about them.
 _IMAGES = ("image", "image_path", "img", "jpg", "jpeg", "png", "webp")
 
 
