@@ -285,6 +285,53 @@ def test_parquet_of_paths_bytes_and_structs(tmp_path: Path) -> None:
             assert caught.value.kind == kind
 
 
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (pa.binary_view(), pa.string_view()),
+        (pa.large_binary(), pa.large_string()),
+        (pa.binary_view(), pa.list_(pa.string_view())),
+        (pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]), pa.string()),
+        (pa.struct([("bytes", pa.binary()), ("path", pa.string())]), pa.list_(pa.string())),
+        (pa.binary(), pa.large_list(pa.large_string())),
+        (pa.binary(), pa.list_view(pa.string_view())),
+        (pa.binary(), pa.large_list_view(pa.large_string())),
+        (pa.dictionary(pa.int8(), pa.binary()), pa.dictionary(pa.int16(), pa.large_string())),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_repeated", [True, False])
+def test_parquet_of_any_kind_of_text(
+    tmp_path: Path, image: pa.DataType, text: pa.DataType, is_repeated: bool
+) -> None:
+    count = 600
+    images = [b"image %d" % (i % 50 if is_repeated else i) * 400 for i in range(count)]
+    texts = [None if i == 1 else f"caption {i % 50 if is_repeated else i}" for i in range(count)]
+    is_list = not pa.types.is_dictionary(text) and pa.types.is_nested(text)
+    columns = {
+        "image": [{"bytes": one, "path": ""} for one in images],
+        "caption": [[one, None] for one in texts] if is_list else texts,
+    }
+    table = pa.table(
+        {
+            "image": pa.array(columns["image"] if pa.types.is_struct(image) else images, image),
+            "caption": pa.array(columns["caption"], text),
+            "label": pa.array([str(i % 3) for i in range(count)], pa.string_view()),
+        }
+    )
+    path = tmp_path / "a.parquet"
+    is_cut = "struct<bytes: binary_view" not in str(image)  # which pyarrow cannot write in groups
+    parquet.write_table(table, path, row_group_size=400 if is_cut else count)
+    dataset = open_dataset(config(path))
+    good = [i for i in range(count) if i != 1]
+    assert [dataset[i].image for i in good] == [images[i] for i in good]
+    assert [dataset[i].captions for i in good] == [[texts[i]] for i in good]
+    with pytest.raises(SampleError, match="empty caption"):
+        dataset[1]
+    labels = open_dataset(config(path, label_column="label"))
+    assert (labels.classes, labels[301].label) == (["0", "1", "2"], 1)
+
+
 def test_parquet_in_parts_is_one_table(tmp_path: Path) -> None:
     path = tmp_path
     for part, rows in enumerate((range(7), range(7, 20))):
