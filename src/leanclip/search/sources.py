@@ -21,7 +21,7 @@ from leanclip.data.samples import read_class_names, read_lines
 from leanclip.data.sources.image_files import list_images, no_images
 from leanclip.data.sources.tar_index import Remarks, shard_index
 from leanclip.decoding import open_regular, refusing
-from leanclip.embeddings import INDEX, read_index, shards_of
+from leanclip.embeddings import index_file, read_index, shards_of
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.files import read_facts
 from leanclip.images import evaluation_pixels
@@ -157,9 +157,9 @@ def _embedded(path: Path, root: Path) -> Iterator[tuple[Entry, np.ndarray]]:
 
 def _is_embeddings(path: Path) -> bool:
     """`leanclip data pack` writes an index.json too, beside its shards."""
-    if not (path / INDEX).is_file() or any(path.glob("*.tar")):
+    if any(path.glob("*.tar")):
         return False
-    return "embed_dim" in read_facts(path / INDEX)
+    return "embed_dim" in read_facts(index_file(path))
 
 
 def _file(path: Path, root: Path) -> Entry | None:
