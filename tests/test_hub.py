@@ -151,6 +151,18 @@ def test_the_usual_name_comes_before_the_first_column_of_images(
     assert text.removesuffix(".png") == expected
 
 
+def test_a_csv_of_other_signs_is_left_to_the_layout_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for content, words in (
+        ("image;caption\nx.png;a\n", "parted by ';': layout table reads such files"),
+        ("image\tcaption\nx.png\ta\n", "parted by '\\\\t': layout table"),
+        ("a cat,1.png\na dog,2.png\n", "it has no header line"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=words):
+            open_dataset(config(path))
+
+
 def test_lists_of_labels_are_refused_in_words(tmp_path: Path) -> None:
     names = datasets.ClassLabel(names=["cat", "dog"])
     many = {"tags": datasets.Sequence(TEXT), "labels": datasets.Sequence(names)}

@@ -218,6 +218,13 @@ def test_what_is_not_read_is_named_where_sizes_are_stated_too(tmp_path: Path, ca
     assert f"{shard}: members that are not read: 1 (1 .npy)" in caplog.text
 
 
+def test_what_is_not_read_takes_no_place_of_those_that_are_stated(tmp_path: Path) -> None:
+    make_tar(tmp_path / "0.tar", [("x.heic", "x"), *pair("a"), ("y.heic", "y"), *pair("b")])
+    (tmp_path / "0_stats.json").write_text('{"successes": 2}')
+    dataset = open_dataset(config(tmp_path))
+    assert [list(dataset[i].captions) for i in range(2)] == [["caption of a"], ["caption of b"]]
+
+
 def test_a_text_with_line_breaks_is_one_caption_where_that_is_known(tmp_path: Path) -> None:
     text, lines = "A title\r\n\r\nand more\n", ["A title", "and more"]
     odd = "one\u2028line\x0cwith\x85odd\x1cseparators"

@@ -429,6 +429,7 @@ class EvaluationData(Section):
     label_column: str | None = Field(
         default=None, description="null: as class_names, unless caption_column is set"
     )
+    one_caption_per_line: bool | None = Field(default=None, description="null: as class_names")
     limit: Positive | None = Field(
         default=None, description="use this many samples, from the start"
     )

@@ -105,8 +105,12 @@ def several_labels(column: str, where: str) -> DataError:
 def _header_hint(found: Sequence[str]) -> str:
     """What to do where the first line of a file may have values in place of columns' names."""
     names = [name.lower() for name in found]
-    if not set(names).isdisjoint((*IMAGES, *CAPTIONS, *LABELS)):
+    usual = {*IMAGES, *CAPTIONS, *LABELS}
+    if not usual.isdisjoint(names):
         return ""
+    for sign in ";\t|":
+        if any(not usual.isdisjoint(name.split(sign)) or name == f"sep={sign}" for name in names):
+            return f"; its columns are parted by {sign!r}: layout table reads such files"
     is_data = any(
         name.startswith(("http://", "https://")) or Path(name).suffix in SUFFIXES for name in names
     )

@@ -140,6 +140,8 @@ def build_index(path: Path) -> np.ndarray:
         rows[-1].problem = cut.problem
     elif cut and cut.key:
         rows += _split([cut], is_apart=False)
+    # Last, as nothing that states how many samples there are counts them.
+    rows.sort(key=lambda row: row.problem == "unknown extension")
     keys = [_short(row.key.encode("utf-8", "surrogateescape"), i) for i, row in enumerate(rows)]
     names = ["/".join(row.unread).encode("utf-8", "surrogateescape") for row in rows]
     names = [name[:_LONGEST_KEY] for name in names]
