@@ -197,7 +197,8 @@ def _members(tar: Path, root: Path) -> Iterator[Entry]:
         is_usable = (rows["image"] > 0) & (rows["problem"] == 0)
         if count := len(rows) - int(is_usable.sum()):
             names = ", ".join(map(os.fsdecode, rows["key"][~is_usable][:3].tolist()))
-            log.warning("%s: skipped %d samples without a usable image: %s", tar, count, names)
+            names += ", ..." * (count > 3)
+            log.warning("%s: samples without a usable image, skipped: %d (%s)", tar, count, names)
         for row in rows[is_usable]:
             name = row["key"].decode("utf-8", "surrogateescape")
             label = text(row, "cls")

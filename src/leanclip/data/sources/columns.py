@@ -110,7 +110,7 @@ def _header_hint(found: Sequence[str]) -> str:
         return ""
     for sign in ";\t|":
         if any(not usual.isdisjoint(name.split(sign)) or name == f"sep={sign}" for name in names):
-            return f"; its columns are parted by {sign!r}: layout table reads such files"
+            return f"; its columns are separated by {sign!r}, which layout table reads"
     is_data = any(
         name.startswith(("http://", "https://")) or Path(name).suffix in SUFFIXES for name in names
     )

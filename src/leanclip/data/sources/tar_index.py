@@ -194,7 +194,7 @@ class _Row:
             if member.problem:
                 self.problem = member.problem
             elif extension not in _KNOWN:
-                self.unread.append(f".{member.rest}")
+                self.unread.append("." + member.rest[-len(extension) :])
             else:
                 if extension in self.members:
                     self.problem = "duplicate member"
