@@ -15,10 +15,7 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
-from functools import partial
-from multiprocessing import get_context
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -39,17 +36,17 @@ from leanclip.data.samples import (
     templates_in,
 )
 from leanclip.data.sources.shard_cache import (
+    count_samples,
     fetched_note,
     fetched_path,
-    fetched_shard,
     forget_failure,
+    ready_shard,
 )
 from leanclip.data.sources.shard_list import URLS, beside, find_shards, read_local, stated_sizes
-from leanclip.data.sources.tar_index import PROBLEMS, Remarks, is_indexed, shard_index
+from leanclip.data.sources.tar_index import PROBLEMS, Remarks
 from leanclip.errors import DataError, SampleError
 from leanclip.files import split_lines
 from leanclip.prompts import TEMPLATES
-from leanclip.tracking import ProgressBar
 
 log = logging.getLogger("leanclip")
 
@@ -156,7 +153,7 @@ class Shards(Dataset):
             with suppress(DataError, OSError):
                 path = fetched_path(name) if name.startswith(URLS) else Path(name)
                 if path.is_file():
-                    found += Remarks.of(name, _ready(name, self.limit)[1])
+                    found += Remarks.of(name, ready_shard(name, self.limit)[1])
         return found.lines()
 
     def visits(self, key: Sequence[int], start: int = 0) -> Iterator[int | Sample]:
@@ -209,7 +206,7 @@ class Shards(Dataset):
         """Fetch and look through shards before they are needed, for other processes too."""
         for shard in shards:
             with suppress(DataError, OSError):  # whoever reads a sample of it meets it again
-                _ready(self.shards[shard], self.limit)
+                ready_shard(self.shards[shard], self.limit)
 
     def _open(self, shard: int) -> _Opened:
         if shard in self._opened:
@@ -295,16 +292,8 @@ def _hint(row: np.void) -> str:
     return hint + "; others of this name stand elsewhere in the shard" * bool(row["is_apart"])
 
 
-def _ready(shard: str, limit: float) -> tuple[Path, np.ndarray]:
-    """A shard's file and index, fetched and looked through if need be."""
-    if not shard.startswith(URLS):
-        return Path(shard), shard_index(Path(shard))
-    path = fetched_shard(shard, limit)
-    return path, shard_index(path, f"{shard} {path.stat().st_size}")
-
-
 def _opened(shard: str, limit: float) -> _Opened:
-    path, rows = _ready(shard, limit)
+    path, rows = ready_shard(shard, limit)
     return _Opened(path.open("rb", buffering=0), rows)
 
 
@@ -385,47 +374,3 @@ def _places(shard: str, config: DataConfig, name: str) -> list[str]:
     """Where a file of words about the classes may be."""
     root = [] if config.split is None else [str(Path(config.root) / name)]
     return [beside(shard, name), *root]
-
-
-def count_samples(shards: Sequence[str], config: DataConfig) -> list[int]:
-    """How many samples shards have, by looking through them."""
-    limit = config.cache_gigabytes * 1e9
-    local = all(not shard.startswith(URLS) for shard in shards)
-    new = len(shards)
-    if local:
-        new = sum(not is_indexed(Path(shard)) for shard in shards)
-    else:
-        log.info("nothing beside the shards says how many samples they have: fetching them all")
-    workers = min(len(os.sched_getaffinity(0)), new)
-    counts: list[int] = []
-    remarks = Remarks()
-    with ExitStack() as stack:
-        count = partial(_count, limit=limit)
-        if local and workers > 1:  # before the bar, whose thread should not be there to be forked
-            pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("fork")))
-            counting = pool.map(count, shards, chunksize=4)
-        else:
-            counting = map(count, shards)
-        bar = stack.enter_context(ProgressBar("indexing shards", len(shards)))
-        for size, some in counting:
-            counts.append(size)
-            remarks += some
-            bar.update(len(counts))
-    for line in remarks.lines():
-        log.warning("%s: %s", Path(shards[0]).parent if len(shards) > 1 else shards[0], line)
-    return counts
-
-
-def _count(shard: str, limit: float) -> tuple[int, Remarks]:
-    """How many samples a shard has; of a fetched one this is remembered when it is removed."""
-    if not shard.startswith(URLS):
-        try:
-            rows = shard_index(Path(shard))
-            return len(rows), Remarks.of(shard, rows)
-        except OSError as error:
-            raise DataError(f"{shard}: cannot be read: {error.strerror}") from None
-    note = fetched_path(shard).with_suffix(".samples")
-    if not note.is_file():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(len(_ready(shard, limit)[1])))
-    return int(note.read_text()), Remarks()

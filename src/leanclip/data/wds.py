@@ -18,7 +18,8 @@ from leanclip.data.samples import (
     read_lines,
     split_folder,
 )
-from leanclip.data.shards import Shards, count_samples
+from leanclip.data.shards import Shards
+from leanclip.data.sources.shard_cache import count_samples
 from leanclip.errors import DataError
 
 CLASSES = "classnames.txt"
