@@ -154,9 +154,9 @@ def test_the_usual_name_comes_before_the_first_column_of_images(
 def test_a_csv_of_other_signs_is_left_to_the_layout_table(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     for content, words in (
-        ("image;caption\nx.png;a\n", "separated by ';', which layout table reads"),
-        ("image\tcaption\nx.png\ta\n", "separated by '\\\\t', which layout table"),
-        ("a cat,1.png\na dog,2.png\n", "it has no header line"),
+        ("image;caption\nx.png;a\n", "separated by ';'; layout table reads such files"),
+        ("image\tcaption\nx.png\ta\n", "separated by '\\\\t'; layout table"),
+        ("a cat,1.png\na dog,2.png\n", "has no header line, but values"),
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=words):

@@ -57,7 +57,11 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
 
     def missing(setting: str, what: str) -> DataError:
         columns = ", ".join(repr(name) if "," in name else name for name in found)[:300]
-        hint = _header_hint(found) if where.lower().endswith((".csv", ".tsv")) else ""
+        hint = ""
+        if where.lower().endswith((".csv", ".tsv")):
+            _check_header(found, where)
+            is_named = any(usual_column(found, names) for names in (IMAGES, CAPTIONS, LABELS))
+            hint = "" if is_named else ", or write the columns' names above the first row"
         return DataError(f"{where}: {what}; set data.{setting} (columns: {columns}){hint}")
 
     if config.caption_column and config.label_column:
@@ -102,20 +106,27 @@ def several_labels(column: str, where: str) -> DataError:
     )
 
 
-def _header_hint(found: Sequence[str]) -> str:
-    """What to do where the first line of a file may have values in place of columns' names."""
+def _check_header(found: Sequence[str], where: str) -> None:
+    """Refuse what is no header, where no usual name is found in it.
+
+    Raises:
+        DataError: it has values, or names that another sign separates.
+    """
     names = [name.lower() for name in found]
     usual = {*IMAGES, *CAPTIONS, *LABELS}
     if not usual.isdisjoint(names):
-        return ""
-    for sign in ";\t|":
-        if any(not usual.isdisjoint(name.split(sign)) or name == f"sep={sign}" for name in names):
-            return f"; its columns are separated by {sign!r}, which layout table reads"
-    is_data = any(
+        return
+    if any(
         name.startswith(("http://", "https://")) or Path(name).suffix in SUFFIXES for name in names
-    )
-    words = "it has no header line" if is_data else "if these are values, it has no header line"
-    return f"; {words}: write the names of the columns above the first row"
+    ):
+        raise DataError(
+            f"{where}: has no header line, but values in the first line ({', '.join(found)[:200]});"
+            f" write the names of the columns above it, such as image and caption"
+        )
+    for sign in ";\t|: ":
+        if any(not usual.isdisjoint(name.split(sign)) or name == f"sep={sign}" for name in names):
+            advice = "layout table reads such files" if sign in ";\t|" else "save it with commas"
+            raise DataError(f"{where}: its columns are separated by {sign!r}; {advice}")
 
 
 def class_names(

@@ -31,7 +31,7 @@ _MOST_LINES = 1000  # of a row; a quote that stays open longer was a slip
 _BLOCK = 1 << 14  # rows
 _HEAD, _SAMPLE_ROWS = 1 << 16, 20  # bytes and rows by which the delimiter is told
 _SEPARATOR_LINE = re.compile(
-    rb"""(?:\xef\xbb\xbf)?"?sep=([\t -!#-/:-@[-`{-~])"?[ \t]*[\r\n]""", re.IGNORECASE
+    rb"""(?:\xef\xbb\xbf)?"?sep=([\t -!#-/:-@[-`{-~])\1*"?[ \t]*[\r\n]""", re.IGNORECASE
 )
 _NEWLINE, _RETURN, _QUOTE = b'\n\r"'
 
