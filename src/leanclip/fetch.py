@@ -154,7 +154,7 @@ def _is_private(error: Exception) -> bool:
 
 def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
     """Add to `part` what it lacks, or begin it anew where it may be of another file."""
-    tag = _tag_of(part).read_text() if _tag_of(part).is_file() else ""
+    tag = _tag_of(part).read_text("utf-8") if _tag_of(part).is_file() else ""
     have = _size(part) if tag else 0
     asked = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
     request = urllib.request.Request(url, headers=asked)

@@ -233,7 +233,7 @@ class Shards(Dataset):
             )
         if not self.has_remarked and (lines := Remarks.of(name, opened.rows).lines()):
             self.has_remarked = True
-            log.warning("%s: %s; others are not named", name, "; ".join(lines))
+            log.warning("%s: %s (further shards are not reported)", name, "; ".join(lines))
         self._opened[shard] = opened
         if len(self._opened) > _OPEN:
             self._opened.popitem(last=False)
