@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from conftest import Command, Forked, assert_refused, noise_image
+from pyarrow import dataset
 from test_inference import save_tiny
 
 import leanclip
@@ -89,6 +91,22 @@ def test_what_cannot_be_read_is_skipped_and_named(photos: Path, command: Command
     names, expected = expected_rows_without("1/004.png")
     assert ids == names
     np.testing.assert_allclose(features, expected, atol=1e-6)
+
+
+def test_other_readers_of_parquet_read_the_folder(photos: Path, command: Command) -> None:
+    (photos / "photos/0/bad.png").write_bytes(b"not an image")
+    done = command(*WORDS, "--format", "parquet", "--max-bad-share", "1")
+    assert done.returncode == 0, done.stderr
+    assert list(photos.glob("out/*.skipped.json"))
+    ids, features = read_embeddings("out")
+    rows = pandas.read_parquet("out")
+    assert rows["id"].tolist() == dataset.dataset("out").to_table()["id"].to_pylist() == ids
+    np.testing.assert_array_equal(np.stack(rows["embedding"].tolist()), features)
+    for path in photos.glob("out/_*.json"):  # as earlier releases called them
+        path.rename(path.with_name(path.name[1:]))
+    assert json.loads(command(*WORDS, "--format", "parquet").stdout)["skipped"] == 1
+    assert read_embeddings("out")[0] == ids
+    assert not list(photos.glob("out/_*"))
 
 
 def expected_rows_without(name: str) -> tuple[list[str], np.ndarray]:
