@@ -90,7 +90,7 @@ def build(out: Path, embeddings: Path, count: int) -> float:
         (embeddings / f"{number:05d}.ids.json").write_text(json.dumps(names))
     weights = fingerprint(model.state_dict())
     facts = Written(count, "", weights, WIDTH, PART, "npy", "float16")
-    (embeddings / "index.json").write_text(json.dumps(asdict(facts)))
+    (embeddings / "_index.json").write_text(json.dumps(asdict(facts)))
     start = time.perf_counter()
     Index.build(embeddings, Clip(model.eval(), Preprocess(32)), out).close()
     return time.perf_counter() - start

@@ -3,8 +3,10 @@
 import re
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,9 +23,12 @@ class Server(ThreadingHTTPServer):
         self.breaks = 0  # how many answers to cut in the middle from now on
         self.statuses: list[int] = []  # answers to give first, in place of files
         self.knows_ranges = True
+        self.knows_if_range = True
+        self.tags = "ETag"  # what tells that a file is the same; or "Last-Modified", "weak", ""
         self.says_length = True
         self.pause = 0.0  # seconds after each piece of an answer
         self.asked: list[tuple[str, str | None]] = []  # path, Range
+        self.conditions: list[str | None] = []  # If-Range
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -41,7 +46,9 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         wanted = self.headers.get("Range")
         path = self.path.partition("?")[0]
+        condition = self.headers.get("If-Range")
         server.asked.append((path, wanted))
+        server.conditions.append(condition)
         file = server.folder / path.lstrip("/")
         if server.statuses:
             self.send_error(server.statuses.pop(0))
@@ -50,19 +57,25 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         content, first = file.read_bytes(), 0
-        if wanted and server.knows_ranges:
+        tags = tags_of(content, server.tags)
+        is_same = condition in (None, *tags.values()) or not server.knows_if_range
+        if wanted and server.knows_ranges and is_same:
             found = re.fullmatch(r"bytes=(\d+)-", wanted)
             assert found
             first = int(found[1])
             if first >= len(content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")
+                for name, tag in tags.items():
+                    self.send_header(name, tag)
                 self.end_headers()
                 return
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         else:
             self.send_response(200)
+        for name, tag in tags.items():
+            self.send_header(name, tag)
         if server.says_length:
             self.send_header("Content-Length", str(len(content) - first))
         self.end_headers()
@@ -76,6 +89,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def tags_of(content: bytes, kind: str = "ETag") -> dict[str, str]:
+    """Headers that differ where the content does."""
+    number = zlib.crc32(content)
+    if kind == "Last-Modified":
+        return {kind: formatdate(number % 10**9, usegmt=True)}
+    return {"ETag": f'W/"{number}"' if kind == "weak" else f'"{number}"'} if kind else {}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from conftest import assert_refused, make_pairs, noise_image
 from PIL import Image, ImageEnhance
 from skimage import data as photographs
+from test_inference import save_tiny
 
 from leanclip.data import parse_source
 from leanclip.data.tools.check import ODD, RECORD, open_parts, read_parts
@@ -265,6 +267,40 @@ def test_the_command_prints_writes_and_exits(command: Command) -> None:
     done = command("data", "check", "pairs:data", "--max-problems", "0.1", "--workers", "0")
     assert done.returncode == 0, done.stdout
     assert "003.png = data/004.png" in done.stdout
+
+
+def test_every_command_names_what_is_not_read_in_shards(command: Command) -> None:
+    save_tiny(Path("tiny"))
+    images = sorted(Path("data").glob("*.png"))
+    with tarfile.open("a.tar", "w") as tar:
+        for number, path in enumerate(images):
+            stem = f"v2.{number} of me" if number < 4 else f"{number:03d}"
+            tar.add(path, f"{stem}.heic" if number == 11 else f"{stem}.png")
+            if number != 6:
+                tar.add(path.with_suffix(".txt"), f"{stem}.txt")
+            tar.add(path, f"{stem}.npy")
+        tar.add(images[6].with_suffix(".txt"), "006.txt")
+    data = ("-o", "data.layout=shards", "-o", "data.root=a.tar", "-o", "data.max_bad_share=0.5")
+    for words, where in (
+        (("data", "check", "shards:a.tar", "--workers", "0"), "stdout"),
+        (("data", "pack", "shards:a.tar", "packed", "-o", "max_bad_share=0.5"), "stderr"),
+        (("train", "-c", "config.yaml", "--dry-run", *data), "stderr"),
+        (("search", "build", "a.tar", "--model", "tiny", "--out", "index"), "stderr"),
+    ):
+        done = command(*words)
+        printed = getattr(done, where)
+        assert "members that are not read: 13 (12 .npy, 1 .heic)" in printed, (words, done.stderr)
+        assert re.search(r"not next to each other in the tar: 1 \([^ ]*a\.tar/006\)", printed), (
+            words
+        )
+    checked = command("data", "check", "shards:a.tar", "--workers", "0")
+    assert checked.returncode == 1
+    assert "all: 12 samples" in checked.stdout
+    assert "a.tar/011: there is no image of this name; members that are not read: .heic" in (
+        checked.stdout
+    )
+    (skipped,) = Path("packed/skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["id"] == "a.tar/011"
 
 
 def test_mistakes_are_refused(command: Command) -> None:

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from conftest import make_pairs, noise_image
 
+from leanclip.cli.use import _images_of
 from leanclip.config.schema import DataConfig
 from leanclip.data import open_dataset
+from leanclip.data.dataset import read_class_names, read_lines, read_templates
 from leanclip.data.formats import shapes
 from leanclip.errors import DataError, SampleError
+from leanclip.io.files import read_json_lines
 
 
 def config(root: Path, layout: str = "pairs", **more: object) -> DataConfig:
@@ -75,6 +78,26 @@ def test_a_caption_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "p" / "000.txt").write_bytes(b"caf\xe9")
     with pytest.raises(SampleError, match=r"000\.txt: is not UTF-8"):
         open_dataset(config(tmp_path / "p"))[0]
+
+
+ODD = "one\u2028line \x0c with\x85 odd\x1c \x0bseparators\u2029!"  # str.splitlines ends lines there
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_only_line_ends_end_lines(tmp_path: Path, end: str) -> None:
+    make_pairs(tmp_path / "pairs", 1)
+    (caption,) = (tmp_path / "pairs").rglob("*.txt")
+    path = tmp_path / "lines.txt"
+    for file, lines in ((caption, [ODD, "two"]), (path, [f"{ODD}{{}}", "a {}"])):
+        file.write_bytes(end.join([*lines, ""]).encode())
+    pairs = DataConfig(layout="pairs", root=str(tmp_path / "pairs"), workers=0)
+    assert open_dataset(pairs)[0].captions == [ODD, "two"]
+    whole = pairs.model_copy(update={"one_caption_per_line": False})
+    assert open_dataset(whole)[0].captions == [f"{ODD}\ntwo"]
+    assert read_class_names(path) == read_templates(path) == read_lines(path) == lines
+    assert _images_of(path.read_bytes()) == lines
+    (tmp_path / "lines.jsonl").write_bytes(end.join(['{"a": "\u2028"}', "[1]", ""]).encode())
+    assert read_json_lines(tmp_path / "lines.jsonl") == [{"a": "\u2028"}, [1]]
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import assert_refused, noise_image
-from web import Server, serving
+from web import Server, serving, tags_of
 
 from leanclip.config.schema import DataConfig
 from leanclip.data import open_dataset
@@ -99,6 +99,7 @@ def test_the_command_downloads_unpacks_and_then_leaves_alone(
 def test_an_interrupted_download_goes_on(server: Server, archive: Path, tmp_path: Path) -> None:
     content = archive.read_bytes()
     (tmp_path / "food-101.tar.gz.part").write_bytes(content[:100])
+    (tmp_path / "food-101.tar.gz.part.tag").write_text(tags_of(content)["ETag"])
     url = f"{server.url}/food-101.tar.gz"
     told: list[tuple[str, int, int]] = []
     get_food101(

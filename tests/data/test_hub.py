@@ -123,6 +123,80 @@ def test_a_folder_of_images_with_captions_streamed_or_not(tmp_path: Path) -> Non
     assert {(sample.image, sample.captions[0]) for sample in samples} == expected
 
 
+IMAGE, TEXT = datasets.Image(), datasets.Value("string")
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"mask": IMAGE, "image": IMAGE}, "image"),
+        ({"depth": IMAGE, "path": TEXT, "Img": IMAGE, "jpg": IMAGE}, "Img"),
+        ({"mask": IMAGE, "image_path": TEXT}, "image_path"),
+        ({"file_name": TEXT, "photo": IMAGE, "edges": IMAGE}, "photo"),
+        ({"file_name": TEXT}, "file_name"),
+    ],
+)
+def test_the_usual_name_comes_before_the_first_column_of_images(
+    tmp_path: Path, columns: dict[str, Any], expected: str
+) -> None:
+    values = {
+        name: [{"bytes": name.encode(), "path": None}] if kind is IMAGE else [f"{name}.png"]
+        for name, kind in columns.items()
+    }
+    features = datasets.Features(columns | {"caption": TEXT})
+    rows = datasets.Dataset.from_dict(values | {"caption": ["a"]}, features=features)
+    rows.save_to_disk(tmp_path / "saved")
+    image = open_dataset(config(tmp_path / "saved"))[0].image
+    text = image.decode() if isinstance(image, bytes) else image.name
+    assert text.removesuffix(".png") == expected
+
+
+def test_a_csv_of_other_signs_is_left_to_the_layout_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for content, words in (
+        ("image;caption\nx.png;a\n", "separated by ';'; layout table reads such files"),
+        ("image\tcaption\nx.png\ta\n", "separated by '\\\\t'; layout table"),
+        ("a cat,1.png\na dog,2.png\n", "has no header line, but values"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=words):
+            open_dataset(config(path))
+
+
+def test_lists_of_labels_are_refused_in_words(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    many = {"tags": datasets.Sequence(TEXT), "labels": datasets.Sequence(names)}
+    values = {"image": ["x.png"] * 2, "tags": [["a"], ["a", "b"]], "labels": [[0, 1], []]}
+    rows = datasets.Dataset.from_dict(
+        values | {"n": [0, 1]},
+        features=datasets.Features({"image": TEXT} | many | {"n": datasets.Value("int64")}),
+    )
+    rows.save_to_disk(tmp_path / "saved")
+    for name in ("parts/a.parquet", "a.jsonl", "x.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith("parquet"):
+            rows.to_parquet(tmp_path / name)
+        else:
+            rows.to_json(tmp_path / name)
+    for layout, root, more in (
+        ("hub", "saved", {}),
+        ("hub", "saved", {"label_column": "tags"}),
+        ("hub", "parts", {}),
+        ("hub", "parts", {"streaming": True, "epoch_size": 2}),
+        ("table", "x.parquet", {}),
+        ("table", "a.jsonl", {}),
+    ):
+        settings = config(tmp_path / root, **more).model_copy(update={"layout": layout})
+        with pytest.raises(
+            DataError, match=r"has lists of labels; .* data\.label_column"
+        ) as caught:
+            open_dataset(settings)
+        assert repr(more.get("label_column", "labels")) in str(caught.value)
+        if not settings.streaming:
+            other = settings.model_copy(update={"label_column": "n"})
+            assert open_dataset(other).classes == ["0", "1"]
+
+
 def test_labels_without_names(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("image,label\nx.png,10\ny.png,9\n")

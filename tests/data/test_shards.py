@@ -140,6 +140,108 @@ def test_members_of_one_name_are_one_sample(tmp_path: Path) -> None:
         columns[1]
 
 
+def pair(stem: str, image: str = ".png", text: str = ".txt") -> list[tuple[str, bytes | str]]:
+    return [(f"{stem}{image}", png(1)), (f"{stem}{text}", f"caption of {stem}")]
+
+
+@pytest.mark.parametrize(
+    ("members", "usable", "bad", "remarks"),
+    [
+        (pair("v1.5 a") + pair("v1.5 b") + pair("v2.0 a"), ["v1.5 a", "v1.5 b", "v2.0 a"], {}, []),
+        (pair("x.y/Dr. No.1", ".JPG") + pair("x.y/Dr. No.2"), ["Dr. No.1", "Dr. No.2"], {}, []),
+        (
+            [*pair("a"), ("b.in.png", png(1)), ("b.out.txt", "text"), ("c.5.png", png(2))],
+            ["a"],
+            {"b": "unknown extension", "c": "unknown extension"},
+            ["members that are not read: 3 (1 .in.png, 1 .out.txt, 1 .5.png)"],
+        ),
+        (
+            [*pair("a"), ("a.npy", "x"), ("a.seg.png", png(2)), *pair("b"), ("b.npy", "y")],
+            ["a", "b"],
+            {},
+            ["members that are not read: 3 (2 .npy, 1 .seg.png)"],
+        ),
+        (
+            [*pair("a", ".heic"), *pair("b", ".png", ".caption"), *pair("c", ".jp2", ".md")],
+            [],
+            {"a": "missing image", "b": "missing caption", "c": "unknown extension"},
+            ["members that are not read: 4 (1 .heic, 1 .caption, 1 .jp2, 1 .md)"],
+        ),
+        (
+            [("README.md", "x"), *pair("a"), ("LICENSE", "y"), ("._a.png", "z"), ("__x__.b", "")],
+            ["a"],
+            {},
+            ["members that are not read: 4 (1 LICENSE, 1 ._a.png, 1 __x__.b, 1 README.md)"],
+        ),
+        (
+            [*(pair(str(i))[0] for i in range(3)), *(pair(str(i))[1] for i in range(3))],
+            ["0", "1", "2"],
+            {},
+            ["samples whose members are not next to each other in the tar: 3 (SHARD/0, SHARD/1, "],
+        ),
+        (  # both: without sorting, and with dots
+            [pair("a.b")[0], *pair("c"), pair("a.b")[1]],
+            ["a.b", "c"],
+            {},
+            ["samples whose members are not next to each other in the tar: 1 (SHARD/a.b)"],
+        ),
+        (  # which caption is meant is not clear; two whole samples of a name are two
+            [pair("a")[0], *pair("b"), ("a.txt", "one"), *pair("c"), ("a.txt", "two"), *pair("c")],
+            ["b", "c", "c"],
+            {"a": "missing image"},
+            ["samples whose members are not next to each other in the tar: 3 (SHARD/a, SHARD/a, "],
+        ),
+    ],
+)
+def test_no_member_is_left_out_silently(
+    tmp_path: Path, caplog, members: Members, usable: list[str], bad: dict, remarks: list[str]
+) -> None:
+    shard = make_tar(tmp_path / "in" / "0.tar", members)
+    dataset = open_dataset(config(shard))
+    kinds = bad_kinds(dataset)
+    assert kinds == bad
+    good = [i for i in range(len(dataset)) if dataset.name(i).rpartition("tar/")[2] not in kinds]
+    assert [Path(dataset[i].id).name for i in good] == usable
+    assert all(dataset[i].captions[0].endswith(dataset[i].id.rpartition("0.tar/")[2]) for i in good)
+    found = dataset.remarks()
+    assert len(found) == len(remarks)
+    for line, wanted in zip(found, remarks, strict=True):
+        assert line.startswith(wanted.replace("SHARD", str(shard)))
+        assert line in caplog.text
+
+
+def test_what_is_not_read_is_named_where_sizes_are_stated_too(tmp_path: Path, caplog) -> None:
+    shard = make_tar(tmp_path / "in" / "0.tar", [*pair("a"), ("a.npy", "x")])
+    (tmp_path / "in" / "sizes.json").write_text('{"0.tar": 1}')
+    dataset = open_dataset(config(tmp_path / "in"))
+    assert dataset[0].captions == ["caption of a"]
+    assert f"{shard}: members that are not read: 1 (1 .npy)" in caplog.text
+
+
+def test_what_is_not_read_takes_no_place_of_those_that_are_stated(tmp_path: Path) -> None:
+    make_tar(tmp_path / "0.tar", [("x.heic", "x"), *pair("a"), ("y.heic", "y"), *pair("b")])
+    (tmp_path / "0_stats.json").write_text('{"successes": 2}')
+    dataset = open_dataset(config(tmp_path))
+    assert [list(dataset[i].captions) for i in range(2)] == [["caption of a"], ["caption of b"]]
+
+
+def test_a_text_with_line_breaks_is_one_caption_where_that_is_known(tmp_path: Path) -> None:
+    text, lines = "A title\r\n\r\nand more\n", ["A title", "and more"]
+    odd = "one\u2028line\x0cwith\x85odd\x1cseparators"
+    members = [("0.png", b"0"), ("0.txt", text), ("1.png", b"1"), ("1.txt", text)]
+    members += [("1.json", json.dumps({"TEXT": "A title\n\nand more", "caption": None}))]
+    members += [("2.png", b"2"), ("2.txt", text), ("2.json", json.dumps({"caption": "other"}))]
+    members += [("3.png", b"3"), ("3.txt", text), ("3.json", "{")]
+    members += [("4.png", b"4"), ("4.txt", f"{odd}\rlast")]
+    shard = make_tar(tmp_path / "a.tar", members)
+    dataset = open_dataset(config(shard))
+    whole = ["A title\n\nand more"]
+    assert [dataset[i].captions for i in range(4)] == [lines, whole, lines, lines]
+    assert dataset[4].captions == [odd, "last"]
+    dataset = open_dataset(config(shard, one_caption_per_line=False))
+    assert [dataset[i].captions for i in (0, 2, 3)] == [["A title\nand more"]] * 3
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_folders_links_and_devices(tmp_path: Path, format: int) -> None:
     folder, link, device = (tarfile.TarInfo(name) for name in ("d", "4.png", "5.png"))
@@ -322,7 +424,7 @@ def test_an_index_keeps_no_object_per_sample(tmp_path: Path) -> None:
     dataset = open_dataset(config(tmp_path))
     assert isinstance(dataset, Shards)
     assert dataset[1999].image == b"x"
-    assert shard_index(tmp_path / "a.tar").nbytes == 2000 * (5 + 1 + 64)
+    assert shard_index(tmp_path / "a.tar").nbytes == 2000 * (5 + 1 + 64 + 1 + 4 + 1)
     assert len(pickle.dumps(dataset)) < 2000
 
 

@@ -67,6 +67,16 @@ def write(path: Path, content: str | bytes) -> Path:
         ("a.csv", "text;image_path\none;x.jpg\ntwo;y.jpg\n"),
         ("a.tsv", 'image\tid\tcaption\nx.jpg\t1\tone\n"y.jpg"\t2\ttwo\n'),
         ("a.jsonl", '{"image": "x.jpg", "text": "one"}\n\n{"text": ["two", ""], "image": "y.jpg"}'),
+        ("a.csv", "image,caption\rx.jpg,one\r\ry.jpg,two"),
+        ("a.csv", "\ufeffsep=;\r\nimage;caption\r\nx.jpg;one\r\ny.jpg;two\r\n"),
+        ("a.csv", '"SEP=||"\rimage|caption\rx.jpg|one\ry.jpg|two\r'),
+        ("a.tsv", "sep=\t\ntext\timage\none\tx.jpg\ntwo\ty.jpg\n"),
+        ("a.tsv", "image,caption\nx.jpg,one\ny.jpg,two\n"),
+        ("a.csv", 'image;caption;"size, in px"\nx.jpg;one;3,5\ny.jpg;two;4,5\n'),
+        ("a.csv", '"a,b\nc"|image|"x;y"|text|\n1|x.jpg|2|one|\n1|y.jpg|2|two|\n'),
+        ("a.csv", "image,caption,note;remark;more\nx.jpg,one,\ny.jpg,two,a;b\n"),
+        ("a.csv", "n,image,n,caption\n1,x.jpg,2,one\n1,y.jpg,2,two\n"),
+        ("a.jsonl", '{"image": "x.jpg", "text": "one"}\r{"image": "y.jpg", "text": "two"}\r'),
         ("a.ndjson", '\ufeff{"image": "x.jpg", "txt": "one"}\n{"image": "y.jpg", "txt": "two"}'),
     ],
 )
@@ -79,13 +89,24 @@ def test_tables_as_they_are_written(tmp_path: Path, name: str, content: str) -> 
 
 
 def test_rows_are_those_of_the_csv_module(tmp_path: Path, monkeypatch) -> None:
-    texts = ['a "b", c', "one\ntwo\r\n\nthree", '"', "é, ü\n", "plain", '""\n"', "x" * 500, "end"]
+    texts = [
+        'a "b", c',
+        "one\ntwo\r\n\nthree",
+        '"',
+        "é, ü\n",
+        "a,\rb\r",
+        "plain",
+        "a\u2028b\x85c",
+        '""\n"',
+        "x" * 500,
+        "end",
+    ]
     path = tmp_path / "a.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "caption"])
-        writer.writerows(["x.jpg", text] for text in texts * 3)
-    for chunk in (7, 64, 1 << 20):
+    for chunk, end in itertools.product((7, 64, 1 << 20), ("\r\n", "\n", "\r")):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator=end)
+            writer.writerow(["image", "caption"])
+            writer.writerows(["x.jpg", text] for text in texts * 3)
         monkeypatch.setattr(textrows, "_CHUNK", chunk)
         os.utime(path, ns=(0, chunk))  # or the rows would be found in the cache
         assert captions(path) == [[text] for text in texts * 3]
@@ -103,6 +124,7 @@ def test_a_spoilt_row_does_not_spoil_the_next(tmp_path: Path, monkeypatch, chunk
         (b"x.jpg,", "empty caption"),
         (b'x.jpg,"  "', "empty caption"),
         (b"x.jpg,caf\xe9", "caption not UTF-8"),
+        (b"x.jpg,a\0b", "malformed row"),
         (b",good", "missing image"),
         (b"x\0.jpg,good", "malformed row"),
         (b"http://a/x.jpg,good", "image at a URL"),
@@ -263,6 +285,53 @@ def test_parquet_of_paths_bytes_and_structs(tmp_path: Path) -> None:
             assert caught.value.kind == kind
 
 
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (pa.binary_view(), pa.string_view()),
+        (pa.large_binary(), pa.large_string()),
+        (pa.binary_view(), pa.list_(pa.string_view())),
+        (pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]), pa.string()),
+        (pa.struct([("bytes", pa.binary()), ("path", pa.string())]), pa.list_(pa.string())),
+        (pa.binary(), pa.large_list(pa.large_string())),
+        (pa.binary(), pa.list_view(pa.string_view())),
+        (pa.binary(), pa.large_list_view(pa.large_string())),
+        (pa.dictionary(pa.int8(), pa.binary()), pa.dictionary(pa.int16(), pa.large_string())),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_repeated", [True, False])
+def test_parquet_of_any_kind_of_text(
+    tmp_path: Path, image: pa.DataType, text: pa.DataType, is_repeated: bool
+) -> None:
+    count = 600
+    images = [b"image %d" % (i % 50 if is_repeated else i) * 400 for i in range(count)]
+    texts = [None if i == 1 else f"caption {i % 50 if is_repeated else i}" for i in range(count)]
+    is_list = not pa.types.is_dictionary(text) and pa.types.is_nested(text)
+    columns = {
+        "image": [{"bytes": one, "path": ""} for one in images],
+        "caption": [[one, None] for one in texts] if is_list else texts,
+    }
+    table = pa.table(
+        {
+            "image": pa.array(columns["image"] if pa.types.is_struct(image) else images, image),
+            "caption": pa.array(columns["caption"], text),
+            "label": pa.array([str(i % 3) for i in range(count)], pa.string_view()),
+        }
+    )
+    path = tmp_path / "a.parquet"
+    is_cut = "struct<bytes: binary_view" not in str(image)  # which pyarrow cannot write in groups
+    parquet.write_table(table, path, row_group_size=400 if is_cut else count)
+    dataset = open_dataset(config(path))
+    good = [i for i in range(count) if i != 1]
+    assert [dataset[i].image for i in good] == [images[i] for i in good]
+    assert [dataset[i].captions for i in good] == [[texts[i]] for i in good]
+    with pytest.raises(SampleError, match="empty caption"):
+        dataset[1]
+    labels = open_dataset(config(path, label_column="label"))
+    assert (labels.classes, labels[301].label) == (["0", "1", "2"], 1)
+
+
 def test_parquet_in_parts_is_one_table(tmp_path: Path) -> None:
     path = tmp_path
     for part, rows in enumerate((range(7), range(7, 20))):
@@ -314,6 +383,29 @@ def test_parquet_batches_are_of_equal_rows(tmp_path: Path) -> None:
         ("a.csv", "image,caption\na,b\n", {"split": "val"}, r"data\.split: .*a\.csv is a file"),
         ("a.csv", "image,label\na,\n", {}, "no row has a label"),
         ("a.csv", "image,caption\na,b\n".encode("utf-16"), {}, "is UTF-16 text; save it as UTF-8"),
+        ("a.csv", "image,caption\na,b\n".encode("utf-16-le"), {}, "is UTF-16 text; save it as"),
+        ("a.tsv", "image\tcaption\ra\tb\r".encode("utf-16-be"), {}, "is UTF-16 text; save it as"),
+        ("a.jsonl", '{"image": "a"}\n'.encode("utf-16-le"), {}, "is UTF-16 text; save it as"),
+        ("a.csv", "image,caption\na,b\n".encode("utf-32"), {}, "is UTF-32 text"),
+        ("a.csv", "image\0,caption\na,b\n", {}, "has NUL bytes in its first line"),
+        ("a.csv", "image,caf\u00e9\na,b\n".encode("latin-1"), {}, "header: is not UTF-8 text"),
+        ("a.csv", "image,caption,caption\na,b,c\n", {}, "has 2 columns named 'caption'; rename"),
+        ("a.csv", "image,label,image\na,b,c\n", {}, "has 2 columns named 'image'; rename"),
+        (
+            "a.tsv",
+            "a cat\thttp://x/1.jpg\na dog\thttp://x/2.jpg\n",
+            {},
+            "has no header line, but values in",
+        ),
+        (
+            "a.csv",
+            "1.png,a cat\n2.png,a dog\n",
+            {},
+            "has no header line, but values in .*1.png, a cat",
+        ),
+        ("a.csv", "one,a cat\ntwo,a dog\n", {}, ", or write the columns' names above the"),
+        ("a.csv", "image caption\nx.jpg one\n", {}, "separated by ' '; save it with commas"),
+        ("a.csv", 'image;"x, y"\na;b\n', {}, r"data\.caption_column \(columns: image, 'x, y'\)$"),
         ("a.csv.gz", b"\x1f\x8b", {}, "is none of .csv .*unpack it first"),
         ("a.jsonl", "[1]\n", {}, "none of the first rows is a JSON object"),
         ("a.parquet", b"PAR1 but no more", {}, r"a\.parquet: cannot be read as Parquet"),

@@ -214,7 +214,7 @@ def test_columns_of_training_bind_only_evaluations_on_its_root(tmp_path: Path) -
     names = tmp_path / "names.txt"
     names.write_text("cow\n")
 
-    def opened(name: str, **wanted: str) -> Dataset:
+    def opened(name: str, **wanted: str | bool) -> Dataset:
         values = {"model": TINY, "data": data, "evaluate": {name: wanted}}
         (task,) = open_tasks(parse(Config, values, where="test"))
         return task.dataset
@@ -225,6 +225,15 @@ def test_columns_of_training_bind_only_evaluations_on_its_root(tmp_path: Path) -
     assert opened("zero_shot", label_column="kind").classes == ["fox"]
     assert opened("retrieval", root=other)[0].captions == ["a cow"]
     assert opened("zero_shot", root=other, label_column="class").classes == ["cow"]
+    for name in ("p", "q"):
+        make_pairs(tmp_path / name, 2)
+        (tmp_path / name / "000.txt").write_text("one\ntwo\n")
+    data = {"layout": "pairs", "root": str(tmp_path / "p"), "one_caption_per_line": False}
+    assert opened("retrieval")[0].captions == ["one\ntwo"]
+    assert opened("retrieval", layout="table", root=other)[0].captions == ["a cow"]
+    assert opened("retrieval", root=str(tmp_path / "q"))[0].captions == ["one", "two"]
+    whole = opened("retrieval", root=str(tmp_path / "q"), one_caption_per_line=False)
+    assert whole[0].captions == ["one\ntwo"]
     data = {"layout": "folder", "root": str(make_classes(tmp_path / "c"))}
     data |= {"class_names": str(names)}  # of other classes than the table's
     names.write_text("Ant\nBee\nCow\n")

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from conftest import Command, Forked, assert_refused, noise_image
+from pyarrow import dataset
 from test_inference import save_tiny
 
 import leanclip
@@ -142,6 +144,23 @@ def test_nothing_to_embed(photos: Path, command: Command, monkeypatch: pytest.Mo
         done = command(*words)
         assert done.returncode == 0, done.stderr
         assert read_embeddings(format)[1].shape == (0, 16)
+
+
+def test_other_readers_of_parquet_read_the_folder(photos: Path, command: Command) -> None:
+    (photos / "photos/0/bad.png").write_bytes(b"not an image")
+    done = command(*WORDS, "--format", "parquet", "--max-bad-share", "1")
+    assert done.returncode == 0, done.stderr
+    assert list(photos.glob("out/*.skipped.json"))
+    ids, features = read_embeddings("out")
+    rows = pandas.read_parquet("out")
+    assert rows["id"].tolist() == dataset.dataset("out").to_table()["id"].to_pylist() == ids
+    np.testing.assert_array_equal(np.stack(rows["embedding"].tolist()), features)
+    for path in photos.glob("out/_*.json"):  # as earlier releases called them
+        path.rename(path.with_name(path.name[1:]))
+    done = command(*WORDS, "--format", "parquet", "--max-bad-share", "1")
+    assert json.loads(done.stdout)["skipped"] == 1
+    assert read_embeddings("out")[0] == ids
+    assert not list(photos.glob("out/_*"))
 
 
 def expected_rows_without(name: str) -> tuple[list[str], np.ndarray]:

@@ -5,16 +5,18 @@ import hashlib
 import multiprocessing
 import os
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 
 import pytest
 from web import Server, serving
 
 from leanclip.errors import DataError
-from leanclip.io.download import FetchError, fetch
+from leanclip.io.download import FetchError, _strong_tag, fetch
 from leanclip.io.files import locked
 
 CONTENT = bytes(range(256)) * 4000
+CHANGED = len(CONTENT) * 3 // 4  # a file that is shorter by this is shorter than half of it
 
 
 @pytest.fixture
@@ -64,14 +66,61 @@ def test_one_that_does_not_get_on_is_given_up(server: Server, tmp_path: Path) ->
     assert len(server.asked) == 3
 
 
-def test_another_run_takes_up_what_is_there(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file.part").write_bytes(CONTENT[:1000])
+def begin(server: Server, path: Path) -> None:
+    """Half of the file, as an earlier run left it."""
+    server.breaks = 1
+    with pytest.raises(FetchError):
+        get(server, path, tries=1)
+    server.asked.clear()
+    server.conditions.clear()
+
+
+@pytest.mark.parametrize("tags", ["ETag", "Last-Modified"])
+@pytest.mark.parametrize("is_changed", [False, True])
+@pytest.mark.parametrize("knows_if_range", [True, False])
+@pytest.mark.parametrize("grows_by", [0, 1000, -CHANGED])
+def test_another_run_goes_on_only_with_the_same_file(
+    server: Server, tmp_path: Path, tags: str, is_changed: bool, knows_if_range: bool, grows_by: int
+) -> None:
+    server.tags, server.knows_if_range = tags, knows_if_range
+    begin(server, tmp_path / "file")
+    content = CONTENT
+    if is_changed:
+        content = bytes(reversed(CONTENT + b"x" * grows_by))[: len(CONTENT) + grows_by]
+        (server.folder / "file").write_bytes(content)
+    get(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == content
+    assert server.asked[0] == ("/file", f"bytes={len(CONTENT) // 2}-")
+    assert server.conditions[0]
+    assert len(server.asked) == (2 if is_changed and not knows_if_range else 1)
+    assert [path.name for path in tmp_path.glob("file*")] == ["file"]
+
+
+@pytest.mark.parametrize("tags", ["weak", ""])
+def test_without_a_tag_it_begins_anew(server: Server, tmp_path: Path, tags: str) -> None:
+    server.tags = tags
+    begin(server, tmp_path / "file")
     get(server, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
-    assert server.asked == [("/file", "bytes=1000-")]
+    assert server.asked == [("/file", None)]
+    (tmp_path / "other.part").write_bytes(b"of an older release")
+    get(server, tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == CONTENT
+
+
+def test_a_time_of_change_within_the_second_is_no_tag() -> None:
+    headers = Message()
+    headers["Date"] = "Wed, 21 Oct 2015 07:28:00 GMT"
+    headers["Last-Modified"] = "Wed, 21 Oct 2015 07:28:00 GMT"
+    assert _strong_tag(headers) == ""
+    headers.replace_header("Date", "Wed, 21 Oct 2015 07:28:01 GMT")
+    assert _strong_tag(headers) == headers["Last-Modified"]
+    headers.replace_header("Last-Modified", "yesterday")
+    assert _strong_tag(headers) == ""
 
 
 def test_a_part_that_is_whole_is_only_renamed(server: Server, tmp_path: Path) -> None:
+    begin(server, tmp_path / "file")
     (tmp_path / "file.part").write_bytes(CONTENT)
     get(server, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
@@ -79,6 +128,7 @@ def test_a_part_that_is_whole_is_only_renamed(server: Server, tmp_path: Path) ->
 
 
 def test_a_part_longer_than_the_file_is_begun_anew(server: Server, tmp_path: Path) -> None:
+    begin(server, tmp_path / "file")
     (tmp_path / "file.part").write_bytes(CONTENT + b"more")
     get(server, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT

@@ -20,6 +20,7 @@ from starlette.requests import Request
 
 from leanclip.app.safety import Refused
 from leanclip.errors import SampleError
+from leanclip.io.files import split_lines
 from leanclip.preprocess.decoding import open_image
 from leanclip.preprocess.images import evaluation_pixels
 
@@ -82,7 +83,7 @@ class Form:
         for value in self._data.getlist(name):
             if not isinstance(value, str):
                 raise Refused(400, f"{name}: found a file; give text")
-            found += [line.strip() for line in value.splitlines() if line.strip()]
+            found += [line.strip() for line in split_lines(value) if line.strip()]
         if any(len(text) > MAX_TEXT for text in found):
             raise Refused(400, f"{name}: one is over {MAX_TEXT:,} characters")
         if len(found) > MAX_TEXTS:

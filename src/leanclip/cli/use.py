@@ -277,8 +277,10 @@ def _sources(given: Iterable[str]) -> "list[Source]":
 
 def _images_of(content: bytes) -> "list[Source]":
     """Standard input: text is a path a line, anything else one image."""
+    from leanclip.io.files import split_lines
+
     try:
-        lines = content.decode("utf-8").splitlines()
+        lines = split_lines(content.decode("utf-8"))
     except UnicodeDecodeError:
         return [content]
     return [content] if "\0" in "".join(lines[:1]) else [line for line in lines if line.strip()]

@@ -190,6 +190,9 @@ class SourceConfig(Section):
     caption_column: str | tuple[str, ...] | None = Field(
         default=None, description="one or several, of a table, a hub data set or shards' .json"
     )
+    one_caption_per_line: bool = Field(
+        default=True, description="of a .txt file; false: the whole file is one caption"
+    )
     label_column: str | None = Field(
         default=None, description="names the class, in place of captions; an index or a name"
     )
@@ -431,6 +434,7 @@ class EvaluationData(Section):
     label_column: str | None = Field(
         default=None, description="null: as class_names, unless caption_column is set"
     )
+    one_caption_per_line: bool | None = Field(default=None, description="null: as class_names")
     limit: Positive | None = Field(
         default=None,
         description="measure a sample of this many images with all their captions; it is the same "

@@ -27,6 +27,7 @@ TAKEN_BY = {
     "class_names": ("shapes", "food101", "folder", "table", "shards", "wds", "hub"),
     "image_column": ("table", "hub"),
     "caption_column": ("table", "shards", "hub"),
+    "one_caption_per_line": ("pairs", "shards", "wds"),
     "label_column": ("table", "hub"),
     "streaming": ("hub",),
 }

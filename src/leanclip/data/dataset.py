@@ -15,6 +15,7 @@ import numpy as np
 from leanclip.data.order import shuffled
 from leanclip.data.prompts import TEMPLATES
 from leanclip.errors import DataError, SampleError, is_shortage
+from leanclip.io.files import split_lines
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Dataset(ABC):
     def name(self, index: int) -> str:
         """What a sample is called in messages, where it can be told without reading it."""
         return f"sample {index}"
+
+    def remarks(self) -> list[str]:
+        """What is odd about all of it, though it is no fault of one sample; a line each."""
+        return []
 
     def visits(self, key: Sequence[int], start: int = 0) -> Iterator["int | Sample"]:
         """What an epoch visits, in an order drawn by `key`, from position `start` of it.
@@ -203,7 +208,7 @@ def read_lines(path: Path) -> list[str]:
         raise SampleError("unreadable file", f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SampleError("caption not UTF-8", f"{path}: is not UTF-8 text") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in split_lines(text) if line.strip()]
 
 
 def read_class_names(path: Path, *, option: str = "data.class_names") -> list[str]:
@@ -267,6 +272,6 @@ def class_names_in(content: bytes, *, where: str) -> list[str]:
 def _lines_in(content: bytes, where: str) -> list[str]:
     """The lines of a text, stripped."""
     try:
-        return [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+        return [line.strip() for line in split_lines(content.decode("utf-8-sig"))]
     except UnicodeDecodeError:
         raise DataError(f"{where}: is not UTF-8 text") from None

@@ -232,10 +232,16 @@ def _is_training(data: DataConfig, wanted: EvaluationData, chosen: DataConfig) -
 
 def _columns(wanted: EvaluationData, trained: DataConfig | None) -> dict[str, Any]:
     """What columns and labels mean: as the evaluation says, else as for training's root."""
-    names = ("class_names", "image_column", "caption_column", "label_column")
+    names = (
+        "class_names",
+        "image_column",
+        "one_caption_per_line",
+        "caption_column",
+        "label_column",
+    )
     given = {name: getattr(wanted, name) for name in names}
     if trained is None:
-        return given
+        return given | {"one_caption_per_line": given["one_caption_per_line"] is not False}
     says_texts = wanted.caption_column is not None or wanted.label_column is not None
-    inherited = names[:2] if says_texts else names
+    inherited = names[:3] if says_texts else names
     return given | {name: getattr(trained, name) for name in inherited if given[name] is None}

@@ -2,10 +2,10 @@
 
     FOLDER -> ids, in order -> shards of so many -> threads decode -> features -> one file each
 
-    OUT/index.json          what it is of: weights, ids, sizes; a later start must agree
-    OUT/00000.npy           features (n, E) of unit length        } or 00000.parquet with both:
-    OUT/00000.ids.json      a list of n ids: paths in FOLDER      } columns `id` and `embedding`
-    OUT/00000.skipped.json  images that cannot be read, where there are any: id -> reason
+    OUT/_index.json          what it is of: weights, ids, sizes; a later start must agree
+    OUT/00000.npy            features (n, E) of unit length        } or 00000.parquet with both:
+    OUT/00000.ids.json       a list of n ids: paths in FOLDER      } columns `id` and `embedding`
+    OUT/_00000.skipped.json  images that cannot be read, where there are any: id -> reason
 
 A shard is of a fixed part of the ids, made by one rank (every world-size-th shard, from the
 rank-th), and its last file appears whole: what is there is finished, and is never made again.
@@ -38,7 +38,6 @@ from leanclip.weights import fingerprint
 
 log = logging.getLogger("leanclip")
 
-INDEX = "index.json"
 FORMATS = ("npy", "parquet")
 DTYPES = ("float32", "float16")
 
@@ -197,7 +196,7 @@ def _check_skipped(
         DataError: they are too many.
     """
     for path in out.glob("*.skipped.json"):
-        shard = int(path.name.partition(".")[0])
+        shard = int(path.name.partition(".")[0].lstrip("_"))
         if shard not in counted and _last_file(out, shard, index.format).exists():
             counted[shard] = len(_skipped(out, shard))
     bad = sum(counted.values()) + len(new)
@@ -253,10 +252,15 @@ def read_index(out: Path) -> Index:
         ConfigError: it is no such folder.
     """
     try:
-        values = json.loads((out / INDEX).read_text())
+        values = json.loads(index_file(out).read_text())
         return Index(**{field.name: values[field.name] for field in fields(Index)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{out}: no folder of embeddings: {error!r}") from None
+
+
+def index_file(out: Path) -> Path:
+    """What says what a folder is of; there, if it is one of embeddings."""
+    return _note(out, "index.json")
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -296,11 +300,11 @@ def _index(clip: Clip, source: Source, shard_size: int, format: str, dtype: str)
 
 def _open(out: Path, index: Index) -> None:
     """Make the folder, or see that it is of the same."""
-    if not (out / INDEX).exists():
+    if not index_file(out).exists():
         out.mkdir(parents=True, exist_ok=True)
         if any(path.suffix in (".npy", ".parquet") for path in out.iterdir()):
             raise ConfigError(f"{out}: holds files of something else; choose another --out")
-        with whole_file(out / INDEX, by_several=True) as part:
+        with whole_file(index_file(out), by_several=True) as part:
             part.write_text(json.dumps(asdict(index), indent=1) + "\n")
         return
     there, here = asdict(read_index(out)), asdict(index)
@@ -391,4 +395,12 @@ def _ids_file(out: Path, shard: int) -> Path:
 
 
 def _skipped_file(out: Path, shard: int) -> Path:
-    return out / f"{shard:05d}.skipped.json"
+    return _note(out, f"{shard:05d}.skipped.json")
+
+
+def _note(out: Path, name: str) -> Path:
+    """A file beside the shards: `_name`, which what reads a folder of Parquet passes over.
+
+    Earlier releases wrote `name`, which is still read.
+    """
+    return out / name if (out / name).is_file() else out / f"_{name}"

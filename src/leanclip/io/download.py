@@ -1,6 +1,9 @@
 """What comes from elsewhere, and where it is kept: one cache folder, one careful download.
 
 URL -> path.part (goes on where it stopped) -> checksum -> path
+
+A transfer goes on only where the server can tell that the file is still the same: its ETag or
+Last-Modified is kept in path.part.tag, and sent as If-Range (RFC 9110, section 13.1.5).
 """
 
 import errno
@@ -11,12 +14,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from leanclip.errors import DataError
 from leanclip.io.addresses import Guard, PrivateAddressError, Resolve
-from leanclip.io.files import digest
+from leanclip.io.files import digest, write_text
 
 log = logging.getLogger("leanclip")
 
@@ -56,7 +61,8 @@ def fetch(
 
     Args:
         url: http or https.
-        path: where it shall be; `path` with `.part` holds what came so far.
+        path: where it shall be; `path` with `.part` holds what came so far, and with `.part.tag`
+            what tells whether the file has changed.
         checksum: the file's MD5 or SHA-256 in hexadecimal, told apart by their length.
         progress: is called with bytes that are there and bytes in all (0: unknown).
         tries: attempts in a row that bring nothing before giving up; a refusal (an answer of
@@ -91,9 +97,10 @@ def fetch(
             log.warning("%s: %s; trying again", url, error)
             time.sleep(pause * 2 ** (failures - 1))
     if checksum is not None and digest(part, len(checksum)) != checksum.lower():
-        part.unlink()
+        _forget(part)
         raise DataError(f"{url}: what was fetched differs from its checksum {checksum}")
     part.rename(path)
+    _forget(part)
     return path
 
 
@@ -146,27 +153,34 @@ def _is_private(error: Exception) -> bool:
 
 
 def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
-    """Add to `part` what it lacks."""
-    have = _size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    """Add to `part` what it lacks, or begin it anew where it may be of another file."""
+    tag = _tag_of(part).read_text("utf-8") if _tag_of(part).is_file() else ""
+    have = _size(part) if tag else 0
+    asked = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
+    request = urllib.request.Request(url, headers=asked)
     try:
         response = Guard(private=None).open(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing is left to send: it was all there, or of another file
             raise
-        if error.headers.get("Content-Range") == f"bytes */{have}":
+        if error.headers.get("Content-Range") == f"bytes */{have}" and _agrees(error.headers, tag):
             return
-        part.unlink()
+        _forget(part)
         raise OSError(f"the server has no more than the {have} bytes that were there") from None
     with response:
         if response.status != 206:  # the server sends it from the start
             have = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
+            _forget(part)
             raise OSError(f"the server sent another part than the one from byte {have} on")
+        elif not _agrees(response.headers, tag):  # it does not know If-Range
+            _forget(part)
+            raise OSError(f"the file has changed since its first {have} bytes were fetched")
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
         with part.open("ab" if have else "wb") as file:
+            if not have:
+                write_text(_tag_of(part), _strong_tag(response.headers))
             # What has come is kept if this is ended; at the end nothing more is waited for.
             while chunk := response.read1(min(PIECE, total - have) if total else PIECE):
                 file.write(chunk)
@@ -174,6 +188,32 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
                 progress(have, total)
         if total and have < total:
             raise OSError(f"the connection ended after {have} of {total} bytes")
+
+
+def _strong_tag(headers: Message) -> str:
+    """What tells for certain that a file is the same: its ETag or time of change; else nothing."""
+    if tag := headers.get("ETag"):
+        return tag if tag.startswith('"') else ""  # W/"...": another file may have the same
+    try:
+        modified = headers["Last-Modified"]
+        age = parsedate_to_datetime(headers["Date"]) - parsedate_to_datetime(modified)
+    except (TypeError, ValueError):
+        return ""
+    return modified if age.total_seconds() >= 1 else ""  # it may change again in this second
+
+
+def _agrees(headers: Message, tag: str) -> bool:
+    """Whether an answer is of the file with this tag, as far as it says."""
+    return headers.get("ETag" if tag.startswith('"') else "Last-Modified", tag) == tag
+
+
+def _tag_of(part: Path) -> Path:
+    return part.with_name(part.name + ".tag")
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _tag_of(part).unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

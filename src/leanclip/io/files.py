@@ -58,6 +58,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def split_lines(text: str) -> list[str]:
+    r"""The lines of a text, each ended by `\n`, `\r\n` or `\r`, as a text file has them.
+
+    `str.splitlines` ends one at form feeds, U+0085, U+2028 and others too.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def read_json_lines(path: Path) -> list[Any]:
     """What each line holds, as JSON; none of no file. A line cut short by a crash is left out."""
     found = []

@@ -8,6 +8,7 @@ An image's label is the first folder below the source, or what its shard says.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,16 @@ import numpy as np
 
 from leanclip.data.dataset import read_class_names, read_lines
 from leanclip.data.readers.image_files import list_images, no_images
-from leanclip.data.readers.tar_index import PROBLEMS, shard_index
+from leanclip.data.readers.tar_index import Remarks, shard_index
 from leanclip.errors import ConfigError, DataError, SampleError
-from leanclip.inference.embeddings import INDEX, read_index, shards_of
+from leanclip.inference.embeddings import index_file, read_index, shards_of
 from leanclip.io.files import read_facts
 from leanclip.preprocess.decoding import open_regular, refusing
 from leanclip.preprocess.images import evaluation_pixels
 from leanclip.search.filters import absolute
 from leanclip.search.items import Entry
+
+log = logging.getLogger("leanclip")
 
 MOST_TEXT = 1 << 20  # bytes of a shard's text
 
@@ -154,9 +157,9 @@ def _embedded(path: Path, root: Path) -> Iterator[tuple[Entry, np.ndarray]]:
 
 def _is_embeddings(path: Path) -> bool:
     """`leanclip data pack` writes an index.json too, beside its shards."""
-    if not (path / INDEX).is_file() or any(path.glob("*.tar")):
+    if any(path.glob("*.tar")):
         return False
-    return "embed_dim" in read_facts(path / INDEX)
+    return "embed_dim" in read_facts(index_file(path))
 
 
 def _file(path: Path, root: Path) -> Entry | None:
@@ -188,9 +191,15 @@ def _members(tar: Path, root: Path) -> Iterator[Entry]:
             content = os.pread(file.fileno(), int(row[f"{part}_size"]), int(row[part]))
             return content.decode("utf-8-sig", "replace").strip() or None
 
-        for row in shard_index(tar):
-            if not row["image"] or (row["problem"] and PROBLEMS[row["problem"]]):
-                continue
+        rows = shard_index(tar)
+        for line in Remarks.of(str(tar), rows).lines():
+            log.warning("%s: %s", tar, line)
+        is_usable = (rows["image"] > 0) & (rows["problem"] == 0)
+        if count := len(rows) - int(is_usable.sum()):
+            names = ", ".join(map(os.fsdecode, rows["key"][~is_usable][:3].tolist()))
+            names += ", ..." * (count > 3)
+            log.warning("%s: samples without a usable image, skipped: %d (%s)", tar, count, names)
+        for row in rows[is_usable]:
             name = row["key"].decode("utf-8", "surrogateescape")
             label = text(row, "cls")
             if label and label.isdigit() and int(label) < len(classes):

@@ -31,7 +31,7 @@ from leanclip.data.skipped import Bad
 from leanclip.distributed.collectives import barrier, everyones, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluation.features import encode_images
-from leanclip.io.files import write_text
+from leanclip.io.files import split_lines, write_text
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
@@ -301,7 +301,7 @@ class _Store:
 def _lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of the blocks that are there whole."""
     path, found = folder / BLOCKS, []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in split_lines(path.read_text()) if path.is_file() else ():
         try:
             found.append(json.loads(line))
         except ValueError:  # cut short by a crash

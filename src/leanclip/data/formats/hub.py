@@ -20,7 +20,15 @@ from typing import Any
 from leanclip.config.schema import DataConfig
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.order import shuffled
-from leanclip.data.readers.columns import Meaning, check_count, choose_columns, class_names
+from leanclip.data.readers.columns import (
+    IMAGES,
+    Meaning,
+    check_count,
+    choose_columns,
+    class_names,
+    several_labels,
+    usual_column,
+)
 from leanclip.errors import DataError, SampleError, one_line
 from leanclip.io.optional_imports import need
 
@@ -31,6 +39,10 @@ _SUFFIXES = {
     ".jsonl": "json",
     ".arrow": "arrow",
 }
+
+# Usual names that go before columns of images of other names, whatever they have; the path or name
+# of a file beside images is more often a note about them.
+_IMAGES = ("image", "image_path", "img", "jpg", "jpeg", "png", "webp")
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -48,13 +60,16 @@ def open_dataset(config: DataConfig) -> Dataset:
     streaming = isinstance(rows, datasets.IterableDataset)
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     if images and config.image_column is None:
-        config = config.model_copy(update={"image_column": images[0]})
+        image = usual_column(images, IMAGES) or usual_column(features, _IMAGES) or images[0]
+        config = config.model_copy(update={"image_column": image})
     columns = choose_columns(config, list(features), config.root)
     rows = rows.select_columns(columns.all)
     if isinstance(features[columns.image], datasets.Image):
         rows = rows.cast_column(columns.image, datasets.Image(decode=False))
     classes = None
     if label := columns.label:
+        if not isinstance(features[label], datasets.ClassLabel | datasets.Value | None):
+            raise several_labels(label, config.root)
         names = getattr(features[label], "names", None)
         distinct = None if streaming else lambda: _distinct(rows, label, config.root)
         classes = class_names(config, config.root, names, distinct)

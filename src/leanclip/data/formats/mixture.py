@@ -56,6 +56,10 @@ class Mixture(Dataset):
         source = self._source_of(index)
         return self.sources[source].name(index - int(self.firsts[source]))
 
+    def remarks(self) -> list[str]:
+        """Those of all sources."""
+        return [line for source in self.sources for line in source.remarks()]
+
     def visits(self, key: Sequence[int], start: int = 0) -> Iterator[int | Sample]:
         """Draws of sources, and each source's next sample, from position `start`."""
         before = np.zeros(len(self.sources), int)  # samples of each source before `start`

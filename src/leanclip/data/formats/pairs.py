@@ -25,34 +25,36 @@ def open_dataset(config: DataConfig) -> Dataset:
     missing = [path for path in paths if not _has_captions(path)]
     if len(missing) > config.max_bad_share * len(paths):
         Pairs(missing)[0]  # raises what is wrong with it
-    return Pairs(paths)
+    return Pairs(paths, one_caption_per_line=config.one_caption_per_line)
 
 
 class Pairs(Dataset):
     """Images with a caption file beside each."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], *, one_caption_per_line: bool = True) -> None:
         self.paths = Strings(map(str, paths))
+        self.one_caption_per_line = one_caption_per_line
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
         path = Path(self.paths[index])
-        captions = path.with_suffix(".txt")
-        if not captions.is_file():
+        file = path.with_suffix(".txt")
+        if not file.is_file():
             raise SampleError(
                 "missing caption",
-                f"{path}: has no caption file {captions.name} beside it; write one, or remove "
+                f"{path}: has no caption file {file.name} beside it; write one, or remove "
                 f"the image",
             )
-        lines = read_lines(captions)
+        lines = read_lines(file)
         if not lines:
             raise SampleError(
                 "empty caption",
-                f"{captions}: an empty caption file; write a caption a line, or remove the pair",
+                f"{file}: an empty caption file; write a caption a line, or remove the pair",
             )
-        return Sample(str(path), path, lines)
+        captions = lines if self.one_caption_per_line else ["\n".join(lines)]
+        return Sample(str(path), path, captions)
 
     def name(self, index: int) -> str:
         """The image's path."""

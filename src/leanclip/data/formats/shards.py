@@ -15,10 +15,7 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
-from functools import partial
-from multiprocessing import get_context
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -40,15 +37,16 @@ from leanclip.data.dataset import (
 from leanclip.data.order import shuffled
 from leanclip.data.prompts import TEMPLATES
 from leanclip.data.readers.shard_cache import (
+    count_samples,
     fetched_note,
     fetched_path,
-    fetched_shard,
     forget_failure,
+    ready_shard,
 )
 from leanclip.data.readers.shard_list import URLS, beside, find_shards, read_local, stated_sizes
-from leanclip.data.readers.tar_index import PROBLEMS, is_indexed, shard_index
+from leanclip.data.readers.tar_index import PROBLEMS, Remarks
 from leanclip.errors import DataError, SampleError
-from leanclip.io.progress import ProgressBar
+from leanclip.io.files import split_lines
 
 log = logging.getLogger("leanclip")
 
@@ -77,6 +75,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         raise DataError(f"{config.root}: no samples in {len(shards)} shards")
     classes = _classes(shards[0], config)
     dataset = Shards(shards, sizes, config, classes, _templates(shards[0], config))
+    dataset.has_remarked = len(unknown) == len(shards) and not shards[0].startswith(URLS)
     if len(shards) == 1 and (unknown or not shards[0].startswith(URLS)):
         with suppress(SampleError):  # of one sample; here only what is wrong with all counts
             dataset.check_tar(0)
@@ -105,11 +104,12 @@ class Shards(Dataset):
         self.buffer, self.limit = config.shuffle_buffer, config.cache_gigabytes * 1e9
         columns = config.caption_column
         self.columns = (columns,) if isinstance(columns, str) else columns
+        self.one_caption_per_line = config.one_caption_per_line
         self.classes = classes
         if classes:
             self.templates = templates
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
-        self._has_warned = False
+        self._has_warned = self.has_remarked = False
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": OrderedDict()}  # files do not go to other processes
@@ -127,10 +127,12 @@ class Shards(Dataset):
                 f"{self.firsts[shard + 1] - self.firsts[shard]} are stated beside it",
             )
         row, name = opened.rows[i], self.name(index)
-        if row["problem"]:
-            raise SampleError(PROBLEMS[row["problem"]], f"{name}: {PROBLEMS[row['problem']]}")
+        if problem := PROBLEMS[row["problem"]]:
+            raise SampleError(problem, f"{name}: {problem}{_hint(row)}")
         if not row["image"]:
-            raise SampleError("missing image", f"{name}: there is no image of this name")
+            raise SampleError(
+                "missing image", f"{name}: there is no image of this name{_hint(row)}"
+            )
         captions, label = self._captions(opened, row, name)
         image = _member(opened, row, "image", name, MOST_IMAGE_BYTES)
         return Sample(name, image, captions, label)
@@ -148,6 +150,16 @@ class Shards(Dataset):
             if at_hand and i < len(rows := self._open(shard).rows):
                 return f"{self.shards[shard]}/{rows[i]['key'].decode('utf-8', 'surrogateescape')}"
         return f"{self.shards[shard]}/sample {i}"
+
+    def remarks(self) -> list[str]:
+        """What is odd about the shards that are at hand."""
+        found = Remarks()
+        for name in self.shards[:]:
+            with suppress(DataError, OSError):
+                path = fetched_path(name) if name.startswith(URLS) else Path(name)
+                if path.is_file():
+                    found += Remarks.of(name, ready_shard(name, self.limit)[1])
+        return found.lines()
 
     def visits(self, key: Sequence[int], start: int = 0) -> Iterator[int | Sample]:
         """Shards in an order drawn by `key`; all samples of a window of them mixed."""
@@ -199,7 +211,7 @@ class Shards(Dataset):
         """Fetch and look through shards before they are needed, for other processes too."""
         for shard in shards:
             with suppress(DataError, OSError):  # whoever reads a sample of it meets it again
-                _ready(self.shards[shard], self.limit)
+                ready_shard(self.shards[shard], self.limit)
 
     def _open(self, shard: int) -> _Opened:
         if shard in self._opened:
@@ -224,6 +236,9 @@ class Shards(Dataset):
                 len(opened.rows),
                 stated,
             )
+        if not self.has_remarked and (lines := Remarks.of(name, opened.rows).lines()):
+            self.has_remarked = True
+            log.warning("%s: %s (further shards are not reported)", name, "; ".join(lines))
         self._opened[shard] = opened
         if len(self._opened) > _OPEN:
             self._opened.popitem(last=False)
@@ -237,12 +252,11 @@ class Shards(Dataset):
             label = self._label(opened, row, name)
             return fill(self.templates, self.classes[label]), label
         if row["txt"] and not self.columns:
-            text = _text(opened, row, "txt", name)
-            captions = [line.strip() for line in text.splitlines()]
+            captions = self._lines(opened, row, name)
         elif row["json"]:
             captions = _json_captions(_text(opened, row, "json", name), self.columns, name)
         else:
-            hint = "; its .cls needs data.class_names" if row["cls"] else ""
+            hint = "; its .cls needs data.class_names" if row["cls"] else _hint(row)
             raise SampleError("missing caption", f"{name}: there is no caption of this name{hint}")
         captions = [caption for caption in captions if caption]
         if not captions:
@@ -250,9 +264,20 @@ class Shards(Dataset):
         check_unicode(captions, name)
         return captions, None
 
+    def _lines(self, opened: _Opened, row: np.void, name: str) -> list[str]:
+        """The captions in a .txt: its lines, or all of it where it is known to be one caption."""
+        text = _text(opened, row, "txt", name)
+        lines = [line for line in map(str.strip, split_lines(text)) if line]
+        if len(lines) > 1 and not self.one_caption_per_line:
+            return ["\n".join(lines)]
+        if len(lines) > 1 and row["json"]:
+            with suppress(SampleError):  # a .json is not needed beside a .txt
+                return _whole_in(_text(opened, row, "json", name), text) or lines
+        return lines
+
     def _label(self, opened: _Opened, row: np.void, name: str) -> int:
         if not row["cls"]:
-            raise SampleError("missing label", f"{name}: there is no .cls of this name")
+            raise SampleError("missing label", f"{name}: there is no .cls of this name{_hint(row)}")
         text = _text(opened, row, "cls", name).strip()
         if text.isdecimal() and len(text) < 10 and int(text) < len(self.classes):
             return int(text)
@@ -263,16 +288,17 @@ class Shards(Dataset):
         )
 
 
-def _ready(shard: str, limit: float) -> tuple[Path, np.ndarray]:
-    """A shard's file and index, fetched and looked through if need be."""
-    if not shard.startswith(URLS):
-        return Path(shard), shard_index(Path(shard))
-    path = fetched_shard(shard, limit)
-    return path, shard_index(path, f"{shard} {path.stat().st_size}")
+def _hint(row: np.void) -> str:
+    """What a sample that lacks something has instead."""
+    names = row["unread"].decode("utf-8", "surrogateescape").replace("/", ", ")
+    hint = f"; members that are not read: {names}" if names else ""
+    if PROBLEMS[row["problem"]] == "unknown extension":
+        hint += "; call them NAME.jpg and NAME.txt, without further dots"
+    return hint + "; others of this name stand elsewhere in the shard" * bool(row["is_apart"])
 
 
 def _opened(shard: str, limit: float) -> _Opened:
-    path, rows = _ready(shard, limit)
+    path, rows = ready_shard(shard, limit)
     return _Opened(path.open("rb", buffering=0), rows)
 
 
@@ -292,6 +318,18 @@ def _text(opened: _Opened, row: np.void, part: str, name: str) -> str:
         return _member(opened, row, part, name, MOST_TEXT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise SampleError("caption not UTF-8", f"{name}: its .{part} is not UTF-8 text") from None
+
+
+def _whole_in(text: str, caption: str) -> list[str]:
+    """The caption, line breaks and all, if a .json has it as one text."""
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    values = facts.values() if isinstance(facts, dict) else ()
+    texts = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    whole = caption.split()
+    return [one.strip() for one in texts if isinstance(one, str) and one.split() == whole][:1]
 
 
 def _json_captions(text: str, columns: Sequence[str] | None, name: str) -> list[str]:
@@ -341,42 +379,3 @@ def _places(shard: str, config: DataConfig, name: str) -> list[str]:
     """Where a file of words about the classes may be."""
     root = [] if config.split is None else [str(Path(config.root) / name)]
     return [beside(shard, name), *root]
-
-
-def count_samples(shards: Sequence[str], config: DataConfig) -> list[int]:
-    """How many samples shards have, by looking through them."""
-    limit = config.cache_gigabytes * 1e9
-    local = all(not shard.startswith(URLS) for shard in shards)
-    new = len(shards)
-    if local:
-        new = sum(not is_indexed(Path(shard)) for shard in shards)
-    else:
-        log.info("nothing beside the shards says how many samples they have: fetching them all")
-    workers = min(len(os.sched_getaffinity(0)), new)
-    counts: list[int] = []
-    with ExitStack() as stack:
-        count = partial(_count, limit=limit)
-        if local and workers > 1:  # before the bar, whose thread should not be there to be forked
-            pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("fork")))
-            counting = pool.map(count, shards, chunksize=4)
-        else:
-            counting = map(count, shards)
-        bar = stack.enter_context(ProgressBar("indexing shards", len(shards)))
-        for one in counting:
-            counts.append(one)
-            bar.update(len(counts))
-    return counts
-
-
-def _count(shard: str, limit: float) -> int:
-    """How many samples a shard has; of a fetched one this is remembered when it is removed."""
-    if not shard.startswith(URLS):
-        try:
-            return len(shard_index(Path(shard)))
-        except OSError as error:
-            raise DataError(f"{shard}: cannot be read: {error.strerror}") from None
-    note = fetched_path(shard).with_suffix(".samples")
-    if not note.is_file():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(len(_ready(shard, limit)[1])))
-    return int(note.read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from leanclip.config.schema import DataConfig
 from leanclip.data.dataset import Dataset, Sample
-from leanclip.data.readers.columns import Meaning, choose_columns, class_names
+from leanclip.data.readers.columns import Meaning, choose_columns, class_names, several_labels
 from leanclip.data.readers.parquet import ParquetRows
 from leanclip.data.readers.textrows import SUFFIXES, TextRows
 from leanclip.errors import DataError
@@ -33,6 +33,8 @@ def open_dataset(config: DataConfig) -> Dataset:
         rows.use(columns.all)
     classes = None
     if label := columns.label:
+        if isinstance(rows, ParquetRows) and rows.is_nested(label):
+            raise several_labels(label, where)
         names = rows.label_names(label) if isinstance(rows, ParquetRows) else None
         classes = class_names(config, where, names, lambda: rows.distinct(label))
     return Table(rows, Meaning(config, columns, paths[0].parent, classes))

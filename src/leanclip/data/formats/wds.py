@@ -18,7 +18,8 @@ from leanclip.data.dataset import (
     read_lines,
     split_folder,
 )
-from leanclip.data.formats.shards import Shards, count_samples
+from leanclip.data.formats.shards import Shards
+from leanclip.data.readers.shard_cache import count_samples
 from leanclip.errors import DataError
 
 CLASSES = "classnames.txt"
@@ -42,7 +43,9 @@ def open_dataset(config: DataConfig) -> Dataset:
     if sum(sizes) == 0:
         raise DataError(f"{folder}: no samples in {len(shards)} shards")
     templates = choose_templates(config.templates, root / TEMPLATES) if classes else ()
-    return Shards(shards, sizes, config, classes, templates)
+    dataset = Shards(shards, sizes, config, classes, templates)
+    dataset.has_remarked = True  # by count_samples
+    return dataset
 
 
 def _kind(root: Path, names: Path) -> str:

@@ -13,7 +13,7 @@ from leanclip.io.files import locked, whole_file
 
 T = TypeVar("T")
 
-_VERSION = 2  # of what is kept; part of its name
+_VERSION = 3  # of what is kept; part of its name
 
 
 def cached(

@@ -10,6 +10,7 @@ from pathlib import Path
 from leanclip.config.schema import DataConfig
 from leanclip.data.dataset import Sample, check_unicode, choose_templates, fill, read_class_names
 from leanclip.errors import DataError, SampleError
+from leanclip.preprocess.decoding import SUFFIXES
 
 # The names that are looked for, in this order and in any letter case, where a config has none.
 IMAGES = (
@@ -53,13 +54,15 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
     Raises:
         DataError: there are no such columns.
     """
-    usual = {name.lower(): name for name in reversed(found)}
-
-    def first(names: Iterable[str]) -> str | None:
-        return next((usual[name] for name in names if name in usual), None)
 
     def missing(setting: str, what: str) -> DataError:
-        return DataError(f"{where}: {what}; set data.{setting} (columns: {', '.join(found)[:300]})")
+        columns = ", ".join(repr(name) if "," in name else name for name in found)[:300]
+        hint = ""
+        if where.lower().endswith((".csv", ".tsv")):
+            _check_header(found, where)
+            is_named = any(usual_column(found, names) for names in (IMAGES, CAPTIONS, LABELS))
+            hint = "" if is_named else ", or write the columns' names above the first row"
+        return DataError(f"{where}: {what}; set data.{setting} (columns: {columns}){hint}")
 
     if config.caption_column and config.label_column:
         raise DataError("data: give caption_column or label_column, not both")
@@ -72,17 +75,58 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
     ):
         if name is not None and name not in found:
             raise missing(setting, f"has no column {name!r}")
-    image, label = config.image_column or first(IMAGES), config.label_column
+    image, label = config.image_column or usual_column(found, IMAGES), config.label_column
     if image is None:
         raise missing("image_column", "no column of images found")
     if not captions and label is None:
-        usual.pop(image.lower(), None)
-        caption = first(CAPTIONS)
+        others = [name for name in found if name.lower() != image.lower()]
+        caption = usual_column(others, CAPTIONS)
         captions = (caption,) if caption else ()
-        label = None if caption else first(LABELS)
+        label = None if caption else usual_column(others, LABELS)
         if not captions and label is None:
             raise missing("caption_column", "no column of captions or labels found")
-    return Columns(image, captions, label)
+    columns = Columns(image, captions, label)
+    for name in columns.all:
+        if (count := list(found).count(name)) > 1:
+            raise DataError(f"{where}: has {count} columns named {name!r}; rename all but one")
+    return columns
+
+
+def usual_column(found: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first of the usual names that is among those found, in any letter case."""
+    usual = {name.lower(): name for name in reversed(list(found))}
+    return next((usual[name] for name in names if name in usual), None)
+
+
+def several_labels(column: str, where: str) -> DataError:
+    """What to raise where a column has lists of labels."""
+    return DataError(
+        f"{where}: the column {column!r} has lists of labels; one label per image is read: name "
+        f"such a column in data.label_column, or one of captions in data.caption_column"
+    )
+
+
+def _check_header(found: Sequence[str], where: str) -> None:
+    """Refuse what is no header, where no usual name is found in it.
+
+    Raises:
+        DataError: it has values, or names that another sign separates.
+    """
+    names = [name.lower() for name in found]
+    usual = {*IMAGES, *CAPTIONS, *LABELS}
+    if not usual.isdisjoint(names):
+        return
+    if any(
+        name.startswith(("http://", "https://")) or Path(name).suffix in SUFFIXES for name in names
+    ):
+        raise DataError(
+            f"{where}: has no header line, but values in the first line ({', '.join(found)[:200]});"
+            f" write the names of the columns above it, such as image and caption"
+        )
+    for sign in ";\t|: ":
+        if any(not usual.isdisjoint(name.split(sign)) or name == f"sep={sign}" for name in names):
+            advice = "layout table reads such files" if sign in ";\t|" else "save it with commas"
+            raise DataError(f"{where}: its columns are separated by {sign!r}; {advice}")
 
 
 def class_names(
@@ -178,6 +222,8 @@ class Meaning:
             values = [row.get(column) for column in columns.captions]
             return Sample(id_, image, _captions(name, values))
         value = row.get(columns.label)
+        if isinstance(value, list | tuple | Mapping):
+            raise SampleError("several labels", str(several_labels(columns.label, name)))
         label = self.labels.get("" if value is None else str(value))
         if label is None:
             raise SampleError("unknown class", f"{name}: {str(value)[:60]!r} is no known class")

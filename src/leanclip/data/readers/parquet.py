@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _BATCH = 1 << 18  # bytes
+_FEW = 16  # rows
 _MOST_BYTES, _MOST_GROWTH = 1 << 30, 200  # of a batch and a file; of a file over its own size
 
 
@@ -92,6 +93,12 @@ class ParquetRows:
                     check_count(values, column, str(path))
         return sorted_values(values)
 
+    def is_nested(self, column: str) -> bool:
+        """Whether a column has lists or structs."""
+        from pyarrow import types
+
+        return types.is_nested(self.schema.field(column).type)
+
     def label_names(self, column: str) -> list[str] | None:
         """The names that Hugging Face's notes in the file give to a column of labels."""
         try:
@@ -121,8 +128,16 @@ def _open(path: Path, columns: Sequence[str] = ()) -> Any:
 
     with _reading(path):
         file = parquet.ParquetFile(path)
-        once = [name for name in _dictionaries(file) if name.split(".")[0] in columns]
+        plain = {field.name for field in file.schema_arrow if not _is_list_view(field.type)}
+        plain &= set(columns)  # Arrow casts no lists of dictionaries that are views
+        once = [name for name in _dictionaries(file) if name.split(".")[0] in plain]
         return parquet.ParquetFile(path, read_dictionary=once) if once else file
+
+
+def _is_list_view(type_: "pyarrow.DataType") -> bool:
+    from pyarrow import types
+
+    return types.is_list_view(type_) or types.is_large_list_view(type_)
 
 
 @contextmanager
@@ -192,11 +207,33 @@ def _whole_arrow(path: Path) -> Path | None:
 
 
 def _plain(field: "pyarrow.Field") -> "pyarrow.Field":
-    """Without a dictionary of values (pandas' categories): Arrow's files take only one a file."""
-    import pyarrow
+    """Of a type that Arrow's files take in any number of batches, and that all functions know.
 
-    is_dictionary = pyarrow.types.is_dictionary(field.type)
-    return field.with_type(field.type.value_type) if is_dictionary else field
+    Without dictionaries of values (pandas' categories), of which a file has only one, and without
+    the views that polars writes.
+    """
+    return field.with_type(_plain_type(field.type))
+
+
+def _plain_type(type_: "pyarrow.DataType") -> "pyarrow.DataType":
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(type_):
+        return _plain_type(type_.value_type)
+    if isinstance(type_, pyarrow.BaseExtensionType):
+        return _plain_type(type_.storage_type)
+    if types.is_string_view(type_):
+        return pyarrow.large_string()
+    if types.is_binary_view(type_):
+        return pyarrow.large_binary()
+    if types.is_list(type_):
+        return pyarrow.list_(_plain(type_.value_field))
+    if types.is_large_list(type_):
+        return pyarrow.large_list(_plain(type_.value_field))
+    if types.is_struct(type_):
+        return pyarrow.struct([_plain(field) for field in type_])
+    return type_
 
 
 def _read(
@@ -207,9 +244,8 @@ def _read(
     total = 0
     for path in paths:
         try:
-            file = _open(path, columns)
             allowed = max(_MOST_BYTES, _MOST_GROWTH * path.stat().st_size)
-            for batch in file.iter_batches(batch_size=16 * rows, columns=columns):
+            for batch in _batches(path, columns, 16 * rows):
                 table = pyarrow.Table.from_batches([batch]).select(columns)
                 for first in range(0, len(table), rows):
                     piece = table.slice(first, rows)
@@ -227,6 +263,25 @@ def _read(
             ) from None
 
 
+def _batches(path: Path, columns: list[str], rows: int) -> Iterator["pyarrow.RecordBatch"]:
+    """The rows in batches of at most `rows`, one row group after the other."""
+    import pyarrow
+
+    file = _open(path, columns)
+    for group in range(file.num_row_groups):
+        done = 0
+        try:
+            for batch in file.iter_batches(rows, [group], columns):
+                yield batch
+                done += batch.num_rows
+        # Arrow gives values within others (Hugging Face's images) of one dictionary at a time only.
+        except pyarrow.ArrowNotImplementedError:
+            few = min(rows, _FEW)  # each with its own value, however large
+            for batch in _open(path).iter_batches(few, [group], columns):
+                yield batch.slice(min(done, batch.num_rows))
+                done -= min(done, batch.num_rows)
+
+
 def _unpacked(array: Any) -> int:
     """Bytes of an array in which each row has its own value."""
     import pyarrow
@@ -240,7 +295,8 @@ def _unpacked(array: Any) -> int:
         return sum(map(_unpacked, array.flatten()))
     if isinstance(array, pyarrow.ListArray | pyarrow.LargeListArray):
         return _unpacked(array.flatten())
-    return array.nbytes
+    plain = _plain_type(array.type)  # a slice of views counts all bytes that any of them show
+    return (array if plain == array.type else array.cast(plain)).nbytes
 
 
 def _even(tables: Iterator["pyarrow.Table"], rows: int) -> Iterator["pyarrow.RecordBatch"]:

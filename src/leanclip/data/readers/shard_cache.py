@@ -1,18 +1,30 @@
-"""Shards that are fetched: each whole, once for all processes, in a bounded part of the disk.
+"""Shards made ready: fetched, looked through and counted.
 
-URL -> shards-fetched/<hash of it>/<name>, in the cache folder
+    URL -> shards-fetched/<hash of it>/<name>, in the cache folder -> index
+
+Each is fetched whole, once for all processes, in a bounded part of the disk.
 """
 
 import hashlib
 import logging
 import os
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
-from leanclip.data.readers.shard_list import shard_name
+import numpy as np
+
+from leanclip.config.schema import DataConfig
+from leanclip.data.readers.shard_list import URLS, shard_name
+from leanclip.data.readers.tar_index import Remarks, is_indexed, shard_index
 from leanclip.errors import DataError, SampleError
 from leanclip.io.download import FetchError, cache_folder, fetch
 from leanclip.io.files import last_use, locked
+from leanclip.io.progress import ProgressBar
 
 log = logging.getLogger("leanclip")
 
@@ -43,6 +55,58 @@ def fetched_shard(url: str, limit: float) -> Path:
         _make_room(limit, path)
     os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # it was used now
     return path
+
+
+def ready_shard(shard: str, limit: float) -> tuple[Path, np.ndarray]:
+    """A shard's file and index, fetched and looked through if need be."""
+    if not shard.startswith(URLS):
+        return Path(shard), shard_index(Path(shard))
+    path = fetched_shard(shard, limit)
+    return path, shard_index(path, f"{shard} {path.stat().st_size}")
+
+
+def count_samples(shards: Sequence[str], config: DataConfig) -> list[int]:
+    """How many samples shards have, by looking through them."""
+    limit = config.cache_gigabytes * 1e9
+    local = all(not shard.startswith(URLS) for shard in shards)
+    new = len(shards)
+    if local:
+        new = sum(not is_indexed(Path(shard)) for shard in shards)
+    else:
+        log.info("nothing beside the shards says how many samples they have: fetching them all")
+    workers = min(len(os.sched_getaffinity(0)), new)
+    counts: list[int] = []
+    remarks = Remarks()
+    with ExitStack() as stack:
+        count = partial(_count, limit=limit)
+        if local and workers > 1:  # before the bar, whose thread should not be there to be forked
+            pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("fork")))
+            counting = pool.map(count, shards, chunksize=4)
+        else:
+            counting = map(count, shards)
+        bar = stack.enter_context(ProgressBar("indexing shards", len(shards)))
+        for size, some in counting:
+            counts.append(size)
+            remarks += some
+            bar.update(len(counts))
+    for line in remarks.lines():
+        log.warning("%s: %s", Path(shards[0]).parent if len(shards) > 1 else shards[0], line)
+    return counts
+
+
+def _count(shard: str, limit: float) -> tuple[int, Remarks]:
+    """How many samples a shard has; of a fetched one this is remembered when it is removed."""
+    if not shard.startswith(URLS):
+        try:
+            rows = shard_index(Path(shard))
+            return len(rows), Remarks.of(shard, rows)
+        except OSError as error:
+            raise DataError(f"{shard}: cannot be read: {error.strerror}") from None
+    note = fetched_path(shard).with_suffix(".samples")
+    if not note.is_file():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(len(ready_shard(shard, limit)[1])))
+    return int(note.read_text()), Remarks()
 
 
 def forget_failure(url: str) -> None:

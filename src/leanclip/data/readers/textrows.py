@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
 from itertools import pairwise
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from leanclip.data.readers.cached import cached
-from leanclip.data.readers.columns import check_count, sorted_values
+from leanclip.data.readers.columns import check_count, several_labels, sorted_values
 from leanclip.errors import DataError, SampleError
 from leanclip.io.progress import ProgressBar
 
@@ -28,6 +29,10 @@ _LONGEST = 1 << 27  # bytes without the end of a line: no text file
 _LONGEST_ROW = 1 << 24  # bytes; JSON may take twenty times as much memory
 _MOST_LINES = 1000  # of a row; a quote that stays open longer was a slip
 _BLOCK = 1 << 14  # rows
+_HEAD, _SAMPLE_ROWS = 1 << 16, 20  # bytes and rows by which the delimiter is told
+_SEPARATOR_LINE = re.compile(
+    rb"""(?:\xef\xbb\xbf)?"?sep=([\t -!#-/:-@[-`{-~])\1*"?[ \t]*[\r\n]""", re.IGNORECASE
+)
 _NEWLINE, _RETURN, _QUOTE = b'\n\r"'
 
 
@@ -42,7 +47,8 @@ class TextRows:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.delimiter = path, _delimiter(path)
+        self.path = path
+        self.delimiter, self._header = _format(path)
         self._file = _File(path)
         index = cached(
             [path],
@@ -51,7 +57,6 @@ class TextRows:
             lambda index: index if _ends_with(index, path.stat().st_size) else None,
         )
         self._index = _File(index)
-        self._header = int(self.delimiter is not None)
         self.size = index.stat().st_size // 8 - 1 - self._header
         if self.size < 1:
             raise DataError(f"{path}: has no rows")
@@ -94,7 +99,7 @@ class TextRows:
 
     def _columns(self) -> list[str]:
         if self._header:
-            first, last = struct.unpack("<qq", self._index.read(0, 16))
+            first, last = struct.unpack("<qq", self._index.read(8 * (self._header - 1), 16))
             fields = self._fields(self._file.read(first, last - first), f"{self.path} header")
             return [name.strip() for name in fields]
         found: dict[str, None] = {}
@@ -125,6 +130,8 @@ class TextRows:
 
     def _fields(self, data: bytes, name: str) -> list[str]:
         text = _text(data, name).rstrip("\r\n")
+        if "\0" in text:
+            raise SampleError("malformed row", f"{name}: has a NUL byte")
         try:
             return next(csv.reader([text], delimiter=self.delimiter or ",", strict=True))
         except (csv.Error, StopIteration) as error:
@@ -147,6 +154,8 @@ class TextRows:
         for index, (begin, end) in enumerate(pairwise(ends), first):
             with contextlib.suppress(SampleError):
                 value = self._parse(data[begin:end], self.name(index)).get(column)
+                if isinstance(value, list | dict):
+                    raise several_labels(column, self.name(index))
                 found.update(() if value is None else (str(value),))
         return found
 
@@ -158,7 +167,7 @@ class TextRows:
                 values = [row.get(column) for row in rows]
             else:
                 place, width = self.columns.index(column), len(self.columns)
-                lines = io.StringIO(data.decode("utf-8"), newline="\n")
+                lines = io.StringIO(data.decode("utf-8"), newline="")
                 reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
                 values = [row[place] for row in reader if len(row) == width]
             found = set(values) if len(values) == count else None
@@ -192,20 +201,58 @@ def _text(data: bytes, name: str) -> str:
         raise SampleError("caption not UTF-8", f"{name}: is not UTF-8 text") from None
 
 
-def _delimiter(path: Path) -> str | None:
-    """What stands between the fields; None in JSON lines."""
+def _format(path: Path) -> tuple[str | None, int]:
+    """What stands between the fields, and how many lines are before the first row.
+
+    Of JSON lines, None and 0. Excel writes a line `sep=;` before the header.
+
+    Raises:
+        DataError: it is not UTF-8 text.
+    """
     try:
         with path.open("rb") as file:
-            head = file.readline(1 << 16)
+            head = file.read(_HEAD)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    _check_encoding(path, head)
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return None, 0
+    if stated := _SEPARATOR_LINE.match(head):
+        return stated[1].decode("ascii"), 2
+    return _delimiter(head, "\t,;|" if suffix == ".tsv" else ",\t;|"), 1
+
+
+def _check_encoding(path: Path, head: bytes) -> None:
+    """Refuse UTF-16 and UTF-32, with a byte order mark or without."""
+    first = re.split(rb"[\r\n]", head, maxsplit=1)[0]
+    zeros = [first[parity::2].count(0) for parity in (0, 1)]
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or b"\0\0\0" in first:
+        raise DataError(f"{path}: is UTF-32 text, or no text; save it as UTF-8")
+    is_every_other = min(zeros) == 0 and 3 * max(zeros) >= len(first) > 1
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or is_every_other:
         raise DataError(f"{path}: is UTF-16 text; save it as UTF-8")
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return None
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    return next((sign for sign in ",\t;|" if sign.encode() in head), ",")
+    if any(zeros):
+        raise DataError(f"{path}: has NUL bytes in its first line: UTF-16 or no text; use UTF-8")
+
+
+def _delimiter(head: bytes, signs: str) -> str:
+    """The sign that parts the header, outside of quotes, and most rows into as many fields."""
+    text = head.removeprefix(b"\xef\xbb\xbf").decode("latin-1")
+    best, most = signs[0], (0.0, 1)
+    for sign in signs:
+        counts: list[int] = []
+        with contextlib.suppress(csv.Error):
+            for row in csv.reader(io.StringIO(text, newline=""), delimiter=sign):
+                counts += [len(row)] if row else []
+                if len(counts) > _SAMPLE_ROWS:
+                    break
+        if len(head) == _HEAD and len(counts) > 1:
+            counts.pop()  # which may be cut
+        if counts and counts[0] > 1:
+            score = counts.count(counts[0]) / len(counts), counts[0]
+            best, most = (sign, score) if score > most else (best, most)
+    return best
 
 
 def _write_index(path: Path, delimiter: str | None, part: Path) -> None:
@@ -248,8 +295,14 @@ def _labels(path: Path) -> list[str]:
 def _row_starts(data: bytes, delimiter: str | None, *, final: bool) -> tuple[np.ndarray, int]:
     """Where the whole rows in `data` begin, and where the last of them ends."""
     values = np.frombuffer(data, np.uint8)
-    ends = np.flatnonzero(values == _NEWLINE) + 1
-    if final and len(data) and not data.endswith(b"\n"):
+    is_end = values == _NEWLINE
+    if b"\r" in data:
+        alone = values == _RETURN
+        alone[:-1] &= values[1:] != _NEWLINE
+        alone[-1] &= final  # else a newline may follow
+        is_end |= alone
+    ends = np.flatnonzero(is_end) + 1
+    if final and len(data) and not is_end[-1]:
         ends = np.append(ends, len(data))
     starts = np.concatenate([[0], ends])[:-1]
     if not len(ends):
@@ -260,8 +313,7 @@ def _row_starts(data: bytes, delimiter: str | None, *, final: bool) -> tuple[np.
         starts, ends, kept = starts[:whole], ends[:whole], kept[:whole]
         if not whole:
             return starts, 0
-    lengths = ends - starts
-    blank = (values[starts] == _NEWLINE) | ((values[starts] == _RETURN) & (lengths == 2))
+    blank = (values[starts] == _NEWLINE) | (values[starts] == _RETURN)
     return starts[kept & ~blank], int(ends[-1])
 
 
@@ -284,7 +336,8 @@ def _join_lines(
     odd = np.flatnonzero(counts % 2)
     if not len(odd):
         return len(starts)
-    lines = data[: int(ends[-1])].decode("latin-1").split("\n")[: len(starts)]
+    text = data[: int(ends[-1])].decode("latin-1")
+    lines = [text[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     row = int(odd[0])  # the first line of the next row
     while row < len(lines):
         first = row

@@ -123,6 +123,7 @@ def _part_findings(part: Part, batch_size: int, context_length: int) -> dict[str
         "unusable": dict(unusable.most_common()),
         "unusable_share": len(part.bad) / max(size, 1),
         "examples": shown,
+        "remarks": part.dataset.remarks(),
         "odd_images": {word: count for word, count in odd.items() if count},
     }
     if len(images):

@@ -34,7 +34,7 @@ from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, ope
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import DataError, SampleError
-from leanclip.io.files import held, read_facts, whole_file, write_text
+from leanclip.io.files import held, read_facts, split_lines, whole_file, write_text
 
 JPEG_LIMIT = 65_535  # of a side, in pixels
 
@@ -240,7 +240,7 @@ class _ShardMaker:
         captions = [caption for caption in sample.captions if caption.strip()]
         if not captions:
             raise SampleError("empty caption", f"{sample.id}: an empty caption")
-        if len(captions) == 1 and len(captions[0].splitlines()) == 1:
+        if len(captions) == 1 and len(split_lines(captions[0])) == 1:
             return {"txt": captions[0].encode()}
         return {"json": json.dumps({"captions": captions}, ensure_ascii=False).encode()}
 

@@ -29,6 +29,7 @@ def _part(part: dict[str, Any]) -> list[str]:
         lines += [f"  {reason}" for reason in part["examples"][kind][:_SHOWN]]
     if not part["unusable"]:
         lines.append("unusable: none")
+    lines += part["remarks"]
     if "short_side" in part:
         side = part["short_side"]
         lines.append(
