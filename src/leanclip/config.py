@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from leanclip.errors import ConfigError
+from leanclip.files import LFS_POINTER, is_lfs_file
 from leanclip.settings import Section, kind, parse
 from leanclip.strict_yaml import load_yaml
 
@@ -535,6 +536,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any
         ConfigError: the file or an override cannot be read, or a setting is wrong.
     """
     path = Path(path)
+    if is_lfs_file(path):
+        raise ConfigError(f"{path}: {LFS_POINTER}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.decoding import FORMATS, MAX_PIXELS, SUFFIXES, Box, Source, open_image, open_part
+from leanclip.decoding import (
+    FORMATS,
+    MAX_PIXELS,
+    SUFFIXES,
+    UNREAD_SUFFIXES,
+    Box,
+    Source,
+    open_image,
+    open_part,
+)
 from leanclip.errors import SampleError
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "FORMATS",
     "MAX_PIXELS",
     "SUFFIXES",
+    "UNREAD_SUFFIXES",
     "Preprocess",
     "Source",
     "as_jpeg",

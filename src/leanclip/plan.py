@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config import Config, FinetuneConfig, Precision, load_config
-from leanclip.data import Dataset, open_dataset
+from leanclip.config import Config, DataConfig, FinetuneConfig, Precision, load_config
+from leanclip.data import Dataset, open_dataset, source_configs
 from leanclip.data.mixture import Mixture
+from leanclip.data.splits import split_in_use
 from leanclip.distributed import barrier, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluate import METRICS, Task, open_guard, open_tasks
@@ -26,6 +27,8 @@ from leanclip.strict_yaml import dump_yaml
 from leanclip.tokenizer import VOCAB_SIZE
 from leanclip.towers import checkpoint_activations
 from leanclip.tracking import check_tracker
+
+SHOWN_CLASSES = 5  # of a data set, in a run's first lines
 
 
 @dataclass(frozen=True)
@@ -190,14 +193,26 @@ def _data_line(plan: Plan) -> str:
     """How many samples of what."""
     data, dataset = plan.config.data, plan.dataset
     if not (data.sources and isinstance(dataset, Mixture)):
-        return f"{len(dataset):,} samples of {data.layout} in {data.root}"
+        what = _what_of(data, dataset)
+        return f"{len(dataset):,} samples of {data.layout} in {data.root}{what}"
     parts = (
         f"{share:.1%} of {len(source):,} from {settings.root} ({settings.layout})"
+        f"{_what_of(settings, source)}"
         for share, source, settings in zip(
-            dataset.shares, dataset.sources, data.sources, strict=True
+            dataset.shares, dataset.sources, source_configs(data), strict=True
         )
     )
-    return f"{len(dataset):,} samples an epoch: {', '.join(parts)}"
+    return f"{len(dataset):,} samples an epoch: {'; '.join(parts)}"
+
+
+def _what_of(data: DataConfig, dataset: Dataset) -> str:
+    """The split that is read, and classes."""
+    split, names = split_in_use(data), dataset.classes
+    found = f", split {split}" if split else ""
+    if names:
+        more = ", ..." if len(names) > SHOWN_CLASSES else ""
+        found += f", {len(names):,} classes: {', '.join(names[:SHOWN_CLASSES])}{more}"
+    return found
 
 
 def describe(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from leanclip.data.samples import (
     Dataset,
     ImageFiles,
     check_templates,
-    read_class_names,
+    read_class_file,
     read_lines,
 )
 from leanclip.errors import DataError
@@ -42,12 +42,7 @@ def open_dataset(config: DataConfig) -> Dataset:
             f"{root / 'meta'}: classes.txt has {len(folders)} lines and labels.txt {len(names)}"
         )
     if config.class_names is not None:
-        names = read_class_names(Path(config.class_names))
-        if len(names) != len(folders):
-            raise DataError(
-                f"{config.class_names}: has {len(names)} names, the data has {len(folders)} "
-                f"classes; write one a line, in the order of meta/classes.txt"
-            )
+        names = read_class_file(Path(config.class_names)).names_of(folders, config.class_names)
     label_of = {folder: label for label, folder in enumerate(folders)}
     listed = root / "meta" / f"{split}.txt"
     paths: list[Path] = []

@@ -23,6 +23,7 @@ from leanclip.data.samples import Dataset, Sample
 from leanclip.data.sources.columns import Meaning, check_count, choose_columns, class_names
 from leanclip.errors import DataError, SampleError, one_line
 from leanclip.extras import need
+from leanclip.files import LFS_POINTER, is_lfs_file
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -185,6 +186,8 @@ def _load(config: DataConfig) -> Any:
     import datasets
 
     root, split = Path(config.root), config.split or "train"
+    for path in filter(is_lfs_file, (root,) if root.is_file() else root.rglob("*.*")):
+        raise DataError(f"{path}: {LFS_POINTER}")
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(root))
         if isinstance(saved, datasets.Dataset):

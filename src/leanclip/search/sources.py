@@ -4,7 +4,8 @@
     a .tar         WebDataset's: members of one name are an image, its .txt and its .cls
     embeddings     what `leanclip embed` wrote: ids, which are paths below `root`, and features
 
-An image's label is the first folder below the source, or what its shard says.
+An image's label is the first folder below the source, or below its split where the source has
+folders train, val and so on; or what its shard says.
 """
 
 import hashlib
@@ -16,13 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from leanclip.data.samples import read_class_names, read_lines
+from leanclip.data.samples import read_class_names, read_lines, readable
 from leanclip.data.sources.image_files import list_images, no_images
 from leanclip.data.sources.tar_index import PROBLEMS, shard_index
+from leanclip.data.splits import splits_in
 from leanclip.decoding import open_regular, refusing
 from leanclip.embeddings import INDEX, read_index, shards_of
 from leanclip.errors import ConfigError, DataError, SampleError
-from leanclip.files import read_facts
+from leanclip.files import LFS_POINTER, is_lfs_file, read_facts
 from leanclip.images import evaluation_pixels
 from leanclip.search.filters import absolute
 from leanclip.search.items import Entry
@@ -77,6 +79,8 @@ class Source:
         images, tars = ([], [path]) if is_file else (list_images(path), sorted(path.glob("*.tar")))
         if not images and not tars:
             raise no_images(path)
+        for tar in filter(is_lfs_file, tars):
+            raise DataError(f"{tar}: {LFS_POINTER}")
         root = path.parent if is_file else path
         total = len(images) + sum(len(shard_index(tar)) for tar in tars)
         return total, _listed(images, tars, root)
@@ -138,18 +142,21 @@ def with_caption(entry: Entry) -> Entry:
 def _listed(
     images: Sequence[Path], tars: Sequence[Path], root: Path
 ) -> Iterator[tuple[Entry, None]]:
+    splits = splits_in("folder", root)
     for image in images:
-        if (entry := _file(image, root)) is not None:
+        if (entry := _file(image, root, splits)) is not None:
             yield entry, None
     for tar in tars:
         yield from ((entry, None) for entry in _members(tar, root))
 
 
 def _embedded(path: Path, root: Path) -> Iterator[tuple[Entry, np.ndarray]]:
+    splits = splits_in("folder", root)
     for ids, features in shards_of(path):
         for name, vector in zip(ids, np.asarray(features), strict=True):  # faster than a memmap
             image = root / name
-            yield _file(image, root) or Entry(str(image), _below(image, root), 0, 0), vector
+            found = _file(image, root, splits)
+            yield found or Entry(str(image), _below(image, root), 0, 0), vector
 
 
 def _is_embeddings(path: Path) -> bool:
@@ -159,7 +166,7 @@ def _is_embeddings(path: Path) -> bool:
     return "embed_dim" in read_facts(path / INDEX)
 
 
-def _file(path: Path, root: Path) -> Entry | None:
+def _file(path: Path, root: Path, splits: Sequence[str]) -> Entry | None:
     """A file; None: it is gone."""
     try:
         stat = path.stat()
@@ -170,7 +177,8 @@ def _file(path: Path, root: Path) -> Entry | None:
     except OSError:
         caption_mtime = 0
     below = _below(path, root)
-    label = below.split("/")[0] or None
+    first, _, rest = below.partition("/")
+    label = readable(rest.split("/")[0] if first in splits else first) or None
     return Entry(
         str(path), below, stat.st_size, stat.st_mtime_ns, label, caption_mtime=caption_mtime
     )

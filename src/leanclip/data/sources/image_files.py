@@ -1,11 +1,18 @@
 """The images under a folder, found by the suffixes of their names."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from leanclip.data.samples import sorted_names
 from leanclip.errors import DataError
-from leanclip.images import SUFFIXES
+from leanclip.images import SUFFIXES, UNREAD_SUFFIXES
+
+# What macOS, Synology, QNAP and Windows put beside or into people's folders.
+NOT_DATA = frozenset(
+    ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information")
+)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -23,30 +30,71 @@ def find_images(folder: Path) -> list[Path]:
 def list_images(folder: Path) -> list[Path]:
     """Images under a folder, by suffix in any letter case, in the order of their paths.
 
-    Names that begin with a dot are passed over. Links to folders are followed, into each folder
-    once.
+    Those in formats that are not read (HEIC, RAW, ...) are among them, to be counted as skipped,
+    but where an image of the same name is beside them. Names that begin with a dot and folders
+    that systems make (NOT_DATA) are passed over. Links to folders are followed, into each once.
 
     Raises:
         DataError: a folder cannot be read.
     """
+    return sorted(_walk(folder))
 
+
+def has_images(folder: Path, *, deep: bool = True) -> bool:
+    """Whether there are images under a folder, or directly in it."""
+    if not folder.is_dir():
+        return False
+    return any(deep or path.parent == folder for path in _walk(folder, deep=deep))
+
+
+def visible_folders(folder: Path) -> list[Path]:
+    """The folders in a folder but hidden ones and those that systems make; none of no folder.
+
+    Where all names are whole numbers they are in the order of the numbers, else of the names.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not folder.is_dir():
+        return []
+    try:
+        found = [path for path in folder.iterdir() if _is_data(path.name) and path.is_dir()]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
+    by_name = {path.name: path for path in found}
+    return [by_name[name] for name in sorted_names(by_name)]
+
+
+def _walk(folder: Path, *, deep: bool = True) -> Iterator[Path]:
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
 
-    paths, seen = [], set()
+    seen = set()
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(where)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths += [
-            Path(where, name)
+        folders[:] = sorted(filter(_is_data, folders)) if deep else []
+        names = [name for name in names if not name.startswith(".")]
+        images = [name for name in names if suffix_of(name) in SUFFIXES]
+        read = {name[: name.rfind(".")] for name in images}  # of these others are copies
+        images += [
+            name
             for name in names
-            if name[name.rfind(".") :].lower() in SUFFIXES and not name.startswith(".")
+            if suffix_of(name) in UNREAD_SUFFIXES and name[: name.rfind(".")] not in read
         ]
-    return sorted(paths)
+        yield from (Path(where, name) for name in images)
+
+
+def suffix_of(name: str) -> str:
+    """From a name's last dot on, in small letters."""
+    return name[name.rfind(".") :].lower()
+
+
+def _is_data(folder: str) -> bool:
+    return not folder.startswith(".") and folder not in NOT_DATA
 
 
 def no_images(folder: Path) -> DataError:
