@@ -16,17 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.decoding import (
-    FORMATS,
-    MAX_PIXELS,
-    SUFFIXES,
-    UNREAD_SUFFIXES,
-    Box,
-    Source,
-    open_image,
-    open_part,
-)
+from leanclip.decoding import MAX_PIXELS, Box, Source, open_image, open_part
 from leanclip.errors import SampleError
+from leanclip.image_formats import FORMATS, SUFFIXES
 
 __all__ = [
     "CLIP_MEAN",
@@ -34,7 +26,6 @@ __all__ = [
     "FORMATS",
     "MAX_PIXELS",
     "SUFFIXES",
-    "UNREAD_SUFFIXES",
     "Preprocess",
     "Source",
     "as_jpeg",

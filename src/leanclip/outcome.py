@@ -14,7 +14,7 @@ from leanclip.errors import ConfigError
 from leanclip.evaluate import Report, evaluate, open_guard, open_tasks
 from leanclip.evaluate.calibrated import calibrate, open_held_out
 from leanclip.model import CLIP
-from leanclip.plan import model_preprocess
+from leanclip.plan import model_preprocess, split_and_classes
 from leanclip.plots import run_pictures
 from leanclip.report_page import headlines, write_report_page
 from leanclip.settings import to_plain
@@ -96,7 +96,12 @@ def summary(outcome: Outcome) -> str:
         lines.append(f"{len(report.bad)} samples could not be used: see {folder}/report.json")
     if not report.sentences:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
-    lines.append(f"Folder:   {folder}")
+    measured = {
+        f"Data:     {task.data.layout} in {task.data.root}"
+        f"{split_and_classes(task.data, task.dataset)}": None
+        for task in report.tasks.values()
+    }
+    lines += [*measured, f"Folder:   {folder}"]
     progress = checkpoint.last_progress(folder / "checkpoints")
     if progress is not None and (best := progress.best) is not None:
         path = folder / "checkpoints" / f"step-{best.step:08d}"

@@ -193,11 +193,11 @@ def _data_line(plan: Plan) -> str:
     """How many samples of what."""
     data, dataset = plan.config.data, plan.dataset
     if not (data.sources and isinstance(dataset, Mixture)):
-        what = _what_of(data, dataset)
+        what = split_and_classes(data, dataset)
         return f"{len(dataset):,} samples of {data.layout} in {data.root}{what}"
     parts = (
         f"{share:.1%} of {len(source):,} from {settings.root} ({settings.layout})"
-        f"{_what_of(settings, source)}"
+        f"{split_and_classes(settings, source)}"
         for share, source, settings in zip(
             dataset.shares, dataset.sources, source_configs(data), strict=True
         )
@@ -205,8 +205,8 @@ def _data_line(plan: Plan) -> str:
     return f"{len(dataset):,} samples an epoch: {'; '.join(parts)}"
 
 
-def _what_of(data: DataConfig, dataset: Dataset) -> str:
-    """The split that is read, and classes."""
+def split_and_classes(data: DataConfig, dataset: Dataset) -> str:
+    """ ", split val, 2 classes: ant, bee" of a data set, as far as it has them."""
     split, names = split_in_use(data), dataset.classes
     found = f", split {split}" if split else ""
     if names:

@@ -303,11 +303,7 @@ def readable(name: str) -> str:
 
 
 def read_class_names(path: Path, *, option: str = "data.class_names") -> list[str]:
-    """The names in a file of class names, by label: `class_file_in`.
-
-    Raises:
-        DataError: there is no such file, it cannot be read, or does not hold such lines.
-    """
+    """The names in a file of class names, by label; errors as of `read_class_file`."""
     return list(read_class_file(path, option=option).names)
 
 
@@ -351,11 +347,7 @@ def templates_in(content: bytes, *, where: str) -> list[str]:
 
 
 def class_names_in(content: bytes, *, where: str) -> list[str]:
-    """The names in a text of class names, by label: `class_file_in`.
-
-    Raises:
-        DataError: it is empty, not UTF-8, or has a blank line before others.
-    """
+    """The names in a text of class names, by label; errors as of `class_file_in`."""
     return list(class_file_in(content, where=where).names)
 
 

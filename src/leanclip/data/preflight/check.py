@@ -27,8 +27,8 @@ from leanclip.data.reduced import image_bytes, is_turned, open_header, open_redu
 from leanclip.data.samples import Dataset, Sample
 from leanclip.data.skipped import Bad
 from leanclip.data.splits import find_splits
-from leanclip.decoding import SUFFIXES, SUFFIXES_OF
 from leanclip.errors import ConfigError, SampleError
+from leanclip.image_formats import SUFFIXES, SUFFIXES_OF
 from leanclip.tokenizer import encode
 
 TINY = 32  # a short side below this, in pixels

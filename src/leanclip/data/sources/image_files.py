@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from leanclip.data.samples import sorted_names
 from leanclip.errors import DataError
-from leanclip.images import SUFFIXES, UNREAD_SUFFIXES
+from leanclip.image_formats import SUFFIXES, UNREAD_SUFFIXES
 
 # What macOS, Synology, QNAP and Windows put beside or into people's folders.
 NOT_DATA = frozenset(
