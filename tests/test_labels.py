@@ -127,6 +127,8 @@ def test_a_whole_number_is_an_index_whatever_names_look_like(
     ("names", "labels", "expected"),
     [
         (["cat", "dog"], ["dog", "cat", "1", "fox"], ["dog", "cat", "dog", None]),
+        (["tabby cat", "dog"], ["tabby_cat", "tabby cat"], ["tabby cat"] * 2),
+        (["cat", "dog"], ["1.0", "0.0", "0.5"], ["dog", "cat", None]),  # as pandas writes them
         (["10", "20"], ["20", "10"], ["20", "10"]),  # numbers of no class: names
         (["1", "2", "3"], ["1", "3"], ["2", None]),  # never both: 3 is no index
         (["crane", "fox", "crane"], ["fox", "crane", "2"], ["fox", None, "crane"]),

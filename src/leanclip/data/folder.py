@@ -58,12 +58,13 @@ def _named(path: Path, folders: list[str], others: list[str]) -> tuple[list[str]
     The file may name classes that only other splits have a folder of: they are classes without
     images then, so that all splits have the same.
     """
-    given, where = read_class_file(path), str(path)
+    given = read_class_file(path)
     union = sorted_names([*folders, *others])
     is_of_all = len(given.names) == len(union) and len(given.names) != len(folders)
-    if is_of_all or (set(given.keys) & set(others)) - set(folders):
+    missing = {readable(name) for name in union} - {readable(name) for name in folders}
+    if is_of_all or missing & set(given.keys):
         folders = union
-    return folders, given.names_of(folders, where)
+    return folders, given.names_of([readable(name) for name in folders], str(path))
 
 
 def _others(root: Path, folder: Path) -> list[str]:

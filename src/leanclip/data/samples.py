@@ -227,7 +227,8 @@ class ClassFile(NamedTuple):
             DataError: a key is none of them, or there are not as many names.
         """
         if self.keys:
-            unknown = [key for key in self.keys if key not in set(keys)]
+            known = set(keys)
+            unknown = [key for key in self.keys if key not in known]
             # A list of ImageNet's synsets may be of more than the data has.
             if unknown and not all(re.fullmatch("n[0-9]{8}", key) for key in self.keys):
                 raise DataError(
@@ -260,11 +261,13 @@ def index_labels(names: Sequence[str], keys: Sequence[str] = ()) -> dict[str, in
     """The class of each value that a label may have, by the value's text.
 
     A whole number is an index from 0, whatever the names look like, unless a file of names has
-    keys that are numbers; other values are keys, or names. A name of two classes is no value.
+    keys that are numbers; other values are keys, or names, also with underscores for spaces. A
+    name of two classes is no value.
     """
     by_key = {key: index for index, key in enumerate(keys)}
     times = Counter(names)
     by_name = {name: index for index, name in enumerate(names) if times[name] == 1}
+    by_name = {name.replace(" ", "_"): index for name, index in by_name.items()} | by_name
     if any(map(_WHOLE_NUMBER.fullmatch, keys)):
         return by_name | by_key
     indices = {str(index): index for index in range(len(names))}
@@ -281,7 +284,10 @@ def find_label(value: object, labels: Mapping[str, int], classes: Sequence[str],
         SampleError: it is none, or the name of several.
     """
     text = "" if value is None else str(value)
-    if (label := labels.get(text)) is not None:
+    if isinstance(value, bool) and text not in labels:
+        text = str(int(value))
+    whole = text.removesuffix(".0")  # as pandas writes whole numbers where one is missing
+    if (label := labels.get(text, labels.get(whole))) is not None:
         return label
     why = "is no known class"
     if text in classes:
@@ -308,11 +314,7 @@ def read_class_names(path: Path, *, option: str = "data.class_names") -> list[st
 
 
 def read_class_file(path: Path, *, option: str = "data.class_names") -> ClassFile:
-    """A class's name a line: `class_file_in` of a file.
-
-    Raises:
-        DataError: there is no such file, it cannot be read, or does not hold such lines.
-    """
+    """Class names by line; errors as of `class_file_in`, and where it cannot be read."""
     return class_file_in(_content(path, option), where=str(path))
 
 

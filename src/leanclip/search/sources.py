@@ -17,7 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from leanclip.data.samples import read_class_names, read_lines, readable
+from leanclip.data.samples import (
+    ClassFile,
+    index_labels,
+    read_class_file,
+    read_lines,
+    readable,
+)
 from leanclip.data.sources.image_files import list_images, no_images
 from leanclip.data.sources.tar_index import PROBLEMS, shard_index
 from leanclip.data.splits import splits_in
@@ -186,7 +192,9 @@ def _file(path: Path, root: Path, splits: Sequence[str]) -> Entry | None:
 
 def _members(tar: Path, root: Path) -> Iterator[Entry]:
     """The images of a shard."""
-    classes = _classes(tar.parent / "classes.txt")
+    path = tar.parent / "classes.txt"
+    classes, keys = read_class_file(path) if path.is_file() else ClassFile((), ())
+    labels = index_labels(classes, keys)
     stat, below = tar.stat(), _below(tar, root)
     with tar.open("rb") as file:
 
@@ -201,8 +209,8 @@ def _members(tar: Path, root: Path) -> Iterator[Entry]:
                 continue
             name = row["key"].decode("utf-8", "surrogateescape")
             label = text(row, "cls")
-            if label and label.isdigit() and int(label) < len(classes):
-                label = classes[int(label)]
+            if label in labels:
+                label = classes[labels[label]]
             yield Entry(
                 f"{tar}/{name}",
                 below,
@@ -213,10 +221,6 @@ def _members(tar: Path, root: Path) -> Iterator[Entry]:
                 shard=str(tar),
                 start=int(row["image"]),
             )
-
-
-def _classes(path: Path) -> Sequence[str]:
-    return read_class_names(path) if path.is_file() else ()
 
 
 def _below(path: Path, root: Path) -> str:

@@ -1,7 +1,7 @@
 """The images under a folder, found by the suffixes of their names."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,14 +37,44 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         DataError: a folder cannot be read.
     """
-    return sorted(_walk(folder))
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    paths, seen = [], set()
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(filter(_is_data, folders))
+        images = [name for name in names if _is_named_as(name, SUFFIXES)]
+        read = {name[: name.rfind(".")] for name in images}  # of these others are copies
+        unread = [name for name in names if _is_named_as(name, UNREAD_SUFFIXES)]
+        images += [name for name in unread if name[: name.rfind(".")] not in read]
+        paths += [Path(where, name) for name in images]
+    return sorted(paths)
 
 
 def has_images(folder: Path, *, deep: bool = True) -> bool:
-    """Whether there are images under a folder, or directly in it."""
-    if not folder.is_dir():
-        return False
-    return any(deep or path.parent == folder for path in _walk(folder, deep=deep))
+    """Whether there are images under a folder, or directly in it; looks no further than needed.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    waiting, seen = [folder] if folder.is_dir() else [], set()
+    while waiting:
+        where = waiting.pop()
+        if (real := os.path.realpath(where)) in seen:
+            continue
+        seen.add(real)
+        for entry in _entries(where):
+            if entry.is_dir():
+                waiting += [Path(entry.path)] if deep and _is_data(entry.name) else []
+            elif _is_named_as(entry.name, SUFFIXES | UNREAD_SUFFIXES):
+                return True
+    return False
 
 
 def visible_folders(folder: Path) -> list[Path]:
@@ -57,44 +87,29 @@ def visible_folders(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         return []
+    names = [entry.name for entry in _entries(folder) if _is_data(entry.name) and entry.is_dir()]
+    return [folder / name for name in sorted_names(names)]
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     try:
-        found = [path for path in folder.iterdir() if _is_data(path.name) and path.is_dir()]
+        with os.scandir(folder) as entries:
+            yield from entries
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
-    by_name = {path.name: path for path in found}
-    return [by_name[name] for name in sorted_names(by_name)]
 
 
-def _walk(folder: Path, *, deep: bool = True) -> Iterator[Path]:
-    def refuse(error: OSError) -> NoReturn:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
+def _is_data(folder: str) -> bool:
+    return not folder.startswith(".") and folder not in NOT_DATA
 
-    seen = set()
-    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(filter(_is_data, folders)) if deep else []
-        names = [name for name in names if not name.startswith(".")]
-        images = [name for name in names if suffix_of(name) in SUFFIXES]
-        read = {name[: name.rfind(".")] for name in images}  # of these others are copies
-        images += [
-            name
-            for name in names
-            if suffix_of(name) in UNREAD_SUFFIXES and name[: name.rfind(".")] not in read
-        ]
-        yield from (Path(where, name) for name in images)
+
+def _is_named_as(name: str, suffixes: Container[str]) -> bool:
+    return suffix_of(name) in suffixes and not name.startswith(".")
 
 
 def suffix_of(name: str) -> str:
     """From a name's last dot on, in small letters."""
     return name[name.rfind(".") :].lower()
-
-
-def _is_data(folder: str) -> bool:
-    return not folder.startswith(".") and folder not in NOT_DATA
 
 
 def no_images(folder: Path) -> DataError:
