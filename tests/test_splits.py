@@ -73,6 +73,23 @@ def test_the_split_of_training_and_of_evaluation(
     assert opened.data.split == evaluated
 
 
+def test_evaluation_takes_none_of_several_splits_that_training_reads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "d"
+    for name in ("train", "val", "test"):
+        make_split(root / name)
+    source = {"layout": "folder", "root": str(root)}
+    sources = [source, source | {"split": "val"}]
+    values = {"model": TINY, "data": {"layout": "mixture", "sources": sources}}
+    values["evaluate"] = {"zero_shot": source}
+    (opened,) = open_tasks(parse(Config, values, where="test"))
+    assert (opened.data.split, caplog.messages) == ("test", [])
+    sources.append(source | {"split": "test"})
+    open_tasks(parse(Config, values, where="test"))
+    assert "measures on the data that training uses" in caplog.text
+
+
 def test_folders_that_are_no_splits(tmp_path: Path) -> None:
     for name in ("train", "car", "bus"):  # a class of CIFAR-100
         (tmp_path / "a" / name).mkdir(parents=True)

@@ -4,6 +4,7 @@ Every command asks here: training, evaluation, `data check`, `data pack`, `searc
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from leanclip.config import SourceConfig
@@ -39,14 +40,14 @@ def splits_in(layout: str, root: Path, chosen: str | None = None) -> tuple[str, 
 
 
 def default_split(
-    config: SourceConfig, task: str = "train", *, used: str | None = None
+    config: SourceConfig, task: str = "train", *, used: Sequence[str] = ()
 ) -> str | None:
     """The split that is read where none is named; None: the root as it is.
 
     Args:
         config: its layout and root.
         task: "train", or one of the evaluations, which prefer a split that is held out.
-        used: the split that training reads of the same root.
+        used: the splits that training reads of the same root.
 
     Raises:
         DataError: it cannot be told which one is meant.
@@ -54,8 +55,9 @@ def default_split(
     if task != "train" and config.layout in ("shapes", "food101", "wds"):
         is_val = config.layout == "shapes" and task == "retrieval"
         return "val" if is_val else {"shapes": "unseen"}.get(config.layout, "test")
-    found = find_splits(config.model_copy(update={"split": used}))
-    held_out = next((name for name in HELD_OUT if name in found and name != used), None)
+    chosen = next(iter(used), None)
+    found = find_splits(config.model_copy(update={"split": chosen}))
+    held_out = next((name for name in HELD_OUT if name in found and name not in used), None)
     if task != "train" and held_out is not None:
         return held_out
     if "train" in found:
@@ -67,9 +69,9 @@ def default_split(
             f"data.split: {config.root} has the splits {', '.join(found)}, and no train; set "
             f"data.split to the one that is meant"
         )
-    if used is None:
+    if chosen is None:
         _check_clear(config)
-    return used
+    return chosen
 
 
 def split_in_use(config: SourceConfig) -> str | None:

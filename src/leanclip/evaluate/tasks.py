@@ -180,13 +180,13 @@ def data_of(
     trained = _trained(data, layout, root)
     place = {"layout": layout, "root": root, "split": wanted.split}
     if wanted.split is None:
-        used = split_in_use(trained) if trained else None
+        used = [split for split in map(split_in_use, trained) if split is not None]
         here = data.model_copy(update=place | {"sources": ()})
         place["split"] = default_split(here, task, used=used)
     changes = {
         **place,
         "templates": wanted.templates,
-        **_columns(wanted, trained),
+        **_columns(wanted, trained[0] if trained else None),
         "sources": (),
         "epoch_size": None,
         "streaming": False,  # it is read in order, by index
@@ -201,21 +201,21 @@ def _guard_data(config: Config, wanted: EvaluationData) -> DataConfig:
     return data_of(config.data, wanted, task, setting="guard")
 
 
-def _trained(data: DataConfig, layout: str, root: str) -> DataConfig | None:
-    """What training reads of a root, if it does."""
+def _trained(data: DataConfig, layout: str, root: str) -> list[DataConfig]:
+    """What training reads of a root; of a mixture it may be several splits."""
     sources = (data, *source_configs(data))
-    return next((one for one in sources if (one.layout, one.root) == (layout, root)), None)
+    return [one for one in sources if (one.layout, one.root) == (layout, root)]
 
 
 def _is_training(data: DataConfig, wanted: EvaluationData, chosen: DataConfig) -> bool:
     """Whether an evaluation that does not say so measures on what training uses."""
+    if wanted.split is not None:
+        return False
     trained = _trained(data, chosen.layout, chosen.root)
-    if trained is None or wanted.split is not None:
-        return False
-    if split_in_use(trained) != split_in_use(chosen):
-        return False
-    # Of weights without a config, `data` is what shall be measured.
-    return wanted.root is None or trained.split is not None
+    if wanted.root is not None and not data.sources:
+        # Of weights without a config, `data` is what shall be measured.
+        trained = [one for one in trained if one.split is not None]
+    return split_in_use(chosen) in map(split_in_use, trained)
 
 
 def _columns(wanted: EvaluationData, trained: DataConfig | None) -> dict[str, Any]:
