@@ -40,7 +40,7 @@ OTHERS = {
         (".apng", "PNG", "RGB"),
         pytest.param(
             ".avif", "AVIF", "RGB",
-            marks=pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF"),
+            marks=pytest.mark.skipif("avif" not in features.modules or not features.check("avif"), reason="Pillow without AVIF"),
         ),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ SUFFIXES_OF = {  # the usual names of their files
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
 }
-if features.check("avif"):
+if "avif" in features.modules and features.check("avif"):  # not before Pillow 11.2
     FORMATS += ("AVIF",)
     SUFFIXES_OF["AVIF"] = (".avif",)
 SUFFIXES = frozenset(suffix for some in SUFFIXES_OF.values() for suffix in some)
