@@ -12,7 +12,16 @@ SOURCE = PROJECT / "src" / "leanclip"
 # DESIGN.md, section 2: a module may import what stands in its own line or above it.
 LEVELS = (
     ("errors", "extras", "files", "strict_yaml", "settings", "config", "launch", "stopping"),
-    ("tokenizer", "decoding", "images", "tracking", "addresses", "fetch", "prompts"),
+    (
+        "tokenizer",
+        "image_formats",
+        "decoding",
+        "images",
+        "tracking",
+        "addresses",
+        "fetch",
+        "prompts",
+    ),
     ("data", "model"),
     ("determinism", "distributed", "loss", "weights", "optim", "finetune"),
     ("norms", "loss_scale", "utilisation"),

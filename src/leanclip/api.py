@@ -17,7 +17,7 @@ from leanclip.model import CLIP
 from leanclip.report.plots import run_pictures
 from leanclip.report.report_page import headlines, write_report_page
 from leanclip.training import checkpoint
-from leanclip.training.plan import model_preprocess
+from leanclip.training.plan import model_preprocess, split_and_classes
 from leanclip.weights import SHARDS, load_into, read_weights
 
 SKIPPED = "skipped.jsonl"  # in the run's folder
@@ -96,7 +96,12 @@ def summary(outcome: Outcome) -> str:
         lines.append(f"{len(report.bad)} samples could not be used: see {folder}/report.json")
     if not report.sentences:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
-    lines.append(f"Folder:   {folder}")
+    measured = {
+        f"Data:     {task.data.layout} in {task.data.root}"
+        f"{split_and_classes(task.data, task.dataset)}": None
+        for task in report.tasks.values()
+    }
+    lines += [*measured, f"Folder:   {folder}"]
     progress = checkpoint.last_progress(folder / "checkpoints")
     if progress is not None and (best := progress.best) is not None:
         path = folder / "checkpoints" / f"step-{best.step:08d}"

@@ -123,7 +123,9 @@ def test_paths_from_standard_input(
     import io
     import sys
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("photos/0/003.png\n\nphotos/0/000.png\n"))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"photos/0/003.png\n\nphotos/0/000.png\n"))
+    )
     done = command("embed", "-", *WORDS[2:])
     assert done.returncode == 0, done.stderr
     ids, features = read_embeddings("out")

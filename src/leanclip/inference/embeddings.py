@@ -4,7 +4,8 @@
 
     OUT/index.json          what it is of: weights, ids, sizes; a later start must agree
     OUT/00000.npy           features (n, E) of unit length        } or 00000.parquet with both:
-    OUT/00000.ids.json      a list of n ids: paths in FOLDER      } columns `id` and `embedding`
+    OUT/00000.ids.json      a list of n ids: paths in FOLDER      } columns `id` and `embedding`,
+                            the bytes of an id that are not UTF-8   written as in "caf\\xe9.png"
     OUT/00000.skipped.json  images that cannot be read, where there are any: id -> reason
 
 A shard is of a fixed part of the ids, made by one rank (every world-size-th shard, from the
@@ -16,6 +17,8 @@ Shapes: n rows of a shard, N of all, E embedding.
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -41,6 +44,7 @@ log = logging.getLogger("leanclip")
 INDEX = "index.json"
 FORMATS = ("npy", "parquet")
 DTYPES = ("float32", "float16")
+_ESCAPED = b"leanclip_escaped"  # of a Parquet file: rows whose ids are not UTF-8, so escaped
 
 
 @dataclass(frozen=True)
@@ -343,14 +347,26 @@ def _write(
         return
     pa, pq = _parquet()
     values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)
+    texts = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in ids]
+    table = pa.table({"id": pa.array(texts, pa.string()), "embedding": values})
+    if escaped := [row for row, text in enumerate(texts) if text != ids[row]]:
+        table = table.replace_schema_metadata({_ESCAPED: json.dumps(escaped)})
     with whole_file(last) as part:
-        pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": values}), part)
+        pq.write_table(table, part)
 
 
 def _read_parquet(path: Path, index: Index) -> tuple[list[str], np.ndarray]:
     table = _parquet()[1].read_table(path)
     flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return table["id"].to_pylist(), flat.reshape(-1, index.embed_dim)
+    ids = table["id"].to_pylist()
+    for row in json.loads((table.schema.metadata or {}).get(_ESCAPED, b"[]")):
+        content = re.sub(rb"\\x([89a-f][0-9a-f])", _byte, ids[row].encode())
+        ids[row] = os.fsdecode(content)
+    return ids, flat.reshape(-1, index.embed_dim)
+
+
+def _byte(escape: re.Match[bytes]) -> bytes:
+    return bytes.fromhex(escape[1].decode())
 
 
 def _parquet() -> tuple[Any, Any]:

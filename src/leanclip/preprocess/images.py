@@ -17,15 +17,8 @@ import torch
 from PIL import Image
 
 from leanclip.errors import SampleError
-from leanclip.preprocess.decoding import (
-    FORMATS,
-    MAX_PIXELS,
-    SUFFIXES,
-    Box,
-    Source,
-    open_image,
-    open_part,
-)
+from leanclip.image_formats import FORMATS, SUFFIXES
+from leanclip.preprocess.decoding import MAX_PIXELS, Box, Source, open_image, open_part
 
 __all__ = [
     "CLIP_MEAN",
