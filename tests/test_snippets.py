@@ -257,7 +257,7 @@ def test_each_command_is_run_or_has_a_reason_not_to_be() -> None:
 
 @pytest.mark.parametrize("line", sorted(RUN))
 def test_commands_run(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("a cat\na dog\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a cat\na dog\n")))
     monkeypatch.setattr("leanclip.training.tracking.find_spec", lambda name: None)
     run(line.removeprefix("leanclip "))
 

@@ -24,7 +24,7 @@ from leanclip.training import checkpoint
 from leanclip.training.determinism import allow_tf32
 from leanclip.training.loop import SKIPPED
 from leanclip.training.loop import train as run
-from leanclip.training.plan import Plan, model_preprocess
+from leanclip.training.plan import Plan, model_preprocess, split_and_classes
 from leanclip.training.start import read_on_all_ranks
 from leanclip.weights import SHARDS, Weights, interpolate, load_into, write_weights
 
@@ -124,7 +124,12 @@ def summary(outcome: Outcome) -> str:
         lines.append(f"{len(report.bad)} samples could not be used: see {folder}/report.json")
     if not report.sentences:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
-    lines.append(f"Folder:   {folder}")
+    measured = {
+        f"Data:     {task.data.layout} in {task.data.root}"
+        f"{split_and_classes(task.data, task.dataset)}": None
+        for task in report.tasks.values()
+    }
+    lines += [*measured, f"Folder:   {folder}"]
     progress = checkpoint.last_progress(folder / "checkpoints")
     if progress is not None and (best := progress.best) is not None:
         path = folder / "checkpoints" / f"step-{best.step:08d}"

@@ -12,8 +12,10 @@ and exits with code 2. Broken invariants of our own are `assert`s, not these.
 
 import errno
 
-# What names in strangers' files may do to a terminal: break lines, move the cursor, turn text.
+# What names in untrusted files may do to a terminal or a log: break lines, move the cursor, reverse
+# text; and surrogates, which stand for bytes that are not UTF-8 and cannot be encoded.
 _CONTROLS = (*range(32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS += (*range(0xD800, 0xE000),)
 _SHOWN = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _SPARE = 1 << 26  # bytes that a machine has that is not short of memory
@@ -23,7 +25,7 @@ class LeanclipError(Exception):
     """Any mistake of the user's that leanclip can name; control characters are shown as escapes."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(message.translate(_SHOWN))
+        super().__init__(escaped(message))
 
 
 class ConfigError(LeanclipError):
@@ -50,6 +52,11 @@ class SampleError(DataError):
 
 class WeightsError(LeanclipError):
     """A file of weights or a checkpoint is missing, damaged or of another shape."""
+
+
+def escaped(text: str) -> str:
+    """Text for a message or a log: control characters and surrogates as in Python's literals."""
+    return text.translate(_SHOWN)
 
 
 def one_line(error: BaseException) -> str:

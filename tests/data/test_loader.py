@@ -12,6 +12,7 @@ import torch
 from conftest import make_pairs, noise_image, small_batches
 
 from leanclip.config.schema import DataConfig
+from leanclip.config.sections import parse, to_plain
 from leanclip.data import open_dataset
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.formats.mixture import Mixture
@@ -326,6 +327,30 @@ def test_sources_inherit_what_they_do_not_set(tmp_path: Path) -> None:
     assert captions == ["ant!", "picture number 0", "picture number 1", "a note", "ant?"]
     with pytest.raises(ConfigError, match=r"data\.streaming: .* layout folder or pairs or table"):
         open_dataset(config(tmp_path, "mixture", sources=tuple(sources), streaming=True))
+
+
+def test_a_source_can_set_a_value_back_to_its_default(tmp_path: Path) -> None:
+    (tmp_path / "c" / "ant").mkdir(parents=True)
+    noise_image(1).save(tmp_path / "c" / "ant" / "1.png")
+    (tmp_path / "a.csv").write_text("image,note,caption\nx.png,a note,a caption\n")
+    names = tmp_path / "names.txt"
+    names.write_text("Ant!\n")
+    folder = {"layout": "folder", "root": str(tmp_path / "c")}
+    table = {"layout": "table", "root": str(tmp_path / "a.csv")}
+    sources = (
+        folder,
+        folder | {"templates": None, "class_names": None},
+        table,
+        table | {"caption_column": None},
+    )
+    top = {"templates": ("{}?",), "class_names": str(names), "caption_column": "note"}
+    settings = config(tmp_path, "mixture", sources=sources, **top)
+    written = parse(DataConfig, to_plain(settings), where="what a run keeps")
+    assert to_plain(written) == to_plain(settings)
+    for one in (settings, written):
+        dataset = open_dataset(one)
+        captions = [dataset[index].captions[0] for index in range(len(dataset))]
+        assert captions == ["Ant!?", "a photo of a ant.", "a note", "a caption"]
 
 
 @pytest.mark.parametrize(

@@ -207,8 +207,12 @@ def test_names_of_classes(tmp_path: Path) -> None:
     with pytest.raises(SampleError, match="'2' is no known class"):
         dataset[1]
     names.write_text("fox\nfox\n")
-    with pytest.raises(DataError, match=r"names\.txt: the names of classes"):
-        open_dataset(config(path, label_column="kind", class_names=str(names)))
+    twice = open_dataset(config(numbers, label_column="label", class_names=str(names)))
+    assert (twice.classes, twice[0].label) == (["fox", "fox"], 1)
+    write(tmp_path / "c.csv", "image,label\nx.jpg,fox\n")
+    twice = open_dataset(config(tmp_path / "c.csv", class_names=str(names)))
+    with pytest.raises(SampleError, match="'fox' is the name of several classes"):
+        twice[0]
 
 
 def test_an_image_in_base64_is_one_bad_row_of_a_short_reason(tmp_path: Path) -> None:

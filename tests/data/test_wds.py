@@ -88,7 +88,7 @@ def test_a_probe_learns_from_its_train_split(command: Command, workplace: Path) 
         (lambda r: (r / "test/3.tar").unlink(), ("a/test/3.tar: no such shard", "nshards.txt")),
         (lambda r: (r / "test/nshards.txt").write_text("many"), ("found 'many'",)),
         (lambda r: (r / "dataset_type.txt").write_text("multilabel"), ("is 'multilabel'",)),
-        (lambda r: (r / "classnames.txt").write_text("ant\nbee\n"), ("'2' is none of the 2",)),
+        (lambda r: (r / "classnames.txt").write_text("ant\nbee\n"), ("'2' is no known class",)),
         (lambda r: (r / "classnames.txt").write_text(""), ("classnames.txt: is empty",)),
         (lambda r: (r / "classnames.txt").unlink(), ("no caption of this name",)),
         (

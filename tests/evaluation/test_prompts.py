@@ -120,7 +120,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ..
         "folder",
         lambda at: (at / "n.txt").write_text("ant\nbee\ncow\n"),
         ("--classes", "n.txt"),
-        ("n.txt", "each of the 2 folders", "found 3 lines"),
+        ("n.txt", "3 names for 2 classes", "ant, bee"),
     ),
     (
         "folder",

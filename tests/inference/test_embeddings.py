@@ -135,7 +135,7 @@ def test_bad_images_are_a_share_of_those_of_all_ranks(photos: Path, world_size: 
 
 
 def test_nothing_to_embed(photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     assert_refused(command("embed", "-", *WORDS[2:]), "no images", "standard input")
     for path in (photos / "photos").rglob("*.png"):
         path.write_bytes(b"nothing")
@@ -192,7 +192,9 @@ def test_another_start_must_agree(photos: Path, command: Command) -> None:
 def test_paths_from_standard_input(
     photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("photos/0/003.png\n\nphotos/0/000.png\n"))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"photos/0/003.png\n\nphotos/0/000.png\n"))
+    )
     done = command("embed", "-", *WORDS[2:])
     assert done.returncode == 0, done.stderr
     ids, features = read_embeddings("out")

@@ -322,7 +322,7 @@ def test_what_is_no_image_is_named(
         ([], "found 0; give two or more"),
         (["cat"], "found 1; give two or more .* `similarity`"),
         (["cat", " "], "label 1 is empty"),
-        (["cat", "dog", "cat "], "'cat' is given 2 times"),
+        (["cat", "cat "], "found 1; give two or more"),
         (["cat", 3], "label 1 is of type int; give strings"),
         ("cat, dog", "labels: cat, dog: no such file; give a list of words, or a file"),
         (["cat", "word " * 50], "a caption of 57 tokens is over the context of 24"),
@@ -331,6 +331,17 @@ def test_what_is_no_image_is_named(
 def test_labels_that_cannot_be_used(clip: leanclip.Clip, folder: Path, labels, words) -> None:
     with pytest.raises(DataError, match=words):
         clip.classify(folder / "page.png", labels)
+
+
+def test_a_label_of_two_classes_is_both(
+    clip: leanclip.Clip, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = clip.classify(folder / "page.png", ["crane", "dog", "crane "])
+    assert [guess.label for guess in found].count("crane") == 2
+    assert sum(guess.probability for guess in found) == pytest.approx(1)
+    assert caplog.messages == [
+        "labels: 'crane' is given 2 times, and its probability is divided among them"
+    ]
 
 
 def test_other_mistakes_have_their_words(

@@ -4,6 +4,7 @@ Results go to stdout; notes, warnings, errors and progress to stderr. A user's m
 line and exit code 2; `--debug`, anywhere in the command, shows the traceback.
 """
 
+import io
 import logging
 import sys
 import traceback
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted, 143 by SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _show_log()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8 are printed as they are
+        sys.stdout.reconfigure(errors="surrogateescape")
     if not is_rank():
         _run(words)
         return

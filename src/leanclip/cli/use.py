@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -216,7 +218,7 @@ def embed(
 
         join_launch()
         clip = load_model(model, device)
-        paths = list(_lines(sys.stdin)) if folder == "-" else None
+        paths = _paths_in(sys.stdin.buffer.read()) if folder == "-" else None
         write(
             clip,
             Source(None, paths) if paths is not None else Source.of(Path(folder)),
@@ -276,27 +278,31 @@ def _sources(given: Iterable[str]) -> "list[Source]":
 
 
 def _images_of(content: bytes) -> "list[Source]":
-    """Standard input: text is a path a line, anything else one image."""
-    from leanclip.io.files import split_lines
+    """Standard input: an image, or a path a line."""
+    from leanclip.io.files import is_lfs_pointer
+    from leanclip.preprocess.decoding import is_image
 
-    try:
-        lines = split_lines(content.decode("utf-8"))
-    except UnicodeDecodeError:
+    if is_image(content) or b"\0" in content or is_lfs_pointer(content):
         return [content]
-    return [content] if "\0" in "".join(lines[:1]) else [line for line in lines if line.strip()]
+    return list(_paths_in(content))
+
+
+def _paths_in(content: bytes) -> list[str]:
+    """Paths, one per line, in whatever encoding the file system has them."""
+    return [os.fsdecode(line) for line in re.split(rb"\r\n|\r|\n", content) if line.strip()]
 
 
 def _labels(given: str) -> list[str]:
     from leanclip.inference.classifier import read_labels
 
     if given == "-":
-        return list(_lines(sys.stdin))
+        return _words_in("labels")
     return read_labels(given) if _is_file(given) else given.split(",")
 
 
 def _texts(given: str) -> list[str]:
     if given == "-":
-        return list(_lines(sys.stdin))
+        return _words_in("texts")
     if not _is_file(given):
         return [given]
     from leanclip.data.dataset import read_lines
@@ -304,8 +310,20 @@ def _texts(given: str) -> list[str]:
     return read_lines(Path(given))
 
 
-def _lines(file: Iterable[str]) -> Iterator[str]:
-    return (line.strip() for line in file if line.strip())
+def _words_in(what: str) -> list[str]:
+    """Standard input's lines, without blank ones.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    from leanclip.errors import DataError
+
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{what}: standard input is not UTF-8 text") from None
+    lines = re.split(r"\r\n|\n|\r", text)
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _is_file(name: str) -> bool:

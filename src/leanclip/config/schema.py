@@ -9,16 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from leanclip.config.sections import Section, kind, parse
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import ConfigError
+from leanclip.io.files import LFS_POINTER, is_lfs_file
 
 Positive = Annotated[int, Field(gt=0)]
 Size = Annotated[int, Field(gt=0, le=100_000_000)]  # of a model
+PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Triple = tuple[float, float, float]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean; 1 would never take anything in
 Ratio = Annotated[float, Field(gt=0, le=100)]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -201,14 +210,20 @@ class SourceConfig(Section):
 
 
 class MixedSource(SourceConfig):
-    """One source of a mixture."""
+    """One source of a mixture; what it does not set may be inherited from the mixture."""
 
-    weight: Annotated[float, Field(gt=0)] | None = Field(
+    weight: PositiveFloat | None = Field(
         default=None, description="its part of the samples, to the others'; null: its size"
     )
     epoch_size: Positive | None = Field(
         default=None, description="of a stream: samples that count as its size"
     )
+
+    @model_serializer(mode="wrap")
+    def _what_is_set(self, to_plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not set: read back, that would not be inherited any more."""
+        values: dict[str, Any] = to_plain(self)
+        return {name: value for name, value in values.items() if name in self.model_fields_set}
 
     @model_validator(mode="after")
     def _check(self) -> "MixedSource":
@@ -231,19 +246,19 @@ class DataConfig(SourceConfig):
         default=True,
         description="false: training sees an image as evaluation does, without random crops",
     )
-    crop_scale: tuple[Fraction, Fraction] = Field(
+    crop_scale: tuple[PositiveFraction, PositiveFraction] = Field(
         default=(0.9, 1.0), description="share of the image's area that a training crop keeps"
     )
-    crop_ratio: tuple[float, float] = Field(
+    crop_ratio: tuple[Ratio, Ratio] = Field(
         default=(0.75, 1.3333333333333333), description="width over height of a training crop"
     )
     scaled_decoding: bool = Field(
         default=True, description="training may decode large JPEGs at a half, a quarter, an eighth"
     )
-    mean: Triple = Field(
+    mean: tuple[Fraction, Fraction, Fraction] = Field(
         default=(0.48145466, 0.4578275, 0.40821073), description="of RGB in [0, 1]"
     )
-    std: Triple = Field(
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
         default=(0.26862954, 0.26130258, 0.27577711), description="of RGB in [0, 1]"
     )
     workers: Annotated[int, Field(ge=0)] | None = Field(
@@ -251,7 +266,7 @@ class DataConfig(SourceConfig):
         description="processes that read images; 0: the training process itself; "
         "null: one per CPU core, at most 8",
     )
-    cache_gigabytes: Annotated[float, Field(gt=0)] = Field(
+    cache_gigabytes: PositiveFloat = Field(
         default=50,
         description="disk for shards fetched by URL, 1e9 bytes each; the least used make room",
     )
@@ -263,6 +278,13 @@ class DataConfig(SourceConfig):
         default=178_956_970,
         description="an image of more is not decoded; Pillow decodes no larger ones",
     )
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"should be the least and the greatest, found {list(value)}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -332,7 +354,7 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, linear warm-up, cosine to zero."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
+    learning_rate: PositiveFloat = Field(
         default=1e-4, description="peak rate, for a global batch of `reference_batch`"
     )
     reference_batch: Positive | None = Field(
@@ -342,13 +364,13 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.2, description="not on biases, norms, temperature and positions"
     )
-    beta1: Fraction = Field(default=0.9, description="decay of the gradient's mean")
-    beta2: Fraction = Field(
+    beta1: Decay = Field(default=0.9, description="decay of the gradient's mean")
+    beta2: Decay = Field(
         default=0.98, description="decay of the gradient's square; OpenAI's ViT: 0.98"
     )
-    epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="OpenAI's ViT: 1e-6")
+    epsilon: PositiveFloat = Field(default=1e-6, description="OpenAI's ViT: 1e-6")
     warmup: Fraction = Field(default=0.05, description="fraction of the run with a rising rate")
-    max_gradient_norm: Annotated[float, Field(gt=0)] | None = Field(
+    max_gradient_norm: PositiveFloat | None = Field(
         default=None, description="clip the global gradient norm to this; null: no clipping"
     )
 
@@ -369,10 +391,10 @@ class FinetuneConfig(Section):
     lock_text: Lock = Field(
         default=None, description='lowest groups of the text tower that stay as loaded, or "all"'
     )
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    layer_decay: PositiveFraction | None = Field(
         default=None, description="a group's rate is this much of that of the group above it"
     )
-    new_rate_factor: Annotated[float, Field(gt=0)] = Field(
+    new_rate_factor: PositiveFloat = Field(
         default=1.0,
         description="on the rate of parameters that weights loaded with --partial did not have",
     )
@@ -392,7 +414,7 @@ class FinetuneConfig(Section):
     lora_rank: Positive | None = Field(
         default=None, description="rank of the only updates of the weights (LoRA); null: of all"
     )
-    lora_alpha: Annotated[float, Field(gt=0)] | None = Field(
+    lora_alpha: PositiveFloat | None = Field(
         default=None, description="low-rank updates count alpha / rank; null: alpha is the rank"
     )
 
@@ -512,7 +534,9 @@ class Config(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of weights, order and crops")
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
+        default=0, description="of weights, order and crops"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where there is"
     )
@@ -552,6 +576,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any
         ConfigError: the file or an override cannot be read, or a setting is wrong.
     """
     path = Path(path)
+    if is_lfs_file(path):
+        raise ConfigError(f"{path}: {LFS_POINTER}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -32,6 +32,12 @@ def parse(section: type[S], values: Mapping[str, Any], *, where: str) -> S:
         text = json.dumps(values)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {error}") from None
+    for key, value in _flatten(values):
+        if isinstance(value, str) and not _is_unicode(value):
+            raise ConfigError(
+                f"{where}: {key}: {value!r} is not UTF-8, which settings are; rename it, or give "
+                f"a link to it"
+            )
     try:
         # JSON mode takes lists for tuples and nothing else; Python mode has no such strictness.
         return section.model_validate_json(text)
@@ -97,6 +103,14 @@ def paths(section: type[Section], prefix: str = "") -> list[str]:
             if isinstance(part, type) and issubclass(part, Section):
                 found += paths(part, f"{prefix}{name}.")
     return found
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name in another encoding
+        return False
+    return True
 
 
 def _flatten(values: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from leanclip.config.sections import parse
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.formats import folder, food101, hub, pairs, shapes, shards, table, wds
 from leanclip.data.formats.mixture import Mixture
+from leanclip.data.splits import default_split
 from leanclip.errors import ConfigError
 
 LAYOUTS = {
@@ -37,6 +38,8 @@ INHERITED = (*TAKEN_BY, "split", "allow_urls")  # of a mixture, by sources that 
 def open_dataset(config: DataConfig) -> Dataset:
     """The data set that a `data` section describes.
 
+    Where it names no split, that of training is read: `leanclip.data.splits`.
+
     Raises:
         DataError: it is missing, empty or not of its layout.
         ConfigError: it sets what its layout has no use for.
@@ -47,6 +50,8 @@ def open_dataset(config: DataConfig) -> Dataset:
         weights = [source.weight for source in config.sources if source.weight is not None]
         return Mixture(opened, weights, config.epoch_size)
     _check_settings(config, [config.layout])
+    if config.split is None and config.layout != "hub":
+        config = config.model_copy(update={"split": default_split(config)})
     dataset = LAYOUTS[config.layout](config)
     return Mixture([dataset], epoch_size=config.epoch_size) if config.epoch_size else dataset
 
@@ -64,8 +69,7 @@ def _source_config(mixture: DataConfig, source: MixedSource) -> DataConfig:
     """The `data` section of one source of a mixture."""
     own = {name: getattr(source, name) for name in SourceConfig.model_fields}
     for name in INHERITED:
-        is_free = own[name] == SourceConfig.model_fields[name].default
-        if is_free and source.layout in TAKEN_BY.get(name, LAYOUTS):
+        if name not in source.model_fields_set and source.layout in TAKEN_BY.get(name, LAYOUTS):
             own[name] = getattr(mixture, name)
     if source.caption_column is not None:  # which of the two there is says what the data is
         own["label_column"] = source.label_column

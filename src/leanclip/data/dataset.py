@@ -4,18 +4,24 @@ A layout is a file beside this one with `open_dataset(config) -> Dataset`. A dat
 into every process that reads it, so it keeps no Python object per sample.
 """
 
+import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 
 from leanclip.data.order import shuffled
 from leanclip.data.prompts import TEMPLATES
 from leanclip.errors import DataError, SampleError, is_shortage
-from leanclip.io.files import split_lines
+from leanclip.io.files import LFS_POINTER, is_lfs_pointer, split_lines
+
+_WHOLE_NUMBER = re.compile("-?[0-9]{1,300}")
+_SYNSET = re.compile(r"(n[0-9]{8})\s+(.+)")  # a line of ImageNet's synset_mapping.txt
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,10 @@ def read_lines(path: Path) -> list[str]:
         SampleError: the file is missing or not UTF-8.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        if is_lfs_pointer(content):
+            raise SampleError("git-lfs pointer", f"{path}: {LFS_POINTER}")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise SampleError("missing file", f"{path}: no such file") from None
     except OSError as error:
@@ -211,13 +220,111 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in split_lines(text) if line.strip()]
 
 
-def read_class_names(path: Path, *, option: str = "data.class_names") -> list[str]:
-    """A class's name a line, by label: `class_names_in` of a file.
+class ClassFile(NamedTuple):
+    """What a file of class names says."""
+
+    names: Sequence[str]  # by line
+    keys: Sequence[str]  # the folder or label that each is the name of; none: a line's number is it
+
+    def names_of(self, keys: Sequence[str], where: str) -> list[str]:
+        """A name for each of these folders or labels: by key, else in their order.
+
+        Those that a file with keys does not have are named as they are called, with spaces for
+        underscores; of ImageNet's synsets a file may have more.
+
+        Raises:
+            DataError: a key is none of them, or there are not as many names.
+        """
+        if self.keys:
+            known = set(keys)
+            unknown = [key for key in self.keys if key not in known]
+            # A list of ImageNet's synsets may be of more than the data has.
+            if unknown and not all(re.fullmatch("n[0-9]{8}", key) for key in self.keys):
+                raise DataError(
+                    f"{where}: names the class {unknown[0]!r}, which has no folder or label "
+                    f"(found: {', '.join(keys[:4])}); remove the line, or add an empty folder"
+                )
+            named = dict(zip(self.keys, self.names, strict=True))
+            return [named.get(key, key.replace("_", " ")) for key in keys]
+        if len(self.names) != len(keys):
+            raise DataError(
+                f"{where}: has {len(self.names)} names for {len(keys)} classes; write one a line "
+                f"in their order ({', '.join(keys[:4])}, ...), or each after its folder and a tab"
+            )
+        if list(keys) != sorted(set(keys)):  # an order of their own
+            return list(self.names)
+        # Of numbers in the order of letters (10 before 9, as `datasets` has folders) it is theirs.
+        place = {key: index for index, key in enumerate(sorted_names(keys))}
+        return [self.names[place[key]] for key in keys]
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Different names in the order of numbers if all are whole numbers; else of letters."""
+    distinct = sorted(set(names))
+    if all(map(_WHOLE_NUMBER.fullmatch, distinct)):
+        return sorted(distinct, key=int)
+    return distinct
+
+
+def index_labels(names: Sequence[str], keys: Sequence[str] = ()) -> dict[str, int]:
+    """The class of each value that a label may have, by the value's text.
+
+    A whole number is an index from 0, whatever the names look like, unless a file of names has
+    keys that are numbers; other values are keys, or names, also with underscores for spaces. A
+    name of two classes is no value.
+    """
+    by_key = {key: index for index, key in enumerate(keys)}
+    times = Counter(names)
+    by_name = {name: index for index, name in enumerate(names) if times[name] == 1}
+    by_name = {name.replace(" ", "_"): index for name, index in by_name.items()} | by_name
+    if any(map(_WHOLE_NUMBER.fullmatch, keys)):
+        return by_name | by_key
+    indices = {str(index): index for index in range(len(names))}
+    if any(indices.get(name, index) != index for name, index in by_name.items()):
+        # Names that look like numbers of other classes: no number is a name then.
+        by_name = {n: index for n, index in by_name.items() if not _WHOLE_NUMBER.fullmatch(n)}
+    return by_name | by_key | indices
+
+
+def find_label(value: object, labels: Mapping[str, int], classes: Sequence[str], name: str) -> int:
+    """The class that the label of a sample called `name` means; `labels` are by `index_labels`.
 
     Raises:
-        DataError: there is no such file, it cannot be read, or does not hold such lines.
+        SampleError: it is none, or the name of several.
     """
-    return class_names_in(_content(path, option), where=str(path))
+    text = "" if value is None else str(value)
+    if isinstance(value, bool) and text not in labels:
+        text = str(int(value))
+    whole = text.removesuffix(".0")  # as pandas writes whole numbers where one is missing
+    if (label := labels.get(text, labels.get(whole))) is not None:
+        return label
+    why = "is no known class"
+    if text in classes:
+        why = "is the name of several classes; give its number, from 0, as the label"
+    elif isinstance(value, list | tuple):
+        why = "is a list, and data of several classes per image is not read"
+    elif _WHOLE_NUMBER.fullmatch(text):
+        why += f": the {len(classes)} classes are numbered from 0"
+    raise SampleError("unknown class", f"{name}: {text[:60]!r} {why}")
+
+
+def readable(name: str) -> str:
+    """A file's name as text: one that is not UTF-8 is taken for Latin-1."""
+    content = os.fsencode(name)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def read_class_names(path: Path, *, option: str = "data.class_names") -> list[str]:
+    """The names in a file of class names, by label; errors as of `read_class_file`."""
+    return list(read_class_file(path, option=option).names)
+
+
+def read_class_file(path: Path, *, option: str = "data.class_names") -> ClassFile:
+    """Class names by line; errors as of `class_file_in`, and where it cannot be read."""
+    return class_file_in(_content(path, option), where=str(path))
 
 
 def read_templates(path: Path, *, option: str = "data.templates") -> list[str]:
@@ -251,7 +358,14 @@ def templates_in(content: bytes, *, where: str) -> list[str]:
 
 
 def class_names_in(content: bytes, *, where: str) -> list[str]:
-    """The lines of a file of class names, stripped; the number of a line is its label.
+    """The names in a text of class names, by label; errors as of `class_file_in`."""
+    return list(class_file_in(content, where=where).names)
+
+
+def class_file_in(content: bytes, *, where: str) -> ClassFile:
+    """A text of class names: `name`, `key<TAB>name` or ImageNet's `n01440764 name, synonym` a line.
+
+    Of ImageNet's synonyms the first is the name. Without keys a line's number is its label.
 
     Raises:
         DataError: it is empty, not UTF-8, or has a blank line before others.
@@ -266,11 +380,28 @@ def class_names_in(content: bytes, *, where: str) -> list[str]:
             f"{where}: line {lines.index('') + 1} is blank, and a line's number is its label; "
             f"write a name there, or remove the line"
         )
-    return lines
+    pairs = [tuple(line.split("\t")) for line in lines]
+    synsets = [found for line in lines if (found := _SYNSET.fullmatch(line))]
+    if len(synsets) == len(lines):
+        pairs = [(found[1], found[2].split(",")[0].strip()) for found in synsets]
+    if not any(len(pair) > 1 for pair in pairs):
+        return ClassFile(lines, [])
+    for number, pair in enumerate(pairs, 1):
+        if len(pair) != 2:
+            raise DataError(
+                f"{where}: line {number} is no folder, tab and name, as others are: "
+                f"{lines[number - 1][:80]!r}"
+            )
+    keys, names = ([part.strip() for part in column] for column in zip(*pairs, strict=True))
+    if len(set(keys)) < len(keys):
+        raise DataError(f"{where}: names {Counter(keys).most_common(1)[0][0]!r} twice; once each")
+    return ClassFile(names, keys)
 
 
 def _lines_in(content: bytes, where: str) -> list[str]:
     """The lines of a text, stripped."""
+    if is_lfs_pointer(content):
+        raise DataError(f"{where}: {LFS_POINTER}")
     try:
         return [line.strip() for line in split_lines(content.decode("utf-8-sig"))]
     except UnicodeDecodeError:

@@ -18,7 +18,7 @@ from leanclip.evaluation.classification import calibration_error
 from leanclip.evaluation.features import encode_dataset
 from leanclip.evaluation.intervals import bootstrap
 from leanclip.evaluation.results import Report
-from leanclip.evaluation.tasks import ORDER, Task, open_tasks
+from leanclip.evaluation.tasks import ORDER, Task, check_classes, open_tasks
 from leanclip.evaluation.zero_shot import ZeroShotResult
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
@@ -52,10 +52,7 @@ def open_held_out(config: Config, tasks: Mapping[str, Task], words: str) -> Task
                 f"{_OPTION} {words}: is the split that is measured; name another, or a share of "
                 f"it to hold out, such as 0.5"
             ) from None
-        if list(held_out.dataset.classes) != list(measured.dataset.classes):
-            raise DataError(
-                f"{_OPTION} {words}: has other classes than the split that is measured"
-            ) from None
+        check_classes(f"{_OPTION} {words}", measured, held_out.data, held_out.dataset)
         return held_out
     if not 0 < share < 1:
         raise ConfigError(f"{_OPTION} {words}: is no split and no share between 0 and 1")

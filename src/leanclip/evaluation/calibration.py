@@ -46,7 +46,7 @@ class Calibration(Section):
     temperature: Annotated[float, Field(gt=0)]  # probabilities are softmax(logits / temperature)
     threshold: float  # the probability from which on a class is in the set
     floor: float  # of the highest logit: below it, it is none of the classes
-    coverage: float
+    coverage: Annotated[float, Field(gt=0, lt=1)]
     images: int  # that threshold and floor are from
     weights: str  # SHA-256 of the model's tensors
     classes: tuple[str, ...]

@@ -14,6 +14,7 @@ import torch
 from leanclip.config.schema import DataConfig
 from leanclip.data import Dataset
 from leanclip.data.dataset import fill
+from leanclip.data.splits import split_in_use
 from leanclip.distributed.collectives import everyones, rank_and_world_size, share_buffers
 from leanclip.evaluation.classification import Classification, classify
 from leanclip.evaluation.features import Encoded, encode_dataset, encode_texts
@@ -325,7 +326,7 @@ def _data_facts(task: Task, images: Encoded) -> dict[str, Any]:
     return {
         "layout": data.layout,
         "root": data.root,
-        "split": data.split,
+        "split": split_in_use(data),
         "samples": len(images.indices),
         "limit": task.limit,
         "available": images.available,

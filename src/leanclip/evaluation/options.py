@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanclip.config.schema import Config, DataConfig, EvaluationData, SourceConfig, load_config
+from leanclip.config.schema import Config, DataConfig, EvaluationData, load_config
 from leanclip.config.sections import parse, to_plain
 from leanclip.data import open_dataset, split_source
 from leanclip.data.dataset import read_class_names, read_templates
 from leanclip.data.splits import find_splits
 from leanclip.errors import ConfigError
-from leanclip.evaluation.tasks import HELD_OUT, MEASURABLE, ORDER, PROBES, data_of
+from leanclip.evaluation.tasks import MEASURABLE, ORDER, PROBES, data_of
 from leanclip.weights import read_weights
 
 log = logging.getLogger("leanclip")
@@ -106,8 +106,7 @@ def evaluation_config(
     evaluate = to_plain(settings.evaluate)
     if data_spec is not None:
         layout, root = split_source(data_spec, option="--data")
-        split = wishes.split or _default_split(layout, root)
-        wanted = {"layout": layout, "root": root, "split": split}
+        wanted = {"layout": layout, "root": root, "split": wishes.split}
         names = _allowed(settings.data, layout, task, EvaluationData.model_validate(wanted))
         changes = wishes.settings(names)
         evaluate |= {name: wanted | changes[name] for name in names}
@@ -125,16 +124,6 @@ def evaluation_config(
         evaluate["guard"] = None
     values = to_plain(settings) | {"evaluate": evaluate}
     return parse(Config, values, where="leanclip eval")
-
-
-def _default_split(layout: str, root: str) -> str | None:
-    """A split to measure on, where the root has folders of splits and none is named."""
-    if layout not in ("folder", "pairs", "shards"):
-        return None
-    found = find_splits(parse(SourceConfig, {"layout": layout, "root": root}, where="--data"))
-    if "train" not in found:
-        return None
-    return next((name for name in HELD_OUT if name in found), None)
 
 
 def _settings(

@@ -7,26 +7,12 @@ from typing import Any, NamedTuple
 
 from leanclip.config.schema import Config, DataConfig, EvaluationData, NeighbourData, ProbeData
 from leanclip.data import Dataset, open_dataset, source_configs
-from leanclip.data.splits import find_splits
+from leanclip.data.splits import default_split, find_splits, split_in_use
 from leanclip.errors import ConfigError, DataError, one_line
 from leanclip.preprocess.images import warn_not_shown
 
 log = logging.getLogger("leanclip")
 
-EVALUATION_SPLITS = {  # (layout, task) -> the split that is meant for it
-    ("shapes", "zero_shot"): "unseen",
-    ("shapes", "linear_probe"): "unseen",
-    ("shapes", "knn"): "unseen",
-    ("shapes", "retrieval"): "val",
-    ("food101", "zero_shot"): "test",
-    ("food101", "linear_probe"): "test",
-    ("food101", "knn"): "test",
-    ("wds", "zero_shot"): "test",
-    ("wds", "retrieval"): "test",
-    ("wds", "linear_probe"): "test",
-    ("wds", "knn"): "test",
-}
-HELD_OUT = ("val", "valid", "validation", "test", "dev")  # the first there is, of training's root
 VALIDATION = ("val", "valid", "validation", "dev")  # where a probe chooses its settings
 PROBES = ("linear_probe", "knn")
 ORDER = ("retrieval", "zero_shot", *PROBES)  # of tasks in a report
@@ -111,7 +97,7 @@ def _with_parts(task: Task, wanted: EvaluationData) -> Task:
     """A probe's task with what it learns from."""
     if not isinstance(wanted, ProbeData | NeighbourData):
         return task
-    found, used = find_splits(task.data), _split_in_use(task.data)
+    found, used = find_splits(task.data), split_in_use(task.data)
     split = wanted.train_split
     if split is None and "train" in found and used != "train" and task.data.layout != "shapes":
         split = "train"
@@ -134,18 +120,33 @@ def _part(task: Task, split: str) -> Part:
     """
     data = task.data.model_copy(update={"split": split})
     dataset = open_dataset(data)
-    if list(dataset.classes) != list(task.dataset.classes):
-        raise DataError(
-            f"evaluate.{task.name}: {data.root} has {len(dataset.classes)} classes in {split} and "
-            f"{len(task.dataset.classes)} where it is measured, or not the same ones; give their "
-            f"names in one file (--classes, or class_names)"
-        )
+    check_classes(f"evaluate.{task.name}", task, data, dataset)
     return Part(data, dataset)
 
 
-def _split_in_use(data: DataConfig) -> str | None:
-    """The split that is read, also where a layout has one of its own."""
-    return data.split or ("train" if data.layout in ("table", "hub") else None)
+def check_classes(setting: str, task: Task, data: DataConfig, dataset: Dataset) -> None:
+    """That another split has the classes of the one that is measured.
+
+    Raises:
+        DataError: it has others; the message names some, and what to do.
+    """
+    here, there = list(task.dataset.classes), list(dataset.classes)
+    if here == there:
+        return
+    where = f"{data.root}, split {split_in_use(task.data)}"
+    lacking = [name for name in there if name not in here]
+    if not lacking:
+        lacking, where = [n for n in here if n not in there], f"{data.root}, split {data.split}"
+    if not lacking:
+        raise DataError(f"{setting}: {data.root}: the classes of its splits are in other orders")
+    advice = (
+        "make an empty folder for each" if data.layout == "folder" else "leave them out of both"
+    )
+    raise DataError(
+        f"{setting}: {where}: lacks {len(lacking)} of the classes of the other split "
+        f"({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}); {advice}, or name all "
+        f"classes in one file, one a line in their order (--classes, or class_names)"
+    )
 
 
 def open_guard(config: Config) -> Task | None:
@@ -187,13 +188,15 @@ def data_of(
         )
     root = wanted.root or data.root
     trained = _trained(data, layout, root)
-    split = wanted.split or EVALUATION_SPLITS.get((layout, task))
+    place = {"layout": layout, "root": root, "split": wanted.split}
+    if wanted.split is None:
+        used = [split for split in map(split_in_use, trained) if split is not None]
+        here = data.model_copy(update=place | {"sources": ()})
+        place["split"] = default_split(here, task, used=used)
     changes = {
-        "layout": layout,
-        "root": root,
-        "split": split or (_held_out(trained) if trained else None),
+        **place,
         "templates": wanted.templates,
-        **_columns(wanted, trained),
+        **_columns(wanted, trained[0] if trained else None),
         "sources": (),
         "epoch_size": None,
         "streaming": False,  # it is read in order, by index
@@ -208,26 +211,21 @@ def _guard_data(config: Config, wanted: EvaluationData) -> DataConfig:
     return data_of(config.data, wanted, task, setting="guard")
 
 
-def _trained(data: DataConfig, layout: str, root: str) -> DataConfig | None:
-    """What training reads of a root, if it does."""
+def _trained(data: DataConfig, layout: str, root: str) -> list[DataConfig]:
+    """What training reads of a root; of a mixture it may be several splits."""
     sources = (data, *source_configs(data))
-    return next((one for one in sources if (one.layout, one.root) == (layout, root)), None)
-
-
-def _held_out(trained: DataConfig) -> str | None:
-    """A split of training's root that training does not use; else the one that it uses."""
-    used = _split_in_use(trained)
-    found = () if used is None else find_splits(trained)
-    return next((name for name in HELD_OUT if name in found and name != used), trained.split)
+    return [one for one in sources if (one.layout, one.root) == (layout, root)]
 
 
 def _is_training(data: DataConfig, wanted: EvaluationData, chosen: DataConfig) -> bool:
     """Whether an evaluation that does not say so measures on what training uses."""
-    trained = _trained(data, chosen.layout, chosen.root)
-    if trained is None or trained.split != chosen.split or wanted.split is not None:
+    if wanted.split is not None:
         return False
-    # Of weights without a config, `data` is what shall be measured.
-    return wanted.root is None or trained.split is not None
+    trained = _trained(data, chosen.layout, chosen.root)
+    if wanted.root is not None and not data.sources:
+        # Of weights without a config, `data` is what shall be measured.
+        trained = [one for one in trained if one.split is not None]
+    return split_in_use(chosen) in map(split_in_use, trained)
 
 
 def _columns(wanted: EvaluationData, trained: DataConfig | None) -> dict[str, Any]:

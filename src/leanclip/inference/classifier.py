@@ -3,6 +3,7 @@
 Shapes: N images, C labels, E embedding.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from leanclip.data.dataset import class_names_in
 from leanclip.errors import DataError
 from leanclip.evaluation import Calibration
 from leanclip.evaluation.classification import Prediction
+
+log = logging.getLogger("leanclip")
 
 
 class Ranked(NamedTuple):
@@ -67,21 +70,24 @@ def guesses(
 
 
 def check_labels(labels: Sequence[str]) -> list[str]:
-    """Labels without white space around them.
+    """Labels without white space around them; one that is given twice is warned of.
 
     Raises:
-        DataError: fewer than two, an empty one, or one given twice.
+        DataError: fewer than two different ones, or an empty one.
     """
     names = [label.strip() for label in check_texts(labels, what="label")]
     if "" in names:
         raise DataError(f"labels: label {names.index('')} is empty; write a word there, or drop it")
-    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
-    if count > 1:
-        raise DataError(f"labels: {name!r} is given {count} times; give each once")
-    if len(names) < 2:
+    times = Counter(names)
+    if len(times) < 2:
         raise DataError(
-            f"labels: found {len(names)}; give two or more to choose from, or use `similarity`, "
+            f"labels: found {len(times)}; give two or more to choose from, or use `similarity`, "
             f"as one label alone always has the probability 1"
+        )
+    name, count = times.most_common(1)[0]
+    if count > 1:  # as ImageNet's own list has two
+        log.warning(
+            "labels: %r is given %d times, and its probability is divided among them", name, count
         )
     return names
 

@@ -3,8 +3,9 @@
     FOLDER -> ids, in order -> shards of so many -> threads decode -> features -> one file each
 
     OUT/_index.json          what it is of: weights, ids, sizes; a later start must agree
-    OUT/00000.npy            features (n, E) of unit length        } or 00000.parquet with both:
-    OUT/00000.ids.json       a list of n ids: paths in FOLDER      } columns `id` and `embedding`
+    OUT/00000.npy            features (n, E) of unit length       } or 00000.parquet with both:
+    OUT/00000.ids.json       a list of n ids: paths in FOLDER     } columns `id` and `embedding`,
+                             the bytes of an id that are not UTF-8  written as in "caf\\xe9.png"
     OUT/_00000.skipped.json  images that cannot be read, where there are any: id -> reason
 
 A shard is of a fixed part of the ids, made by one rank (every world-size-th shard, from the
@@ -16,6 +17,8 @@ Shapes: n rows of a shard, N of all, E embedding.
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -27,7 +30,7 @@ import torch
 
 from leanclip.data.dataset import Strings
 from leanclip.data.readers.image_files import find_images
-from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.errors import ConfigError, DataError, SampleError, escaped
 from leanclip.inference.model import Clip
 from leanclip.io.files import held, whole_file, write_array, write_text
 from leanclip.io.optional_imports import need
@@ -40,6 +43,7 @@ log = logging.getLogger("leanclip")
 
 FORMATS = ("npy", "parquet")
 DTYPES = ("float32", "float16")
+_ESCAPED = b"leanclip_escaped"  # of a Parquet file: rows whose ids are not UTF-8, so escaped
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ def _make_shards(
                 done += len(batch)
                 bar.update(done)
             for name, reason in skipped.items():
-                log.warning("skipped: %s: %s", name, reason)
+                log.warning("skipped: %s: %s", escaped(name), escaped(reason))
             _check_skipped(out, index, max_bad_share, counted, skipped)
             _write(out, shard, index, ids, rows, skipped)
             _check_skipped(out, index, max_bad_share, counted, {})  # two ranks may end at once
@@ -362,14 +366,26 @@ def _write(
         return
     pa, pq = _parquet()
     values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), index.embed_dim)
+    texts = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in ids]
+    table = pa.table({"id": pa.array(texts, pa.string()), "embedding": values})
+    if escaped := [row for row, text in enumerate(texts) if text != ids[row]]:
+        table = table.replace_schema_metadata({_ESCAPED: json.dumps(escaped)})
     with whole_file(last) as part:
-        pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": values}), part)
+        pq.write_table(table, part)
 
 
 def _read_parquet(path: Path, index: Index) -> tuple[list[str], np.ndarray]:
     table = _parquet()[1].read_table(path)
     flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return table["id"].to_pylist(), flat.reshape(-1, index.embed_dim)
+    ids = table["id"].to_pylist()
+    for row in json.loads((table.schema.metadata or {}).get(_ESCAPED, b"[]")):
+        content = re.sub(rb"\\x([89a-f][0-9a-f])", _byte, ids[row].encode())
+        ids[row] = os.fsdecode(content)
+    return ids, flat.reshape(-1, index.embed_dim)
+
+
+def _byte(escape: re.Match[bytes]) -> bytes:
+    return bytes.fromhex(escape[1].decode())
 
 
 def _parquet() -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ as many images. Nothing is held but the batches that are under way.
 Shapes: B batch, R resolution.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,11 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.data.readers.image_files import find_images
+from leanclip.data.readers.image_files import find_images, suffix_of
 from leanclip.errors import DataError, SampleError
 from leanclip.io.download import fetch_bytes, is_url
 from leanclip.io.threads import in_threads
 from leanclip.preprocess.images import SUFFIXES, Source, evaluation_pixels
+
+log = logging.getLogger("leanclip")
 
 ImageInput = Source | np.ndarray
 AllowUrls = bool | Literal["private"]
@@ -48,7 +51,7 @@ def gather(images: ImageInputs) -> Images:
     if isinstance(images, np.ndarray) and images.ndim == 4:
         return Images(images, len(images), False)
     if isinstance(images, str | Path) and _is_folder(images):
-        paths = find_images(Path(images))
+        paths = _images_in(Path(images))
         return Images(paths, len(paths), False)
     if isinstance(images, ImageInput | bytearray):
         return Images([images], 1, True)
@@ -143,15 +146,32 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _expanded(images: Iterable[ImageInput]) -> Iterator[ImageInput]:
     for image in images:
         if isinstance(image, str | Path) and _is_folder(image):
-            yield from find_images(Path(image))
+            yield from _images_in(Path(image))
         else:
             yield image
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The images under a folder that can be read; the others are named in a warning.
+
+    Raises:
+        DataError: there are none.
+    """
+    paths = find_images(folder)
+    images = [path for path in paths if suffix_of(path.name) in SUFFIXES]
+    if unread := [path for path in paths if suffix_of(path.name) not in SUFFIXES]:
+        names = ", ".join(str(path) for path in unread[:3]) + ", ..." * (len(unread) > 3)
+        words = f"{folder}: skipped {len(unread)} images in formats that are not read: {names}"
+        if not images:
+            raise DataError(f"{words}; convert them to JPEG or PNG")
+        log.warning("%s", words)
+    return images
 
 
 def _is_folder(name: str | Path) -> bool:
     """Whether a name is a folder's; one with an image's suffix is not looked up."""
     text = str(name)
-    if text[text.rfind(".") :].lower() in SUFFIXES or is_url(text):
+    if suffix_of(text) in SUFFIXES or is_url(text):
         return False
     try:
         return Path(name).is_dir()

@@ -218,8 +218,8 @@ class Clip:
             truncate: cut prompts that are over the context.
 
         Raises:
-            DataError: fewer than two labels, an empty one, one given twice, a template without
-                `{}`, a prompt over the context, or no such file.
+            DataError: fewer than two different labels, an empty one, a template without `{}`, a
+                prompt over the context, or no such file.
             ConfigError: the calibration is of something else.
         """
         names = check_labels(read_labels(labels) if isinstance(labels, str | Path) else labels)

@@ -15,6 +15,23 @@ from typing import Any
 
 import numpy as np
 
+LFS_POINTER = "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether a file's content, or its start, is what Git LFS leaves in place of a large file."""
+    return content.removeprefix(b"\xef\xbb\xbf").startswith(b"version https://git-lfs.")
+
+
+def is_lfs_file(path: str | Path) -> bool:
+    """Whether a file is a Git LFS pointer; false where it cannot be read."""
+    try:
+        if Path(path).stat().st_size > 1024 or not Path(path).is_file():
+            return False
+        return is_lfs_pointer(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return False
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""

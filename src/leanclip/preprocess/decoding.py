@@ -31,14 +31,13 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from leanclip.errors import SampleError, is_shortage
+from leanclip.io.files import LFS_POINTER, is_lfs_pointer
+from leanclip.preprocess.image_formats import FORMATS, RAW_SUFFIXES, other_format
 
 Source = str | Path | bytes | Image.Image
 File = BinaryIO | Image.Image  # an image that is opened already stands for its file
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
-# Names the decoders that may run: Pillow would otherwise hand EPS files to Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 178_956_970  # Pillow's own bound for "decompression bomb" errors
 MAX_SCANS = 100  # of a JPEG: each goes over all pixels; progressive ones have about ten
 _BAND = 1 << 22  # pixels that are converted at once
@@ -142,7 +141,10 @@ def read_header(file: File, max_pixels: int) -> Image.Image:
     if isinstance(file, Image.Image):
         image = file
     elif file.read(1):
-        image = Image.open(file, formats=FORMATS)  # from the start of the file
+        try:
+            image = Image.open(file, formats=FORMATS)  # from the start of the file
+        except UnidentifiedImageError:
+            raise _unidentified(file) from None
     else:
         raise SampleError("empty file", "cannot be read as an image: it is empty")
     if not image.width * image.height:
@@ -154,6 +156,28 @@ def read_header(file: File, max_pixels: int) -> Image.Image:
         file.seek(0)
         check_scans(file.read())
     return image
+
+
+def _unidentified(file: BinaryIO) -> SampleError:
+    """What is to be said of a file that no decoder takes."""
+    file.seek(0)
+    head = file.read(1024)
+    if is_lfs_pointer(head):
+        return SampleError("git-lfs pointer", LFS_POINTER)
+    reason = f"cannot be read as an image: it is none of {', '.join(FORMATS)}"
+    if (found := other_format(head)) is not None:
+        reason += f" but {found}; convert it to JPEG or PNG"
+        return SampleError("unsupported format", reason)
+    return SampleError("not an image", reason)
+
+
+def is_image(content: bytes) -> bool:
+    """Whether content begins as an image does, in any format that is known here."""
+    try:
+        with _quiet, Image.open(io.BytesIO(content), formats=FORMATS):
+            return True
+    except Exception:  # decoders raise many kinds
+        return other_format(content) is not None
 
 
 def _may_have_many_scans(image: Image.Image, file: BinaryIO) -> bool:
@@ -211,7 +235,14 @@ def open_regular(path: str | Path) -> BinaryIO:
 
     Raises:
         OSError: it cannot be opened, or is no regular file.
+        SampleError: by its name it is of a camera's own format.
     """
+    if (suffix := Path(path).suffix.lower()) in RAW_SUFFIXES:
+        raise SampleError(
+            "unsupported format",
+            f"cannot be read as an image: {suffix} is a camera's own format; convert it to JPEG "
+            f"or PNG",
+        )
     # Without waiting for a pipe's other end.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -228,8 +259,6 @@ def _file(source: Source) -> AbstractContextManager[File]:
 
 def _fault(error: Exception) -> tuple[str, str]:
     """The kind of an error and what to say of it."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image", f"it is none of {', '.join(FORMATS)}"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels", str(error)
     if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
@@ -300,7 +329,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return _in_bands(image, _from_16_bits)
     if image.mode in ("I", "F"):
         low, high = _range_of(image)

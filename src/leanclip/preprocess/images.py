@@ -18,15 +18,8 @@ import torch
 from PIL import Image
 
 from leanclip.errors import SampleError, one_line
-from leanclip.preprocess.decoding import (
-    FORMATS,
-    MAX_PIXELS,
-    SUFFIXES,
-    Box,
-    Source,
-    open_image,
-    open_part,
-)
+from leanclip.preprocess.decoding import MAX_PIXELS, Box, Source, open_image, open_part
+from leanclip.preprocess.image_formats import FORMATS, SUFFIXES
 
 __all__ = [
     "CLIP_MEAN",

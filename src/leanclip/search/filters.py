@@ -7,6 +7,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from leanclip.data.dataset import readable
 from leanclip.errors import ConfigError
 
 Range = tuple[Any, Any]  # from, and below; None: no limit
@@ -29,7 +30,7 @@ def conditions(
     if label:
         labels = [label] if isinstance(label, str) else list(label)
         parts.append(f"label IN ({', '.join('?' * len(labels))})")
-        values += labels
+        values += map(readable, labels)
     if folder is not None:
         # A path below another begins with it and a slash; "0" comes after "/".
         words = [os.fsencode(absolute(folder)), os.fsencode(os.path.normpath(folder))]

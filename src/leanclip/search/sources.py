@@ -4,7 +4,8 @@
     a .tar         WebDataset's: members of one name are an image, its .txt and its .cls
     embeddings     what `leanclip embed` wrote: ids, which are paths below `root`, and features
 
-An image's label is the first folder below the source, or what its shard says.
+An image's label is the first folder below the source, or below its split where the source has
+folders train, val and so on; or what its shard says.
 """
 
 import hashlib
@@ -17,12 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from leanclip.data.dataset import read_class_names, read_lines
+from leanclip.data.dataset import ClassFile, index_labels, read_class_file, read_lines, readable
 from leanclip.data.readers.image_files import list_images, no_images
 from leanclip.data.readers.tar_index import Remarks, shard_index
-from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.data.splits import splits_in
+from leanclip.errors import ConfigError, DataError, SampleError, escaped
 from leanclip.inference.embeddings import index_file, read_index, shards_of
-from leanclip.io.files import read_facts
+from leanclip.io.files import LFS_POINTER, is_lfs_file, read_facts
 from leanclip.preprocess.decoding import open_regular, refusing
 from leanclip.preprocess.images import evaluation_pixels
 from leanclip.search.filters import absolute
@@ -80,6 +82,8 @@ class Source:
         images, tars = ([], [path]) if is_file else (list_images(path), sorted(path.glob("*.tar")))
         if not images and not tars:
             raise no_images(path)
+        for tar in filter(is_lfs_file, tars):
+            raise DataError(f"{tar}: {LFS_POINTER}")
         root = path.parent if is_file else path
         total = len(images) + sum(len(shard_index(tar)) for tar in tars)
         return total, _listed(images, tars, root)
@@ -141,18 +145,21 @@ def with_caption(entry: Entry) -> Entry:
 def _listed(
     images: Sequence[Path], tars: Sequence[Path], root: Path
 ) -> Iterator[tuple[Entry, None]]:
+    splits = splits_in("folder", root)
     for image in images:
-        if (entry := _file(image, root)) is not None:
+        if (entry := _file(image, root, splits)) is not None:
             yield entry, None
     for tar in tars:
         yield from ((entry, None) for entry in _members(tar, root))
 
 
 def _embedded(path: Path, root: Path) -> Iterator[tuple[Entry, np.ndarray]]:
+    splits = splits_in("folder", root)
     for ids, features in shards_of(path):
         for name, vector in zip(ids, np.asarray(features), strict=True):  # faster than a memmap
             image = root / name
-            yield _file(image, root) or Entry(str(image), _below(image, root), 0, 0), vector
+            found = _file(image, root, splits)
+            yield found or Entry(str(image), _below(image, root), 0, 0), vector
 
 
 def _is_embeddings(path: Path) -> bool:
@@ -162,7 +169,7 @@ def _is_embeddings(path: Path) -> bool:
     return "embed_dim" in read_facts(index_file(path))
 
 
-def _file(path: Path, root: Path) -> Entry | None:
+def _file(path: Path, root: Path, splits: Sequence[str]) -> Entry | None:
     """A file; None: it is gone."""
     try:
         stat = path.stat()
@@ -173,7 +180,8 @@ def _file(path: Path, root: Path) -> Entry | None:
     except OSError:
         caption_mtime = 0
     below = _below(path, root)
-    label = below.split("/")[0] or None
+    first, _, rest = below.partition("/")
+    label = readable(rest.split("/")[0] if first in splits else first) or None
     return Entry(
         str(path), below, stat.st_size, stat.st_mtime_ns, label, caption_mtime=caption_mtime
     )
@@ -181,7 +189,9 @@ def _file(path: Path, root: Path) -> Entry | None:
 
 def _members(tar: Path, root: Path) -> Iterator[Entry]:
     """The images of a shard."""
-    classes = _classes(tar.parent / "classes.txt")
+    path = tar.parent / "classes.txt"
+    classes, keys = read_class_file(path) if path.is_file() else ClassFile((), ())
+    labels = index_labels(classes, keys)
     stat, below = tar.stat(), _below(tar, root)
     with tar.open("rb") as file:
 
@@ -193,17 +203,20 @@ def _members(tar: Path, root: Path) -> Iterator[Entry]:
 
         rows = shard_index(tar)
         for line in Remarks.of(str(tar), rows).lines():
-            log.warning("%s: %s", tar, line)
+            log.warning("%s: %s", escaped(str(tar)), line)
         is_usable = (rows["image"] > 0) & (rows["problem"] == 0)
         if count := len(rows) - int(is_usable.sum()):
             names = ", ".join(map(os.fsdecode, rows["key"][~is_usable][:3].tolist()))
             names += ", ..." * (count > 3)
-            log.warning("%s: samples without a usable image, skipped: %d (%s)", tar, count, names)
+            log.warning(
+                "%s: samples without a usable image, skipped: %d (%s)",
+                *(escaped(str(tar)), count, escaped(names)),
+            )
         for row in rows[is_usable]:
             name = row["key"].decode("utf-8", "surrogateescape")
             label = text(row, "cls")
-            if label and label.isdigit() and int(label) < len(classes):
-                label = classes[int(label)]
+            if label in labels:
+                label = classes[labels[label]]
             yield Entry(
                 f"{tar}/{name}",
                 below,
@@ -214,10 +227,6 @@ def _members(tar: Path, root: Path) -> Iterator[Entry]:
                 shard=str(tar),
                 start=int(row["image"]),
             )
-
-
-def _classes(path: Path) -> Sequence[str]:
-    return read_class_names(path) if path.is_file() else ()
 
 
 def _below(path: Path, root: Path) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import DataError, SampleError, escaped
 from leanclip.inference.model import Clip
 from leanclip.io.progress import ProgressBar
 from leanclip.io.threads import in_threads
@@ -125,7 +125,7 @@ class Update:
     def _skip(self, path: str, error: SampleError, total: int) -> None:
         self.changes.skipped += 1
         if self.changes.skipped <= MOST_NAMED:
-            log.warning("skipped: %s: %s", path, error)
+            log.warning("skipped: %s: %s", escaped(str(path)), escaped(str(error)))
         if self.changes.skipped > self.max_bad_share * total:
             self._commit()
             raise DataError(

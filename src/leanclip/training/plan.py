@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config.schema import Config, FinetuneConfig, Precision, load_config
+from leanclip.config.schema import Config, DataConfig, FinetuneConfig, Precision, load_config
 from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
-from leanclip.data import Dataset, open_dataset
+from leanclip.data import Dataset, open_dataset, source_configs
 from leanclip.data.formats.mixture import Mixture
+from leanclip.data.splits import split_in_use
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.distributed.wrap_model import checkpoint_activations
 from leanclip.errors import ConfigError
@@ -27,6 +28,8 @@ from leanclip.training.feature_cache import frozen_towers
 from leanclip.training.finetune import Tuning
 from leanclip.training.optimizer import scaled_learning_rate
 from leanclip.training.tracking import check_tracker
+
+SHOWN_CLASSES = 5  # of a data set, in a run's first lines
 
 
 @dataclass(frozen=True)
@@ -214,14 +217,26 @@ def _data_line(plan: Plan) -> str:
     """How many samples of what."""
     data, dataset = plan.config.data, plan.dataset
     if not (data.sources and isinstance(dataset, Mixture)):
-        return f"{len(dataset):,} samples of {data.layout} in {data.root}"
+        what = split_and_classes(data, dataset)
+        return f"{len(dataset):,} samples of {data.layout} in {data.root}{what}"
     parts = (
         f"{share:.1%} of {len(source):,} from {settings.root} ({settings.layout})"
+        f"{split_and_classes(settings, source)}"
         for share, source, settings in zip(
-            dataset.shares, dataset.sources, data.sources, strict=True
+            dataset.shares, dataset.sources, source_configs(data), strict=True
         )
     )
-    return f"{len(dataset):,} samples an epoch: {', '.join(parts)}"
+    return f"{len(dataset):,} samples an epoch: {'; '.join(parts)}"
+
+
+def split_and_classes(data: DataConfig, dataset: Dataset) -> str:
+    """ ", split val, 2 classes: ant, bee" of a data set, as far as it has them."""
+    split, names = split_in_use(data), dataset.classes
+    found = f", split {split}" if split else ""
+    if names:
+        more = ", ..." if len(names) > SHOWN_CLASSES else ""
+        found += f", {len(names):,} classes: {', '.join(names[:SHOWN_CLASSES])}{more}"
+    return found
 
 
 def describe(plan: Plan) -> str:

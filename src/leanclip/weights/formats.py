@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from leanclip.errors import WeightsError, one_line
+from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.weights.unpickle import refusing
 
 _LARGEST_HEADER = 100_000_000  # the format's own limit, in bytes
@@ -14,7 +15,7 @@ _LARGEST_HEADER = 100_000_000  # the format's own limit, in bytes
 _TORCH_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _OLD_PICKLES = (b"(d", b"(l", b"}q", b"}(", b"}.", b"]q", b"](", b"ccollections\n", b"cnumpy")
 _OTHERS = (
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run git lfs pull"),
+    (b"version https://git-lfs", LFS_POINTER),
     (b"<", "a web page or XML, perhaps an error page saved by a download: download it again"),
     (b"{", "a JSON file; an index of shards and a config hold no weights"),
     (b"\x1f\x8b", "a gzip file: unpack it first"),
@@ -74,6 +75,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
 
 def _check_header(path: Path) -> None:
     size = path.stat().st_size
+    if is_lfs_file(path):
+        raise WeightsError(LFS_POINTER)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_LARGEST_HEADER, size - 8):

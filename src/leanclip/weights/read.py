@@ -11,6 +11,7 @@ from leanclip.config.schema import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import ConfigError, WeightsError, one_line
+from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.model.presets import PRESETS, preset
 from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.formats import read_safetensors, sniff
@@ -70,6 +71,8 @@ def read_architecture(arch: Architecture) -> ModelConfig:
     name, path = str(arch), Path(arch)
     if name in PRESETS or not (path.suffix or path.exists()):
         return parse(ModelConfig, preset(name), where=name)
+    if is_lfs_file(path):
+        raise ConfigError(f"{name}: {LFS_POINTER}")
     try:
         values = load_yaml(path.read_text(encoding="utf-8"), where=name)  # JSON is YAML
     except (OSError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from leanclip.errors import WeightsError
+from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.weights.archive import Module, module_tensors, read_torch_legacy, read_torch_zip
 from leanclip.weights.formats import sniff
 from leanclip.weights.numpy_pickle import check_sharing
@@ -67,6 +68,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: it is missing or no object.
     """
+    if is_lfs_file(path):
+        raise WeightsError(f"{path}: {LFS_POINTER}")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

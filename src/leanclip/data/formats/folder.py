@@ -4,11 +4,12 @@
     root/classes.txt, or data.class_names   (optional: `folder<TAB>name` or `name` a line)
     root/templates.txt, or data.templates   (optional: a caption a line, {} for the name)
 
+Classes are in the order of their folders' names; where all of these are whole numbers, in theirs.
 Without names a class is called as its folder, with spaces for underscores. A folder without
-images is a class all the same; names that begin with a dot are passed over.
+images is a class all the same; names that begin with a dot, and `__MACOSX` and the like, are
+passed over.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from leanclip.config.schema import DataConfig
@@ -16,10 +17,12 @@ from leanclip.data.dataset import (
     Dataset,
     ImageFiles,
     choose_templates,
-    read_class_names,
+    read_class_file,
+    readable,
+    sorted_names,
     split_folder,
 )
-from leanclip.data.readers.image_files import list_images, no_images
+from leanclip.data.readers.image_files import list_images, no_images, visible_folders
 from leanclip.errors import DataError
 
 
@@ -29,48 +32,44 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         DataError: no folder, no classes, no images, or a class without a name.
     """
-    folder = split_folder(config.root, config.split)
-    try:
-        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
-    folders = [path for path in inside if path.is_dir()]
+    folder, root = split_folder(config.root, config.split), Path(config.root)
+    folders = [path.name for path in visible_folders(folder)]
     if not folders:
         raise DataError(f"{folder}: no class folders found in it")
-    names, path = {}, Path(config.class_names or Path(config.root) / "classes.txt")
+    path = Path(config.class_names or root / "classes.txt")
+    names = [readable(name).replace("_", " ") for name in folders]
     if config.class_names is not None or path.is_file():
-        names = _names(path, folders)
+        folders, names = _named(path, folders, _others(root, folder))
     paths, labels = [], []
-    for label, class_folder in enumerate(folders):
-        found = list_images(class_folder)
+    for label, name in enumerate(folders):
+        found = list_images(folder / name) if (folder / name).is_dir() else []
         paths += found
         labels += [label] * len(found)
     if not paths:
         raise no_images(folder)
     return ImageFiles(
-        paths,
-        labels,
-        [names.get(path.name, path.name.replace("_", " ")) for path in folders],
-        choose_templates(config.templates, Path(config.root) / "templates.txt"),
+        paths, labels, names, choose_templates(config.templates, root / "templates.txt")
     )
 
 
-def _names(path: Path, folders: Sequence[Path]) -> dict[str, str]:
-    """Names by folder, from a file of them."""
-    lines = read_class_names(path)
-    pairs = [line.split("\t") for line in lines]
-    if all(len(pair) == 1 for pair in pairs) and len(lines) == len(folders):
-        return {folder.name: line for folder, line in zip(folders, lines, strict=True)}
-    if any(len(pair) != 2 for pair in pairs):
-        raise DataError(
-            f"{path}: each line should be a folder, a tab and the class's name; or a name for "
-            f"each of the {len(folders)} folders in alphabetical order, found {len(lines)} lines"
-        )
-    found = {folder.name for folder in folders}
-    for name, _ in pairs:
-        if name not in found:
-            some = ", ".join(sorted(found)[:4])
-            raise DataError(
-                f"{path}: names the class {name!r}, which has no folder (found: {some})"
-            )
-    return dict(pairs)
+def _named(path: Path, folders: list[str], others: list[str]) -> tuple[list[str], list[str]]:
+    """Class folders and their names, from a file of names.
+
+    The file may name classes that only other splits have a folder of: they are classes without
+    images then, so that all splits have the same.
+    """
+    given = read_class_file(path)
+    union = sorted_names([*folders, *others])
+    is_of_all = len(given.names) == len(union) and len(given.names) != len(folders)
+    missing = {readable(name) for name in union} - {readable(name) for name in folders}
+    if is_of_all or missing & set(given.keys):
+        folders = union
+    return folders, given.names_of([readable(name) for name in folders], str(path))
+
+
+def _others(root: Path, folder: Path) -> list[str]:
+    """The class folders of other splits."""
+    if folder == root:
+        return []
+    splits = [path for path in visible_folders(root) if path != folder]
+    return [path.name for split in splits for path in visible_folders(split)]

@@ -7,7 +7,7 @@ root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.tx
 from pathlib import Path
 
 from leanclip.config.schema import DataConfig
-from leanclip.data.dataset import Dataset, ImageFiles, check_templates, read_class_names, read_lines
+from leanclip.data.dataset import Dataset, ImageFiles, check_templates, read_class_file, read_lines
 from leanclip.data.prompts import FOOD101_TRAINING, PROMPTS
 from leanclip.errors import DataError
 
@@ -36,12 +36,7 @@ def open_dataset(config: DataConfig) -> Dataset:
             f"{root / 'meta'}: classes.txt has {len(folders)} lines and labels.txt {len(names)}"
         )
     if config.class_names is not None:
-        names = read_class_names(Path(config.class_names))
-        if len(names) != len(folders):
-            raise DataError(
-                f"{config.class_names}: has {len(names)} names, the data has {len(folders)} "
-                f"classes; write one a line, in the order of meta/classes.txt"
-            )
+        names = read_class_file(Path(config.class_names)).names_of(folders, config.class_names)
     label_of = {folder: label for label, folder in enumerate(folders)}
     listed = root / "meta" / f"{split}.txt"
     paths: list[Path] = []

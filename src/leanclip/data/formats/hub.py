@@ -30,6 +30,7 @@ from leanclip.data.readers.columns import (
     usual_column,
 )
 from leanclip.errors import DataError, SampleError, one_line
+from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.io.optional_imports import need
 
 _SUFFIXES = {
@@ -200,6 +201,9 @@ def _load(config: DataConfig) -> Any:
     import datasets
 
     root, split = Path(config.root), config.split or "train"
+    for path in (root,) if root.is_file() else root.rglob("*.*"):
+        if path.suffix.lower() in _SUFFIXES and is_lfs_file(path):
+            raise DataError(f"{path}: {LFS_POINTER}")
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(root))
         if isinstance(saved, datasets.Dataset):

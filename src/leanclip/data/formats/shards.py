@@ -24,14 +24,17 @@ import numpy as np
 
 from leanclip.config.schema import DataConfig
 from leanclip.data.dataset import (
+    ClassFile,
     Dataset,
     Sample,
     Strings,
     check_templates,
     check_unicode,
-    class_names_in,
+    class_file_in,
     fill,
-    read_class_names,
+    find_label,
+    index_labels,
+    read_class_file,
     templates_in,
 )
 from leanclip.data.order import shuffled
@@ -46,7 +49,7 @@ from leanclip.data.readers.shard_cache import (
 from leanclip.data.readers.shard_list import URLS, beside, find_shards, read_local, stated_sizes
 from leanclip.data.readers.tar_index import PROBLEMS, Remarks
 from leanclip.errors import DataError, SampleError
-from leanclip.io.files import split_lines
+from leanclip.io.files import LFS_POINTER, is_lfs_file, split_lines
 
 log = logging.getLogger("leanclip")
 
@@ -73,8 +76,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     sizes = [counted[s] if size is None else size for s, size in zip(shards, stated, strict=True)]
     if sum(sizes) == 0:
         raise DataError(f"{config.root}: no samples in {len(shards)} shards")
-    classes = _classes(shards[0], config)
-    dataset = Shards(shards, sizes, config, classes, _templates(shards[0], config))
+    classes, keys = _classes(shards[0], config)
+    dataset = Shards(shards, sizes, config, classes, _templates(shards[0], config), keys)
     dataset.has_remarked = len(unknown) == len(shards) and not shards[0].startswith(URLS)
     if len(shards) == 1 and (unknown or not shards[0].startswith(URLS)):
         with suppress(SampleError):  # of one sample; here only what is wrong with all counts
@@ -99,13 +102,17 @@ class Shards(Dataset):
         config: DataConfig,
         classes: Sequence[str],
         templates: Sequence[str] = (),
+        keys: Sequence[str] = (),
     ) -> None:
+        for shard in shards:
+            if not shard.startswith(URLS) and is_lfs_file(shard):
+                raise DataError(f"{shard}: {LFS_POINTER}")
         self.shards, self.firsts = Strings(shards), np.cumsum([0, *sizes])
         self.buffer, self.limit = config.shuffle_buffer, config.cache_gigabytes * 1e9
         columns = config.caption_column
         self.columns = (columns,) if isinstance(columns, str) else columns
         self.one_caption_per_line = config.one_caption_per_line
-        self.classes = classes
+        self.classes, self.labels = classes, index_labels(classes, keys)
         if classes:
             self.templates = templates
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
@@ -279,13 +286,8 @@ class Shards(Dataset):
         if not row["cls"]:
             raise SampleError("missing label", f"{name}: there is no .cls of this name{_hint(row)}")
         text = _text(opened, row, "cls", name).strip()
-        if text.isdecimal() and len(text) < 10 and int(text) < len(self.classes):
-            return int(text)
-        if text in self.classes:
-            return self.classes.index(text)
-        raise SampleError(
-            "unknown class", f"{name}: the class {text[:40]!r} is none of the {len(self.classes)}"
-        )
+        text = str(int(text)) if text.isdecimal() and len(text) < 10 else text  # 007
+        return find_label(text, self.labels, self.classes, name)
 
 
 def _hint(row: np.void) -> str:
@@ -353,16 +355,16 @@ def _read(path: str) -> bytes | None:
     return fetched_note(path) if path.startswith(URLS) else read_local(path)
 
 
-def _classes(shard: str, config: DataConfig) -> Sequence[str]:
+def _classes(shard: str, config: DataConfig) -> ClassFile:
     """Names of classes by label, of class data."""
     if config.caption_column is not None:
-        return ()
+        return ClassFile((), ())
     if config.class_names is not None:
-        return read_class_names(Path(config.class_names))
+        return read_class_file(Path(config.class_names))
     for place in _places(shard, config, "classes.txt"):
         if (content := _read(place)) is not None:
-            return class_names_in(content, where=place)
-    return ()
+            return class_file_in(content, where=place)
+    return ClassFile((), ())
 
 
 def _templates(shard: str, config: DataConfig) -> Sequence[str]:

@@ -15,6 +15,7 @@ from leanclip.data.readers.columns import Meaning, choose_columns, class_names, 
 from leanclip.data.readers.parquet import ParquetRows
 from leanclip.data.readers.textrows import SUFFIXES, TextRows
 from leanclip.errors import DataError
+from leanclip.io.files import LFS_POINTER, is_lfs_file
 
 _KNOWN = (*SUFFIXES, ".parquet")
 
@@ -27,6 +28,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     paths = _files(Path(config.root), config.split)
     where = str(paths[0])
+    for path in filter(is_lfs_file, paths):
+        raise DataError(f"{path}: {LFS_POINTER}")
     rows = ParquetRows(paths) if paths[0].suffix.lower() == ".parquet" else TextRows(paths[0])
     columns = choose_columns(config, rows.columns, where)
     if isinstance(rows, ParquetRows):

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leanclip.config.schema import DataConfig
-from leanclip.data.dataset import Sample, check_unicode, choose_templates, fill, read_class_names
+from leanclip.data.dataset import (
+    Sample,
+    check_unicode,
+    choose_templates,
+    fill,
+    find_label,
+    index_labels,
+    read_class_file,
+    sorted_names,
+)
 from leanclip.errors import DataError, SampleError
-from leanclip.preprocess.decoding import SUFFIXES
+from leanclip.preprocess.image_formats import SUFFIXES
 
 # The names that are looked for, in this order and in any letter case, where a config has none.
 IMAGES = (
@@ -144,33 +153,31 @@ def class_names(
         values: looks through the data for the different values; None: that cannot be done.
 
     Raises:
-        DataError: no file, no names, or the same one twice.
+        DataError: no file, no names, or not as many as the data has classes.
     """
     if config.class_names is not None:
-        where, names = config.class_names, read_class_names(Path(config.class_names))
-    elif names is not None:
-        names = [name.replace("_", " ") for name in names]
-    elif values is not None:
-        found = sorted_values(values())
-        if not found:
-            raise DataError(f"{where}: no row has a label")
-        labels = {value: label for label, value in enumerate(found)}
-        return [value.replace("_", " ") for value in found], labels
-    else:
+        given = read_class_file(Path(config.class_names))
+        if names is not None:
+            named = given.names_of(names, config.class_names)
+            return named, index_labels(named)
+        return list(given.names), index_labels(given.names, given.keys)
+    if names is not None:
+        if not names:
+            raise DataError(f"{where}: its classes have no names; set data.class_names to a file")
+        named = [name.replace("_", " ") for name in names]
+        return named, index_labels(named)
+    if values is None:
         raise DataError(f"{where}: its classes have no names; set data.class_names to a file")
-    if not names or len(set(names)) < len(names):
-        raise DataError(f"{where}: the names of classes should be there, each once")
-    indices = {str(label): label for label in range(len(names))}
-    return list(names), indices | {name: label for label, name in enumerate(names)}
+    found = sorted_values(values())
+    if not found:
+        raise DataError(f"{where}: no row has a label")
+    labels = {value: label for label, value in enumerate(found)}
+    return [value.replace("_", " ") for value in found], labels
 
 
 def sorted_values(values: Iterable[str]) -> list[str]:
     """In the order of numbers if all are whole numbers; else of letters."""
-    distinct = set(values) - {""}
-    try:
-        return sorted(sorted(distinct), key=int)
-    except ValueError:
-        return sorted(distinct)
+    return sorted_names(set(values) - {""})
 
 
 def check_count(values: set[str], column: str, where: str) -> None:
@@ -224,9 +231,7 @@ class Meaning:
         value = row.get(columns.label)
         if isinstance(value, list | tuple | Mapping):
             raise SampleError("several labels", str(several_labels(columns.label, name)))
-        label = self.labels.get("" if value is None else str(value))
-        if label is None:
-            raise SampleError("unknown class", f"{name}: {str(value)[:60]!r} is no known class")
+        label = find_label(value, self.labels, self.classes, name)
         return Sample(id_, image, fill(self.templates, self.classes[label]), label)
 
     def _image(self, name: str, value: object) -> Path | bytes:

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from leanclip.data.readers.cached import cached, cached_path
-from leanclip.errors import is_shortage
+from leanclip.errors import escaped, is_shortage
 from leanclip.io.files import write_array
-from leanclip.preprocess.decoding import SUFFIXES
+from leanclip.preprocess.image_formats import SUFFIXES
 
 log = logging.getLogger("leanclip")
 
@@ -86,12 +86,12 @@ class Remarks:
         """Of the rows of a shard."""
         names = Counter[str]()
         for one in rows["unread"][rows["unread_count"] > 0]:
-            names.update(one.decode("utf-8", "surrogateescape").split("/"))
+            names.update(escaped(one.decode("utf-8", "surrogateescape")).split("/"))
         apart = rows["key"][rows["is_apart"]]
-        examples = [key.decode("utf-8", "surrogateescape") for key in apart[:_EXAMPLES]]
+        examples = [escaped(key.decode("utf-8", "surrogateescape")) for key in apart[:_EXAMPLES]]
         common = Counter(dict(names.most_common(2 * _EXAMPLES)))
         unread = int(rows["unread_count"].sum())
-        return cls(unread, common, len(apart), tuple(f"{shard}/{key}" for key in examples))
+        return cls(unread, common, len(apart), tuple(f"{escaped(shard)}/{key}" for key in examples))
 
     def __add__(self, other: "Remarks") -> "Remarks":
         return Remarks(
@@ -336,7 +336,10 @@ def _members(path: Path, file: BinaryIO) -> Iterator[_Member]:
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 yield _Member(key or member.name, rest, problem="unsafe member name")
             elif is_file and member.offset_data + member.size > length:
-                log.warning("%s: ends within %s; what comes before it is used", path, member.name)
+                log.warning(
+                    "%s: ends within %s; what comes before it is used",
+                    *(escaped(str(path)), escaped(member.name)),
+                )
                 yield _Member(key or member.name, rest, problem="truncated shard")
                 return
             elif not is_file:

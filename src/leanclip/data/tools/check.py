@@ -28,6 +28,7 @@ from leanclip.data.splits import find_splits
 from leanclip.data.tools.duplicates import FINGERPRINT, fingerprint
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import ConfigError, SampleError
+from leanclip.preprocess.image_formats import SUFFIXES, SUFFIXES_OF
 from leanclip.preprocess.tokenizer import encode
 
 TINY = 32  # a short side below this, in pixels
@@ -55,15 +56,7 @@ CAPTION = np.dtype(
 
 DRAWN = 24  # images that are drawn, of all parts
 _CHUNK = 64  # samples that a process reads at a time
-_SUFFIXES = {
-    "JPEG": {".jpg", ".jpeg"},
-    "MPO": {".jpg", ".jpeg"},
-    "PNG": {".png"},
-    "BMP": {".bmp"},
-    "WEBP": {".webp"},
-    "GIF": {".gif"},
-    "TIFF": {".tif", ".tiff"},
-}
+_SUFFIXES = SUFFIXES_OF | {"MPO": SUFFIXES_OF["JPEG"]}
 
 
 @dataclass
@@ -253,6 +246,5 @@ def _oddities(header: Image.Image, suffix: str) -> Iterator[str]:
         yield "turned"
     if header.format != "MPO" and getattr(header, "is_animated", False):
         yield "animated"
-    known = set().union(*_SUFFIXES.values())
-    if suffix in known and suffix not in _SUFFIXES.get(header.format or "", known):
+    if suffix in SUFFIXES and suffix not in _SUFFIXES.get(header.format or "", SUFFIXES):
         yield "misnamed"

@@ -175,7 +175,11 @@ def _captions(part: Part, context_length: int) -> dict[str, Any]:
 
 
 def _classes(dataset: Dataset, labels: np.ndarray) -> dict[str, Any]:
-    names = list(dataset.classes)
+    times = Counter(dataset.classes)
+    names = [
+        name if times[name] == 1 else f"{name} ({label})"  # ImageNet's list has two cranes
+        for label, name in enumerate(dataset.classes)
+    ]
     counts = np.bincount(labels[labels >= 0], minlength=len(names))
     order = np.argsort(counts, kind="stable")
     return {
