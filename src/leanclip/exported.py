@@ -100,7 +100,8 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
         files = [folder / facts[tower]["file"] for tower in ("image", "text")]
         digest = hashlib.sha256()
         for path in files:
-            digest.update(path.read_bytes())
+            for part in (path, _weights_beside(path)):
+                digest.update(part.read_bytes() if part.exists() else b"")
         open_tower = _onnx if there == "onnx" else _torch
         image, text = map(open_tower, files)
         model = Exported(facts, image, text, digest.digest())
@@ -112,6 +113,11 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
     return model.eval(), preprocess
 
 
+def _weights_beside(path: Path) -> Path:
+    """Where a large model's weights are, outside its file."""
+    return path.with_name(f"{path.name}.data")
+
+
 def _onnx(path: Path) -> Tower:
     onnxruntime = need("onnxruntime", "ONNX", extra="export")
     options = onnxruntime.SessionOptions()
@@ -119,7 +125,7 @@ def _onnx(path: Path) -> Tower:
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(
-            path.read_bytes() if path.stat().st_size < 1 << 30 else str(path),
+            str(path) if _weights_beside(path).exists() else path.read_bytes(),
             options,
             providers=["CPUExecutionProvider"],
         )
