@@ -103,7 +103,7 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
             for part in (path, _weights_beside(path)):
                 digest.update(part.read_bytes() if part.exists() else b"")
         open_tower = _onnx if there == "onnx" else _torch
-        image, text = map(open_tower, files)
+        image, text = (_File(open_tower, path.resolve()) for path in files)
         model = Exported(facts, image, text, digest.digest())
         given = facts["preprocess"]
         resolution = int(given["resolution"])
@@ -111,6 +111,23 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise WeightsError(f"{folder}: no exported model: {error!r}") from None
     return model.eval(), preprocess
+
+
+class _File:
+    """An opened tower. It is pickled as its file's path, and opened again where it is unpickled."""
+
+    def __init__(self, open_tower: Callable[[Path], Tower], path: Path) -> None:
+        self._arguments = open_tower, path
+        self._tower = open_tower(path)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._tower(x)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _File, self._arguments
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_File":
+        return self  # there is no state to share
 
 
 def _weights_beside(path: Path) -> Path:
