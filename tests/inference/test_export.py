@@ -14,6 +14,7 @@ from test_inference import save_tiny
 from test_use import RESNET
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from torch.nn import functional as F
 
 import leanclip
 from leanclip.errors import ConfigError, WeightsError
@@ -99,6 +100,49 @@ def test_int8_is_smaller_and_says_what_it_costs(tmp_path: Path) -> None:
     assert size["small"] < 0.35 * size["plain"]
     small = leanclip.load(tmp_path / "small", backend="onnx")
     assert cosines(small.embed_texts(TEXTS), clip.embed_texts(TEXTS)) > 0.95
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param(RESNET, marks=pytest.mark.slow),
+        pytest.param({"vision_pool": "avg", "transformer_pool": "last"}, marks=pytest.mark.slow),
+    ],
+    ids=["vit", "resnet", "padded"],
+)
+def test_int8_features_do_not_depend_on_the_batch(tmp_path: Path, changes: dict[str, Any]) -> None:
+    clip = leanclip.load(save_tiny(tmp_path / "tiny", **changes), device="cpu")
+    export(clip, tmp_path / "small", "onnx", int8=True)
+    small = leanclip.load(tmp_path / "small", backend="onnx")
+    generator = torch.Generator().manual_seed(0)
+    side = clip.preprocess.resolution
+    pixels = torch.randn(6, 3, side, side, generator=generator)
+    pixels *= torch.tensor([0, 0.01, 0.5, 1, 3, 30]).view(-1, 1, 1, 1)  # one blank, one extreme
+    tokens = torch.randint(1, 49000, (6, 9), generator=generator)
+    tokens[:, 0], tokens[:, -1] = 49406, 49407
+    for encode, batch in ((small.encode_image, pixels), (small.encode_text, tokens)):
+        expected = torch.cat([encode(row[None]) for row in batch])
+        assert expected.isfinite().all()
+        for rows in ([0, 1, 2, 3, 4, 5], [5, 3], [4, 4, 0, 2]):
+            torch.testing.assert_close(encode(batch[rows]), expected[rows], atol=1e-6, rtol=1e-6)
+        plain = clip.encode_image if batch is pixels else clip.encode_text
+        assert F.cosine_similarity(expected, plain(batch)).min() > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True])
+def test_weights_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, int8: bool
+) -> None:
+    monkeypatch.setattr(exporting, "_LARGE", 1000)  # bytes; protobuf's bound is 2 GB
+    clip = leanclip.load(save_tiny(tmp_path / "tiny"), device="cpu")
+    export(clip, tmp_path / "large", "onnx", int8=int8)
+    suffix = ".int8.onnx" if int8 else ".onnx"
+    names = {f"{tower}{suffix}{more}" for tower in ("image", "text") for more in ("", ".data")}
+    assert {path.name for path in (tmp_path / "large").glob("*.onnx*")} == names
+    large = leanclip.load(tmp_path / "large", backend="onnx")
+    assert cosines(large.embed_texts(TEXTS), clip.embed_texts(TEXTS)) > 0.99
 
 
 def test_what_falls_short_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -33,6 +34,40 @@ from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabu
 LEAST_COSINE = 0.9999  # of features in float32, exported and not
 _LARGE = 1 << 30  # bytes of weights from which on they are put beside an .onnx file
 _SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
+_INT8_OPERATORS = (  # in ONNX's text form; %d is the version of its operators
+    """
+<domain: "leanclip", opset_import: ["": %d]>
+Product (x, weight, weight_scale) => (y)
+{
+    last = Constant <value_ints = [-1]> ()
+    zero = Constant <value = uint8 {128}> ()
+    one = Constant <value_float = 1.0> ()
+    largest = Constant <value_float = 127.0> ()
+    smallest = Constant <value_float = 1e-20> ()
+    high = ReduceMax <keepdims = 1> (x, last)
+    low = ReduceMin <keepdims = 1> (x, last)
+    negative = Neg (low)
+    size = Max (high, negative, smallest)
+    scale = Div (size, largest)
+    units = Div (x, scale)
+    quantized = QuantizeLinear (units, one, zero)
+    sums = MatMulInteger (quantized, weight, zero)
+    numbers = Cast <to = 1> (sums)
+    scaled = Mul (numbers, weight_scale)
+    y = Mul (scaled, scale)
+}
+""",
+    """
+<domain: "leanclip", opset_import: ["": %d]>
+Embedding (ids, weight, weight_scale) => (y)
+{
+    rows = Gather (weight, ids)
+    scales = Gather (weight_scale, ids)
+    numbers = Cast <to = 1> (rows)
+    y = Mul (numbers, scales)
+}
+""",
+)
 
 
 def export(clip: Clip, out: Path, to: str, *, int8: bool = False) -> dict[str, Any]:
@@ -210,21 +245,73 @@ def _texts(clip: Clip) -> list[torch.Tensor]:
 
 
 def _quantize(folder: Path, facts: dict[str, Any]) -> None:
-    """Put towers with int8 weights in the place of those in float32."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    """Replace the float32 towers by towers in int8."""
+    import onnx
 
     for tower in ("image", "text"):
         path, small = folder / facts[tower]["file"], folder / f"{tower}.int8.onnx"
-        quantize_dynamic(
-            path,
+        model = _to_int8(onnx.load(path))
+        onnx.save(
+            model,
             small,
-            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-            weight_type=QuantType.QInt8,
-            per_channel=True,
+            save_as_external_data=model.ByteSize() > _LARGE,
+            location=f"{small.name}.data",
         )
         path.unlink()
         (folder / f"{path.name}.data").unlink(missing_ok=True)
         facts[tower]["file"] = small.name
+
+
+def _to_int8(model: Any) -> Any:
+    """An ONNX model with its embeddings and its products with a constant matrix in int8.
+
+    A matrix has one scale per output channel, an embedding one per row, an activation one per
+    token. onnxruntime's `quantize_dynamic` has one scale for an activation of the whole batch, so
+    that an image's features depend on the other images.
+    """
+    from onnx import inliner, numpy_helper, parser
+    from onnx.helper import get_attribute_value, make_node
+
+    weights = {one.name: one for one in model.graph.initializer}
+    int8: dict[str, np.ndarray] = {}
+    nodes: list[Any] = []
+    for node in model.graph.node:
+        is_embedding = node.op_type == "Gather"
+        place = 0 if is_embedding else 1  # of the weight among the inputs
+        name = node.input[place] if node.op_type in ("MatMul", "Gemm", "Gather") else ""
+        if name not in weights or len(weights[name].dims) != 2:
+            nodes.append(node)
+            continue
+        options = {one.name: get_attribute_value(one) for one in node.attribute}
+        x, output, values = (
+            node.input[1 - place],
+            node.output[0],
+            numpy_helper.to_array(weights[name]),
+        )
+        if options.pop("transB", 0):
+            name, values = f"{name}.T", values.T
+        assert all(
+            value == (1 if key in ("alpha", "beta") else 0) for key, value in options.items()
+        )
+        scale = np.abs(values).max(axis=1 if is_embedding else 0, keepdims=True).clip(1e-20) / 127
+        int8[f"{name}.int8"] = np.rint(values / scale).astype(np.int8)
+        int8[f"{name}.scale"] = scale.astype(np.float32)
+        inputs = [x, f"{name}.int8", f"{name}.scale"]
+        bias = node.input[2:]
+        product = f"{output}.product" if bias else output
+        operator = "Embedding" if is_embedding else "Product"
+        nodes.append(make_node(operator, inputs, [product], domain="leanclip"))
+        if bias:
+            nodes.append(make_node("Add", [product, bias[0]], [output]))
+    left = {name for node in nodes for name in node.input}
+    tensors = [one for name, one in weights.items() if name in left]
+    tensors += [numpy_helper.from_array(values, name) for name, values in int8.items()]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(tensors)
+    (version,) = (one.version for one in model.opset_import if not one.domain)
+    model.functions.extend(parser.parse_function(text % version) for text in _INT8_OPERATORS)
+    return inliner.inline_local_functions(model)
 
 
 def _write_facts(folder: Path, facts: dict[str, Any]) -> None:

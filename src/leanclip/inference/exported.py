@@ -100,9 +100,10 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
         files = [folder / facts[tower]["file"] for tower in ("image", "text")]
         digest = hashlib.sha256()
         for path in files:
-            digest.update(path.read_bytes())
+            for part in (path, _weights_beside(path)):
+                digest.update(part.read_bytes() if part.exists() else b"")
         open_tower = _onnx if there == "onnx" else _torch
-        image, text = map(open_tower, files)
+        image, text = (_File(open_tower, path.resolve()) for path in files)
         model = Exported(facts, image, text, digest.digest())
         given = facts["preprocess"]
         resolution = int(given["resolution"])
@@ -112,6 +113,28 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
     return model.eval(), preprocess
 
 
+class _File:
+    """An opened tower. It is pickled as its file's path, and opened again where it is unpickled."""
+
+    def __init__(self, open_tower: Callable[[Path], Tower], path: Path) -> None:
+        self._arguments = open_tower, path
+        self._tower = open_tower(path)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._tower(x)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _File, self._arguments
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_File":
+        return self  # there is no state to share
+
+
+def _weights_beside(path: Path) -> Path:
+    """Where a large model's weights are, outside its file."""
+    return path.with_name(f"{path.name}.data")
+
+
 def _onnx(path: Path) -> Tower:
     onnxruntime = need("onnxruntime", "ONNX", extra="export")
     options = onnxruntime.SessionOptions()
@@ -119,7 +142,7 @@ def _onnx(path: Path) -> Tower:
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(
-            path.read_bytes() if path.stat().st_size < 1 << 30 else str(path),
+            str(path) if _weights_beside(path).exists() else path.read_bytes(),
             options,
             providers=["CPUExecutionProvider"],
         )

@@ -8,6 +8,7 @@ Shapes: O rows of a weight, I columns, r rank.
 """
 
 import math
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import nn
@@ -51,7 +52,33 @@ def add_low_rank(model: nn.Module, rank: int, alpha: float) -> None:
     for name in adapted:
         path, _, weight = name.rpartition(".")
         update = LowRank(model.get_parameter(name).detach(), rank, alpha)
-        parametrize.register_parametrization(model.get_submodule(path), weight, update)
+        _parametrize(model.get_submodule(path), {weight: update})
+
+
+def _parametrize(module: nn.Module, updates: dict[str, nn.Module]) -> nn.Module:
+    """Add updates to a module's weights, by the weights' names."""
+    for weight, update in updates.items():
+        parametrize.register_parametrization(module, weight, update)
+    # PyTorch gives each such module a class of its own, which refuses to be pickled.
+    type(module).__reduce_ex__ = _reduce
+    return module
+
+
+def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
+    """A parametrized module for pickle: the plain module and its updates."""
+    lists = cast(nn.ModuleDict, module.parametrizations)
+    state = module.__dict__.copy()
+    parameters = {name: one.original for name, one in lists.items()}
+    state["_parameters"] = state["_parameters"] | parameters
+    state["_modules"] = {k: v for k, v in module._modules.items() if k != "parametrizations"}
+    updates = {name: cast(nn.ModuleList, one)[0] for name, one in lists.items()}
+    return _restore, (type(module).__bases__[0], state, updates)
+
+
+def _restore(kind: type[nn.Module], state: dict[str, Any], updates: dict[str, Any]) -> nn.Module:
+    module = kind.__new__(kind)
+    module.__setstate__(state)
+    return _parametrize(module, updates)
 
 
 @torch.no_grad()

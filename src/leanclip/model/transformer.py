@@ -15,12 +15,21 @@ from torch.nn import functional as F
 from leanclip.model import short_attention as short
 from leanclip.model.packed import Packed, split_heads
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    # OpenAI's and PASSL's weights. x * sigmoid(1.702 x), in a form that keeps one tensor of the
-    # hidden width for the backward pass, not two.
-    "quick_gelu": lambda x: F.silu(1.702 * x) / 1.702,
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x), in a form that keeps one tensor of x's size for the backward pass."""
+    return F.silu(1.702 * x) / 1.702
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its approximation with tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # functions that pickle
+    "quick_gelu": quick_gelu,  # OpenAI's and PASSL's weights
     "gelu": F.gelu,  # most LAION and DataComp weights
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # CLIPA's weights
+    "gelu_tanh": gelu_tanh,  # CLIPA's weights
 }
 
 
