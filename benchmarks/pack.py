@@ -30,7 +30,7 @@ from leanclip.data.loader import Batch, training_batches
 from leanclip.data.pack import pack
 from leanclip.data.preflight.check import open_parts, read_parts
 from leanclip.data.preflight.findings import find
-from leanclip.images import open_image
+from leanclip.images import Preprocess, open_image
 from measuring import chosen, finish, in_turn, options, spread
 
 COUNT, SIZE, SIDE = 300, (2000, 1500), 256
@@ -95,7 +95,7 @@ def read_batches(settings: DataConfig) -> list[Batch]:
     stream = training_batches(
         dataset,
         settings,
-        resolution=224,
+        preprocess=Preprocess(224),
         context_length=77,
         truncate=True,
         batch_size=size,

@@ -27,6 +27,7 @@ from images import make_photographs
 from leanclip.config import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.loader import Batch, training_batches
+from leanclip.images import Preprocess
 from leanclip.strict_yaml import dump_yaml
 from measuring import NotTheSame, chosen, command_line, finish, in_turn, options, spread
 from models import QUICKSTART, architecture, realistic_captions
@@ -45,7 +46,7 @@ def batches(root: Path, workers: int, count: int) -> list[Batch]:
     stream = training_batches(
         open_dataset(config),
         config,
-        resolution=224,
+        preprocess=Preprocess(224),
         context_length=77,
         truncate=True,
         batch_size=BATCH,

@@ -163,7 +163,8 @@ def test_what_a_format_cannot_hold_is_refused(
 )
 def test_folders_keep_the_architecture(changes: dict, dialect: str, tmp_path: Path) -> None:
     weights = tiny(**changes)
-    preprocess = Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    rounding = "down" if dialect == "hf" else "even"
+    preprocess = Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), rounding=rounding)
     weights = replace(weights, preprocess=preprocess)
     write_weights(weights, tmp_path / "w", dialect)
     back = read_weights(tmp_path / "w")
@@ -331,7 +332,7 @@ def test_oddities_in_strangers_files_are_one_line(tmp_path: Path) -> None:
     facts = json.loads(path.read_text())
     facts["preprocess_cfg"]["mean"] = [0.5]
     path.write_text(json.dumps(facts))
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(WeightsError, match=r"preprocess_cfg: mean: .* is not one number, or three"):
         read_weights(tmp_path / "oc")
     endless: dict = {}
     endless["state_dict"] = endless

@@ -238,6 +238,18 @@ class DataConfig(SourceConfig):
     std: Triple = Field(
         default=(0.26862954, 0.26130258, 0.27577711), description="of RGB in [0, 1]"
     )
+    resize: Literal["shortest", "longest", "squash"] | None = Field(
+        default=None,
+        description="how evaluation makes an image a square: by its short side and a crop, by its "
+        "long side and a border, or regardless of its proportions; null: as the weights that are "
+        "loaded, else shortest",
+    )
+    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = (
+        Field(
+            default=None,
+            description="of evaluation's resize; null: as loaded weights', else bicubic",
+        )
+    )
     workers: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="processes that read images; 0: the training process itself; "

@@ -320,7 +320,7 @@ class Clip:
         """
         for pixels in pixel_batches(
             gather(images).sources,
-            self.preprocess.resolution,
+            self.preprocess,
             batch_size=batch_size,
             workers=workers,
             allow_urls=self.allow_urls,
@@ -401,10 +401,10 @@ def load(
         model = CLIP(**to_plain(weights.model))
     model = model.to(_device(device))
     load_into(model, weights, partial=partial)
-    if not 0 < weights.preprocess.resolution <= MOST_RESOLUTION:
+    most = max(weights.preprocess.resolution, *weights.preprocess.sides)
+    if most > MOST_RESOLUTION:
         raise WeightsError(
-            f"{weights.source}: images of {weights.preprocess.resolution} pixels a side, at most "
-            f"{MOST_RESOLUTION} are made"
+            f"{weights.source}: images of {most} pixels a side, at most {MOST_RESOLUTION} are made"
         )
     return Clip(model.to(DTYPES[name]).eval(), weights.preprocess, allow_urls)
 

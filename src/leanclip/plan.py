@@ -3,7 +3,8 @@
 Config, device -> make_plan -> Plan -> describe (for --dry-run), headline, train
 """
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from leanclip.config import Config, FinetuneConfig, Precision, load_config
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.mixture import Mixture
 from leanclip.distributed import barrier, rank_and_world_size
-from leanclip.errors import ConfigError
+from leanclip.errors import ConfigError, WeightsError
 from leanclip.evaluate import METRICS, Task, open_guard, open_tasks
 from leanclip.finetune import Tuning
 from leanclip.frozen import frozen_towers
@@ -26,6 +27,7 @@ from leanclip.strict_yaml import dump_yaml
 from leanclip.tokenizer import VOCAB_SIZE
 from leanclip.towers import checkpoint_activations
 from leanclip.tracking import check_tracker
+from leanclip.weights import read_preprocess
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,30 @@ def _loss(config: Config, dataset: Dataset) -> Kind:
 
 
 def model_preprocess(config: Config) -> Preprocess:
-    """The evaluation transform of the model that a configuration describes."""
-    return Preprocess(config.model.image_resolution, config.data.mean, config.data.std)
+    """The evaluation transform of the model that a configuration describes.
+
+    What `data.resize` and `data.interpolation` leave open is as in the run that goes on, else as
+    in the weights that are loaded, else as OpenAI's.
+    """
+    data, resolution = config.data, config.model.image_resolution
+    stored = _stored_preprocess(config)
+    base = Preprocess(resolution) if stored is None else stored.at(resolution)
+    if data.resize is not None and data.resize != base.resize:
+        base = Preprocess(resolution, interpolation=base.interpolation, resize=data.resize)
+    return replace(
+        base,
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation or base.interpolation,
+    )
+
+
+def _stored_preprocess(config: Config) -> Preprocess | None:
+    """Of the newest checkpoint that says it, else of the weights to load."""
+    for path in sorted(Path(config.output_dir).glob("checkpoints/step-*"), reverse=True):
+        with suppress(WeightsError):  # one that is damaged is not gone on from either
+            return read_preprocess(path)
+    return None if config.load is None else read_preprocess(config.load)
 
 
 def headline(plan: Plan) -> str:

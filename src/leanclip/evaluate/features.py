@@ -109,7 +109,7 @@ def encode_each(
     limit: int | None = None,
     label: str = "encoding",
 ) -> list[Encoded]:
-    """Features by several models of one resolution, for which each image is decoded once.
+    """Features by several models that see the same pixels: each image is decoded once.
 
     `models` is gone through for every batch; otherwise as `encode_dataset`.
     """
@@ -121,7 +121,7 @@ def encode_each(
     batches = evaluation_batches(
         dataset,
         data,
-        resolution=preprocess.resolution,
+        preprocess=preprocess,
         context_length=model.context_length,
         batch_size=batch_size,
         limit=limit,

@@ -1,12 +1,13 @@
 """Several models on the same data, whose images are decoded once."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from leanclip.evaluate.features import encode_each
 from leanclip.evaluate.measure import Measuring, evaluate, key_of
 from leanclip.evaluate.report import Report
 from leanclip.evaluate.tasks import Task
-from leanclip.images import Preprocess
+from leanclip.images import CLIP_MEAN, CLIP_STD, Preprocess
 from leanclip.model import CLIP
 from leanclip.weights import fingerprint
 
@@ -16,7 +17,7 @@ def evaluate_each(
 ) -> list[Report]:
     """A report for each model, with the figures that `evaluate` gives.
 
-    Where their resolutions differ, each model decodes the images anew.
+    Where they resize or crop images differently, each model decodes the images anew.
 
     Args:
         models: in evaluation mode; gone through again and again, so that one model may take the
@@ -26,7 +27,7 @@ def evaluate_each(
     Raises:
         DataError: more than the allowed share of a data set is unreadable.
     """
-    if len({preprocess.resolution for _, preprocess in models}) > 1:
+    if len({replace(one, mean=CLIP_MEAN, std=CLIP_STD) for _, one in models}) > 1:
         return [evaluate(model, tasks, preprocess) for model, preprocess in models]
     reports = [Report(weights=fingerprint(model.state_dict())) for model, _ in models]
     measuring = [Measuring(model, preprocess, None) for model, preprocess in models]

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.images import CLIP_MEAN, CLIP_STD, Preprocess
+from leanclip.images import Preprocess
 from leanclip.settings import parse
 from leanclip.tokenizer import END, START, merges, vocabulary
 from leanclip.weights.formats import read_safetensors
-from leanclip.weights.native import triple
+from leanclip.weights.processor import read_processor, to_values
 from leanclip.weights.state_dict import read_json, read_torch
 from leanclip.weights.weights import Weights, mlp_ratio
 
@@ -59,7 +59,9 @@ def read_folder(folder: Path, facts: dict[str, Any], arch: ModelConfig | None) -
     theirs, others = _read_files(folder)
     model = arch or _architecture(folder, facts)
     tensors = to_openai(folder, theirs)
-    return Weights(folder, "hf", tensors, model, _preprocess(folder, model), others=others)
+    own = None if arch else model.image_resolution  # another one's images are fitted to it
+    preprocess = read_processor(folder, own) or Preprocess(model.image_resolution, rounding="down")
+    return Weights(folder, "hf", tensors, model, preprocess, others=others)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
@@ -77,6 +79,10 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
                 f"{weights.source}: CLIPModel cannot hold {name}: {getattr(model, name)}"
             )
     try:
+        processor = to_values(preprocess)
+    except ValueError as error:
+        raise WeightsError(f"{weights.source}: CLIPImageProcessor has no {error}") from None
+    try:
         tensors = _from_openai(weights.tensors)
     except KeyError as error:
         raise WeightsError(f"{weights.source}: CLIPModel has no place for {error}") from None
@@ -84,7 +90,8 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     files = {
         "config.json": _config(model, next(iter(tensors.values())).dtype),
-        "preprocessor_config.json": _processor(preprocess),
+        "processor_config.json": {"image_processor": processor, "processor_class": "CLIPProcessor"},
+        "preprocessor_config.json": processor,  # for transformers before 5
         "vocab.json": vocabulary(),
         "tokenizer_config.json": _tokenizer(model),
         "special_tokens_map.json": _special_tokens(),
@@ -201,26 +208,6 @@ def _architecture(folder: Path, facts: dict[str, Any]) -> ModelConfig:
         raise WeightsError(f"{where}: not CLIPModel's: {error}") from None
 
 
-def _preprocess(folder: Path, model: ModelConfig) -> Preprocess | None:
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return None
-    facts = read_json(path)
-    try:
-        size, crop = facts.get("size", model.image_resolution), facts.get("crop_size")
-        size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
-        crop = crop.get("height") if isinstance(crop, dict) else crop
-        mean, std = facts.get("image_mean", CLIP_MEAN), facts.get("image_std", CLIP_STD)
-        for name, only in (("do_center_crop", True), ("do_normalize", True), ("resample", 3)):
-            if facts.get(name, only) != only:
-                raise WeightsError(f"{path}: {name}: {facts[name]} is not supported")
-        if size != (crop or size):
-            raise WeightsError(f"{path}: resizes to {size} and crops to {crop}: not supported")
-        return Preprocess(int(str(size)), triple(mean), triple(std))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{path}: cannot be read: {error}") from None
-
-
 def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[model.activation]
     both = {"hidden_act": activation, "layer_norm_eps": 1e-5, "projection_dim": model.embed_dim}
@@ -255,24 +242,6 @@ def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
             "patch_size": model.vision_patch_size,
             "num_channels": 3,
         },
-    }
-
-
-def _processor(preprocess: Preprocess) -> dict[str, Any]:
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "CLIPProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": preprocess.resolution},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": preprocess.resolution, "width": preprocess.resolution},
-        "do_convert_rgb": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocess.mean),
-        "image_std": list(preprocess.std),
     }
 
 

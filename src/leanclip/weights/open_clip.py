@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 
 from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.images import CLIP_MEAN, CLIP_STD, Preprocess
+from leanclip.images import CLIP_MEAN, CLIP_STD, Preprocess, triple
 from leanclip.settings import parse
 from leanclip.weights.formats import read_safetensors
-from leanclip.weights.native import triple
 from leanclip.weights.state_dict import read_json, read_torch
 from leanclip.weights.weights import Weights
 
@@ -56,6 +55,8 @@ _DEFAULTS = {  # of settings that leanclip has no other choice for
     "norm_kwargs": None,
 }
 
+_PREPROCESS = {"resize": "resize_mode", "interpolation": "interpolation", "fill": "fill_color"}
+
 
 def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     """Read a folder that holds `open_clip_config.json`.
@@ -74,8 +75,21 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
         tensors, _ = read_safetensors(file)
     else:
         tensors, others = read_torch(file)
-    preprocess = _preprocess(folder / CONFIG, facts.get("preprocess_cfg") or {}, model)
+    preprocess = _preprocess(folder / CONFIG, facts.get("preprocess_cfg"), model)
     return Weights(folder, "open_clip", flat_text(tensors), model, preprocess, others=others)
+
+
+def read_preprocess(folder: Path) -> Preprocess:
+    """The preprocessing of a folder that holds `open_clip_config.json`.
+
+    Raises:
+        WeightsError: it is damaged, or not open_clip's.
+    """
+    path = folder / CONFIG
+    facts = read_json(path)
+    return _preprocess(
+        path, facts.get("preprocess_cfg"), _architecture(path, facts.get("model_cfg"))
+    )
 
 
 def flat_text(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -95,6 +109,7 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     """
     if model.patch_bias:
         raise WeightsError(f"{weights.source}: open_clip has no bias in its patch embedding")
+    preprocess_cfg = _preprocess_cfg(weights.source, preprocess)
     folder.mkdir(parents=True, exist_ok=True)
     vision: dict[str, Any] = {
         theirs: getattr(model, ours)
@@ -118,13 +133,7 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
             "vision_cfg": vision,
             "text_cfg": text,
         },
-        "preprocess_cfg": {
-            "mean": preprocess.mean,
-            "std": preprocess.std,
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-            "size": preprocess.resolution,
-        },
+        "preprocess_cfg": preprocess_cfg,
     }
     (folder / CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
@@ -168,9 +177,54 @@ def _activation(facts: dict[str, Any]) -> str:
     raise ValueError(f"act_kwargs {sorted(options)}")
 
 
-def _preprocess(where: Path, facts: dict[str, Any], model: ModelConfig) -> Preprocess:
-    mode, interpolation = facts.get("resize_mode"), facts.get("interpolation")
-    if mode not in (None, "shortest") or interpolation not in (None, "bicubic"):
-        raise WeightsError(f"{where}: images are resized by {mode}, {interpolation}: not supported")
-    mean, std = facts.get("mean") or CLIP_MEAN, facts.get("std") or CLIP_STD
-    return Preprocess(model.image_resolution, triple(mean), triple(std))
+def _preprocess(where: Path, values: Any, model: ModelConfig) -> Preprocess:
+    """open_clip's `preprocess_cfg`; null is a default, and the size is the model's in any case.
+
+    Raises:
+        WeightsError: a value that open_clip does not take, or a field that it does not have.
+    """
+    try:
+        given = {name: value for name, value in dict(values or {}).items() if value is not None}
+        unknown = given.keys() - {"size", "mode", "mean", "std", *_PREPROCESS.values()}
+        if unknown:
+            raise ValueError(f"{min(unknown)}: {given[min(unknown)]!r} is not supported")
+        if given.get("mode", "RGB") != "RGB":
+            raise ValueError(f"mode: {given['mode']!r} is not RGB")
+        if given.get("interpolation") == "random":  # of training; open_clip evaluates so
+            given["interpolation"] = "bicubic"
+        if given.get("interpolation", "bicubic") not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation: {given['interpolation']!r} is not open_clip's")
+        if given.get("resize_mode", "shortest") not in ("shortest", "longest", "squash"):
+            raise ValueError(f"resize_mode: {given['resize_mode']!r} is not open_clip's")
+        options = {ours: given[theirs] for ours, theirs in _PREPROCESS.items() if theirs in given}
+        mean, std = (
+            triple(given.get("mean", CLIP_MEAN), "mean"),
+            triple(given.get("std", CLIP_STD), "std"),
+        )
+        if not all(std):
+            raise ValueError(f"std: {std} has a zero")
+        if type(options.get("fill", 0)) is not int:
+            raise ValueError(f"fill_color: {options['fill']!r} is not one grey level")
+        return Preprocess(model.image_resolution, mean, std, **options)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{where}: preprocess_cfg: {error}") from None
+
+
+def _preprocess_cfg(source: Path, preprocess: Preprocess) -> dict[str, Any]:
+    """For `open_clip_config.json`.
+
+    Raises:
+        WeightsError: open_clip has no place for it.
+    """
+    if (
+        preprocess.resize == "none"
+        or preprocess.interpolation not in ("bicubic", "bilinear")
+        or set(preprocess.sides) != {preprocess.resolution}
+    ):
+        raise WeightsError(
+            f"{source}: open_clip cannot prepare images with resize {preprocess.resize}, size "
+            f"{preprocess.size}, interpolation {preprocess.interpolation}"
+        )
+    options = {theirs: getattr(preprocess, ours) for ours, theirs in _PREPROCESS.items()}
+    rest = {"mean": preprocess.mean, "std": preprocess.std, "size": preprocess.resolution}
+    return rest | options

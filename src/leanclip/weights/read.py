@@ -9,13 +9,15 @@ from typing import Any
 
 from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError, one_line
+from leanclip.images import Preprocess
 from leanclip.model.presets import PRESETS, preset
 from leanclip.settings import parse
 from leanclip.strict_yaml import load_yaml
 from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.formats import read_safetensors, sniff
-from leanclip.weights.hub import locate
+from leanclip.weights.hub import locate, locate_settings
 from leanclip.weights.paddle import paddle_arrays
+from leanclip.weights.processor import read_processor
 from leanclip.weights.state_dict import TORCHSCRIPT, read_json, read_torch
 from leanclip.weights.unpickle import read_numpy_pickle
 from leanclip.weights.weights import Weights
@@ -42,10 +44,45 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
     path = locate(source)
     try:
         if not path.is_dir():
-            return _read_file(path, given)
-        return _read_folder(_newest_checkpoint(path) or path, given)
+            weights = _read_file(path, given)
+        else:
+            weights = _read_folder(_newest_checkpoint(path) or path, given)
+        return _fitted(weights, given is not None)
     except _ODD as error:  # what no reader foresaw in a stranger's file is still its fault
         raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
+
+
+def read_preprocess(source: str | Path) -> Preprocess | None:
+    """How a folder of weights prepares images, without reading its tensors; None: it has no word.
+
+    Raises:
+        WeightsError: what it has is damaged, or not done here.
+    """
+    path = locate_settings(source)
+    if path is None:
+        return None
+    folder = _newest_checkpoint(path) or path
+    if (folder / open_clip.CONFIG).is_file():
+        return open_clip.read_preprocess(folder)
+    if not (folder / "config.json").is_file():
+        return None
+    facts = read_json(folder / "config.json")
+    if facts.get("format") == native.FORMAT:
+        return native.read_preprocess(folder, facts)
+    return read_processor(folder, None)
+
+
+def _fitted(weights: Weights, is_said: bool) -> Weights:
+    """The preprocessing at the model's resolution, where the architecture was said."""
+    model, preprocess = weights.model, weights.preprocess
+    if model is None or preprocess is None or preprocess.resolution == model.image_resolution:
+        return weights
+    if not is_said:
+        raise WeightsError(
+            f"{weights.source}: prepares images of {preprocess.resolution} pixels a side, the "
+            f"model takes {model.image_resolution}"
+        )
+    return replace(weights, preprocess=preprocess.at(model.image_resolution))
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
