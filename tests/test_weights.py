@@ -417,7 +417,7 @@ def test_folders_and_files_that_are_no_weights(tmp_path: Path) -> None:
     for content, words in (
         ("{}", "neither leanclip's nor Hugging Face's"),
         ('{"model_type": "bert"}', "model_type: bert"),
-        ('{"model_type": "clip"}', r"no model\.safetensors or pytorch_model"),
+        ('{"model_type": "clip"}', r"none of model\.safetensors, pytorch_model"),
         ('{"format": "leanclip"}', r"model\.safetensors"),
         ("[]", "holds no JSON object"),
         ("{", "cannot be read"),

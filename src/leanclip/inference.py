@@ -392,8 +392,8 @@ def load(
     if weights.model is None or weights.preprocess is None:
         raise WeightsError(
             f"{weights.source}: a {weights.dialect} without its architecture (the tensors do not "
-            f"tell the activation); say it with arch=, for example arch='ViT-B-32' (exact GELU) "
-            f"or arch='ViT-B-32-quickgelu' (OpenAI's)"
+            f"tell the activation); say it with arch= (--arch), for example arch='ViT-B-32' (exact "
+            f"GELU) or arch='ViT-B-32-quickgelu' (OpenAI's)"
         )
     check_shapes(weights, weights.model)
     # Where all values come from the file; of an architecture that was said some may be the model's.

@@ -7,7 +7,7 @@ from pathlib import Path
 from leanclip.errors import WeightsError
 from leanclip.images import Preprocess
 from leanclip.weights import huggingface, native, open_clip, openai, passl
-from leanclip.weights.weights import Weights, check_shapes
+from leanclip.weights.weights import Weights, check_fits
 
 log = logging.getLogger("leanclip")
 
@@ -38,7 +38,7 @@ def write_weights(
             f"{weights.source}: does not say its architecture; say it with --arch (a preset's "
             f"name, or a JSON or YAML file)"
         )
-    check_shapes(weights, model)
+    check_fits(weights, model, is_exact=True)
     if is_file and not _is_openais(preprocess, model.image_resolution):
         log.warning(
             "%s: %s's files do not hold how images are prepared; whoever loads %s must know: %s",

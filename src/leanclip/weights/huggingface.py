@@ -16,12 +16,13 @@ from leanclip.errors import ConfigError, WeightsError
 from leanclip.images import Preprocess
 from leanclip.settings import parse
 from leanclip.tokenizer import END, START, merges, vocabulary
-from leanclip.weights.formats import read_safetensors
 from leanclip.weights.processor import read_processor, to_values
-from leanclip.weights.state_dict import read_json, read_torch
+from leanclip.weights.state_dict import find_file, read_state_dict
 from leanclip.weights.weights import Weights, mlp_ratio
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+FILES = ("model.safetensors", "pytorch_model.bin")  # or an index of shards of such a name
 
 _NAMES = {  # ours -> theirs; blocks apart
     "logit_scale": "logit_scale",
@@ -56,7 +57,10 @@ def read_folder(folder: Path, facts: dict[str, Any], arch: ModelConfig | None) -
     Raises:
         WeightsError: a file is missing or damaged, or the architecture is not CLIPModel's.
     """
-    theirs, others = _read_files(folder)
+    file = find_file(folder, FILES)
+    if file is None:
+        raise WeightsError(f"{folder}: has config.json, but none of {', '.join(FILES)}")
+    theirs, others = read_state_dict(file)
     model = arch or _architecture(folder, facts)
     tensors = to_openai(folder, theirs)
     own = None if arch else model.image_resolution  # another one's images are fitted to it
@@ -99,23 +103,6 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     (folder / "merges.txt").write_text("\n".join(("#version: 0.2", *merges())) + "\n")
-
-
-def _read_files(folder: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The tensors of one file, or of the several that an index names."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            tensors, others = read(folder / name)
-            return tensors, tuple(others) if read is read_torch else ()
-        if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            for shard in shards:
-                if not isinstance(shard, str) or Path(shard).name != shard:
-                    raise WeightsError(f"{index}: {shard!r} is not the name of a file beside it")
-            parts = [read(folder / shard)[0] for shard in shards]
-            return {name: tensor for part in parts for name, tensor in part.items()}, ()
-    raise WeightsError(f"{folder}: has config.json, but no model.safetensors or pytorch_model.bin")
 
 
 def to_openai(source: Path, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

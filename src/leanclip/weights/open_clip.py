@@ -14,14 +14,13 @@ from leanclip.config import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.images import CLIP_MEAN, CLIP_STD, Preprocess, triple
 from leanclip.settings import parse
-from leanclip.weights.formats import read_safetensors
-from leanclip.weights.state_dict import read_json, read_torch
+from leanclip.weights.state_dict import find_file, read_json, read_state_dict
 from leanclip.weights.weights import Weights
 
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-_VISION = {  # theirs -> ours; what is not named here must have its default below
+_VISION = {  # theirs -> ours
     "layers": "vision_layers",
     "width": "vision_width",
     "patch_size": "vision_patch_size",
@@ -39,20 +38,69 @@ _TEXT = {
     "mlp_ratio": "transformer_mlp_ratio",
     "pool_type": "transformer_pool",
 }
-_HARMLESS = {"patch_dropout", "no_ln_pre", "no_causal_mask", "head_width", "act_kwargs"}
-_DEFAULTS = {  # of settings that leanclip has no other choice for
-    "ls_init_value": None,
-    "attentional_pool": False,
-    "input_patchnorm": False,
-    "timm_model_name": None,
-    "hf_model_name": None,
-    "pos_embed_type": "learnable",
-    "output_tokens": False,
-    "embed_cls": False,
-    "proj_bias": False,
-    "proj_type": "linear",
-    "pad_id": 0,
-    "norm_kwargs": None,
+_DEFAULTS: dict[str, dict[str, Any]] = {  # open_clip's, of what a section leaves out
+    "vision_cfg": {
+        "layers": 12,
+        "width": 768,
+        "head_width": 64,
+        "patch_size": 16,
+        "image_size": 224,
+        "no_ln_pre": False,
+        "act_kwargs": None,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 512,
+        "heads": 8,
+        "layers": 12,
+        "no_causal_mask": False,
+        "act_kwargs": None,
+    },
+}
+_BLOCK = {  # of a tower's blocks, in later versions
+    "block_type": (None,),
+    "qk_norm": (False,),
+    "scaled_cosine_attn": (False,),
+    "scale_heads": (False,),
+    "scale_attn_inner": (False,),
+    "scale_attn": (False,),
+    "scale_fc": (False,),
+    "ls_init_value": (None,),
+    "norm_kwargs": (None, {}, {"eps": 1e-5}),
+}
+_ONLY: dict[str, dict[str, tuple]] = {  # what leanclip has no other choice for: no effect
+    "vision_cfg": _BLOCK
+    | {
+        "attentional_pool": (False,),
+        "input_patchnorm": (False,),
+        "global_average_pool": (False,),
+        "pos_embed_type": (None, "learnable"),
+        "timm_model_name": (None, ""),
+    },
+    "text_cfg": _BLOCK
+    | {
+        "hf_model_name": (None, ""),
+        "hf_tokenizer_name": (None, ""),
+        "tokenizer_mode": (None, "clip"),
+        "tokenizer_kwargs": (None, {}, {"clean": "lower"}),
+        "embed_cls": (False,),
+        "pad_id": (0,),
+        "use_pad_mask": (False,),
+        "ln_post_emb": (False,),
+        "final_ln_after_pool": (False,),
+        "proj_bias": (False,),
+        "proj_type": (None, "linear"),
+    },
+    "model_cfg": {"multimodal_cfg": (None,)},
+}
+_UNUSED = {  # of training, of Python's side, or of a tower that is not there
+    "vision_cfg": "patch_dropout output_tokens attn_pooler_queries attn_pooler_heads n_queries "
+    "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path",
+    "text_cfg": "output_tokens eos_id hf_model_pretrained hf_proj_type hf_pooler_type "
+    "hf_model_config",
+    "model_cfg": "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale "
+    "init_logit_bias nonscalar_logit_scale cast_dtype output_dict",
 }
 
 _PREPROCESS = {"resize": "resize_mode", "interpolation": "interpolation", "fill": "fill_color"}
@@ -67,14 +115,10 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     """
     facts = read_json(folder / CONFIG)
     model = arch or _architecture(folder / CONFIG, facts.get("model_cfg"))
-    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    file = find_file(folder, FILES)
     if file is None:
         raise WeightsError(f"{folder}: has {CONFIG}, but none of {', '.join(FILES)}")
-    others: tuple[str, ...] = ()
-    if file.suffix == ".safetensors":
-        tensors, _ = read_safetensors(file)
-    else:
-        tensors, others = read_torch(file)
+    tensors, others = read_state_dict(file)
     preprocess = _preprocess(folder / CONFIG, facts.get("preprocess_cfg"), model)
     return Weights(folder, "open_clip", flat_text(tensors), model, preprocess, others=others)
 
@@ -130,6 +174,7 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
         "model_cfg": {
             "embed_dim": model.embed_dim,
             "quick_gelu": model.activation == "quick_gelu",
+            **({"init_logit_bias": -10} if model.logit_bias else {}),
             "vision_cfg": vision,
             "text_cfg": text,
         },
@@ -140,41 +185,76 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     save_file(tensors, folder / FILES[0], {"format": "pt"})
 
 
-def _architecture(where: Path, facts: Any) -> ModelConfig:
+def _architecture(where: Path, values: Any) -> ModelConfig:
     try:
-        vision, text = dict(facts["vision_cfg"]), dict(facts["text_cfg"])
-        for section in (vision, text):
-            for name, value in section.items():
-                known = name in _VISION or name in _TEXT or name in _HARMLESS
-                if not known and (name not in _DEFAULTS or value != _DEFAULTS[name]):
-                    raise WeightsError(f"{where}: {name}: {value!r} is not supported")
-        if facts.get("custom_text") and facts.get("init_logit_bias") is not None:
-            raise WeightsError(f"{where}: SigLIP's models are not supported")
-        arch: dict[str, Any] = {"embed_dim": facts["embed_dim"], "activation": _activation(facts)}
+        return architecture(values)
+    except ConfigError as error:
+        raise WeightsError(f"{where}: {error}") from None
+
+
+def is_architecture(values: Any) -> bool:
+    """Whether these are open_clip's settings of a model."""
+    return isinstance(values, dict) and {"vision_cfg", "text_cfg"} <= values.keys()
+
+
+def architecture(values: Any) -> ModelConfig:
+    """What open_clip's settings of a model are here: embed_dim, vision_cfg, text_cfg, ...
+
+    Raises:
+        ConfigError: they are none, or a field has a value that leanclip does not; names it.
+    """
+    try:
+        _check_fields("model_cfg", values)
+        vision, text = (_DEFAULTS[name] | _check_fields(name, values[name]) for name in _DEFAULTS)
+        arch: dict[str, Any] = {"embed_dim": values["embed_dim"], "activation": _activation(values)}
         arch |= {ours: vision[theirs] for theirs, ours in _VISION.items() if theirs in vision}
         arch |= {ours: text[theirs] for theirs, ours in _TEXT.items() if theirs in text}
-        arch.setdefault("transformer_layers", 12)
-        width = arch["vision_width"] * (32 if isinstance(arch["vision_layers"], list) else 1)
-        arch["vision_heads"] = width // vision.get("head_width", 64)
-        arch["pre_norm"] = not vision.get("no_ln_pre", False)
-        arch["transformer_causal"] = not text.get("no_causal_mask", False)
-        return parse(ModelConfig, arch, where=str(where))
-    except (KeyError, TypeError, AttributeError, ValueError, ConfigError) as error:
-        raise WeightsError(f"{where}: not an architecture that leanclip has: {error}") from None
+        arch["image_resolution"] = _side("image_size", vision["image_size"])
+        is_resnet = isinstance(vision["layers"], list | tuple)
+        arch["vision_patch_size"] = None if is_resnet else _side("patch_size", vision["patch_size"])
+        width = arch["vision_width"] * (32 if is_resnet else 1)
+        arch["vision_heads"] = width // vision["head_width"]
+        arch["pre_norm"] = not vision["no_ln_pre"]
+        arch["transformer_causal"] = not text["no_causal_mask"]
+        arch["logit_bias"] = values.get("init_logit_bias") is not None
+        return parse(ModelConfig, arch, where="model")
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"not an architecture that leanclip has: {error}") from None
 
 
-def _activation(facts: dict[str, Any]) -> str:
-    if facts.get("quick_gelu", False):
+def _check_fields(name: str, values: Any) -> dict[str, Any]:
+    """The fields of a section.
+
+    Raises:
+        ValueError: one is unknown, or has a value that is not done here.
+    """
+    values, used = dict(values), {"vision_cfg": _VISION, "text_cfg": _TEXT}.get(name, {})
+    for field, value in values.items():
+        known = field in used or field in _DEFAULTS.get(name, ()) or field in _UNUSED[name].split()
+        if not known and value not in _ONLY[name].get(field, ()):
+            raise ValueError(f"{name}.{field}: {value!r} is not supported")
+    return values
+
+
+def _side(name: str, value: Any) -> int:
+    """One side of a square."""
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise ValueError(f"{name}: {value} is not a square, only squares are supported")
+    return sides[0]
+
+
+def _activation(values: dict[str, Any]) -> str:
+    if values.get("quick_gelu", False):
         return "quick_gelu"
     options = {
-        json.dumps(facts[name].get("act_kwargs"), sort_keys=True)
-        for name in ("vision_cfg", "text_cfg")
+        json.dumps(values[name].get("act_kwargs") or None, sort_keys=True) for name in _DEFAULTS
     }
-    if len(options) == 1 and options <= {"null", "{}"}:
-        return "gelu"
-    if options == {'{"approximate": "tanh"}'}:
-        return "gelu_tanh"
-    raise ValueError(f"act_kwargs {sorted(options)}")
+    known = {'{"approximate": "tanh"}': "gelu_tanh", '{"approximate": "none"}': "gelu"}
+    known["null"] = "gelu"
+    if len(options) == 1 and options <= known.keys():
+        return known[options.pop()]
+    raise ValueError(f"act_kwargs: {' and '.join(sorted(options))} is not supported")
 
 
 def _preprocess(where: Path, values: Any, model: ModelConfig) -> Preprocess:
