@@ -107,7 +107,7 @@ class _Tower(nn.Module):
 
 def _facts(clip: Clip, to: str) -> dict[str, Any]:
     config, preprocess = clip.model.config, clip.preprocess
-    is_read_at_end = config.transformer_causal and config.transformer_pool == "argmax"
+    is_read_at_end = config.transformer_causal and config.transformer_pool in ("argmax", "eos")
     return {
         "format": FORMAT,
         "backend": to,

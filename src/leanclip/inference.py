@@ -32,7 +32,12 @@ from leanclip.data.samples import check_templates
 from leanclip.distributed import choose_device
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.evaluate import Calibration, build_classifier
-from leanclip.evaluate.features import encode_images, encode_texts, images_at_once
+from leanclip.evaluate.features import (
+    check_vocabulary,
+    encode_images,
+    encode_texts,
+    images_at_once,
+)
 from leanclip.exported import is_exported, read_exported
 from leanclip.images import Preprocess
 from leanclip.inputs import AllowUrls, ImageInput, ImageInputs, gather, pixel_batches
@@ -83,8 +88,10 @@ class Clip:
         """Token ids (B, L) of texts, L the model's context.
 
         Raises:
+            ConfigError: the model has another tokeniser.
             DataError: a text is over the context, and `truncate` is false.
         """
+        check_vocabulary(self.model)
         return tokenize(texts, self.model.context_length, truncate=truncate)
 
     @torch.no_grad()

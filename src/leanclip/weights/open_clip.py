@@ -15,7 +15,7 @@ from leanclip.errors import ConfigError, WeightsError
 from leanclip.images import CLIP_MEAN, CLIP_STD, Preprocess, triple
 from leanclip.settings import parse
 from leanclip.weights.state_dict import find_file, read_json, read_state_dict
-from leanclip.weights.weights import Weights
+from leanclip.weights.weights import Weights, square_side
 
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -55,6 +55,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # open_clip's, of what a section leave
         "heads": 8,
         "layers": 12,
         "no_causal_mask": False,
+        "eos_id": 2,
         "act_kwargs": None,
     },
 }
@@ -97,8 +98,7 @@ _ONLY: dict[str, dict[str, tuple]] = {  # what leanclip has no other choice for:
 _UNUSED = {  # of training, of Python's side, or of a tower that is not there
     "vision_cfg": "patch_dropout output_tokens attn_pooler_queries attn_pooler_heads n_queries "
     "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path",
-    "text_cfg": "output_tokens eos_id hf_model_pretrained hf_proj_type hf_pooler_type "
-    "hf_model_config",
+    "text_cfg": "output_tokens hf_model_pretrained hf_proj_type hf_pooler_type hf_model_config",
     "model_cfg": "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale "
     "init_logit_bias nonscalar_logit_scale cast_dtype output_dict",
 }
@@ -168,6 +168,8 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
         vision["head_width"] = 32 * model.vision_width // model.attention_heads
     text: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in _TEXT.items()}
     text["no_causal_mask"] = not model.transformer_causal
+    if model.transformer_eos_id is not None:
+        text["eos_id"] = model.transformer_eos_id
     if model.activation == "gelu_tanh":
         vision["act_kwargs"] = text["act_kwargs"] = {"approximate": "tanh"}
     facts = {
@@ -209,13 +211,16 @@ def architecture(values: Any) -> ModelConfig:
         arch: dict[str, Any] = {"embed_dim": values["embed_dim"], "activation": _activation(values)}
         arch |= {ours: vision[theirs] for theirs, ours in _VISION.items() if theirs in vision}
         arch |= {ours: text[theirs] for theirs, ours in _TEXT.items() if theirs in text}
-        arch["image_resolution"] = _side("image_size", vision["image_size"])
+        arch["image_resolution"] = square_side("image_size", vision["image_size"])
         is_resnet = isinstance(vision["layers"], list | tuple)
-        arch["vision_patch_size"] = None if is_resnet else _side("patch_size", vision["patch_size"])
+        arch["vision_patch_size"] = (
+            None if is_resnet else square_side("patch_size", vision["patch_size"])
+        )
         width = arch["vision_width"] * (32 if is_resnet else 1)
         arch["vision_heads"] = width // vision["head_width"]
         arch["pre_norm"] = not vision["no_ln_pre"]
         arch["transformer_causal"] = not text["no_causal_mask"]
+        arch["transformer_eos_id"] = text["eos_id"] if text.get("pool_type") == "eos" else None
         arch["logit_bias"] = values.get("init_logit_bias") is not None
         return parse(ModelConfig, arch, where="model")
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -234,14 +239,6 @@ def _check_fields(name: str, values: Any) -> dict[str, Any]:
         if not known and value not in _ONLY[name].get(field, ()):
             raise ValueError(f"{name}.{field}: {value!r} is not supported")
     return values
-
-
-def _side(name: str, value: Any) -> int:
-    """One side of a square."""
-    sides = value if isinstance(value, list | tuple) else (value, value)
-    if len(sides) != 2 or sides[0] != sides[1]:
-        raise ValueError(f"{name}: {value} is not a square, only squares are supported")
-    return sides[0]
 
 
 def _activation(values: dict[str, Any]) -> str:

@@ -148,10 +148,12 @@ def _read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     if (folder / open_clip.CONFIG).is_file():
         return open_clip.read_folder(folder, arch)
     if not (folder / "config.json").is_file():
-        if (file := find_file(folder, (*huggingface.FILES, *open_clip.FILES))) is not None:
+        file = find_file(folder, (*huggingface.FILES, *open_clip.FILES))
+        if file is not None and arch is not None:
             return _read_file(file, arch, None)
         raise WeightsError(
-            f"{folder}: no config.json, {open_clip.CONFIG} or checkpoints in it; name a file"
+            f"{folder}: no config.json, {open_clip.CONFIG} or checkpoints in it; name a file, "
+            f"or say with --arch what is in it"
         )
     facts = read_json(folder / "config.json")
     if facts.get("format") == native.FORMAT:

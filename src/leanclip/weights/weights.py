@@ -36,6 +36,7 @@ INVISIBLE = (  # settings that no tensor's shape or name shows
     "vision_pool",
     "vision_norm_after_pool",
     "transformer_pool",
+    "transformer_eos_id",
     "transformer_causal",
 )
 
@@ -176,6 +177,18 @@ def mlp_ratio(width: int, hidden: int) -> float:
     """A ratio that gives the hidden width back when it is multiplied and rounded down."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def square_side(name: str, value: Any) -> Any:
+    """One side of a square, which may be given twice.
+
+    Raises:
+        ValueError: it is no square.
+    """
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise ValueError(f"{name}: {value} is not a square, only squares are supported")
+    return sides[0]
 
 
 def check_shapes(weights: Weights, model: ModelConfig) -> None:
