@@ -480,17 +480,36 @@ def test_a_hub_id_is_taken_from_the_cache_offline(tmp_path: Path) -> None:
     write_weights(tiny(), snapshot, "open_clip")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(snapshot.name)
+    squashing = replace(tiny(), preprocess=Preprocess(32, resize="squash"))
+    other = tmp_path / "hub" / "models--someone--clip-squash"
+    write_weights(squashing, other / "snapshots" / snapshot.name, "hf")
+    (other / "snapshots" / snapshot.name / "preprocessor_config.json").unlink()
+    shutil.copytree(repository / "refs", other / "refs")
+    assert "processor_config.json" in hub._SETTINGS
     code = (
         "import sys, leanclip\n"
-        "for name in sys.argv[1:]: print(leanclip.load(name, device='cpu').model.config)"
+        "from leanclip.weights import read_preprocess\n"
+        "for name in sys.argv[1:]:\n"
+        "    print(leanclip.load(name, device='cpu').model.config)\n"
+        "    print(read_preprocess(name).resize)\n"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    names = ("hf-hub:someone/clip-tiny", "someone/clip-tiny", "someone/absent")
+    names = (
+        "hf-hub:someone/clip-tiny",
+        "someone/clip-tiny",
+        "someone/clip-squash",
+        "someone/absent",
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, *names],
         env=environment, capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
-    assert done.stdout.count("vision_width=32") == 2, done.stderr
+    assert done.stdout.count("vision_width=32") == 3, done.stderr
+    assert [line for line in done.stdout.splitlines() if "=" not in line] == [
+        "shortest",
+        "shortest",
+        "squash",
+    ]
     assert "WeightsError: someone/absent: no such file, and the hub" in done.stderr
 
 
