@@ -1,6 +1,7 @@
 """Preprocessing of Hugging Face's and open_clip's folders: their pixels, or refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from leanclip import CLIP, Preprocess, WeightsError
 from leanclip.config import Config
 from leanclip.data import open_dataset
 from leanclip.data.loader import evaluation_batches
-from leanclip.evaluate import evaluation_config
+from leanclip.evaluate import evaluate, evaluation_config, open_tasks
+from leanclip.evaluate.several import evaluate_each
 from leanclip.export import export
 from leanclip.images import CLIP_MEAN, CLIP_STD, evaluation_pixels
 from leanclip.plan import make_plan, model_preprocess
@@ -136,6 +138,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "NaFlex": ("image_processor_type: Siglip2ImageProcessor", kind("Siglip2ImageProcessor")),
     "Pixtral": ("image_processor_type: PixtralImageProcessor", kind("PixtralImageProcessor")),
     "one of a repository's own": ("image_processor_type: MyProcessor", kind("MyProcessor")),
+    "ConvNext of nothing": ("crop_pct", kind("ConvNextImageProcessor", size=R, crop_pct=0)),
+    "a filter's number as text": ("resample", CLIP_LIKE | {"resample": [3]}),
     "ConvNext cropped to less": (
         "crop_size",
         kind("ConvNextImageProcessor", size=40, do_center_crop=True, crop_size=R),
@@ -418,3 +422,17 @@ def test_an_older_index_is_still_of_the_same_preprocessing() -> None:
 
     assert _described(Preprocess(R)) == {"resolution": R, "mean": CLIP_MEAN, "std": CLIP_STD}
     assert _described(Preprocess(R, resize="squash"))["resize"] == "squash"
+
+
+def test_models_that_see_other_pixels_are_measured_each_on_its_own(
+    squashing: Path, tmp_path: Path
+) -> None:
+    config = evaluation_config(str(squashing), f"folder:{photo_classes(tmp_path)}", "zeroshot")
+    tasks = open_tasks(config)
+    clip = leanclip.load(squashing, device="cpu")
+    others = (clip.preprocess, Preprocess(R), replace(clip.preprocess, mean=(0.5, 0.5, 0.5)))
+    together = evaluate_each([(clip.model, one) for one in others], tasks)
+    for report, preprocess in zip(together, others, strict=True):
+        alone = evaluate(clip.model, tasks, preprocess)
+        ours, theirs = (one.results["zero_shot"].features for one in (report, alone))
+        assert torch.equal(ours, theirs)

@@ -106,6 +106,7 @@ def test_any_nesting_of_prefixes(prefix: str, form: str, tensors: Tensors, tmp_p
         lambda tensors: {"model": {"module": {"clip": tensors}}, "args": None},
         lambda tensors: {"app": {"model": tensors, "step": torch.tensor(1)}, "name": "x"},
         lambda tensors: tensors | {"epoch": 3},
+        lambda tensors: {"net": tensors, "optimizer": {"exp_avg": tensors, "step": 1}},
         lambda tensors: under("a.", tensors) | {f"b.{name}": t for name, t in tensors.items()},
     ],
     ids=[
@@ -118,6 +119,7 @@ def test_any_nesting_of_prefixes(prefix: str, form: str, tensors: Tensors, tmp_p
         "dicts",
         "app",
         "epoch",
+        "moments",
         "both",
     ],
 )
@@ -170,6 +172,10 @@ def test_an_average_alone_is_taken_and_two_models_are_asked_for(
     with pytest.raises(WeightsError, match=r"several models; .*w\.safetensors#teacher"):
         read_weights(tmp_path / "w.safetensors")
     assert len(read_weights(f"{tmp_path}/w.safetensors#teacher").tensors) == len(tensors)
+    shared = {name: both[f"student.{name}"] for name in tensors if "visual" not in name}
+    torch.save(both | {f"teacher.{name}": t for name, t in shared.items()}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="several models"):  # that share a tower
+        read_weights(tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="#teacher chooses among models in one file"):
         read_weights(f"{tmp_path}#teacher")
 
@@ -326,6 +332,9 @@ def test_every_command_takes_an_architecture(
     refused = run("classify", "photos", "--labels", "red, blue", "--model", "w.pt", arch=None)
     assert refused.returncode == 2
     assert "--arch" in refused.stderr
+    refused = run("classify", "photos", "--labels", "red, blue", "--model", "exported")
+    assert refused.returncode == 2
+    assert "leave arch out" in refused.stderr
     refused = run("inspect", "w.pt", arch="ViT-B-32")
     assert refused.returncode == 2
     assert "shapes differ" in refused.stderr

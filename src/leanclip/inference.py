@@ -391,6 +391,8 @@ def load(
     if name not in DTYPES:
         raise ConfigError(f"dtype {name}: is not one of {', '.join(DTYPES)}")
     if is_exported(Path(source)):
+        if arch is not None:
+            raise ConfigError(f"{source}: was exported with its architecture; leave arch out")
         model, preprocess = read_exported(Path(source), backend)
         return Clip(cast(CLIP, model), preprocess, allow_urls)
     if backend is not None:

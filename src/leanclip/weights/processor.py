@@ -92,7 +92,7 @@ def read_processor(folder: Path, resolution: int | None) -> Preprocess | None:
         if values or (path.is_file() and name == FILES[1]):
             try:
                 return _from_values(values, resolution)
-            except (TypeError, ValueError, AttributeError) as error:
+            except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 raise WeightsError(f"{path}: {error}") from None
     return None
 
@@ -115,7 +115,7 @@ def _from_values(values: Mapping[str, Any], resolution: int | None) -> Preproces
                          f"{resolution}")  # fmt: skip
     _check_padding(fields, side)
     resample = fields["resample"]
-    if isinstance(resample, bool) or resample not in _RESAMPLE:
+    if type(resample) is not int or resample not in _RESAMPLE:
         raise ValueError(f"resample: {resample!r} is none of Pillow's, {_RESAMPLE}")
     mean, std = _mean_and_std(fields)
     same = size in (side, (side, side))
@@ -158,11 +158,13 @@ def _convnext(fields: dict[str, Any]) -> dict[str, Any]:
     second = _size(fields["crop_size"], "crop_size") if fields["do_center_crop"] else (size, size)
     if second != (size, size):
         raise ValueError(f"crop_size: {fields['crop_size']} after ConvNext's own crop to {size}")
+    if not isinstance(fields["crop_pct"], int | float) or not 0 < fields["crop_pct"] <= 1:
+        raise ValueError(f"crop_pct: {fields['crop_pct']!r} is not a fraction")
     fields = fields | {"do_pad": False}  # it pads nothing
     if size >= 384:
         return fields | {"size": {"height": size, "width": size}, "do_center_crop": False}
     return fields | {
-        "size": {"shortest_edge": int(size / float(fields["crop_pct"]))},
+        "size": {"shortest_edge": int(size / fields["crop_pct"])},
         "do_center_crop": True,
         "crop_size": size,
     }

@@ -39,7 +39,8 @@ _ROOTS = {  # how a model's names begin, in OpenAI's, open_clip's and Hugging Fa
     *("vision_model", "text_model", "visual_projection"),
     *("input_resolution", "context_length", "vocab_size"),
 }
-_AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|averaged|shadow)(?:$|[._])")
+_AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|averaged?|avg|shadow|polyak)(?:$|[._])")
+_MOMENTS = re.compile(r"(?:^|[._])optim")  # an optimiser's, by the names of parameters
 
 
 def read_state_dict(
@@ -147,11 +148,10 @@ def _leaves(
 
 def _choose(every: dict[str, torch.Tensor], source: Path, key: str | None) -> str | None:
     """The prefix of the model that is meant; None where there is none."""
-    found: dict[str, torch.Tensor] = {}
+    found: list[str] = []
     for mark in _MARKS:
-        for name, tensor in every.items():
-            if match := mark.fullmatch(name):
-                found.setdefault(match[1], tensor)
+        matches = [match[1] for name in every if (match := mark.fullmatch(name))]
+        found = [prefix for prefix in dict.fromkeys(matches) if not _MOMENTS.search(prefix)]
         if found:
             break
     if key is not None:
@@ -161,9 +161,9 @@ def _choose(every: dict[str, torch.Tensor], source: Path, key: str | None) -> st
             if f".{key}." in f".{prefix}" or (key == "ema" and _AVERAGE.search(prefix))
         ]
     else:
-        wanted = [prefix for prefix in found if not _AVERAGE.search(prefix)] or list(found)
-    # One model under several names is one.
-    same = {found[prefix].data_ptr(): prefix for prefix in sorted(wanted, key=len, reverse=True)}
+        wanted = [prefix for prefix in found if not _AVERAGE.search(prefix)] or found
+    # One model under several names is one: by the shortest.
+    same = {_places(every, prefix): prefix for prefix in sorted(wanted, key=len, reverse=True)}
     names = ", ".join(f"{source.name}#{prefix.rstrip('.')}" for prefix in found if prefix)
     if key is not None and len(same) != 1:
         several = "several models" if same else "no model"
@@ -171,6 +171,11 @@ def _choose(every: dict[str, torch.Tensor], source: Path, key: str | None) -> st
     if len(same) > 1:
         raise WeightsError(f"{source}: holds several models; choose one of: {names}")
     return next(iter(same.values()), None)
+
+
+def _places(every: dict[str, torch.Tensor], prefix: str) -> tuple[int, ...]:
+    """Where a model's values are in memory."""
+    return tuple(sorted(t.data_ptr() for name, t in every.items() if _is_of(name, prefix)))
 
 
 def _is_of(name: str, prefix: str) -> bool:
