@@ -76,9 +76,8 @@ class Preprocess:
             sides, whatever the proportions; none: an image keeps its size.
         size: in pixels, or (height, width) of a squash; None: the resolution.
         interpolation: one of FILTERS.
-        rounding: where the crop begins when as many pixels cannot go on both sides: even: half
-            of the difference to the nearest even number, as torchvision, OpenAI and open_clip;
-            down: as transformers.
+        rounding: of the crop's offset where the difference of the sides is odd: even: half to
+            even, as torchvision, OpenAI and open_clip; down: as transformers.
         fill: the grey level, 0 to 255, around an image that is smaller than the crop.
 
     Raises:

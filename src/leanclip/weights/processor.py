@@ -86,10 +86,10 @@ def read_processor(folder: Path, resolution: int | None) -> Preprocess | None:
     """
     for name in FILES:
         path = folder / name
-        values = read_json(path) if path.is_file() else {}
-        if name == FILES[0]:
-            values = values.get("image_processor", {})
-        if values or (path.is_file() and name == FILES[1]):
+        values: Any = read_json(path) if path.is_file() else None
+        if name == FILES[0] and values is not None:
+            values = values.get("image_processor")  # older ones have none
+        if values is not None:
             try:
                 return _from_values(values, resolution)
             except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -133,11 +133,9 @@ def _from_values(values: Mapping[str, Any], resolution: int | None) -> Preproces
 def _class_of(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name of a processor's class without its ending, and the defaults of its fields."""
     name = values.get("image_processor_type") or values.get("feature_extractor_type")
-    if (
-        own := {"AutoImageProcessor", "AutoFeatureExtractor"}
-        & dict(values.get("auto_map") or {}).keys()
-    ):
-        raise ValueError(f"auto_map: {min(own)} is code of its own, which is not run")
+    own = dict(values.get("auto_map") or {})
+    if "AutoImageProcessor" in own or "AutoFeatureExtractor" in own:
+        raise ValueError("auto_map: names code of the repository's own, which is not run")
     stem = str(name or "CLIPImageProcessor").removesuffix("Fast").removesuffix("Pil")
     stem = stem.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if stem not in _CLASSES:
