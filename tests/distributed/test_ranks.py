@@ -21,6 +21,7 @@ from leanclip.data import open_dataset
 from leanclip.data.loader import Position, training_batches
 from leanclip.distributed.launch import launch
 from leanclip.distributed.preemption import ASKING
+from leanclip.preprocess.images import Preprocess
 from leanclip.training import checkpoint
 from leanclip.training.tracking import read_metrics
 
@@ -171,7 +172,7 @@ def test_no_sample_of_an_epoch_is_repeated(
 
     def stream(batch_size: int, start: Position):
         return training_batches(
-            dataset, config.data, resolution=32, context_length=24, truncate=True,
+            dataset, config.data, preprocess=Preprocess(32), context_length=24, truncate=True,
             batch_size=batch_size, seed=0, start=start,
         )  # fmt: skip
 

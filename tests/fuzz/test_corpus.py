@@ -1,4 +1,4 @@
-"""Files that once did harm, read again: those in tests/golden/corpus, and some that are made here."""
+"""Files that once did harm, read again: those in tests/data/corpus, and some that are made here."""
 
 import json
 import os

@@ -32,7 +32,7 @@ from leanclip.inference.inputs import in_threads
 from leanclip.inference.model import Clip
 from leanclip.io.files import held, whole_file, write_array, write_text
 from leanclip.io.optional_imports import need
-from leanclip.preprocess.images import evaluation_pixels
+from leanclip.preprocess.images import Preprocess, evaluation_pixels
 from leanclip.training.tracking import ProgressBar
 from leanclip.weights import fingerprint
 
@@ -162,7 +162,7 @@ def _make_shards(
         log.info("%d of %d shards are there", len(sizes) - len(pending), len(sizes))
     bad = sum(len(_skipped(out, number)) for number in mine)
     numbers = (number for shard in pending for number in _part(index, shard))
-    decoded = in_threads(_reader(source, clip.preprocess.resolution), numbers, workers, batch_size)
+    decoded = in_threads(_reader(source, clip.preprocess), numbers, workers, batch_size)
     with ProgressBar("embedding", sum(sizes.values()), completed=done, is_silent=rank > 0) as bar:
         for shard in pending:
             ids, skipped, rows = [], {}, []
@@ -305,12 +305,12 @@ def _part(index: Index, shard: int) -> range:
     return range(first, min(first + index.shard_size, index.images))
 
 
-def _reader(source: Source, resolution: int):
+def _reader(source: Source, preprocess: Preprocess):
     """What a thread does: an image's number and its pixels, or why there are none."""
 
     def read(_: int, number: int) -> tuple[int, np.ndarray | SampleError]:
         try:
-            return number, evaluation_pixels(source.path(number), resolution)
+            return number, evaluation_pixels(source.path(number), preprocess)
         except SampleError as error:
             return number, error
 
