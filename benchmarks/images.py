@@ -32,6 +32,7 @@ from leanclip.preprocess.decoding import open_part
 from leanclip.preprocess.images import (
     CLIP_MEAN,
     CLIP_STD,
+    Preprocess,
     center_crop,
     decoding_factor,
     draw_box,
@@ -233,7 +234,7 @@ def differences(paths: list[Path]) -> dict:
     for number, path in enumerate(paths):
         image = Image.open(path).convert("RGB")
         expected = to_array(center_crop(image, RESOLUTION)).astype(int)
-        evaluation.append(np.abs(evaluation_pixels(path, RESOLUTION) - expected).max())
+        evaluation.append(np.abs(evaluation_pixels(path, Preprocess(RESOLUTION)) - expected).max())
         box = draw_box(*image.size, np.random.default_rng(number), **CROP)
         expected = to_array(image.crop(box).resize((RESOLUTION, RESOLUTION), BICUBIC)).astype(int)
         ours, small = (

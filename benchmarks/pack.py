@@ -31,7 +31,7 @@ from leanclip.data.loader import Batch, training_batches
 from leanclip.data.tools.check import open_parts, read_parts
 from leanclip.data.tools.findings import find
 from leanclip.data.tools.pack import pack
-from leanclip.preprocess.images import open_image
+from leanclip.preprocess.images import Preprocess, open_image
 from measuring import chosen, finish, in_turn, options, spread
 
 COUNT, SIZE, SIDE = 300, (2000, 1500), 256
@@ -96,7 +96,7 @@ def read_batches(settings: DataConfig) -> list[Batch]:
     stream = training_batches(
         dataset,
         settings,
-        resolution=224,
+        preprocess=Preprocess(224),
         context_length=77,
         truncate=True,
         batch_size=size,

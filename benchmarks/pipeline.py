@@ -28,6 +28,7 @@ from leanclip.config.schema import DataConfig
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
 from leanclip.data.loader import Batch, training_batches
+from leanclip.preprocess.images import Preprocess
 from measuring import NotTheSame, chosen, command_line, finish, in_turn, options, spread
 from models import QUICKSTART, architecture, realistic_captions
 
@@ -45,7 +46,7 @@ def batches(root: Path, workers: int, count: int) -> list[Batch]:
     stream = training_batches(
         open_dataset(config),
         config,
-        resolution=224,
+        preprocess=Preprocess(224),
         context_length=77,
         truncate=True,
         batch_size=BATCH,

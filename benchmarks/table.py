@@ -24,6 +24,7 @@ from PIL import Image
 from leanclip.config.schema import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.loader import training_batches
+from leanclip.preprocess.images import Preprocess
 from measuring import chosen, finish, in_own_process, options, resident_bytes
 
 BATCHES = 50
@@ -99,7 +100,7 @@ def once(table: Path, count: int) -> dict[str, object]:
     batches = training_batches(
         dataset,
         config,
-        resolution=32,
+        preprocess=Preprocess(32),
         context_length=32,
         truncate=True,
         batch_size=64,

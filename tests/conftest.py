@@ -298,7 +298,7 @@ def small_batches(
     return training_batches(
         open_dataset(settings),
         settings,
-        resolution=16,
+        preprocess=Preprocess(16),
         context_length=12,
         truncate=True,
         batch_size=batch_size,

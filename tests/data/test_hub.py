@@ -21,6 +21,7 @@ from leanclip.data.formats.mixture import Mixture
 from leanclip.data.loader import Position, evaluation_batches
 from leanclip.data.tools.pack import pack
 from leanclip.errors import ConfigError, DataError, SampleError
+from leanclip.preprocess.images import Preprocess
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +212,9 @@ def test_parquet_parts_by_index(tmp_path: Path) -> None:
     settings = config(make_parts(tmp_path / "parts"))
     dataset = open_dataset(settings)
     assert [dataset[i].captions for i in range(len(dataset))] == [[f"text {i}"] for i in range(23)]
-    batches = evaluation_batches(dataset, settings, resolution=16, context_length=12, batch_size=10)
+    batches = evaluation_batches(
+        dataset, settings, preprocess=Preprocess(16), context_length=12, batch_size=10
+    )
     assert [len(batch) for batch in batches] == [10, 10, 3]
 
 

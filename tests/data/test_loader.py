@@ -143,7 +143,9 @@ def test_evaluation_reads_each_sample_once_in_order_and_as_the_reference(tmp_pat
     settings = config(root)
     dataset = open_dataset(settings)
     found = list(
-        evaluation_batches(dataset, settings, resolution=16, context_length=12, batch_size=4)
+        evaluation_batches(
+            dataset, settings, preprocess=Preprocess(16), context_length=12, batch_size=4
+        )
     )
     assert torch.cat([batch.indices for batch in found]).tolist() == list(range(11))
     preprocess = Preprocess(16)
@@ -161,7 +163,7 @@ def test_long_captions_are_cut_or_bad_samples(tmp_path: Path) -> None:
             training_batches(
                 open_dataset(settings),
                 settings,
-                resolution=16,
+                preprocess=Preprocess(16),
                 context_length=12,
                 truncate=truncate,
                 batch_size=5,
@@ -185,7 +187,7 @@ def open_stream(
     return training_batches(
         dataset,
         settings,
-        resolution=8,
+        preprocess=Preprocess(8),
         context_length=12,
         truncate=True,
         batch_size=batch_size,

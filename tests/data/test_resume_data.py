@@ -16,6 +16,7 @@ from conftest import make_pairs, noise_image
 from leanclip.config.schema import DataConfig
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import Position, training_batches
+from leanclip.preprocess.images import Preprocess
 
 COUNT = 24
 
@@ -80,7 +81,7 @@ def write_ids(dataset: Dataset, config: DataConfig, start: Position, out: Path) 
     batches = training_batches(
         dataset,
         config,
-        resolution=8,
+        preprocess=Preprocess(8),
         context_length=16,
         truncate=True,
         batch_size=5,

@@ -22,6 +22,7 @@ from leanclip.data.loader import Position, training_batches
 from leanclip.distributed.launch import launch
 from leanclip.distributed.preemption import ASKING
 from leanclip.io.files import read_metrics
+from leanclip.preprocess.images import Preprocess
 from leanclip.training import checkpoint
 
 OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_share=0.2")
@@ -185,7 +186,7 @@ def test_no_sample_of_an_epoch_is_repeated(
 
     def stream(batch_size: int, start: Position):
         return training_batches(
-            dataset, config.data, resolution=32, context_length=24, truncate=True,
+            dataset, config.data, preprocess=Preprocess(32), context_length=24, truncate=True,
             batch_size=batch_size, seed=0, start=start,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from leanclip.data.dataset import Sample
 from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, open_reduced
 from leanclip.errors import LeanclipError, SampleError
 from leanclip.preprocess.decoding import MAX_SCANS, open_image
-from leanclip.preprocess.images import evaluation_pixels, training_pixels
+from leanclip.preprocess.images import Preprocess, evaluation_pixels, training_pixels
 
 MANY = 4_000_000  # the most pixels in these tests
 
@@ -68,7 +68,7 @@ MARKS = {
 def everything(data: bytes) -> None:
     """All that is done with an image from elsewhere; each part may refuse it."""
     for read in (
-        lambda: evaluation_pixels(data, 32, max_pixels=MANY),
+        lambda: evaluation_pixels(data, Preprocess(32), max_pixels=MANY),
         lambda: training_pixels(
             data, 16, np.random.default_rng(0), scale=(0.5, 1), ratio=(0.7, 1.4), max_pixels=MANY
         ),
@@ -97,7 +97,7 @@ def test_an_image(name: str, edits: Edits) -> None:
 
 def test_the_seeds_are_images() -> None:
     for name, data in SEEDS.items():
-        assert evaluation_pixels(data, 32).shape == (3, 32, 32), name
+        assert evaluation_pixels(data, Preprocess(32)).shape == (3, 32, 32), name
 
 
 @pytest.mark.parametrize("is_progressive", [True, False])

@@ -32,7 +32,8 @@ import leanclip
 import leanclip.openai as clip
 from leanclip.openai.network import CLIP, build_model, convert_weights
 from leanclip.openai.simple_tokenizer import SimpleTokenizer
-from leanclip.preprocess.images import CLIP_MEAN
+from leanclip.openai.transforms import steps_of
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess
 from leanclip.weights import hub
 
 # embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, context_length,
@@ -421,9 +422,7 @@ def test_the_transform_is_openais(kind: str) -> None:
     ours = clip._transform(24)(image)
     assert ours.dtype == torch.float32
     np.testing.assert_array_equal(ours, reference(image, 24))
-    mean, std = (
-        np.array(v, np.float32)[:, None, None] for v in (CLIP_MEAN, leanclip.images.CLIP_STD)
-    )
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     pixels = np.round((ours.numpy() * std + mean) * 255)
     np.testing.assert_allclose(pixels, golden[kind], atol=1)  # Pillow's versions may differ by one
 
@@ -468,14 +467,26 @@ def test_crops_of_images_and_tensors_are_the_same(size: tuple[int, int]) -> None
 
 
 def test_a_transform_that_these_steps_cannot_express_is_kept() -> None:
-    from leanclip.openai.transforms import steps_of
-    from leanclip.preprocess.images import Preprocess
-
-    class Squash(Preprocess):
-        pass
-
-    other = Squash(16)
+    other = Preprocess(16, resize="longest")
     assert steps_of(other).transforms == [other]
     half = (0.5, 0.5, 0.5)
     *_, normalize = steps_of(Preprocess(16, half, half)).transforms
     assert (normalize.mean, normalize.std) == (half, half)
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        Preprocess(24),
+        Preprocess(24, rounding="down"),
+        Preprocess(24, size=32, interpolation="bilinear"),
+        Preprocess(24, resize="squash", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3),
+    ],
+)
+def test_other_preprocessing_in_openais_steps(preprocess: Preprocess) -> None:
+    steps = steps_of(preprocess)
+    assert len(steps.transforms) == 5
+    assert steps.transforms[-1].mean == preprocess.mean
+    for size in ((50, 35), (35, 51), (24, 24)):
+        image = noise_image(1, size)
+        torch.testing.assert_close(steps(image), preprocess(image), rtol=0, atol=1e-6)

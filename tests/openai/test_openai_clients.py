@@ -34,6 +34,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"transformer_causal": False},
     {"transformer_causal": False, "transformer_pool": "first"},
     {"transformer_pool": "last"},
+    {"transformer_pool": "eos", "transformer_eos_id": 49407},
     {"logit_bias": True},
     {"vision_layers": (1, 1, 2, 1), "vision_patch_size": None, "vision_heads": 4},
 )

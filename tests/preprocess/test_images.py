@@ -72,7 +72,7 @@ def test_evaluation_of_jpeg_equals_the_reference(name: str, options: dict[str, A
     data = jpeg(photograph(name), **options)
     expected = reference(Image.open(io.BytesIO(data)), 224)
     np.testing.assert_array_equal(Preprocess(224)(data).numpy(), expected)
-    pixels = evaluation_pixels(data, 224)
+    pixels = evaluation_pixels(data, Preprocess(224))
     assert (pixels.shape, pixels.dtype) == ((3, 224, 224), np.uint8)
 
 
@@ -227,7 +227,7 @@ def test_training_pixels_of_odd_sizes(size: tuple[int, int]) -> None:
 def test_training_refuses_what_evaluation_refuses() -> None:
     data = jpeg(photograph("rocket"))
     for read in (
-        lambda data, limit: evaluation_pixels(data, 32, max_pixels=limit),
+        lambda data, limit: evaluation_pixels(data, Preprocess(32), max_pixels=limit),
         lambda data, limit: training_pixels(
             data, 32, np.random.default_rng(0), max_pixels=limit, **USUAL
         ),

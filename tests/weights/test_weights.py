@@ -166,7 +166,8 @@ def test_what_a_format_cannot_hold_is_refused(
 )
 def test_folders_keep_the_architecture(changes: dict, dialect: str, tmp_path: Path) -> None:
     weights = tiny(**changes)
-    preprocess = Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    rounding = "down" if dialect == "hf" else "even"
+    preprocess = Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), rounding=rounding)
     weights = replace(weights, preprocess=preprocess)
     write_weights(weights, tmp_path / "w", dialect)
     back = read_weights(tmp_path / "w")
@@ -334,7 +335,7 @@ def test_oddities_in_strangers_files_are_one_line(tmp_path: Path) -> None:
     facts = json.loads(path.read_text())
     facts["preprocess_cfg"]["mean"] = [0.5]
     path.write_text(json.dumps(facts))
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(WeightsError, match=r"preprocess_cfg: mean: .* is not one number, or three"):
         read_weights(tmp_path / "oc")
     endless: dict = {}
     endless["state_dict"] = endless
@@ -419,7 +420,7 @@ def test_folders_and_files_that_are_no_weights(tmp_path: Path) -> None:
     for content, words in (
         ("{}", "neither leanclip's nor Hugging Face's"),
         ('{"model_type": "bert"}', "model_type: bert"),
-        ('{"model_type": "clip"}', r"no model\.safetensors or pytorch_model"),
+        ('{"model_type": "clip"}', r"none of model\.safetensors, pytorch_model"),
         ('{"format": "leanclip"}', r"model\.safetensors"),
         ("[]", "holds no JSON object"),
         ("{", "cannot be read"),
@@ -482,17 +483,36 @@ def test_a_hub_id_is_taken_from_the_cache_offline(tmp_path: Path) -> None:
     write_weights(tiny(), snapshot, "open_clip")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(snapshot.name)
+    squashing = replace(tiny(), preprocess=Preprocess(32, resize="squash"))
+    other = tmp_path / "hub" / "models--someone--clip-squash"
+    write_weights(squashing, other / "snapshots" / snapshot.name, "hf")
+    (other / "snapshots" / snapshot.name / "preprocessor_config.json").unlink()
+    shutil.copytree(repository / "refs", other / "refs")
+    assert "processor_config.json" in hub._SETTINGS
     code = (
         "import sys, leanclip\n"
-        "for name in sys.argv[1:]: print(leanclip.load(name, device='cpu').model.config)"
+        "from leanclip.weights import read_preprocess\n"
+        "for name in sys.argv[1:]:\n"
+        "    print(leanclip.load(name, device='cpu').model.config)\n"
+        "    print(read_preprocess(name).resize)\n"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    names = ("hf-hub:someone/clip-tiny", "someone/clip-tiny", "someone/absent")
+    names = (
+        "hf-hub:someone/clip-tiny",
+        "someone/clip-tiny",
+        "someone/clip-squash",
+        "someone/absent",
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, *names],
         env=environment, capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
-    assert done.stdout.count("vision_width=32") == 2, done.stderr
+    assert done.stdout.count("vision_width=32") == 3, done.stderr
+    assert [line for line in done.stdout.splitlines() if "=" not in line] == [
+        "shortest",
+        "shortest",
+        "squash",
+    ]
     assert "WeightsError: someone/absent: no such file, and the hub" in done.stderr
 
 

@@ -22,7 +22,7 @@ from leanclip.app.safety import Refused
 from leanclip.errors import SampleError
 from leanclip.io.files import split_lines
 from leanclip.preprocess.decoding import open_image
-from leanclip.preprocess.images import evaluation_pixels
+from leanclip.preprocess.images import Preprocess, evaluation_pixels
 
 T = TypeVar("T")
 
@@ -164,13 +164,13 @@ class Decoders:
             raise Refused(422, f"{upload.name}: {words}") from None
 
 
-def pixels_of(content: bytes, resolution: int) -> torch.Tensor:
+def pixels_of(content: bytes, preprocess: Preprocess) -> torch.Tensor:
     """What the model sees of an image, (3, R, R) uint8.
 
     Raises:
         SampleError: it cannot be read as an image, or has too many pixels.
     """
-    return torch.from_numpy(evaluation_pixels(content, resolution, max_pixels=MAX_PIXELS))
+    return torch.from_numpy(evaluation_pixels(content, preprocess, max_pixels=MAX_PIXELS))
 
 
 def picture_of(content: bytes) -> Image.Image:

@@ -6,7 +6,7 @@ Shapes: h x w places of a map.
 import numpy as np
 from PIL import Image
 
-from leanclip.preprocess.images import as_jpeg, middle_square
+from leanclip.preprocess.images import Preprocess, as_jpeg, view
 
 SIDE = 448  # pixels
 # From nothing to the most: dark violet, red, orange, yellow; told apart in greys as well.
@@ -14,9 +14,11 @@ COLOURS = np.array([[13, 8, 135], [156, 23, 158], [237, 121, 83], [240, 249, 33]
 OPACITY = (0.15, 0.75)
 
 
-def heat_picture(image: Image.Image, heat: np.ndarray) -> bytes:
-    """The square in the middle of an image, which is what the model saw, under a map (h, w)."""
-    seen = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=middle_square(image))
+def heat_picture(
+    image: Image.Image, heat: np.ndarray, preprocess: Preprocess | None = None
+) -> bytes:
+    """What the model saw of an image, under a map (h, w)."""
+    seen = view(image, preprocess or Preprocess(), SIDE)
     share = heat.astype(np.float32) - heat.min()
     share = share / share.max() if share.max() > 0 else share
     smooth = Image.fromarray(share).resize((SIDE, SIDE), Image.Resampling.BILINEAR)

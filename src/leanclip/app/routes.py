@@ -134,17 +134,17 @@ async def attention(request: Request) -> Response:
     worker = service.model
     async with form_of(request) as form:
         upload, texts = form.image("image"), form.texts("texts")
-        resolution = worker.clip.preprocess.resolution
+        preprocess = worker.clip.preprocess
 
         def work(content: bytes) -> tuple[torch.Tensor, Image.Image]:
-            return forms.pixels_of(content, resolution), forms.picture_of(content)
+            return forms.pixels_of(content, preprocess), forms.picture_of(content)
 
         (pixels, image), *features = await every(
             service.decoders.run(upload, work), *map(service.text, texts)
         )
     text = mean_feature(features) if features else None
     heat = await asyncio.wrap_future(worker.map(pixels, text))
-    picture = await run_sync(heat_picture, image, heat.numpy())
+    picture = await run_sync(heat_picture, image, heat.numpy(), preprocess)
     return Response(picture, media_type="image/jpeg")
 
 

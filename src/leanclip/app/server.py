@@ -27,6 +27,7 @@ LEAST_TOKEN = 16  # characters
 def serve(
     model: str | None,
     *,
+    arch: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
@@ -41,6 +42,7 @@ def serve(
 
     Args:
         model: weights, as `load` takes them; None: a page without a model.
+        arch: the architecture, where the weights do not say it.
         host: the address to bind; another than this machine's own needs a token.
         port: 0 takes a free one.
         token: what a request has to show.
@@ -94,7 +96,7 @@ def serve(
             server.should_exit = True
 
         if model is not None:
-            worker = Worker(lambda: _loaded(model, device, index, service), failed=stop)
+            worker = Worker(lambda: _loaded(model, arch, device, index, service), failed=stop)
             service.worker = worker
             worker.start()
         name = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -141,9 +143,11 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _loaded(model: str, device: str, index: Path | None, service: Service) -> Clip:
+def _loaded(
+    model: str, arch: str | None, device: str, index: Path | None, service: Service
+) -> Clip:
     """The model, which has to be that of the calibration and of the index."""
-    clip = load(model, device=device)
+    clip = load(model, arch=arch, device=device)
     if known := service.calibration:
         known.check(clip.model, known.classes, known.templates)
     if index is not None:

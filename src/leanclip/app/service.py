@@ -70,12 +70,12 @@ class Service:
     async def image(self, upload: Upload) -> torch.Tensor:
         """Unit features (E,) of an upload."""
         worker = self.model
-        resolution = worker.clip.preprocess.resolution
+        preprocess = worker.clip.preprocess
 
         def work(content: bytes) -> tuple[str, torch.Tensor | None, torch.Tensor | None]:
             key = hashlib.sha256(content).hexdigest()
             found = self.image_features.get(key)
-            return key, found, pixels_of(content, resolution) if found is None else None
+            return key, found, pixels_of(content, preprocess) if found is None else None
 
         key, found, pixels = await self.decoders.run(upload, work)
         if pixels is not None:

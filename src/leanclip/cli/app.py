@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from leanclip.cli.options import Device, Model, find_model, has_quickstart
+from leanclip.cli.options import Arch, Device, Model, find_model, has_quickstart
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(rich_markup_mode=None)
@@ -17,6 +17,7 @@ RUNS = Path("runs")
 @app.command("app", epilog="Example: leanclip app --model runs/quickstart --runs runs --port 8000")
 def serve_page(
     model: Model = None,
+    arch: Arch = None,
     index: Annotated[
         Path | None, typer.Option(help="Pictures to search: what leanclip search build wrote.")
     ] = None,
@@ -58,6 +59,7 @@ def serve_page(
         model = find_model(model)
     serve(
         model,
+        arch=arch,
         host=host,
         port=port,
         token=token,

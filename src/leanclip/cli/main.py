@@ -247,8 +247,12 @@ def inspect(
     """Say what a file or folder of weights is, without running anything in it."""
     from leanclip.weights import read_weights
     from leanclip.weights.inspection import inspection
+    from leanclip.weights.weights import check_fits
 
-    print(inspection(read_weights(source, arch=arch)))
+    weights = read_weights(source, arch=arch)
+    if arch is not None and weights.model is not None:
+        check_fits(weights, weights.model)
+    print(inspection(weights))
 
 
 @app.command(epilog="Example: leanclip models | grep RN50")

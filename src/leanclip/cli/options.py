@@ -44,7 +44,10 @@ NumProcs = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Arch = Annotated[
     str | None,
-    typer.Option(metavar="NAME|FILE", help="The architecture: a preset, or a JSON or YAML file."),
+    typer.Option(
+        metavar="NAME|FILE",
+        help="The architecture: a preset, or a JSON or YAML file, also open_clip's.",
+    ),
 ]
 Model = Annotated[
     str | None,
@@ -93,6 +96,7 @@ def load_model(
     model: str | None,
     device: "str | torch.device",
     *,
+    arch: str | None = None,
     allow_urls: bool = False,
     allow_private_urls: bool = False,
 ) -> "Clip":
@@ -105,7 +109,7 @@ def load_model(
     from leanclip.inference.model import load
 
     allowed = "private" if allow_private_urls else allow_urls
-    return load(find_model(model), device=device, allow_urls=allowed)
+    return load(find_model(model), arch=arch, device=device, allow_urls=allowed)
 
 
 def has_quickstart() -> bool:

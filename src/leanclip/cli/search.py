@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from leanclip.cli.options import (
+    Arch,
     AsJson,
     BatchSize,
     Decoders,
@@ -57,6 +58,7 @@ def build(
     ],
     out: Annotated[Path, typer.Option(help="The folder to write, new or of an earlier start.")],
     model: Model = None,
+    arch: Arch = None,
     root: Annotated[
         Path | None, typer.Option(help="The folder that leanclip embed was given; default: here.")
     ] = None,
@@ -75,7 +77,7 @@ def build(
     source = find_model(model)
     index = Index.build(
         sources,
-        load(source, device=device),
+        load(source, arch=arch, device=device),
         out,
         root=root,
         source=source,
@@ -90,6 +92,7 @@ def build(
 def update(
     index: IndexFolder,
     model: IndexModel = None,
+    arch: Arch = None,
     ann: Ann = None,
     recall: Recall = 0.95,
     batch_size: BatchSize = 64,
@@ -99,7 +102,7 @@ def update(
     as_json: AsJson = False,
 ) -> None:
     """Add what is new in an index's folders, drop what is gone, embed again what has changed."""
-    opened = _open(index, model, device)
+    opened = _open(index, model, arch, device)
     opened.update(batch_size=batch_size, workers=workers, max_bad_share=max_bad_share)
     _finish(opened, ann, recall, as_json)
 
@@ -137,13 +140,14 @@ def find(
     grid: Annotated[Path | None, typer.Option(help="Draw what is found: a .png or .svg.")] = None,
     ann: Annotated[bool, typer.Option("--ann", help="Search approximately.")] = False,
     model: IndexModel = None,
+    arch: Arch = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Find pictures by words, by pictures, or by both."""
     from leanclip.search.filters import date_range, size_range
 
-    opened = _open(index, model, device)
+    opened = _open(index, model, arch, device)
     query = opened.query(texts or (), images or (), without or (), weights)
     hits = opened.search(
         query,
@@ -177,7 +181,7 @@ def _draw(index: "Index", hits: "list[Hit]", path: Path) -> None:
         log.info("%s", path)
 
 
-def _open(path: Path, model: str | None, device: str) -> "Index":
+def _open(path: Path, model: str | None, arch: str | None, device: str) -> "Index":
     from leanclip.errors import ConfigError
     from leanclip.inference.model import load
     from leanclip.search import Index
@@ -186,7 +190,7 @@ def _open(path: Path, model: str | None, device: str) -> "Index":
     source = model or opened.model["source"]
     if source is None:
         raise ConfigError(f"{path}: does not say where its model is; give it with --model")
-    opened.use(load(source, device=device))
+    opened.use(load(source, arch=arch, device=device))
     return opened
 
 

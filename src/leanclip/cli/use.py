@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from leanclip.cli.options import (
     AllowPrivateUrls,
     AllowUrls,
+    Arch,
     AsJson,
     BatchSize,
     Decoders,
@@ -67,6 +68,7 @@ def classify(
         str, typer.Option(help='"cat, dog, fox", or a file with a label a line; - reads stdin.')
     ],
     model: Model = None,
+    arch: Arch = None,
     templates: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,7 +95,13 @@ def classify(
     from leanclip.inference.classifier import guesses
 
     _only_one_reads_stdin([*images, labels])
-    clip = load_model(model, device, allow_urls=allow_urls, allow_private_urls=allow_private_urls)
+    clip = load_model(
+        model,
+        device,
+        arch=arch,
+        allow_urls=allow_urls,
+        allow_private_urls=allow_private_urls,
+    )
     classifier = clip.classifier(
         _labels(labels), templates or TEMPLATES, calibration=calibration, truncate=truncate
     )
@@ -146,6 +154,7 @@ def similarity(
         list[str], typer.Option(help="Texts, or files with a text a line; - reads stdin.")
     ],
     model: Model = None,
+    arch: Arch = None,
     plot: Plot = None,
     device: Device = "auto",
     truncate: Truncate = False,
@@ -155,7 +164,13 @@ def similarity(
 ) -> None:
     """Compare images with texts: the cosine of every image with every text."""
     _only_one_reads_stdin([*images, *texts])
-    clip = load_model(model, device, allow_urls=allow_urls, allow_private_urls=allow_private_urls)
+    clip = load_model(
+        model,
+        device,
+        arch=arch,
+        allow_urls=allow_urls,
+        allow_private_urls=allow_private_urls,
+    )
     sources, captions = _sources(images), [text for given in texts for text in _texts(given)]
     cosines = clip.similarity(sources, captions, truncate=truncate)  # (M, N)
     names = [_name(source) for source in sources]
@@ -187,6 +202,7 @@ def embed(
     ],
     out: Annotated[Path, typer.Option(help="The folder to write, new or of an earlier start.")],
     model: Model = None,
+    arch: Arch = None,
     format: Annotated[str, typer.Option(help="npy or parquet.")] = "npy",
     dtype: Annotated[str, typer.Option(help="Of what is stored: float32 or float16.")] = "float32",
     shard_size: Annotated[int, typer.Option(min=1, help="Images of a file.")] = 10_000,
@@ -217,7 +233,7 @@ def embed(
         from leanclip.inference.embeddings import embed as write
 
         join_launch()
-        clip = load_model(model, device)
+        clip = load_model(model, device, arch=arch)
         paths = _paths_in(sys.stdin.buffer.read()) if folder == "-" else None
         write(
             clip,
@@ -244,13 +260,14 @@ def export(
     int8: Annotated[
         bool, typer.Option("--int8", help="Weights in int8, for onnx; says what that costs.")
     ] = False,
+    arch: Arch = None,
 ) -> None:
     """Write the towers for other runtimes, checked against the model first."""
     from leanclip.inference.export import export as write
     from leanclip.inference.export import summary
     from leanclip.inference.model import load
 
-    facts = write(load(source, device="cpu"), out, to, int8=int8)
+    facts = write(load(source, arch=arch, device="cpu"), out, to, int8=int8)
     print(summary(out, facts))
 
 

@@ -87,10 +87,15 @@ class ModelConfig(Section):
         default=4.0,
         description="hidden width of the text tower's perceptrons / its width, rounded down",
     )
-    transformer_pool: Literal["argmax", "first", "last"] = Field(
+    transformer_pool: Literal["argmax", "first", "last", "eos"] = Field(
         default="argmax",
         description="the token that the text is read at: the highest id (the end token), the "
-        "first, or the last of the padded context",
+        "first, the last of the padded context, or the first that is transformer_eos_id",
+    )
+    transformer_eos_id: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="with transformer_pool eos: the id; a text without it is read at its first "
+        "token, as in transformers and open_clip",
     )
     transformer_causal: bool = Field(
         default=True, description="a token of the text sees only those before it"
@@ -148,6 +153,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
+        if (self.transformer_pool == "eos") != (self.transformer_eos_id is not None):
+            raise ValueError("transformer_eos_id goes with transformer_pool eos, and only with it")
         side, heads = self.image_resolution, self.attention_heads
         text_width, text_heads = self.transformer_width, self.transformer_heads
         checks: list[tuple[str, int, str, int]] = [
@@ -260,6 +267,18 @@ class DataConfig(SourceConfig):
     )
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
         default=(0.26862954, 0.26130258, 0.27577711), description="of RGB in [0, 1]"
+    )
+    resize: Literal["shortest", "longest", "squash"] | None = Field(
+        default=None,
+        description="how evaluation makes an image a square: by its short side and a crop, by its "
+        "long side and a border, or regardless of its proportions; null: as the weights that are "
+        "loaded, else shortest",
+    )
+    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = (
+        Field(
+            default=None,
+            description="of evaluation's resize; null: as loaded weights', else bicubic",
+        )
     )
     workers: Annotated[int, Field(ge=0)] | None = Field(
         default=None,

@@ -38,7 +38,7 @@ from leanclip.data.skipped import Bad
 from leanclip.errors import DataError, SampleError, is_shortage
 from leanclip.io.threads import is_main_thread
 from leanclip.preprocess.decoding import Source
-from leanclip.preprocess.images import evaluation_pixels, training_pixels
+from leanclip.preprocess.images import Preprocess, evaluation_pixels, training_pixels
 from leanclip.preprocess.tokenizer import END, encode, tokenize
 
 NOT_HANDED_OVER = 71  # exit code of a worker whose batch does not get through
@@ -112,7 +112,7 @@ def training_batches(
     dataset: Dataset,
     config: DataConfig,
     *,
-    resolution: int,
+    preprocess: Preprocess,
     context_length: int,
     truncate: bool,
     batch_size: int,
@@ -127,7 +127,7 @@ def training_batches(
     Args:
         dataset: where the samples are.
         config: crops, workers and limits.
-        resolution: side of the images, in pixels.
+        preprocess: of the model: side of the images, and how they look without `augment`.
         context_length: the most tokens of a caption.
         truncate: cut longer captions; else they are bad samples.
         batch_size: samples of a step over all ranks; not more than the data set has.
@@ -140,7 +140,7 @@ def training_batches(
     size = len(dataset)
     if start.sample + batch_size > size:  # the batches were smaller when this was saved
         start = Position(start.epoch + 1, 0)
-    reader = _Reader(dataset, config, resolution, context_length, truncate, seed, undecoded)
+    reader = _Reader(dataset, config, preprocess, context_length, truncate, seed, undecoded)
     visits = _training_visits(dataset, batch_size, seed, start)
     position = start
     for batch in _load(reader, (part[rank::world_size] for part in visits), config.workers):
@@ -152,13 +152,13 @@ def evaluation_batches(
     dataset: Dataset,
     config: DataConfig,
     *,
-    resolution: int,
+    preprocess: Preprocess,
     context_length: int,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Every sample once, in order, centre-cropped, with its first caption.
+    """Every sample once, in order, as `preprocess` has it, with its first caption.
 
     Of several ranks each takes every `world_size`-th batch, from the rank-th: the batches are
     the same whatever the number of ranks, and so is what a model makes of them.
@@ -167,7 +167,7 @@ def evaluation_batches(
     starts = range(rank * batch_size, size, world_size * batch_size)
     places = (range(n, min(n + batch_size, size)) for n in starts)
     yield from batches_at(
-        dataset, config, places, resolution=resolution, context_length=context_length
+        dataset, config, places, preprocess=preprocess, context_length=context_length
     )
 
 
@@ -176,12 +176,12 @@ def batches_at(
     config: DataConfig,
     places: Iterable[Sequence[int]],
     *,
-    resolution: int,
+    preprocess: Preprocess,
     context_length: int,
     undecoded: Mapping[int, Bad] | None = None,
 ) -> Iterator[Batch]:
     """As `evaluation_batches`, of samples by their index; `undecoded` is as in training."""
-    reader = _Reader(dataset, config, resolution, context_length, True, None, undecoded)
+    reader = _Reader(dataset, config, preprocess, context_length, True, None, undecoded)
     visits = ([Visit(0, place, place) for place in several] for several in places)
     yield from _load(reader, visits, config.workers)
 
@@ -393,14 +393,14 @@ class _Reader:
         self,
         dataset: Dataset,
         config: DataConfig,
-        resolution: int,
+        preprocess: Preprocess,
         context_length: int,
         truncate: bool,
         seed: int | None,
         undecoded: Mapping[int, Bad] | None,
     ) -> None:
         self.dataset, self.config, self.seed = dataset, config, seed
-        self.resolution, self.context_length = resolution, context_length
+        self.preprocess, self.context_length = preprocess, context_length
         self.truncate, self.undecoded = truncate, undecoded
         # Each worker would see, and keep, a part of an epoch that is drawn anew.
         is_cut = seed is not None and config.augment and undecoded is None
@@ -422,7 +422,7 @@ class _Reader:
         info = get_worker_info()
         me = self.reading[info.id if info else 0]
         me[0] = os.getpid()
-        side = 0 if self.undecoded is not None else self.resolution
+        side = 0 if self.undecoded is not None else self.preprocess.resolution
         images = torch.empty(len(visits), 3, side, side, dtype=torch.uint8)
         samples: list[Sample] = []
         indices, captions, digests, bad = [], [], [], []
@@ -485,10 +485,10 @@ class _Reader:
             return None
         if rng is None or not config.augment:
             assert not isinstance(image, np.ndarray)  # kept, so that parts are cut from it
-            return evaluation_pixels(image, self.resolution, max_pixels=config.max_pixels)
+            return evaluation_pixels(image, self.preprocess, max_pixels=config.max_pixels)
         return training_pixels(
             image,
-            self.resolution,
+            self.preprocess.resolution,
             rng,
             scale=config.crop_scale,
             ratio=config.crop_ratio,

@@ -24,12 +24,12 @@ from leanclip.data import Dataset
 from leanclip.data.loader import Batch, evaluation_batches
 from leanclip.data.skipped import Bad, BadSamples, short_id
 from leanclip.distributed.collectives import everyones, gather_rows, rank_and_world_size
-from leanclip.errors import DataError, SampleError
+from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.evaluation.distinct import DistinctImages, distinct_images
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess, normalize
-from leanclip.preprocess.tokenizer import END, tokenize
+from leanclip.preprocess.tokenizer import END, VOCAB_SIZE, tokenize
 
 log = logging.getLogger("leanclip")
 
@@ -112,7 +112,7 @@ def encode_each(
     limit: int | None = None,
     label: str = "encoding",
 ) -> list[Encoded]:
-    """Features by several models of one resolution, for which each image is decoded once.
+    """Features by several models that see the same pixels: each image is decoded once.
 
     `models` is gone through for every batch; otherwise as `encode_dataset`.
     """
@@ -165,7 +165,7 @@ def _own_batches(
     return evaluation_batches(
         images,
         data,
-        resolution=model[1].resolution,
+        preprocess=model[1],
         context_length=model[0].context_length,
         batch_size=batch_size,
         rank=rank,
@@ -253,8 +253,10 @@ def encode_texts(
         packed: batches of texts of several lengths, without padding.
 
     Raises:
+        ConfigError: the model has another tokeniser.
         DataError: a text is over the context, and `truncate` is false.
     """
+    check_vocabulary(model)
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     tokens = _tokens(list(place), model.context_length, truncate=truncate)
     lengths = (tokens == END).int().argmax(dim=1) + 1
@@ -275,6 +277,20 @@ def encode_texts(
     if len(place) == len(texts):
         return features
     return features[torch.tensor([place[text] for text in texts])]
+
+
+def check_vocabulary(model: CLIP) -> None:
+    """See that a model can have CLIP's tokeniser.
+
+    Raises:
+        ConfigError: it has too few token ids.
+    """
+    if model.config.vocab_size < VOCAB_SIZE:
+        raise ConfigError(
+            f"the model has {model.config.vocab_size} token ids, CLIP's tokeniser {VOCAB_SIZE}: "
+            f"its texts need a tokeniser that leanclip does not have (give its own ids to "
+            f"encode_text)"
+        )
 
 
 def _tokens(texts: Sequence[str], context_length: int, *, truncate: bool) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """Several models on the same data, whose images are decoded once."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from leanclip.evaluation.evaluator import Measuring, evaluate, key_of
 from leanclip.evaluation.features import encode_each
 from leanclip.evaluation.results import Report
 from leanclip.evaluation.tasks import Task
 from leanclip.model import CLIP
-from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess
 from leanclip.weights import fingerprint
 
 
@@ -16,7 +17,7 @@ def evaluate_each(
 ) -> list[Report]:
     """A report for each model, with the figures that `evaluate` gives.
 
-    Where their resolutions differ, each model decodes the images anew.
+    Where they resize or crop images differently, each model decodes the images anew.
 
     Args:
         models: in evaluation mode; gone through again and again, so that one model may take the
@@ -26,7 +27,7 @@ def evaluate_each(
     Raises:
         DataError: more than the allowed share of a data set is unreadable.
     """
-    if len({preprocess.resolution for _, preprocess in models}) > 1:
+    if len({replace(one, mean=CLIP_MEAN, std=CLIP_STD) for _, one in models}) > 1:
         return [evaluate(model, tasks, preprocess) for model, preprocess in models]
     reports = [Report(weights=fingerprint(model.state_dict())) for model, _ in models]
     measuring = [Measuring(model, preprocess, None) for model, preprocess in models]

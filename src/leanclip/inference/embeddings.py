@@ -36,7 +36,7 @@ from leanclip.io.files import held, whole_file, write_array, write_text
 from leanclip.io.optional_imports import need
 from leanclip.io.progress import ProgressBar
 from leanclip.io.threads import in_threads
-from leanclip.preprocess.images import evaluation_pixels
+from leanclip.preprocess.images import Preprocess, evaluation_pixels
 from leanclip.weights import fingerprint
 
 log = logging.getLogger("leanclip")
@@ -169,7 +169,7 @@ def _make_shards(
     counted: dict[int, int] = {}
     _check_skipped(out, index, max_bad_share, counted, {})
     numbers = (number for shard in pending for number in _part(index, shard))
-    decoded = in_threads(_reader(source, clip.preprocess.resolution), numbers, workers, batch_size)
+    decoded = in_threads(_reader(source, clip.preprocess), numbers, workers, batch_size)
     with ProgressBar("embedding", sum(sizes.values()), completed=done, is_silent=rank > 0) as bar:
         for shard in pending:
             ids, skipped, rows = [], {}, []
@@ -327,12 +327,12 @@ def _part(index: Index, shard: int) -> range:
     return range(first, min(first + index.shard_size, index.images))
 
 
-def _reader(source: Source, resolution: int):
+def _reader(source: Source, preprocess: Preprocess):
     """What a thread does: an image's number and its pixels, or why there are none."""
 
     def read(_: int, number: int) -> tuple[int, np.ndarray | SampleError]:
         try:
-            return number, evaluation_pixels(source.path(number), resolution)
+            return number, evaluation_pixels(source.path(number), preprocess)
         except SampleError as error:
             return number, error
 

@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +30,7 @@ from leanclip.inference.exported import BACKENDS, FORMAT, INDEX, read_exported
 from leanclip.inference.model import Clip
 from leanclip.io.optional_imports import need
 from leanclip.model import CLIP
+from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
 
 LEAST_COSINE = 0.9999  # of features in float32, exported and not
@@ -140,7 +142,7 @@ class _Tower(nn.Module):
 
 def _facts(clip: Clip, to: str) -> dict[str, Any]:
     config, preprocess = clip.model.config, clip.preprocess
-    is_read_at_end = config.transformer_causal and config.transformer_pool == "argmax"
+    is_read_at_end = config.transformer_causal and config.transformer_pool in ("argmax", "eos")
     return {
         "format": FORMAT,
         "backend": to,
@@ -158,11 +160,9 @@ def _facts(clip: Clip, to: str) -> dict[str, Any]:
         },
         "logit_scale": clip.logit_scale,
         "preprocess": {
-            "resolution": preprocess.resolution,
-            "mean": preprocess.mean,
-            "std": preprocess.std,
-            "steps": "to RGB; short side to the resolution, bicubic, antialiased (Pillow's); the "
-            "square in the middle; divided by 255; minus mean, over std; channels first",
+            **asdict(preprocess),
+            "steps": f"to RGB; {_resize_words(preprocess)}; the square in the middle; divided by "
+            "255; minus mean, over std; channels first",
         },
         "tokenizer": {
             "kind": "CLIP's byte-pair encoding",
@@ -176,6 +176,21 @@ def _facts(clip: Clip, to: str) -> dict[str, Any]:
             "case; byte-pair encoding; start, ids, end, then pad",
         },
     }
+
+
+def _resize_words(preprocess: Preprocess) -> str:
+    """What is done before the crop, for who prepares images without leanclip."""
+    height, width = preprocess.sides
+    match preprocess.resize:
+        case "none":
+            return "not resized"
+        case "squash":
+            what = f"resized to {width} x {height} (width x height)"
+        case "longest":
+            what = f"long side to {height}, put on grey {preprocess.fill}"
+        case "shortest":
+            what = f"short side to {height}"
+    return f"{what}, {preprocess.interpolation}, antialiased (Pillow's)"
 
 
 def _write_towers(model: CLIP, folder: Path, facts: dict[str, Any]) -> None:

@@ -24,7 +24,6 @@ from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.optional_imports import need
 from leanclip.preprocess.images import Preprocess
-from leanclip.weights.native import triple
 
 INDEX = "clip.json"
 FORMAT = "leanclip-export"
@@ -105,9 +104,7 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
         open_tower = _onnx if there == "onnx" else _torch
         image, text = (_File(open_tower, path.resolve()) for path in files)
         model = Exported(facts, image, text, digest.digest())
-        given = facts["preprocess"]
-        resolution = int(given["resolution"])
-        preprocess = Preprocess(resolution, triple(given["mean"]), triple(given["std"]))
+        preprocess = Preprocess.from_dict(facts["preprocess"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise WeightsError(f"{folder}: no exported model: {error!r}") from None
     return model.eval(), preprocess

@@ -22,7 +22,7 @@ from leanclip.data.readers.image_files import find_images, suffix_of
 from leanclip.errors import DataError, SampleError
 from leanclip.io.download import fetch_bytes, is_url
 from leanclip.io.threads import in_threads
-from leanclip.preprocess.images import SUFFIXES, Source, evaluation_pixels
+from leanclip.preprocess.images import SUFFIXES, Preprocess, Source, evaluation_pixels
 
 log = logging.getLogger("leanclip")
 
@@ -68,7 +68,7 @@ def gather(images: ImageInputs) -> Images:
 
 def pixel_batches(
     sources: Iterable[ImageInput],
-    resolution: int,
+    preprocess: Preprocess,
     *,
     batch_size: int,
     workers: int | None = None,
@@ -78,7 +78,7 @@ def pixel_batches(
 
     Args:
         sources: images, one by one.
-        resolution: R.
+        preprocess: of the model.
         batch_size: the most of a batch.
         workers: threads that decode; 0: this one; None: one per CPU core, eight at most, among the
             processes of this machine.
@@ -92,7 +92,7 @@ def pixel_batches(
 
     def read(number: int, source: ImageInput) -> np.ndarray:
         try:
-            return evaluation_pixels(to_source(source, allow_urls=allow_urls), resolution)
+            return evaluation_pixels(to_source(source, allow_urls=allow_urls), preprocess)
         except SampleError as error:
             where = "" if isinstance(source, str | Path) else f"image {number}: "
             raise SampleError(error.kind, f"{where}{error}") from None

@@ -26,7 +26,12 @@ from leanclip.distributed.collectives import choose_device
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.evaluation import Calibration, build_classifier
 from leanclip.evaluation.classification import Prediction
-from leanclip.evaluation.features import encode_images, encode_texts, images_at_once
+from leanclip.evaluation.features import (
+    check_vocabulary,
+    encode_images,
+    encode_texts,
+    images_at_once,
+)
 from leanclip.inference.classifier import (
     Classifier,
     Ranked,
@@ -84,8 +89,10 @@ class Clip:
         """Token ids (B, L) of texts, L the model's context.
 
         Raises:
+            ConfigError: the model has another tokeniser.
             DataError: a text is over the context, and `truncate` is false.
         """
+        check_vocabulary(self.model)
         return tokenize(texts, self.model.context_length, truncate=truncate)
 
     @torch.no_grad()
@@ -321,7 +328,7 @@ class Clip:
         """
         for pixels in pixel_batches(
             gather(images).sources,
-            self.preprocess.resolution,
+            self.preprocess,
             batch_size=batch_size,
             workers=workers,
             allow_urls=self.allow_urls,
@@ -389,6 +396,8 @@ def load(
     if name not in DTYPES:
         raise ConfigError(f"dtype {name}: is not one of {', '.join(DTYPES)}")
     if is_exported(Path(source)):
+        if arch is not None:
+            raise ConfigError(f"{source}: was exported with its architecture; leave arch out")
         model, preprocess = read_exported(Path(source), backend)
         return Clip(cast(CLIP, model), preprocess, allow_urls)
     if backend is not None:
@@ -398,8 +407,8 @@ def load(
     if weights.model is None or weights.preprocess is None:
         raise WeightsError(
             f"{weights.source}: a {weights.dialect} without its architecture (the tensors do not "
-            f"tell the activation); say it with arch=, for example arch='ViT-B-32' (exact GELU) "
-            f"or arch='ViT-B-32-quickgelu' (OpenAI's)"
+            f"tell the activation); say it with arch= (--arch), for example arch='ViT-B-32' (exact "
+            f"GELU) or arch='ViT-B-32-quickgelu' (OpenAI's)"
         )
     check_shapes(weights, weights.model)
     # Where all values come from the file; of an architecture that was said some may be the model's.
@@ -407,10 +416,10 @@ def load(
         model = CLIP(**to_plain(weights.model))
     model = model.to(_device(device))
     load_into(model, weights, partial=partial)
-    if not 0 < weights.preprocess.resolution <= MOST_RESOLUTION:
+    most = max(weights.preprocess.resolution, *weights.preprocess.sides)
+    if most > MOST_RESOLUTION:
         raise WeightsError(
-            f"{weights.source}: images of {weights.preprocess.resolution} pixels a side, at most "
-            f"{MOST_RESOLUTION} are made"
+            f"{weights.source}: images of {most} pixels a side, at most {MOST_RESOLUTION} are made"
         )
     return Clip(model.to(DTYPES[name]).eval(), weights.preprocess, allow_urls)
 

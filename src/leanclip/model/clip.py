@@ -77,7 +77,7 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L), L up to the context length -> raw text features (B, E).
 
-        A causal tower that is read at the end token, which has the highest id, does not look
+        A causal tower that is read at the end token does not look
         at what stands after it: those columns can be cut off without a change to the features.
         Every other tower gets them back, as padding (id 0).
         """
@@ -142,6 +142,8 @@ class CLIP(nn.Module):
                 return tokens.argmax(dim=-1)
             case "first":
                 return torch.zeros_like(tokens[:, 0])
+            case "eos":
+                return (tokens == self.config.transformer_eos_id).int().argmax(dim=-1)
             case "last":
                 return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
 

@@ -226,6 +226,7 @@ class CLIP(nn.Module):
         vision_norm_after_pool: bool = False,
         transformer_mlp_ratio: float = 4.0,
         transformer_pool: str = "argmax",
+        transformer_eos_id: int | None = None,
         transformer_causal: bool = True,
         activation: str = "quick_gelu",
         pre_norm: bool = True,
@@ -235,6 +236,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.context_length, self.vocab_size = context_length, vocab_size
         self.transformer_pool, self.transformer_causal = transformer_pool, transformer_causal
+        self.transformer_eos_id = transformer_eos_id
         if isinstance(vision_layers, tuple | list):
             heads = vision_heads or vision_width * 32 // 64
             self.visual = ModifiedResNet(
@@ -330,6 +332,8 @@ class CLIP(nn.Module):
         match self.transformer_pool:
             case "argmax":
                 return text.argmax(dim=-1)
+            case "eos":
+                return (text == self.transformer_eos_id).int().argmax(dim=-1)
             case "first":
                 return torch.zeros_like(text[:, 0], dtype=torch.int64)
             case "last":

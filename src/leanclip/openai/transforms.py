@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, FILTERS, Preprocess, Rounding
 
 BICUBIC = Image.Resampling.BICUBIC
 _TENSOR_MODES = {Image.Resampling.BILINEAR: "bilinear", BICUBIC: "bicubic"}
@@ -75,9 +75,15 @@ class Resize:
 
 @dataclass
 class CenterCrop:
-    """The middle of an image, `size` or (height, width); what lies outside of it is black."""
+    """The middle of an image, `size` or (height, width); what lies outside of it is black.
+
+    Args:
+        size: in pixels.
+        rounding: where half a pixel goes: "even" as in torchvision, "down" as in transformers.
+    """
 
     size: int | Sequence[int]
+    rounding: Rounding = "even"
 
     def __post_init__(self) -> None:
         self.size = (self.size,) * 2 if isinstance(self.size, int) else tuple(self.size)
@@ -86,7 +92,10 @@ class CenterCrop:
         """A PIL image or a tensor (..., H, W), cropped."""
         assert not isinstance(self.size, int)
         (width, height), (rows, columns) = _size_of(image), self.size
-        left, top = round((width - columns) / 2), round((height - rows) / 2)
+        if self.rounding == "down":
+            left, top = (width - columns) // 2, (height - rows) // 2
+        else:
+            left, top = round((width - columns) / 2), round((height - rows) / 2)
         right, bottom = left + columns, top + rows
         if isinstance(image, torch.Tensor):
             return F.pad(image, (-left, right - width, -top, bottom - height))
@@ -146,10 +155,15 @@ def _transform(
 
 def steps_of(preprocess: Preprocess) -> Compose:
     """The transform of a model in OpenAI's steps; in one step where those cannot express it."""
-    resolution, mean, std = preprocess.resolution, preprocess.mean, preprocess.std
-    if preprocess != Preprocess(resolution, mean, std):
+    if preprocess.resize not in ("shortest", "squash") or preprocess.fill:
         return Compose([preprocess])
-    return _transform(resolution, mean, std)
+    steps = _transform(preprocess.resolution, preprocess.mean, preprocess.std)
+    size = preprocess.sides if preprocess.resize == "squash" else preprocess.sides[0]
+    steps.transforms[:2] = [
+        Resize(size, FILTERS[preprocess.interpolation]),
+        CenterCrop(preprocess.resolution, preprocess.rounding),
+    ]
+    return steps
 
 
 def _size_of(image: Any) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Images: bytes, a path or a PIL image -> (3, R, R) uint8, for evaluation and for training.
 
-    evaluation: source -> whole image -> short side to R -> middle -> uint8
+    evaluation: source -> whole image -> resized and cropped as `Preprocess` has it -> uint8
     training:   source -> random part -> R x R -> uint8
 
 Pixels stay uint8 until they are on the device; `normalize` makes them what a model reads.
@@ -10,8 +10,10 @@ Shapes: B batch, R resolution.
 
 import io
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from leanclip.preprocess.image_formats import FORMATS, SUFFIXES
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "FILTERS",
     "FORMATS",
     "MAX_PIXELS",
     "SUFFIXES",
@@ -32,12 +35,15 @@ __all__ = [
     "as_jpeg",
     "center_crop",
     "evaluation_pixels",
+    "fit",
     "image_to_show",
     "middle_square",
     "normalize",
     "open_image",
     "to_array",
     "training_pixels",
+    "triple",
+    "view",
     "warn_not_shown",
 ]
 
@@ -50,31 +56,117 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+FILTERS = {  # of Pillow, antialiased where an image shrinks; nearest takes one pixel
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+Resize = Literal["shortest", "longest", "squash", "none"]
+Rounding = Literal["even", "down"]
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """The evaluation transform of a model: `preprocess(image)` -> (3, R, R) float32.
 
-    `evaluation_pixels`, in [0, 1], minus mean, over standard deviation.
+    `evaluation_pixels`, in [0, 1], minus mean, over standard deviation. By default OpenAI's.
+
+    Args:
+        resolution: R.
+        mean: of red, green and blue in [0, 1].
+        std: likewise.
+        resize: shortest: the short side becomes `size`, longest: the long side, squash: both
+            sides, whatever the proportions; none: an image keeps its size.
+        size: in pixels, or (height, width) of a squash; None: the resolution.
+        interpolation: one of FILTERS.
+        rounding: of the crop's offset where the difference of the sides is odd: even: half to
+            even, as torchvision, OpenAI and open_clip; down: as transformers.
+        fill: the grey level, 0 to 255, around an image that is smaller than the crop.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     resolution: int = 224
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    resize: Resize = "shortest"
+    size: int | tuple[int, int] | None = None
+    interpolation: str = "bicubic"
+    rounding: Rounding = "even"
+    fill: int = 0
+
+    def __post_init__(self) -> None:
+        choices = {"resize": get_args(Resize), "rounding": get_args(Rounding)}
+        for name, known in (choices | {"interpolation": tuple(FILTERS)}).items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {known}")
+        is_pair = isinstance(self.size, tuple)
+        if is_pair and (self.resize != "squash" or len(self.sides) != 2):
+            raise ValueError(f"size: {self.size} goes with resize squash, as (height, width)")
+        if min(self.resolution, *self.sides) < 1 or not 0 <= self.fill <= 255:
+            raise ValueError(f"resolution, size or fill: out of range in {self}")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Height and width of a squash, or twice the side that is given."""
+        size = self.resolution if self.size is None else self.size
+        return size if isinstance(size, tuple) else (size, size)
 
     def __call__(self, source: Source) -> torch.Tensor:
-        """Read, crop and normalise one image.
+        """Read, resize, crop and normalise one image.
 
         Raises:
             SampleError: the image cannot be read.
         """
-        pixels = torch.from_numpy(evaluation_pixels(source, self.resolution))
+        pixels = torch.from_numpy(evaluation_pixels(source, self))
         return normalize(pixels[None], self.mean, self.std)[0]
+
+    def at(self, resolution: int) -> "Preprocess":
+        """The same view of an image at another resolution."""
+        sides = tuple(round(side * resolution / self.resolution) for side in self.sides)
+        size = None if self.size is None else sides[0] if isinstance(self.size, int) else sides
+        return replace(self, resolution=resolution, size=size)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
+        """What `dataclasses.asdict` gave, from JSON; what is not there has its default.
+
+        Raises:
+            KeyError: there is no resolution, mean or std.
+            TypeError: a value is of another kind.
+            ValueError: likewise, or it is out of range.
+        """
+        rest = {name: values[name] for name in _LATER_FIELDS if name in values}
+        if isinstance(rest.get("size"), list):
+            rest["size"] = tuple(map(int, rest["size"]))
+        return cls(int(values["resolution"]), triple(values["mean"]), triple(values["std"]), **rest)
+
+
+_LATER_FIELDS = ("resize", "size", "interpolation", "rounding", "fill")
+
+
+def triple(values: Any, name: str = "mean or std") -> tuple[float, float, float]:
+    """Three numbers of a JSON file, or one for all three of red, green and blue.
+
+    Raises:
+        ValueError: they are not.
+    """
+    try:
+        several = [values] * 3 if isinstance(values, int | float) else values
+        red, green, blue = (float(value) for value in several)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: {values!r} is not one number, or three") from None
+    return red, green, blue
 
 
 def evaluation_pixels(
-    source: Source, resolution: int, *, max_pixels: int = MAX_PIXELS
+    source: Source, preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """Short side to R by Pillow's antialiased bicubic, the square in the middle: (3, R, R) uint8.
+    """The whole image, resized by Pillow and cropped: (3, R, R) uint8.
 
     Equal to the bit to the transform of OpenAI's CLIP for upright 8-bit RGB and greyscale images
     (other kinds become RGB before the resize here, after it there; see decoding.py). For that it
@@ -84,7 +176,7 @@ def evaluation_pixels(
     Raises:
         SampleError: the image cannot be read, or is too long for its width.
     """
-    return to_array(center_crop(open_image(source, max_pixels=max_pixels), resolution))
+    return to_array(fit(open_image(source, max_pixels=max_pixels), preprocess))
 
 
 def training_pixels(
@@ -142,21 +234,63 @@ def decoding_factor(box: Box, resolution: int, spare: float = SPARE) -> int:
     return next((f for f in (8, 4, 2) if short >= f * spare * resolution), 1)
 
 
-def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Short side to `resolution` by antialiased bicubic, then the square in the middle.
+def fit(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """What a model sees of an RGB image, R x R: resized, then cropped or padded in the middle.
 
     Raises:
-        SampleError: the sides differ so much that the long one would be over MAX_LENGTH.
+        SampleError: the sides differ so much that the long one would be over MAX_LENGTH, or
+            nothing would be left of the short one.
     """
-    width, height = image.size
-    short = min(width, height)
-    size = (resolution * width // short, resolution * height // short)
-    if max(size) > MAX_LENGTH:
+    size = _resized_size(image.size, preprocess)
+    if not 0 < min(size) <= max(size) <= MAX_LENGTH:
+        width, height = image.size
         reason = f"an image of {width}x{height} pixels is too long for its other side"
         raise SampleError("too long image", reason)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (round((side - resolution) / 2) for side in size)
-    return image.crop((left, top, left + resolution, top + resolution))
+    if preprocess.resize != "none":
+        image = image.resize(size, FILTERS[preprocess.interpolation])
+    resolution = preprocess.resolution
+    left, top = (_offset(side, resolution, preprocess.rounding) for side in size)
+    if preprocess.fill and min(size) < resolution:
+        canvas = Image.new("RGB", (resolution, resolution), (preprocess.fill,) * 3)
+        canvas.paste(image, (-left, -top))
+        return canvas
+    return image.crop((left, top, left + resolution, top + resolution))  # black outside of it
+
+
+def _resized_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """Width and height after the resize."""
+    width, height = size
+    to_height, to_width = preprocess.sides
+    match preprocess.resize:
+        case "squash":
+            return to_width, to_height
+        case "shortest":  # rounded down, as torchvision and transformers
+            short = min(size)
+            return to_width * width // short, to_width * height // short
+        case "longest":  # rounded to even, as open_clip
+            ratio = max(width / to_width, height / to_width)
+            return round(width / ratio), round(height / ratio)
+        case "none":
+            return size
+
+
+def _offset(side: int, crop: int, rounding: Rounding) -> int:
+    """Where a crop begins in a side; negative: so many pixels are put before it."""
+    if rounding == "down":
+        return (side - crop) // 2
+    return round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
+
+
+def view(image: Image.Image, preprocess: Preprocess, side: int) -> Image.Image:
+    """What a model sees of an RGB image, for people, at another resolution."""
+    if preprocess.resize == "none":
+        return fit(image, preprocess).resize((side, side), FILTERS["bicubic"])
+    return fit(image, preprocess.at(side))
+
+
+def center_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """As `fit`, by OpenAI's transform: short side to R, then the square in the middle."""
+    return fit(image, Preprocess(resolution))
 
 
 def image_to_show(source: Source) -> Image.Image | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from leanclip.evaluation.classification import Prediction
-from leanclip.preprocess.images import Source, middle_square, open_image
+from leanclip.preprocess.images import Preprocess, Source, open_image, view
 from leanclip.report.plots import new_figure, saved, words
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ def heat_maps(
     maps: np.ndarray,
     titles: Sequence[str],
     path: Path | None = None,
+    *,
+    preprocess: Preprocess | None = None,
 ) -> "Figure":
-    """Each image, cut to the square that the model saw, under its map of (N, h, w)."""
+    """Each image, as a model with `preprocess` saw it, under its map of (N, h, w)."""
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     figure = new_figure(2.6 * columns, 2.9 * rows)
@@ -60,7 +62,7 @@ def heat_maps(
         axes.axis("off")
     for axes, image, heat, title in zip(grid, images, maps, titles, strict=False):
         seen = open_image(image)
-        seen = seen.crop(middle_square(seen))
+        seen = view(seen, preprocess or Preprocess(), min(seen.size))
         axes.imshow(seen)
         extent = (-0.5, seen.width - 0.5, seen.height - 0.5, -0.5)
         axes.imshow(heat, cmap="jet", alpha=0.45, interpolation="bilinear", extent=extent)

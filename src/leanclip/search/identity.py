@@ -9,6 +9,7 @@ from typing import Any
 
 from leanclip.errors import ConfigError
 from leanclip.inference.model import Clip
+from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import merges
 from leanclip.weights import fingerprint
 
@@ -24,7 +25,7 @@ def identity(clip: Clip) -> dict[str, Any]:
     words = [merges(), clip.model.context_length]
     return {
         "weights": fingerprint(clip.model.state_dict()),
-        "preprocess": _hash(asdict(clip.preprocess)),
+        "preprocess": _hash(_described(clip.preprocess)),
         "tokenizer": _hash(words),
         "embed_dim": clip.model.config.embed_dim,
     }
@@ -43,6 +44,16 @@ def check_model(there: Mapping[str, Any], here: Mapping[str, Any], path: Path) -
             f"{path}: is of another model{source}: {', '.join(differing)} differ; give that one, "
             f"or build another index"
         )
+
+
+def _described(preprocess: Preprocess) -> dict[str, Any]:
+    """Its fields; of those that came after the first indexes, what differs from the default."""
+    default, always = Preprocess(), ("resolution", "mean", "std")
+    return {
+        name: value
+        for name, value in asdict(preprocess).items()
+        if name in always or value != getattr(default, name)
+    }
 
 
 def _hash(value: object) -> str:

@@ -26,7 +26,7 @@ from leanclip.errors import ConfigError, DataError, SampleError, escaped
 from leanclip.inference.embeddings import index_file, read_index, shards_of
 from leanclip.io.files import LFS_POINTER, is_lfs_file, read_facts
 from leanclip.preprocess.decoding import open_regular, refusing
-from leanclip.preprocess.images import evaluation_pixels
+from leanclip.preprocess.images import Preprocess, evaluation_pixels
 from leanclip.search.filters import absolute
 from leanclip.search.items import Entry
 
@@ -101,7 +101,7 @@ class Found(NamedTuple):
 def read(
     entry: Entry,
     features: np.ndarray | None,
-    resolution: int,
+    preprocess: Preprocess,
     is_known: Callable[[bytes], bool],
 ) -> Found:
     """Read an image's content and caption, and its pixels unless features are there or known.
@@ -114,7 +114,7 @@ def read(
     content = read_bytes(entry.path, entry.shard, entry.start, entry.size)
     digest = hashlib.sha256(content).digest()
     is_needed = features is None and not is_known(digest)
-    pixels = evaluation_pixels(content, resolution) if is_needed else None
+    pixels = evaluation_pixels(content, preprocess) if is_needed else None
     return Found(with_caption(entry), digest, features, pixels)
 
 

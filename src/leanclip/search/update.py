@@ -74,11 +74,11 @@ class Update:
         """Bring the index to what is there."""
         listings = [source.entries() for source in sources]
         total = sum(count for count, _ in listings)
-        resolution = self.clip.preprocess.resolution
+        preprocess = self.clip.preprocess
 
         def work(_: int, one: tuple[Entry, np.ndarray | None]) -> Found | tuple[str, SampleError]:
             try:
-                return read(*one, resolution, self._is_known)
+                return read(*one, preprocess, self._is_known)
             except SampleError as error:
                 return one[0].path, error
 

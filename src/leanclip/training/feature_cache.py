@@ -12,7 +12,7 @@ Shapes: n rows of a block, N all rows, L tokens, E embedding.
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +101,9 @@ def freeze(
     frozen = Frozen()
     for tower in frozen_towers(config, dataset):
         path, is_first = folder / tower, rank_and_world_size()[0] == 0
-        store = _Store(path, _about(model, config, dataset, tower)) if is_first else None
+        store = (
+            _Store(path, _about(model, config, dataset, preprocess, tower)) if is_first else None
+        )
         blocks = _sample_blocks(0, dataset.distinct) if tower == "image" else _text_blocks(dataset)
         _compute(model, config, dataset, preprocess, tower, blocks, store)
         barrier()
@@ -148,7 +150,7 @@ def _compute(
         dataset,
         config.data,
         [block for block in mine if isinstance(block, range)],
-        resolution=preprocess.resolution,
+        preprocess=preprocess,
         context_length=model.context_length,
         undecoded=None if tower == "image" else {},
     )
@@ -245,7 +247,9 @@ def _digests(tokens: torch.Tensor) -> np.ndarray:
     return np.frombuffer(b"".join(found), np.uint64)
 
 
-def _about(model: CLIP, config: Config, dataset: Dataset, tower: str) -> dict[str, object]:
+def _about(
+    model: CLIP, config: Config, dataset: Dataset, preprocess: Preprocess, tower: str
+) -> dict[str, object]:
     """What the features follow from."""
     weights = sha256()
     for name, tensor in model.state_dict().items():
@@ -259,6 +263,7 @@ def _about(model: CLIP, config: Config, dataset: Dataset, tower: str) -> dict[st
         "weights": weights.hexdigest(),
         "model": to_plain(config.model),
         "data": data,
+        "preprocess": asdict(preprocess),
         "samples": dataset.distinct,
         "precision": config.train.precision,
         "block": BLOCK,

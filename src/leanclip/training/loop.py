@@ -242,7 +242,7 @@ def _stream(
     return training_batches(
         plan.dataset,
         config.data,
-        resolution=config.model.image_resolution,
+        preprocess=plan.preprocess,
         context_length=config.model.context_length,
         truncate=config.train.truncate_captions,
         batch_size=plan.batch_size,

@@ -3,7 +3,8 @@
 Config, device -> make_plan -> Plan -> describe (for --dry-run), headline, train
 """
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from leanclip.data.formats.mixture import Mixture
 from leanclip.data.splits import split_in_use
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.distributed.wrap_model import checkpoint_activations
-from leanclip.errors import ConfigError
+from leanclip.errors import ConfigError, WeightsError
 from leanclip.evaluation import METRICS, Task, open_guard, open_tasks
 from leanclip.losses import KEPT, TILE, Kind
 from leanclip.model import CLIP
@@ -28,6 +29,7 @@ from leanclip.training.feature_cache import frozen_towers
 from leanclip.training.finetune import Tuning
 from leanclip.training.optimizer import scaled_learning_rate
 from leanclip.training.tracking import check_tracker
+from leanclip.weights import read_preprocess
 
 SHOWN_CLASSES = 5  # of a data set, in a run's first lines
 
@@ -158,8 +160,30 @@ def _loss(config: Config, dataset: Dataset) -> Kind:
 
 
 def model_preprocess(config: Config) -> Preprocess:
-    """The evaluation transform of the model that a configuration describes."""
-    return Preprocess(config.model.image_resolution, config.data.mean, config.data.std)
+    """The evaluation transform of the model that a configuration describes.
+
+    What `data.resize` and `data.interpolation` leave open is as in the run that goes on, else as
+    in the weights that are loaded, else as OpenAI's.
+    """
+    data, resolution = config.data, config.model.image_resolution
+    stored = _stored_preprocess(config)
+    base = Preprocess(resolution) if stored is None else stored.at(resolution)
+    if data.resize is not None and data.resize != base.resize:
+        base = Preprocess(resolution, interpolation=base.interpolation, resize=data.resize)
+    return replace(
+        base,
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation or base.interpolation,
+    )
+
+
+def _stored_preprocess(config: Config) -> Preprocess | None:
+    """Of the newest checkpoint that says it, else of the weights to load."""
+    for path in sorted(Path(config.output_dir).glob("checkpoints/step-*"), reverse=True):
+        with suppress(WeightsError):  # one that is damaged is not gone on from either
+            return read_preprocess(path)
+    return None if config.load is None else read_preprocess(config.load)
 
 
 def headline(plan: Plan) -> str:

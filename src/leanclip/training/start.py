@@ -81,7 +81,11 @@ def check_same_plan(plan: Plan) -> None:
     data |= {"evaluate.guard": plan.guard.dataset} if plan.guard else {}
     facts: dict[str, object] = {f"samples of {name}": len(one) for name, one in data.items()}
     facts |= {f"classes of {name} (digest)": _classes(one) for name, one in data.items()}
-    facts |= {"steps": plan.steps, "weights with --load": plan.config.load is not None}
+    facts |= {
+        "preprocessing": str(plan.preprocess),
+        "steps": plan.steps,
+        "weights with --load": plan.config.load is not None,
+    }
     plans: list[tuple[Config, dict[str, object]]] = everyones((plan.config, facts))
     config, first = plans[0]
     for rank, (other, found) in enumerate(plans):

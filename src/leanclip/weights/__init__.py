@@ -7,7 +7,7 @@ from leanclip.weights.convert import DIALECTS, write_weights
 from leanclip.weights.fingerprint import fingerprint
 from leanclip.weights.interpolate import interpolate
 from leanclip.weights.native import SHARDS, describe_weights, save_weights
-from leanclip.weights.read import read_architecture, read_weights
+from leanclip.weights.read import read_architecture, read_preprocess, read_weights
 from leanclip.weights.weights import Weights, infer_architecture, load_into
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "interpolate",
     "load_into",
     "read_architecture",
+    "read_preprocess",
     "read_weights",
     "save_weights",
     "write_weights",

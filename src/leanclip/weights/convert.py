@@ -1,10 +1,15 @@
 """Write weights in any dialect that can hold them: `leanclip convert SRC DST --to DIALECT`."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 from leanclip.errors import WeightsError
+from leanclip.preprocess.images import Preprocess
 from leanclip.weights import huggingface, native, open_clip, openai, passl
-from leanclip.weights.weights import Weights, check_shapes
+from leanclip.weights.weights import Weights, check_fits
+
+log = logging.getLogger("leanclip")
 
 DIALECTS = ("leanclip", "openai", "open_clip", "hf", "passl")
 
@@ -33,7 +38,15 @@ def write_weights(
             f"{weights.source}: does not say its architecture; say it with --arch (a preset's "
             f"name, or a JSON or YAML file)"
         )
-    check_shapes(weights, model)
+    check_fits(weights, model, is_exact=True)
+    if is_file and not _is_openais(preprocess, model.image_resolution):
+        log.warning(
+            "%s: %s's files do not hold how images are prepared; whoever loads %s must know: %s",
+            weights.source,
+            dialect,
+            destination,
+            preprocess,
+        )
     if is_file:
         destination.parent.mkdir(parents=True, exist_ok=True)
     match dialect:
@@ -49,3 +62,8 @@ def write_weights(
             huggingface.write(destination, weights, model, preprocess)
         case "passl":
             passl.write(destination, weights, model)
+
+
+def _is_openais(preprocess: Preprocess, resolution: int) -> bool:
+    """Whether images are prepared as OpenAI's are, but for a pixel of the crop's place."""
+    return replace(preprocess, rounding="even") == Preprocess(resolution)

@@ -28,9 +28,11 @@ OPENAI_FILES = {
     "ViT-L-14-336px.pt",
 }
 _HUB_ID = re.compile(r"(hf-hub:)?([\w.-]+/[\w.-]+)")
-# At the top of a repository; the second only where the first brings no weights.
-_SAFE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
-_SAFE += ("model*.safetensors*", "open_clip_model.safetensors")
+# At the top of a repository; pickles only where there are no other weights.
+_SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json")
+_SETTINGS += ("open_clip_config.json", "tokenizer_config.json", "vocab.json")
+_SETTINGS += ("tokenizer.json", "added_tokens.json", "vocab.txt", "*.model")
+_SAFE = ("model*.safetensors*", "open_clip_model.safetensors")
 _PICKLED = ("pytorch_model*.bin*", "open_clip_pytorch_model.bin")
 
 
@@ -45,10 +47,27 @@ def locate(source: str | Path) -> Path:
         return path
     if name in OPENAI_FILES:
         return fetch_openai(OPENAI_FILES[name])
-    match = _HUB_ID.fullmatch(name)
-    if match and (match[1] or not path.suffix):
-        return _fetch_hub(match[2])
+    if (repository := _repository(name)) is not None:
+        return _fetch_hub(repository)
     raise WeightsError(f"{source}: no such file")
+
+
+def locate_settings(source: str | Path) -> Path | None:
+    """The folder of a source's JSON files, of a hub id without its weights; None: it has none.
+
+    Raises:
+        WeightsError: the hub does not give them.
+    """
+    path, repository = Path(source), _repository(str(source))
+    if path.exists() or str(source) in OPENAI_FILES or repository is None:
+        return path if path.is_dir() else None
+    return _fetch_hub(repository, weights=False)
+
+
+def _repository(name: str) -> str | None:
+    """What a hub id names."""
+    match = _HUB_ID.fullmatch(name)
+    return match[2] if match and (match[1] or not Path(name).suffix) else None
 
 
 def fetch_openai(file: str, folder: Path | None = None, base: str | None = None) -> Path:
@@ -79,14 +98,15 @@ def fetch_openai(file: str, folder: Path | None = None, base: str | None = None)
             raise WeightsError(f"{name}: {error}") from None
 
 
-def _fetch_hub(repository: str) -> Path:
+def _fetch_hub(repository: str, *, weights: bool = True) -> Path:
     """A snapshot of a repository through huggingface_hub, its cache and its offline mode."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     what = f"{repository}: no such file, and fetching it from the hub"
     hub = need("huggingface_hub", what, extra="hub", error=WeightsError)
     try:
-        folder = Path(hub.snapshot_download(repository, allow_patterns=list(_SAFE)))
-        if not any(folder.glob("*.safetensors")):
+        patterns = _SETTINGS + (_SAFE if weights else ())
+        folder = Path(hub.snapshot_download(repository, allow_patterns=list(patterns)))
+        if weights and not any(folder.glob("*.safetensors")):
             folder = Path(hub.snapshot_download(repository, allow_patterns=list(_PICKLED)))
         return folder
     except Exception as error:  # it raises errors of its own, of requests and of the file system

@@ -14,14 +14,17 @@ from safetensors.torch import save_file
 from leanclip.config.schema import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess
-from leanclip.preprocess.tokenizer import END, START, merges, vocabulary
-from leanclip.weights.formats import read_safetensors
-from leanclip.weights.native import triple
-from leanclip.weights.state_dict import read_json, read_torch
-from leanclip.weights.weights import Weights, mlp_ratio
+from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
+from leanclip.weights.processor import read_processor, to_values
+from leanclip.weights.state_dict import find_file, read_json, read_state_dict
+from leanclip.weights.weights import Weights, mlp_ratio, square_side
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+FILES = ("model.safetensors", "pytorch_model.bin")  # or an index of shards of such a name
+
+_OTHER_TOKENIZERS = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 _NAMES = {  # ours -> theirs; blocks apart
     "logit_scale": "logit_scale",
@@ -56,10 +59,22 @@ def read_folder(folder: Path, facts: dict[str, Any], arch: ModelConfig | None) -
     Raises:
         WeightsError: a file is missing or damaged, or the architecture is not CLIPModel's.
     """
-    theirs, others = _read_files(folder)
+    file = find_file(folder, FILES)
+    if file is None:
+        raise WeightsError(f"{folder}: has config.json, but none of {', '.join(FILES)}")
+    theirs, others = read_state_dict(file)
+    check_tokenizer(folder)
     model = arch or _architecture(folder, facts)
+    notes = ()
+    if model.transformer_eos_id not in (None, END) and model.vocab_size >= VOCAB_SIZE:
+        notes = (
+            f"its eos_token_id is {model.transformer_eos_id}, CLIP's tokeniser ends texts with "
+            f"{END}: they are all read at their first token, as in transformers",
+        )
     tensors = to_openai(folder, theirs)
-    return Weights(folder, "hf", tensors, model, _preprocess(folder, model), others=others)
+    own = None if arch else model.image_resolution  # another one's images are fitted to it
+    preprocess = read_processor(folder, own) or Preprocess(model.image_resolution, rounding="down")
+    return Weights(folder, "hf", tensors, model, preprocess, notes=notes, others=others)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
@@ -71,11 +86,19 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     if not isinstance(model.vision_layers, int):
         raise WeightsError(f"{weights.source}: Hugging Face's CLIPModel cannot hold a ResNet")
     default = ModelConfig.model_fields
-    for name in ("pre_norm", "patch_bias", "vision_pool", "transformer_pool", "transformer_causal"):
+    if model.transformer_pool not in ("argmax", "eos"):
+        raise WeightsError(
+            f"{weights.source}: CLIPModel cannot hold transformer_pool: {model.transformer_pool}"
+        )
+    for name in ("pre_norm", "patch_bias", "vision_pool", "transformer_causal"):
         if getattr(model, name) != default[name].default:
             raise WeightsError(
                 f"{weights.source}: CLIPModel cannot hold {name}: {getattr(model, name)}"
             )
+    try:
+        processor = to_values(preprocess)
+    except ValueError as error:
+        raise WeightsError(f"{weights.source}: CLIPImageProcessor has no {error}") from None
     try:
         tensors = _from_openai(weights.tensors)
     except KeyError as error:
@@ -84,7 +107,8 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     files = {
         "config.json": _config(model, next(iter(tensors.values())).dtype),
-        "preprocessor_config.json": _processor(preprocess),
+        "processor_config.json": {"image_processor": processor, "processor_class": "CLIPProcessor"},
+        "preprocessor_config.json": processor,  # for transformers before 5
         "vocab.json": vocabulary(),
         "tokenizer_config.json": _tokenizer(model),
         "special_tokens_map.json": _special_tokens(),
@@ -94,21 +118,46 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     (folder / "merges.txt").write_text("\n".join(("#version: 0.2", *merges())) + "\n")
 
 
-def _read_files(folder: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The tensors of one file, or of the several that an index names."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
-        index = folder / f"{name}.index.json"
+def check_tokenizer(folder: Path) -> None:
+    """See that a folder's tokeniser, where it has one, is CLIP's.
+
+    Raises:
+        WeightsError: it is another, whose texts would have other ids; names the file.
+    """
+    refused = "is not CLIP's; leanclip has no other tokeniser yet"
+    for name in _OTHER_TOKENIZERS:
         if (folder / name).is_file():
-            tensors, others = read(folder / name)
-            return tensors, tuple(others) if read is read_torch else ()
-        if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            for shard in shards:
-                if not isinstance(shard, str) or Path(shard).name != shard:
-                    raise WeightsError(f"{index}: {shard!r} is not the name of a file beside it")
-            parts = [read(folder / shard)[0] for shard in shards]
-            return {name: tensor for part in parts for name, tensor in part.items()}, ()
-    raise WeightsError(f"{folder}: has config.json, but no model.safetensors or pytorch_model.bin")
+            raise WeightsError(f"{folder / name}: this tokeniser {refused}")
+    path = folder / "tokenizer_config.json"
+    kind = read_json(path).get("tokenizer_class") if path.is_file() else None
+    if kind not in (None, "CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast"):
+        raise WeightsError(f"{path}: tokenizer_class {kind} {refused}")
+    known, path = vocabulary(), folder / "vocab.json"
+    if path.is_file() and read_json(path) != known:
+        raise WeightsError(f"{path}: this vocabulary {refused}")
+    path = folder / "tokenizer.json"
+    values = read_json(path) if path.is_file() else {}
+    model = values.get("model") or {}
+    if values and model.get("vocab") != known:
+        raise WeightsError(f"{path}: this vocabulary {refused}")
+    pairs = [" ".join(m) if isinstance(m, list) else m for m in model.get("merges") or ()]
+    if values and not _are_clips(pairs):
+        raise WeightsError(f"{path}: these merges are of a tokeniser that {refused}")
+    path = folder / "merges.txt"
+    if path.is_file() and not _are_clips(path.read_text(encoding="utf-8").split("\n")[1:]):
+        raise WeightsError(f"{path}: these merges are of a tokeniser that {refused}")
+    path = folder / "tokenizer.json"
+    added = {one.get("content"): one.get("id") for one in values.get("added_tokens") or ()}
+    path = path if added else folder / "added_tokens.json"
+    added |= read_json(path) if path.name == "added_tokens.json" and path.is_file() else {}
+    if more := [word for word, id_ in added.items() if known.get(word) != id_]:
+        raise WeightsError(f"{path}: it adds {', '.join(map(repr, more[:3]))}, so the tokeniser "
+                           f"{refused}")  # fmt: skip
+
+
+def _are_clips(found: list[str]) -> bool:
+    """Whether these merges begin with CLIP's, which are all that its vocabulary can use."""
+    return found[: len(merges())] == merges()
 
 
 def to_openai(source: Path, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -169,56 +218,61 @@ def _our_name(name: str) -> str | None:
     return None
 
 
-def _architecture(folder: Path, facts: dict[str, Any]) -> ModelConfig:
+def _architecture(folder: Path, values: dict[str, Any]) -> ModelConfig:
     where = folder / "config.json"
     try:
-        vision, text = facts["vision_config"], facts["text_config"]
+        vision, text = (_section(values, name) for name in ("vision_config", "text_config"))
         activations = {vision.get("hidden_act", "quick_gelu"), text.get("hidden_act", "quick_gelu")}
         if len(activations) != 1 or not activations <= ACTIVATIONS.keys():
-            raise WeightsError(f"{where}: hidden_act {sorted(activations)} is not supported")
+            raise ValueError(f"hidden_act: {sorted(activations)} is not supported")
         for section in (vision, text):
             if section.get("layer_norm_eps", 1e-5) != 1e-5:
-                raise WeightsError(f"{where}: layer_norm_eps must be 1e-5")
+                raise ValueError("layer_norm_eps: must be 1e-5")
+        if vision.get("num_channels", 3) != 3:
+            raise ValueError(f"num_channels: {vision['num_channels']} is not supported")
         vision_width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
         arch = {
-            "embed_dim": facts.get("projection_dim", 512),
-            "image_resolution": vision.get("image_size", 224),
+            "embed_dim": values.get("projection_dim", 512),
+            "image_resolution": square_side("image_size", vision.get("image_size", 224)),
             "vision_layers": vision.get("num_hidden_layers", 12),
             "vision_width": vision_width,
             "vision_heads": vision.get("num_attention_heads", 12),
-            "vision_patch_size": vision.get("patch_size", 32),
+            "vision_patch_size": square_side("patch_size", vision.get("patch_size", 32)),
             "vision_mlp_ratio": mlp_ratio(vision_width, vision.get("intermediate_size", 3072)),
             "context_length": text.get("max_position_embeddings", 77),
-            "vocab_size": text.get("vocab_size", 49408),
+            "vocab_size": text.get("vocab_size", VOCAB_SIZE),
             "transformer_width": text_width,
             "transformer_heads": text.get("num_attention_heads", 8),
             "transformer_layers": text.get("num_hidden_layers", 12),
             "transformer_mlp_ratio": mlp_ratio(text_width, text.get("intermediate_size", 2048)),
             "activation": ACTIVATIONS[activations.pop()],
+            **_text_pool(text),
         }
-        return parse(ModelConfig, arch, where=str(where))
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError, ConfigError) as error:
+        return parse(ModelConfig, arch, where="model")
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise WeightsError(f"{where}: not CLIPModel's: {error}") from None
+    except ConfigError as error:
         raise WeightsError(f"{where}: not CLIPModel's: {error}") from None
 
 
-def _preprocess(folder: Path, model: ModelConfig) -> Preprocess | None:
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return None
-    facts = read_json(path)
-    try:
-        size, crop = facts.get("size", model.image_resolution), facts.get("crop_size")
-        size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
-        crop = crop.get("height") if isinstance(crop, dict) else crop
-        mean, std = facts.get("image_mean", CLIP_MEAN), facts.get("image_std", CLIP_STD)
-        for name, only in (("do_center_crop", True), ("do_normalize", True), ("resample", 3)):
-            if facts.get(name, only) != only:
-                raise WeightsError(f"{path}: {name}: {facts[name]} is not supported")
-        if size != (crop or size):
-            raise WeightsError(f"{path}: resizes to {size} and crops to {crop}: not supported")
-        return Preprocess(int(str(size)), triple(mean), triple(std))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{path}: cannot be read: {error}") from None
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A tower's settings: of `NAME_dict`, an older form, where it is there.
+
+    As in transformers 5 even a field that it leaves out then has its default, whatever `NAME`
+    says.
+    """
+    older = values.get(f"{name}_dict")
+    return dict((values.get(name) or {}) if older is None else older)
+
+
+def _text_pool(text: dict[str, Any]) -> dict[str, Any]:
+    """Where the text is read: at the first `eos_token_id`; 2 stands for the highest id."""
+    end = text.get("eos_token_id", END)
+    if type(end) is not int:
+        raise ValueError(f"text_config.eos_token_id: {end!r} is not a token id")
+    if end in (2, text.get("vocab_size", VOCAB_SIZE) - 1):  # the last id is the highest
+        return {"transformer_pool": "argmax"}
+    return {"transformer_pool": "eos", "transformer_eos_id": end}
 
 
 def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -241,7 +295,7 @@ def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
             "num_attention_heads": model.transformer_heads,
             "max_position_embeddings": model.context_length,
             "bos_token_id": model.vocab_size - 2,
-            "eos_token_id": model.vocab_size - 1,
+            "eos_token_id": _eos_token_id(model),
             "pad_token_id": 0,
         },
         "vision_config": both
@@ -258,22 +312,11 @@ def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _processor(preprocess: Preprocess) -> dict[str, Any]:
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "CLIPProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": preprocess.resolution},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": preprocess.resolution, "width": preprocess.resolution},
-        "do_convert_rgb": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocess.mean),
-        "image_std": list(preprocess.std),
-    }
+def _eos_token_id(model: ModelConfig) -> int:
+    """What makes CLIPModel read a text where the model does; 2: at the highest id."""
+    if model.transformer_eos_id is not None:
+        return model.transformer_eos_id
+    return END if model.vocab_size == VOCAB_SIZE else 2
 
 
 def _special_tokens() -> dict[str, str]:

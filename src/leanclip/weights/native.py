@@ -5,7 +5,7 @@ preprocessing, the tokeniser, where the weights came from, and the SHA-256 of th
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,17 +74,21 @@ def read_folder(folder: Path, facts: dict, arch: ModelConfig | None) -> Weights:
             f"{folder}: its weights are in shards; merge them with: leanclip merge {folder} OUT"
         )
     tensors, _ = read_safetensors(folder / "model.safetensors")
+    preprocess = read_preprocess(folder, facts)
     try:
         model = arch or parse(ModelConfig, facts["model"], where="model")
-        given = facts["preprocess"]
-        resolution = int(given["resolution"])
-        preprocess = Preprocess(resolution, triple(given["mean"]), triple(given["std"]))
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise WeightsError(f"{folder / 'config.json'}: cannot be read: {error!r}") from None
     return Weights(folder, "leanclip", tensors, model, preprocess)
 
 
-def triple(values: Sequence[float]) -> tuple[float, float, float]:
-    """Three numbers of a JSON file, for red, green and blue."""
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+def read_preprocess(folder: Path, facts: dict) -> Preprocess:
+    """The preprocessing of a folder whose config.json holds `facts`.
+
+    Raises:
+        WeightsError: it is missing or damaged.
+    """
+    try:
+        return Preprocess.from_dict(facts["preprocess"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder / 'config.json'}: cannot be read: {error!r}") from None

@@ -13,16 +13,14 @@ from safetensors.torch import save_file
 from leanclip.config.schema import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess
-from leanclip.weights.formats import read_safetensors
-from leanclip.weights.native import triple
-from leanclip.weights.state_dict import read_json, read_torch
-from leanclip.weights.weights import Weights
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, triple
+from leanclip.weights.state_dict import find_file, read_json, read_state_dict
+from leanclip.weights.weights import Weights, square_side
 
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-_VISION = {  # theirs -> ours; what is not named here must have its default below
+_VISION = {  # theirs -> ours
     "layers": "vision_layers",
     "width": "vision_width",
     "patch_size": "vision_patch_size",
@@ -40,21 +38,72 @@ _TEXT = {
     "mlp_ratio": "transformer_mlp_ratio",
     "pool_type": "transformer_pool",
 }
-_HARMLESS = {"patch_dropout", "no_ln_pre", "no_causal_mask", "head_width", "act_kwargs"}
-_DEFAULTS = {  # of settings that leanclip has no other choice for
-    "ls_init_value": None,
-    "attentional_pool": False,
-    "input_patchnorm": False,
-    "timm_model_name": None,
-    "hf_model_name": None,
-    "pos_embed_type": "learnable",
-    "output_tokens": False,
-    "embed_cls": False,
-    "proj_bias": False,
-    "proj_type": "linear",
-    "pad_id": 0,
-    "norm_kwargs": None,
+_DEFAULTS: dict[str, dict[str, Any]] = {  # open_clip's, of what a section leaves out
+    "vision_cfg": {
+        "layers": 12,
+        "width": 768,
+        "head_width": 64,
+        "patch_size": 16,
+        "image_size": 224,
+        "no_ln_pre": False,
+        "act_kwargs": None,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 512,
+        "heads": 8,
+        "layers": 12,
+        "no_causal_mask": False,
+        "eos_id": 2,
+        "act_kwargs": None,
+    },
 }
+_BLOCK = {  # of a tower's blocks, in later versions
+    "block_type": (None,),
+    "qk_norm": (False,),
+    "scaled_cosine_attn": (False,),
+    "scale_heads": (False,),
+    "scale_attn_inner": (False,),
+    "scale_attn": (False,),
+    "scale_fc": (False,),
+    "ls_init_value": (None,),
+    "norm_kwargs": (None, {}, {"eps": 1e-5}),
+}
+_ONLY: dict[str, dict[str, tuple]] = {  # what leanclip has no other choice for: no effect
+    "vision_cfg": _BLOCK
+    | {
+        "attentional_pool": (False,),
+        "input_patchnorm": (False,),
+        "global_average_pool": (False,),
+        "pos_embed_type": (None, "learnable"),
+        "timm_model_name": (None, ""),
+    },
+    "text_cfg": _BLOCK
+    | {
+        "hf_model_name": (None, ""),
+        "hf_tokenizer_name": (None, ""),
+        "tokenizer_mode": (None, "clip"),
+        "tokenizer_kwargs": (None, {}, {"clean": "lower"}),
+        "embed_cls": (False,),
+        "pad_id": (0,),
+        "use_pad_mask": (False,),
+        "ln_post_emb": (False,),
+        "final_ln_after_pool": (False,),
+        "proj_bias": (False,),
+        "proj_type": (None, "linear"),
+    },
+    "model_cfg": {"multimodal_cfg": (None,)},
+}
+_UNUSED = {  # of training, of Python's side, or of a tower that is not there
+    "vision_cfg": "patch_dropout output_tokens attn_pooler_queries attn_pooler_heads n_queries "
+    "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path",
+    "text_cfg": "output_tokens hf_model_pretrained hf_proj_type hf_pooler_type hf_model_config",
+    "model_cfg": "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale "
+    "init_logit_bias nonscalar_logit_scale cast_dtype output_dict",
+}
+
+_PREPROCESS = {"resize": "resize_mode", "interpolation": "interpolation", "fill": "fill_color"}
 
 
 def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
@@ -66,16 +115,25 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     """
     facts = read_json(folder / CONFIG)
     model = arch or _architecture(folder / CONFIG, facts.get("model_cfg"))
-    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    file = find_file(folder, FILES)
     if file is None:
         raise WeightsError(f"{folder}: has {CONFIG}, but none of {', '.join(FILES)}")
-    others: tuple[str, ...] = ()
-    if file.suffix == ".safetensors":
-        tensors, _ = read_safetensors(file)
-    else:
-        tensors, others = read_torch(file)
-    preprocess = _preprocess(folder / CONFIG, facts.get("preprocess_cfg") or {}, model)
+    tensors, others = read_state_dict(file)
+    preprocess = _preprocess(folder / CONFIG, facts.get("preprocess_cfg"), model)
     return Weights(folder, "open_clip", flat_text(tensors), model, preprocess, others=others)
+
+
+def read_preprocess(folder: Path) -> Preprocess:
+    """The preprocessing of a folder that holds `open_clip_config.json`.
+
+    Raises:
+        WeightsError: it is damaged, or not open_clip's.
+    """
+    path = folder / CONFIG
+    facts = read_json(path)
+    return _preprocess(
+        path, facts.get("preprocess_cfg"), _architecture(path, facts.get("model_cfg"))
+    )
 
 
 def flat_text(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -95,6 +153,7 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     """
     if model.patch_bias:
         raise WeightsError(f"{weights.source}: open_clip has no bias in its patch embedding")
+    preprocess_cfg = _preprocess_cfg(weights.source, preprocess)
     folder.mkdir(parents=True, exist_ok=True)
     vision: dict[str, Any] = {
         theirs: getattr(model, ours)
@@ -109,68 +168,140 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
         vision["head_width"] = 32 * model.vision_width // model.attention_heads
     text: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in _TEXT.items()}
     text["no_causal_mask"] = not model.transformer_causal
+    if model.transformer_eos_id is not None:
+        text["eos_id"] = model.transformer_eos_id
     if model.activation == "gelu_tanh":
         vision["act_kwargs"] = text["act_kwargs"] = {"approximate": "tanh"}
     facts = {
         "model_cfg": {
             "embed_dim": model.embed_dim,
             "quick_gelu": model.activation == "quick_gelu",
+            **({"init_logit_bias": -10} if model.logit_bias else {}),
             "vision_cfg": vision,
             "text_cfg": text,
         },
-        "preprocess_cfg": {
-            "mean": preprocess.mean,
-            "std": preprocess.std,
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-            "size": preprocess.resolution,
-        },
+        "preprocess_cfg": preprocess_cfg,
     }
     (folder / CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
     save_file(tensors, folder / FILES[0], {"format": "pt"})
 
 
-def _architecture(where: Path, facts: Any) -> ModelConfig:
+def _architecture(where: Path, values: Any) -> ModelConfig:
     try:
-        vision, text = dict(facts["vision_cfg"]), dict(facts["text_cfg"])
-        for section in (vision, text):
-            for name, value in section.items():
-                known = name in _VISION or name in _TEXT or name in _HARMLESS
-                if not known and (name not in _DEFAULTS or value != _DEFAULTS[name]):
-                    raise WeightsError(f"{where}: {name}: {value!r} is not supported")
-        if facts.get("custom_text") and facts.get("init_logit_bias") is not None:
-            raise WeightsError(f"{where}: SigLIP's models are not supported")
-        arch: dict[str, Any] = {"embed_dim": facts["embed_dim"], "activation": _activation(facts)}
+        return architecture(values)
+    except ConfigError as error:
+        raise WeightsError(f"{where}: {error}") from None
+
+
+def is_architecture(values: Any) -> bool:
+    """Whether these are open_clip's settings of a model."""
+    return isinstance(values, dict) and {"vision_cfg", "text_cfg"} <= values.keys()
+
+
+def architecture(values: Any) -> ModelConfig:
+    """What open_clip's settings of a model are here: embed_dim, vision_cfg, text_cfg, ...
+
+    Raises:
+        ConfigError: they are none, or a field has a value that leanclip does not; names it.
+    """
+    try:
+        _check_fields("model_cfg", values)
+        vision, text = (_DEFAULTS[name] | _check_fields(name, values[name]) for name in _DEFAULTS)
+        arch: dict[str, Any] = {"embed_dim": values["embed_dim"], "activation": _activation(values)}
         arch |= {ours: vision[theirs] for theirs, ours in _VISION.items() if theirs in vision}
         arch |= {ours: text[theirs] for theirs, ours in _TEXT.items() if theirs in text}
-        arch.setdefault("transformer_layers", 12)
-        width = arch["vision_width"] * (32 if isinstance(arch["vision_layers"], list) else 1)
-        arch["vision_heads"] = width // vision.get("head_width", 64)
-        arch["pre_norm"] = not vision.get("no_ln_pre", False)
-        arch["transformer_causal"] = not text.get("no_causal_mask", False)
-        return parse(ModelConfig, arch, where=str(where))
-    except (KeyError, TypeError, AttributeError, ValueError, ConfigError) as error:
-        raise WeightsError(f"{where}: not an architecture that leanclip has: {error}") from None
+        arch["image_resolution"] = square_side("image_size", vision["image_size"])
+        is_resnet = isinstance(vision["layers"], list | tuple)
+        arch["vision_patch_size"] = (
+            None if is_resnet else square_side("patch_size", vision["patch_size"])
+        )
+        width = arch["vision_width"] * (32 if is_resnet else 1)
+        arch["vision_heads"] = width // vision["head_width"]
+        arch["pre_norm"] = not vision["no_ln_pre"]
+        arch["transformer_causal"] = not text["no_causal_mask"]
+        arch["transformer_eos_id"] = text["eos_id"] if text.get("pool_type") == "eos" else None
+        arch["logit_bias"] = values.get("init_logit_bias") is not None
+        return parse(ModelConfig, arch, where="model")
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"not an architecture that leanclip has: {error}") from None
 
 
-def _activation(facts: dict[str, Any]) -> str:
-    if facts.get("quick_gelu", False):
+def _check_fields(name: str, values: Any) -> dict[str, Any]:
+    """The fields of a section.
+
+    Raises:
+        ValueError: one is unknown, or has a value that is not done here.
+    """
+    values, used = dict(values), {"vision_cfg": _VISION, "text_cfg": _TEXT}.get(name, {})
+    for field, value in values.items():
+        known = field in used or field in _DEFAULTS.get(name, ()) or field in _UNUSED[name].split()
+        if not known and value not in _ONLY[name].get(field, ()):
+            raise ValueError(f"{name}.{field}: {value!r} is not supported")
+    return values
+
+
+def _activation(values: dict[str, Any]) -> str:
+    if values.get("quick_gelu", False):
         return "quick_gelu"
     options = {
-        json.dumps(facts[name].get("act_kwargs"), sort_keys=True)
-        for name in ("vision_cfg", "text_cfg")
+        json.dumps(values[name].get("act_kwargs") or None, sort_keys=True) for name in _DEFAULTS
     }
-    if len(options) == 1 and options <= {"null", "{}"}:
-        return "gelu"
-    if options == {'{"approximate": "tanh"}'}:
-        return "gelu_tanh"
-    raise ValueError(f"act_kwargs {sorted(options)}")
+    known = {'{"approximate": "tanh"}': "gelu_tanh", '{"approximate": "none"}': "gelu"}
+    known["null"] = "gelu"
+    if len(options) == 1 and options <= known.keys():
+        return known[options.pop()]
+    raise ValueError(f"act_kwargs: {' and '.join(sorted(options))} is not supported")
 
 
-def _preprocess(where: Path, facts: dict[str, Any], model: ModelConfig) -> Preprocess:
-    mode, interpolation = facts.get("resize_mode"), facts.get("interpolation")
-    if mode not in (None, "shortest") or interpolation not in (None, "bicubic"):
-        raise WeightsError(f"{where}: images are resized by {mode}, {interpolation}: not supported")
-    mean, std = facts.get("mean") or CLIP_MEAN, facts.get("std") or CLIP_STD
-    return Preprocess(model.image_resolution, triple(mean), triple(std))
+def _preprocess(where: Path, values: Any, model: ModelConfig) -> Preprocess:
+    """open_clip's `preprocess_cfg`; null is a default, and the size is the model's in any case.
+
+    Raises:
+        WeightsError: a value that open_clip does not take, or a field that it does not have.
+    """
+    try:
+        given = {name: value for name, value in dict(values or {}).items() if value is not None}
+        unknown = given.keys() - {"size", "mode", "mean", "std", *_PREPROCESS.values()}
+        if unknown:
+            raise ValueError(f"{min(unknown)}: {given[min(unknown)]!r} is not supported")
+        if given.get("mode", "RGB") != "RGB":
+            raise ValueError(f"mode: {given['mode']!r} is not RGB")
+        if given.get("interpolation") == "random":  # of training; open_clip evaluates so
+            given["interpolation"] = "bicubic"
+        if given.get("interpolation", "bicubic") not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation: {given['interpolation']!r} is not open_clip's")
+        if given.get("resize_mode", "shortest") not in ("shortest", "longest", "squash"):
+            raise ValueError(f"resize_mode: {given['resize_mode']!r} is not open_clip's")
+        options = {ours: given[theirs] for ours, theirs in _PREPROCESS.items() if theirs in given}
+        mean, std = (
+            triple(given.get("mean", CLIP_MEAN), "mean"),
+            triple(given.get("std", CLIP_STD), "std"),
+        )
+        if not all(std):
+            raise ValueError(f"std: {std} has a zero")
+        if type(options.get("fill", 0)) is not int:
+            raise ValueError(f"fill_color: {options['fill']!r} is not one grey level")
+        return Preprocess(model.image_resolution, mean, std, **options)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{where}: preprocess_cfg: {error}") from None
+
+
+def _preprocess_cfg(source: Path, preprocess: Preprocess) -> dict[str, Any]:
+    """For `open_clip_config.json`.
+
+    Raises:
+        WeightsError: open_clip has no place for it.
+    """
+    if (
+        preprocess.resize == "none"
+        or preprocess.interpolation not in ("bicubic", "bilinear")
+        or set(preprocess.sides) != {preprocess.resolution}
+    ):
+        raise WeightsError(
+            f"{source}: open_clip cannot prepare images with resize {preprocess.resize}, size "
+            f"{preprocess.size}, interpolation {preprocess.interpolation}"
+        )
+    options = {theirs: getattr(preprocess, ours) for ours, theirs in _PREPROCESS.items()}
+    rest = {"mean": preprocess.mean, "std": preprocess.std, "size": preprocess.resolution}
+    return rest | options

@@ -1,6 +1,16 @@
-"""The tensors in a file of PyTorch's, out of whatever a training program wrapped them in."""
+"""The tensors in files of PyTorch's, out of whatever a training program wrapped them in.
+
+    file, or shards -> values -> every tensor by its path -> the model among them -> its names
+
+A model is found by its token embedding, at any depth of dicts and under any prefix of names
+(`module.`, `model._orig_mod.`, ...). Of several models the one that is no moving average is meant,
+unless its key is given: `FILE#KEY`.
+"""
 
 import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,57 +19,186 @@ import torch
 from leanclip.errors import WeightsError
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.weights.archive import Module, module_tensors, read_torch_legacy, read_torch_zip
-from leanclip.weights.formats import sniff
+from leanclip.weights.formats import read_safetensors, sniff
 from leanclip.weights.numpy_pickle import check_sharing
 from leanclip.weights.unpickle import refusing
 
+log = logging.getLogger("leanclip")
+
 TORCHSCRIPT = ("TorchScript code, which was not read",)
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
+INDEX = ".index.json"  # ends the name of a file that lists shards
+_MAX_DEPTH = 6  # of dicts in dicts
+# Modules around others, wherever they stand; no name of CLIP's has such a part.
+_WRAPPER = r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)"
+_WRAPPERS = re.compile(rf"(?:(?<=^)|(?<=\.)){_WRAPPER}\.")
+_MARKS = (  # the rest of a name after the model's prefix, the surest first
+    re.compile(r"((?:.*?\.)??)(?:text\.|text_model\.embeddings\.)?token_embedding\.weight"),
+    re.compile(r"((?:.*?\.)??)(?:visual|vision_model)\..*"),
+)
+_ROOTS = {  # how a model's names begin, in OpenAI's, open_clip's and Hugging Face's form
+    *("visual", "transformer", "text", "token_embedding", "positional_embedding", "ln_final"),
+    *("text_projection", "logit_scale", "logit_bias", "attn_mask"),
+    *("vision_model", "text_model", "visual_projection"),
+    *("input_resolution", "context_length", "vocab_size"),
+}
+_AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|averaged?|avg|shadow|polyak)(?:$|[._])")
+_MOMENTS = re.compile(r"(?:^|[._])optim")  # an optimiser's, by the names of parameters
 
 
-def read_torch(
-    path: Path, kind: str | None = None
+def read_state_dict(
+    path: Path, kind: str | None = None, key: str | None = None
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The tensors of a torch.save file or TorchScript archive, and what else it holds.
+    """The tensors of a file of PyTorch's or safetensors, or of shards, and what else is there.
 
-    `kind` is what `sniff` said of it, where that is known.
+    Args:
+        path: the file, or an index of shards.
+        kind: what `sniff` said of the file, where that is known.
+        key: which of several models is meant; "ema": the moving average.
 
     Raises:
-        WeightsError: the file is damaged, holds more than data, or no state dict.
+        WeightsError: a file is damaged, holds more than data, no tensors, or several models.
     """
-    is_zip = (kind or sniff(path)) == "zip"
-    loaded = read_torch_zip(path) if is_zip else read_torch_legacy(path)
+    if path.name.endswith(INDEX):
+        loaded: object = _read_shards(path)
+    else:
+        loaded = _read_values(path, kind or sniff(path))
     others: tuple[str, ...] = TORCHSCRIPT
     if isinstance(loaded, Module):
         tensors = module_tensors(loaded)
     else:
-        tensors, others = unwrap(loaded, path)
+        tensors, others = unwrap(loaded, path, key)
     with refusing(path, "file of PyTorch's"):
         check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
     return tensors, others
 
 
-def unwrap(loaded: object, source: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The state dict in a checkpoint, without the prefixes of wrappers around the model."""
-    others: list[str] = []
-    for _ in range(4):  # a wrapper in a wrapper, and no endless one
-        if not isinstance(loaded, dict) or _is_state_dict(loaded):
-            break
-        name = next((name for name in _WRAPPERS if isinstance(loaded.get(name), dict)), None)
-        if name is None:
-            raise WeightsError(
-                f"{source}: holds no state dict; its keys are {', '.join(map(str, loaded))[:100]}"
-            )
-        others += [str(key) for key in loaded if key != name]
-        loaded = loaded[name]
-    if not isinstance(loaded, dict) or not _is_state_dict(loaded):
+def find_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of some files of weights that a folder holds, or the index of its shards."""
+    both = (folder / name for file in names for name in (file, file + INDEX))
+    return next((path for path in both if path.is_file()), None)
+
+
+def _read_values(path: Path, kind: str) -> object:
+    if kind == "safetensors":
+        return read_safetensors(path)[0]
+    return read_torch_zip(path) if kind == "zip" else read_torch_legacy(path)
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """All tensors of the files that an index names."""
+    names = set(read_json(index).get("weight_map", {}).values())
+    values: dict[str, Any] = {}
+    for name in sorted(names, key=str):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise WeightsError(f"{index}: {name!r} is not the name of a file beside it")
+        shard = index.parent / name
+        part = _read_values(shard, sniff(shard))
+        if not isinstance(part, dict):
+            raise WeightsError(f"{shard}: holds a {type(part).__name__}, not a state dict")
+        values |= part
+    return values
+
+
+def unwrap(
+    loaded: object, source: Path, key: str | None = None
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The model's tensors without prefixes, and the names of what is beside them.
+
+    Raises:
+        WeightsError: there are no tensors, none of `key`, or several models and no key.
+    """
+    if not isinstance(loaded, dict):
         raise WeightsError(f"{source}: holds a {type(loaded).__name__}, not a state dict")
-    tensors: dict[str, torch.Tensor] = dict(loaded)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors, tuple(others)
+    every = {}
+    for name, tensor in _leaves(loaded, "", _MAX_DEPTH, set()):
+        every.setdefault(_WRAPPERS.sub("", name), tensor)
+    if not every:
+        raise WeightsError(
+            f"{source}: holds no state dict; its keys are {', '.join(map(str, loaded))[:100]}"
+        )
+    prefix = _choose(every, source, key)
+    if prefix is None:  # whoever puts these into a model will name what is missing
+        return every, ()
+    tensors = {
+        name.removeprefix(prefix): tensor for name, tensor in every.items() if _is_of(name, prefix)
+    }
+    unused, others = (list(dict.fromkeys(names)) for names in _beside(loaded, "", prefix))
+    if unused:
+        log.warning("%s: tensors that are not the model's are not used: %s", source, named(unused))
+    return tensors, (*unused, *others)
+
+
+def named(keys: Sequence[str]) -> str:
+    """A few of many names."""
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return f"{', '.join(keys[:4])}{more}"
+
+
+def _leaves(
+    values: dict, path: str, depth: int, seen: set[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor in dicts by strings, by its path; of a dict in two places only the first."""
+    seen.add(id(values))
+    for name, value in values.items():
+        if not isinstance(name, str):
+            continue
+        if isinstance(value, torch.Tensor):
+            yield path + name, value
+        elif isinstance(value, dict) and depth and id(value) not in seen:
+            yield from _leaves(value, f"{path}{name}.", depth - 1, seen)
+
+
+def _choose(every: dict[str, torch.Tensor], source: Path, key: str | None) -> str | None:
+    """The prefix of the model that is meant; None where there is none."""
+    found: list[str] = []
+    for mark in _MARKS:
+        matches = [match[1] for name in every if (match := mark.fullmatch(name))]
+        found = [prefix for prefix in dict.fromkeys(matches) if not _MOMENTS.search(prefix)]
+        if found:
+            break
+    if key is not None:
+        wanted = [
+            prefix
+            for prefix in found
+            if f".{key}." in f".{prefix}" or (key == "ema" and _AVERAGE.search(prefix))
+        ]
+    else:
+        wanted = [prefix for prefix in found if not _AVERAGE.search(prefix)] or found
+    # One model under several names is one: by the shortest.
+    same = {_places(every, prefix): prefix for prefix in sorted(wanted, key=len, reverse=True)}
+    names = ", ".join(f"{source.name}#{prefix.rstrip('.')}" for prefix in found if prefix)
+    if key is not None and len(same) != 1:
+        several = "several models" if same else "no model"
+        raise WeightsError(f"{source}: {several} under #{key}; there are: {names or 'none'}")
+    if len(same) > 1:
+        raise WeightsError(f"{source}: holds several models; choose one of: {names}")
+    return next(iter(same.values()), None)
+
+
+def _places(every: dict[str, torch.Tensor], prefix: str) -> tuple[int, ...]:
+    """Where a model's values are in memory."""
+    return tuple(sorted(t.data_ptr() for name, t in every.items() if _is_of(name, prefix)))
+
+
+def _is_of(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and name[len(prefix) :].partition(".")[0] in _ROOTS
+
+
+def _beside(values: dict, path: str, prefix: str) -> tuple[list[str], list[str]]:
+    """What is no part of the model in the dicts that lead to it: tensors, and all else."""
+    tensors: list[str] = []
+    others: list[str] = []
+    for name, value in values.items():
+        here = _WRAPPERS.sub("", f"{path}{name}")
+        if isinstance(value, torch.Tensor):
+            first, _, rest = _WRAPPERS.sub("", str(name)).partition(".")
+            tensors += [] if _is_of(here, prefix) else [f"{first}.*" if rest else first]
+        elif isinstance(value, dict) and prefix.startswith(_WRAPPERS.sub("", f"{path}{name}.")):
+            inner = _beside(value, f"{path}{name}.", prefix)
+            tensors, others = tensors + inner[0], others + inner[1]
+        else:
+            others.append(str(name))
+    return tensors, others
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,7 +216,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise WeightsError(f"{path}: holds no JSON object")
     return facts
-
-
-def _is_state_dict(loaded: dict) -> bool:
-    return bool(loaded) and all(isinstance(value, torch.Tensor) for value in loaded.values())

@@ -22,6 +22,7 @@ from leanclip.errors import ConfigError, WeightsError
 from leanclip.model import CLIP
 from leanclip.model.skip_init import shapes_alone
 from leanclip.preprocess.images import Preprocess
+from leanclip.weights.state_dict import named
 
 log = logging.getLogger("leanclip")
 
@@ -35,6 +36,7 @@ INVISIBLE = (  # settings that no tensor's shape or name shows
     "vision_pool",
     "vision_norm_after_pool",
     "transformer_pool",
+    "transformer_eos_id",
     "transformer_causal",
 )
 
@@ -83,9 +85,38 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[s
             weights.source,
             model.config.activation,
         )
-    own = model.state_dict()
+    given, problems = _compare(weights, model.state_dict())
+    if not partial or problems["shapes differ"]:
+        _refuse(weights, problems)
+    for what, keys in problems.items():
+        if keys:
+            log.warning("%s: %s: %s", weights.source, what, ", ".join(keys))
+    for note in weights.notes:
+        log.warning("%s: %s", weights.source, note)
+    model.load_state_dict(given, strict=not partial)
+    return problems["keys are missing"]
+
+
+def check_fits(weights: Weights, model: ModelConfig, *, is_exact: bool = False) -> None:
+    """See that the tensors are all those of an architecture; builds nothing.
+
+    `is_exact`: positions too must be of its sizes; else they could be fitted.
+
+    Raises:
+        WeightsError: as `load_into` and `check_shapes`.
+    """
+    check_shapes(weights, model)
+    with shapes_alone():
+        own = CLIP(**to_plain(model)).state_dict()
+    _refuse(weights, _compare(weights, own, fits=not is_exact)[1])
+
+
+def _compare(
+    weights: Weights, own: Mapping[str, torch.Tensor], *, fits: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """What a model with these tensors takes of the weights, and what does not fit."""
     given = {
-        name: _fit(name, tensor, own[name], weights.source) if name in own else tensor
+        name: _fit(name, tensor, own[name], weights.source) if fits and name in own else tensor
         for name, tensor in weights.tensors.items()
     }
     given |= {name: torch.zeros_like(own[name]) for name in weights.absent if name in own}
@@ -97,21 +128,18 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[s
         for name in own.keys() & given.keys()
         if own[name].shape != given[name].shape
     ]
-    problems = {
+    return given, {
         "shapes differ": sorted(differing),
         "keys are missing": sorted(own.keys() - given.keys()),
         "keys are left over": sorted(given.keys() - own.keys()),
     }
-    for what, keys in problems.items():
-        if keys and (what == "shapes differ" or not partial):
-            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-            raise WeightsError(f"{weights.source}: {what}: {', '.join(keys[:4])}{more}")
-        if keys:
-            log.warning("%s: %s: %s", weights.source, what, ", ".join(keys))
-    for note in weights.notes:
-        log.warning("%s: %s", weights.source, note)
-    model.load_state_dict(given, strict=not partial)
-    return problems["keys are missing"]
+
+
+def _refuse(weights: Weights, problems: Mapping[str, list[str]]) -> None:
+    if any(problems.values()):
+        found = [f"{what}: {named(keys)}" for what, keys in problems.items() if keys]
+        beside = f"; beside the model are: {named(weights.others)}" if weights.others else ""
+        raise WeightsError(f"{weights.source}: {'; '.join(found)}{beside}")
 
 
 def infer_architecture(
@@ -149,6 +177,18 @@ def mlp_ratio(width: int, hidden: int) -> float:
     """A ratio that gives the hidden width back when it is multiplied and rounded down."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def square_side(name: str, value: Any) -> Any:
+    """One side of a square, which may be given twice.
+
+    Raises:
+        ValueError: it is no square.
+    """
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise ValueError(f"{name}: {value} is not a square, only squares are supported")
+    return sides[0]
 
 
 def check_shapes(weights: Weights, model: ModelConfig) -> None:
