@@ -6,7 +6,6 @@ are those of `make quickstart`, where it has run (else a model of a moment, and 
 
 import contextlib
 import csv
-import json
 import os
 import shutil
 import signal
@@ -32,13 +31,13 @@ pytestmark = pytest.mark.slow
 DEMO = Path(os.environ.get("LEANCLIP_DEMO", PROJECT))
 SHOWN = {  # in docs/app.md
     *(f"app-{tab}-desktop-light.png" for tab in ("compare", "classify", "search")),
-    *("app-runs-desktop-dark.png", "app-compare-phone-light.png", "app-search-phone-dark.png"),
+    *("app-compare-phone-light.png", "app-search-phone-dark.png"),
 }
 TEXTS = ["a red star", "a blue circle", "a green square", "a yellow triangle"]
 
 
 class Place:
-    """What the page is started with: a model, an index of pictures with labels, two runs."""
+    """What the page is started with: a model, an index of pictures with labels."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,7 +69,6 @@ class Place:
             classes=("a thing", "another"),
             templates=("the {}",),
         ).save(folder)
-        self._write_runs()
 
     def _put(self, source: Path | None, number: int, kind: str = "photos") -> Path:
         """A picture, in the folder of its class."""
@@ -82,31 +80,6 @@ class Place:
         else:
             noise_image(number).save(path)
         return path
-
-    def _write_runs(self) -> None:
-        done, running_ = self.folder / "runs/quickstart", self.folder / "runs/training"
-        done.mkdir(parents=True)
-        running_.mkdir()
-        if self.is_demo:
-            for name in ("metrics.jsonl", "status.json", "config.yaml"):
-                shutil.copy(self.model / name, done / name)
-        else:
-            self.add_steps(done, range(10, 400, 10))
-            self.status(done, "done", 390)
-        (done / "report.html").write_text("<!doctype html><title>r</title><h1>The report</h1>")
-        self.add_steps(running_, range(10, 200, 10))
-        self.status(running_, "running", 190)
-
-    def add_steps(self, run: Path, steps: range) -> None:
-        with (run / "metrics.jsonl").open("a") as file:
-            for step in steps:
-                facts = {"step": step, "time": time.time(), "train/loss": 3 * 0.99**step + 0.5}
-                facts |= {"train/lr": 1e-3 * (1 - step / 1000), "train/logit_scale": 14.3}
-                file.write(json.dumps(facts) + "\n")
-
-    def status(self, run: Path, state: str, step: int) -> None:
-        facts = {"state": state, "steps": 1000, "step": step, "time": time.time()}
-        (run / "status.json").write_text(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
@@ -355,34 +328,6 @@ def test_search(page: Browser, place: Place) -> None:
     index.close()
 
 
-def test_runs(page: Browser, place: Place) -> None:
-    run = place.folder / "runs/training"
-    place.status(run, "running", 190)
-    open_tab(page, "runs")
-    page.until(lambda: len(page.all("#runs-list button")) == 2)
-    names = [button.text.split("\n")[0] for button in page.all("#runs-list button")]
-    page.all("#runs-list button")[names.index("training")].click()
-    page.until(lambda: len(page.all("#runs-curves svg")) == 3)
-    assert page.focused() == "runs-name"
-    assert "running, step 190 of 1,000" in page.text("#runs-facts")
-    loss = f"loss: {3 * 0.99**190 + 0.5:.3g}"
-    assert page.all("#runs-curves figcaption")[0].text == loss
-    place.add_steps(run, range(200, 500, 10))  # it trains on, and the page follows
-    place.status(run, "running", 490)
-    page.until(lambda: page.all("#runs-curves figcaption")[0].text != loss)
-    label = page.all("#runs-curves svg")[0].get_attribute("aria-label")
-    assert label.endswith(f"{3 * 0.99**490 + 0.5:.3g} at step 490")
-    page.all("#runs-list button")[names.index("quickstart")].click()
-    page.until(lambda: page.all("#runs-links a"))
-    before = page.driver.window_handles
-    page.one("#runs-links a").click()
-    page.until(lambda: len(page.driver.window_handles) == 2)
-    page.driver.switch_to.window(next(h for h in page.driver.window_handles if h not in before))
-    page.until(lambda: "The report" in page.text("h1"))
-    page.driver.close()
-    page.driver.switch_to.window(before[0])
-
-
 def test_it_is_used_with_the_keyboard_alone(page: Browser, place: Place) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -420,15 +365,10 @@ def test_every_tab_at_both_widths_light_and_dark(
     compared(page, place)
     classified(page, place)
     searched(page, f"a {place.labels[-1]}")
-    open_tab(page, "runs")
-    page.until(lambda: len(page.all("#runs-list button")) == 2)
-    names = [button.text.split("\n")[0] for button in page.all("#runs-list button")]
-    page.all("#runs-list button")[names.index("quickstart")].click()
-    page.until(lambda: page.all("#runs-curves svg"))
     for size, width in ((DESKTOP, "desktop"), (PHONE, "phone")):
         for scheme in ("light", "dark"):
             page.look(size, scheme)
-            for tab in ("compare", "classify", "search", "runs"):
+            for tab in ("compare", "classify", "search"):
                 open_tab(page, tab)
                 page.run("window.scrollTo(0, 0); document.activeElement.blur()")
                 time.sleep(0.3)
@@ -457,7 +397,6 @@ def test_a_server_that_is_gone_is_said_in_words(
 ) -> None:
     words = ("--token", "sixteen-characters")
     with (
-        contextlib.chdir(tmp_path),  # where there are no runs
         running(tmp_path, *words, model=str(place.model)) as (process, port),
     ):
         until_ready(port)
@@ -474,8 +413,6 @@ def test_a_server_that_is_gone_is_said_in_words(
         window.until(lambda: "pixels" in window.text("#model"))
         open_tab(window, "search")
         assert "leanclip search build" in window.text("#search-status")
-        open_tab(window, "runs")
-        window.until(lambda: "--runs" in window.text("#runs-error"))
         open_tab(window, "compare")
         process.send(signal.SIGKILL)
         choose(window, "#compare-files", place.photos[0])

@@ -190,5 +190,4 @@ def test_mistakes_on_the_command_line(
     assert_refused(command("app", *model, "--labels", "none.txt"), "none.txt")
     assert_refused(command("app", *model, "--calibration", "none"), "none", "--calibrate")
     assert_refused(command("app", *model, "--index", "none"), "none", "leanclip search build")
-    assert_refused(command("app", *model, "--runs", "none"), "--runs none")
     assert_refused(command("app"), "--model")

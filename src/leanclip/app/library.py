@@ -1,9 +1,7 @@
-"""The API's other half: an index of pictures, and training runs.
+"""The API's other half: an index of pictures.
 
 /api/search                     words, a picture, or one of the index -> hits
 /api/pictures/{number}          a picture of the index, made anew and small
-/api/runs, /api/curves          training runs and their figures
-/runs/report                    a run's report, as it is, where it can do nothing
 """
 
 import io
@@ -17,9 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from leanclip.app.forms import Upload, every, form_of, number, picture_of
-from leanclip.app.runs import Run, plain, runs_in
 from leanclip.app.safety import Refused
-from leanclip.app.service import Service, service_of
+from leanclip.app.service import service_of
 from leanclip.errors import DataError
 from leanclip.preprocess.images import as_jpeg
 from leanclip.search import Hit, Index
@@ -27,11 +24,6 @@ from leanclip.search import Hit, Index
 MOST_HITS = 2000  # of a search, over all its pages
 PAGE_OF_HITS = 200
 SIDES = (64, 1024)  # pixels of a picture's long side
-# A report is a page that leanclip wrote; whatever it holds, it runs no script and asks nobody.
-REPORT_POLICY = (
-    "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 async def search_words(request: Request) -> Response:
@@ -75,45 +67,6 @@ async def picture(request: Request) -> Response:
     jpeg = await service.decoders.run(upload, lambda found: _small(picture_of(found), side))
     headers = {"cache-control": "private, max-age=3600"}  # a number is never used again
     return Response(jpeg, media_type="image/jpeg", headers=headers)
-
-
-async def runs(request: Request) -> Response:
-    """The training runs."""
-    service = service_of(request)
-    found = await run_sync(lambda: [run.facts() for run in runs_in(_top(service))])
-    return JSONResponse({"runs": found})
-
-
-async def curves(request: Request) -> Response:
-    """A run's figures."""
-    run = await _run(request)
-    facts, figures = await run_sync(lambda: (run.facts(), run.curves()))
-    return JSONResponse({"run": facts, "curves": figures})
-
-
-async def report(request: Request) -> Response:
-    """A run's report."""
-    run = await _run(request)
-    try:
-        content = (run.folder / "report.html").read_bytes()
-    except OSError:
-        raise Refused(404, f"{run.name}: has no report.html yet") from None
-    headers = {"content-security-policy": REPORT_POLICY}
-    return Response(content, media_type="text/html", headers=headers)
-
-
-async def _run(request: Request) -> Run:
-    service, name = service_of(request), request.query_params.get("run", "")
-    for run in await run_sync(runs_in, _top(service)):
-        if run.name == name:
-            return run
-    raise Refused(404, "run: there is none of that name; /api/runs lists them")
-
-
-def _top(service: Service) -> Any:
-    if service.runs is None:
-        raise Refused(409, "no runs: start the page with a folder of them: leanclip app --runs ...")
-    return service.runs
 
 
 def _page(offset: object, limit: object) -> tuple[int, int]:
@@ -170,3 +123,8 @@ def _facts(hit: Hit) -> dict[str, Any]:
 def _small(image: Image.Image, side: int) -> bytes:
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     return as_jpeg(image)
+
+
+def plain(name: str) -> str:
+    """A name as JSON can have it, whatever bytes the file system has."""
+    return name.encode("utf-8", "replace").decode()

@@ -52,17 +52,6 @@ HIT = group(
         "label": or_null(TEXT),
     }
 )
-RUN = group(
-    {
-        "name": TEXT,
-        "state": TEXT | {"description": "running, done, ...; silent: no word for two minutes"},
-        "step": or_null(INTEGER),
-        "steps": or_null(INTEGER),
-        "changed": NUMBER | {"description": "seconds since 1970"},
-        "has_report": TRUTH,
-    }
-)
-CURVE = group({"name": TEXT, "label": TEXT, "steps": list_of(INTEGER), "values": list_of(NUMBER)})
 GUESS = group({"label": TEXT, "probability": NUMBER, "similarity": NUMBER})
 
 SCHEMAS: dict[str, Schema] = {
@@ -77,7 +66,6 @@ SCHEMAS: dict[str, Schema] = {
             "state": STATE,
             "model": or_null(MODEL),
             "index": or_null(INDEX),
-            "has_runs": TRUTH,
             "label_sets": list_of(LABEL_SET),
             "templates": list_of(TEXT),
             "limits": LIMITS,
@@ -104,8 +92,6 @@ SCHEMAS: dict[str, Schema] = {
             "is_end": TRUTH | {"description": "there are no more"},
         }
     ),
-    "Runs": group({"runs": list_of(RUN)}),
-    "Curves": group({"run": RUN, "curves": list_of(CURVE)}),
 }
 
 
@@ -221,13 +207,6 @@ PATHS: dict[str, Schema] = {
             query("number", INTEGER, "of a hit", where="path"),
             query("side", INTEGER | {"minimum": 64, "maximum": 1024, "default": 320}, "pixels"),
         ],
-    ),
-    "/api/runs": get("The training runs", answer("Runs", "the newest first"), "401", "409"),
-    "/api/curves": get(
-        "A run's figures by step",
-        answer("Curves", "a curve for each"),
-        *("401", "404", "409"),
-        parameters=[query("run", TEXT, "its name")],
     ),
 }
 PATHS["/healthz"]["get"]["responses"]["503"] = answer("Health", "the model is being loaded")

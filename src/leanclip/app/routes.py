@@ -48,7 +48,6 @@ async def about(request: Request) -> Response:
         "state": state(service),
         "model": None,
         "index": None,
-        "has_runs": service.runs is not None,
         "label_sets": [{"name": k, "labels": v} for k, v in service.label_sets.items()],
         "templates": list(TEMPLATES),
         "limits": {
@@ -235,9 +234,6 @@ ROUTES = [
     Route("/api/search", library.search_words),
     Route("/api/search", library.search_picture, methods=["POST"]),
     Route("/api/pictures/{number}", library.picture),
-    Route("/api/runs", library.runs),
-    Route("/api/curves", library.curves),
-    Route("/runs/report", library.report),
     Route("/{name}", part_of_page),
 ]
 

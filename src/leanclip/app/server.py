@@ -34,7 +34,6 @@ def serve(
     labels: tuple[Path, ...] = (),
     calibration: Path | None = None,
     index: Path | None = None,
-    runs: Path | None = None,
     started: Callable[[str], object] = lambda address: None,
 ) -> None:
     """Serve the page until the process is told to stop.
@@ -48,7 +47,6 @@ def serve(
         labels: files with a label a line, offered by their names.
         calibration: of the model; its classes are offered as a label set.
         index: of `leanclip search build`, made with the model.
-        runs: a folder of training runs.
         started: called with the page's address.
 
     Raises:
@@ -62,14 +60,11 @@ def serve(
         opened.close()
         if model is None:
             raise ConfigError(f"{index}: does not say where its model is; give it with --model")
-    if runs is not None and not runs.is_dir():
-        raise ConfigError(f"--runs {runs}: no such folder")
     service = Service(
         worker=None,
         model_name=model or "",
         label_sets={path.stem: check_labels(read_labels(path)) for path in labels},
         calibration=Calibration.load(calibration) if calibration else None,
-        runs=runs,
         has_index=index is not None,
     )
     with bound(host, port) as listener:

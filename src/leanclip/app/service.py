@@ -1,4 +1,4 @@
-"""What the server answers from: the model, an index, runs, and what was worked out before.
+"""What the server answers from: the model, an index, and what was worked out before.
 
 Shapes: E embedding.
 """
@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from anyio.to_thread import run_sync
@@ -30,7 +29,6 @@ class Service:
     model_name: str = ""
     label_sets: dict[str, list[str]] = field(default_factory=dict)  # by names
     calibration: Calibration | None = None
-    runs: Path | None = None  # a folder of training runs
     has_index: bool = False
     opened: Index | None = None  # the index, as soon as the model is loaded
     decoders: Decoders = field(default_factory=Decoders)

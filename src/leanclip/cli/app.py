@@ -1,28 +1,20 @@
 """`leanclip app`: the page in a browser."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from leanclip.cli.options import Device, Model, find_model, has_quickstart
+from leanclip.cli.options import Device, Model, find_model
 
-log = logging.getLogger("leanclip")
 app = typer.Typer(rich_markup_mode=None)
 
-RUNS = Path("runs")
 
-
-@app.command("app", epilog="Example: leanclip app --model runs/quickstart --runs runs --port 8000")
+@app.command("app", epilog="Example: leanclip app --model runs/quickstart --port 8000")
 def serve_page(
     model: Model = None,
     index: Annotated[
         Path | None, typer.Option(help="Pictures to search: what leanclip search build wrote.")
-    ] = None,
-    runs: Annotated[
-        Path | None,
-        typer.Option(help="A folder of training runs; default: runs, where there is one."),
     ] = None,
     labels: Annotated[
         list[Path] | None,
@@ -42,7 +34,7 @@ def serve_page(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Play with a model in a browser: compare, classify, search, watch runs.
+    """Play with a model in a browser: compare, classify, search.
 
     The page and its API are on this machine alone, unless --host says otherwise.
     """
@@ -52,9 +44,7 @@ def serve_page(
         need(library, "the page", extra="app")
     from leanclip.app.server import serve
 
-    if runs is not None and model is None and index is None and not has_quickstart():
-        log.info("no model: the runs alone are shown (another with --model)")
-    elif index is None or model is not None:
+    if index is None or model is not None:
         model = find_model(model)
     serve(
         model,
@@ -63,7 +53,6 @@ def serve_page(
         token=token,
         device=device,
         index=index,
-        runs=runs or (RUNS if RUNS.is_dir() else None),
         labels=tuple(labels or ()),
         calibration=calibration,
         started=lambda address: print(f"{address}   (Ctrl-C ends it)", flush=True),

@@ -2,10 +2,9 @@
 import { startCompare } from "./compare.js";
 import { startClassify } from "./classify.js";
 import { startSearch } from "./search.js";
-import { startRuns } from "./runs.js";
 import { ask, byId, wait } from "./shared.js";
 
-const names = ["compare", "classify", "search", "runs"];
+const names = ["compare", "classify", "search"];
 const shown = {}; // what a tab does when it is shown
 
 function show(name, focus) {
@@ -52,7 +51,6 @@ async function start() {
   shown.classify = classify.shown;
   const search = startSearch();
   shown.search = search.shown;
-  shown.runs = startRuns();
   show(wanted());
   while (true) {
     try {
