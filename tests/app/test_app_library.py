@@ -9,16 +9,16 @@ import pytest
 from conftest import noise_image
 from PIL import Image
 from starlette.testclient import TestClient
-from test_app import check, png, refused, upload
+from test_app import check, png, refused, started, upload
 from test_inference import save_tiny
 
 import leanclip
-from leanclip.app.routes import make_app
+from leanclip.app.server import make_app
 from leanclip.app.service import Service
-from leanclip.app.worker import Worker
 from leanclip.search import Index
 
 PICTURES = 12
+URL = "http://127.0.0.1:8000"
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,8 @@ def index(place: Path) -> Iterator[Index]:
 def client(place: Path, index: Index) -> Iterator[TestClient]:
     clip = index.clip
     assert clip is not None
-    worker = Worker(lambda: clip)
-    worker.start()
-    service = Service(worker, has_index=True, opened=index)
-    with TestClient(make_app(service), base_url="http://127.0.0.1:8000") as client:
-        while not worker.is_ready:
-            pass
+    with TestClient(make_app(Service(started(clip), index=index)), base_url=URL) as client:
         yield client
-    worker.stop()
 
 
 def found_by(client: TestClient, **query: str | int) -> list[dict]:
@@ -111,10 +105,10 @@ def test_a_picture_is_encoded_anew(client: TestClient, index: Index) -> None:
 )
 def test_tricks_with_numbers(client: TestClient, number: str) -> None:
     answer = client.get(f"/api/pictures/{number}")
-    refused(answer, 404 if "%2f" in number else 400)
+    refused(answer, 404 if "%2f" in number else 400, "" if "%2f" in number else "number: ")
     assert "root:" not in answer.text
     if "%2f" not in number:
-        refused(client.get(f"/api/search?like={number}"), 400, "picture")
+        refused(client.get(f"/api/search?like={number}"), 400, "like: ")
 
 
 def test_numbers_that_are_none(client: TestClient, index: Index) -> None:
@@ -148,8 +142,9 @@ def test_about_says_what_there_is(client: TestClient) -> None:
     assert found["index"] == {"pictures": PICTURES, "labels": ["cats", "dogs"]}
 
 
-def test_without_an_index_the_answer_says_how(client: TestClient) -> None:
-    with TestClient(make_app(Service(None)), base_url="http://127.0.0.1:8000") as bare:
+def test_without_an_index_the_answer_says_how(index: Index) -> None:
+    assert index.clip is not None
+    with TestClient(make_app(Service(started(index.clip))), base_url=URL) as bare:
         refused(bare.get("/api/search?q=a"), 409, "leanclip app --index")
         refused(bare.get("/api/pictures/1"), 409, "--index")
 

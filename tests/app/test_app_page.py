@@ -214,7 +214,7 @@ def test_dropped_and_pasted_images(page: Browser) -> None:
     assert "dropped.png" in page.text("#compare-table")
     assert "pasted.png" in page.text("#compare-table")
     page.run(DROP, "#compare-drop", "drop", "notes.txt")
-    page.until(lambda: "notes.txt: no image" in page.text("#compare-error"))
+    page.until(lambda: "notes.txt: not an image" in page.text("#compare-error"))
 
 
 def classified(page: Browser, place: Place) -> None:
@@ -239,7 +239,7 @@ def test_classify(page: Browser, place: Place) -> None:
     page.until(lambda: expected[1].label in page.text("#classify-caption"))
     assert page.one("#classify-map").get_attribute("src") != before
     page.one("#classify-whole").click()
-    page.until(lambda: "whatever the words" in page.text("#classify-caption"))
+    page.until(lambda: "without a text" in page.text("#classify-caption"))
 
     pick(page, "#classify-template", "own")
     write(page, "#classify-templates", "no place for it")
@@ -273,7 +273,7 @@ def test_label_sets_are_kept_in_the_browser(page: Browser) -> None:
     page.driver.refresh()
     page.until(lambda: page.one("#classify").is_displayed())
     write(page, "#classify-labels", "x")
-    pick(page, "#classify-set", "kept:otter, badger")
+    pick(page, "#classify-set", "saved:otter, badger")
     page.until(lambda: page.one("#classify-labels").get_property("value") == "otter\nbadger")
     page.one("#classify-delete").click()
     assert "otter" not in page.one("#classify-set").text
@@ -294,7 +294,7 @@ def tiles(page: Browser) -> list[str]:
 def test_search(page: Browser, place: Place) -> None:
     index = Index.open(place.folder / "index", place.clip)
     open_tab(page, "search")
-    assert f"{len(place.photos)} pictures" in page.text("#search-status")
+    assert f"{len(place.photos)} images" in page.text("#search-status")
     searched(page)
     assert len(tiles(page)) < len(place.photos)
     page.run("window.scrollTo(0, document.body.scrollHeight)")
@@ -311,11 +311,11 @@ def test_search(page: Browser, place: Place) -> None:
     first = page.all("#search-grid button")[2].get_attribute("title").split("\n")[0]
     assert page.all("#search-grid .about")[2].text.endswith("/".join(first.split("/")[-2:]))
     page.all("#search-grid button")[2].click()
-    page.until(lambda: f"like {Path(first).name}" in page.text("#search-status"))
+    page.until(lambda: f"similar to {Path(first).name}" in page.text("#search-status"))
     page.until(lambda: tiles(page)[:1] == ["1.000"])
     assert page.all("#search-grid button")[0].get_attribute("title").startswith(f"{first}\n")
     choose(page, "#search-file", place.photos[3])
-    page.until(lambda: f"like {place.photos[3].name}" in page.text("#search-status"))
+    page.until(lambda: f"similar to {place.photos[3].name}" in page.text("#search-status"))
     page.until(lambda: page.all("#search-grid .about")[0].text.endswith(place.photos[3].name))
     write(page, "#search-text", "word " * 200)
     page.one("#search-form button[type=submit]").click()
@@ -324,7 +324,7 @@ def test_search(page: Browser, place: Place) -> None:
     pick(page, "#search-label", str(index.item(1).label))
     page.one("#search-form button[type=submit]").click()
     of_label = index.search(TEXTS[0], label=index.item(1).label, k=100)
-    page.until(lambda: f"{len(of_label)} pictures" in page.text("#search-status"))
+    page.until(lambda: f"{len(of_label)} images" in page.text("#search-status"))
     index.close()
 
 
@@ -348,7 +348,7 @@ def test_it_is_used_with_the_keyboard_alone(page: Browser, place: Place) -> None
     while page.run("return document.activeElement.closest('#search-grid') === null"):
         page.keys(Keys.TAB)
     page.keys(Keys.ENTER)
-    page.until(lambda: "like " in page.text("#search-status"))
+    page.until(lambda: "similar to " in page.text("#search-status"))
     page.run("document.querySelector('#tab-search').focus()")
     page.keys(Keys.HOME)
     assert page.focused() == "tab-compare"
