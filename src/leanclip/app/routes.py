@@ -81,19 +81,18 @@ router = APIRouter(responses={"default": {"model": schemas.Error, "description":
 async def health(service: TheService, response: Response) -> schemas.Health:
     """Whether requests are answered, for a load balancer or a script that waits."""
     worker = service.worker
-    if not worker.is_ready:
+    if worker.state == "loading":
         response.status_code = 503
         response.headers.update(RETRY_AFTER)
-    return schemas.Health(status=service.state, jobs=worker.jobs, passes=worker.passes)
+    return schemas.Health(status=worker.state, jobs=worker.jobs, passes=worker.passes)
 
 
 @router.get("/api/about")
 async def about(service: TheService) -> schemas.About:
     """The model, the index and the label sets."""
-    found = schemas.About(
-        version=version("leanclip"), state=service.state, label_sets=service.label_sets
-    )
-    if service.worker.is_ready:
+    state, sets = service.worker.state, service.label_sets
+    found = schemas.About(version=version("leanclip"), state=state, label_sets=sets)
+    if state == "ready":
         clip = service.worker.clip
         found.model = schemas.ModelInfo(
             name=service.model_name,

@@ -96,7 +96,7 @@ class Safety:
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and is_same(bearer.strip(), self.token):
             return True
-        return is_same(request.cookies.get(cookie_name(request.scope), ""), self.session)
+        return is_same(request.cookies.get(cookie_name(request), ""), self.session)
 
 
 def is_own_origin(headers: Headers) -> bool:
@@ -132,9 +132,9 @@ def is_loopback(host: str) -> bool:
     )
 
 
-def cookie_name(scope: Scope) -> str:
-    """The session cookie's name, which has the port in it because cookies ignore ports."""
-    return f"leanclip-{(scope.get('server') or ('', 0))[1]}"
+def cookie_name(request: HTTPConnection) -> str:
+    """The session cookie's name, with the port, as cookies do not distinguish ports."""
+    return f"leanclip-{request.url.port}"
 
 
 class _Exchange:

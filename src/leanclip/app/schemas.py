@@ -1,6 +1,6 @@
 """The API's responses. Requests are described by the signatures of the endpoints."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
@@ -12,6 +12,7 @@ def _without_surrogates(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
+State = Literal["ready", "loading"]
 Text = Annotated[str, BeforeValidator(_without_surrogates)]
 Score = Annotated[float, AfterValidator(lambda value: round(value, 6))]
 
@@ -23,9 +24,9 @@ class Error(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the model is ready or loading; its jobs so far, and the passes they took."""
+    """The model's state, the images and texts it has encoded, and the passes that took."""
 
-    status: str
+    status: State
     jobs: int
     passes: int
 
@@ -58,7 +59,7 @@ class About(BaseModel):
     """What the server was started with. The model and the index are null until loaded."""
 
     version: str
-    state: str
+    state: State
     model: ModelInfo | None = None
     index: IndexInfo | None = None
     label_sets: list[LabelSet]

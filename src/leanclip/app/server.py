@@ -7,7 +7,6 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -82,8 +81,7 @@ async def sign_in(request: Request, token: Annotated[str, Form()] = "") -> Respo
         context = {"error": "That is not the token."}
         return html.TemplateResponse(request, "sign-in.html", context, status_code=401)
     response = RedirectResponse("./", 303)
-    name = cookie_name(request.scope)
-    response.set_cookie(name, safety.session, httponly=True, samesite="strict")
+    response.set_cookie(cookie_name(request), safety.session, httponly=True, samesite="strict")
     return response
 
 
@@ -94,10 +92,10 @@ async def report_error(request: Request, error: Exception) -> Response:
             return error_response(error)
         case RequestValidationError():
             first = error.errors()[0]
-            message = f"{first['loc'][1]}: {first['msg'].removeprefix('Value error, ')}"
+            message = first["msg"].removeprefix("Value error, ")
             if "UploadFile" in message:
-                message = f"{first['loc'][1]}: found text; give an image as a file of the form"
-            return error_response(HTTPException(400, message))
+                message = "found text; give an image as a file of the form"
+            return error_response(HTTPException(400, f"{first['loc'][1]}: {message}"))
         case LeanclipError():
             return error_response(HTTPException(400, " ".join(str(error).split())))
     log.error("%s %s: %r", request.method, request.url.path, error, exc_info=error)
@@ -143,26 +141,19 @@ def serve(
         names = check_labels(read_labels(path))
         service.label_sets.append(LabelSet(name=path.stem, labels=names))
     with bind(host, port) as listener:
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(service, host=host, token=token),
-                http="h11",
-                ws="none",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=5,
-            )
+        config = uvicorn.Config(
+            make_app(service, host=host, token=token),
+            http="h11",
+            ws="none",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=5,
         )
-
-        def stop_if_failed(loaded: Future[Clip]) -> None:
-            server.should_exit = server.should_exit or loaded.exception() is not None
-
-        loaded = service.worker.loaded
-        loaded.add_done_callback(stop_if_failed)
-        service.worker.start()
+        server, loaded = uvicorn.Server(config), service.worker.loaded
+        service.worker.start(failed=lambda: setattr(server, "should_exit", True))
         address = listener.getsockname()
         name = f"[{address[0]}]" if ":" in address[0] else address[0]
         started(f"http://{name}:{address[1]}/")

@@ -71,11 +71,6 @@ class Service:
     text_features: Cache = field(default_factory=lambda: Cache(CACHE_SIZE))
     classifiers: Cache = field(default_factory=lambda: Cache(CACHE_SIZE // 10))
 
-    @property
-    def state(self) -> str:
-        """Whether the model is ready or loading; if it cannot be loaded, the server stops."""
-        return "ready" if self.worker.is_ready else "loading"
-
     async def decode(self, upload: UploadFile, work: Callable[[bytes], T]) -> T:
         """Apply `work` to the bytes of an upload, in a thread."""
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from fastapi import HTTPException
 
+from leanclip.app.schemas import State
 from leanclip.inference.attention_maps import gradient_map, rollout
 from leanclip.inference.model import Clip
 from leanclip.preprocess.images import normalize
@@ -47,7 +48,7 @@ class Worker:
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1)
 
-    def start(self) -> None:
+    def start(self, failed: Callable[[], object] = lambda: None) -> None:
         """Load the model in a daemon thread, as that may take minutes."""
 
         def load() -> None:
@@ -55,18 +56,19 @@ class Worker:
                 self.loaded.set_result(self._load())
             except BaseException as error:
                 self.loaded.set_exception(error)
+                failed()
 
         threading.Thread(target=load, daemon=True).start()
 
     @property
-    def is_ready(self) -> bool:
-        """Whether the model is loaded."""
-        return self.loaded.done() and self.loaded.exception() is None
+    def state(self) -> State:
+        """Whether the model is loaded; if it cannot be, the server stops."""
+        return "ready" if self.loaded.done() and not self.loaded.exception() else "loading"
 
     @property
     def clip(self) -> Clip:
         """The model; an HTTPException unless it is loaded."""
-        if not self.is_ready:
+        if self.state == "loading":
             raise HTTPException(503, "the model is being loaded; try again shortly", RETRY_AFTER)
         return self.loaded.result()
 

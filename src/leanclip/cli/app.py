@@ -1,4 +1,4 @@
-"""`leanclip app`: the page in a browser."""
+"""`leanclip app`: the local page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,29 +14,31 @@ app = typer.Typer(rich_markup_mode=None)
 def serve_page(
     model: Model = None,
     index: Annotated[
-        Path | None, typer.Option(help="Pictures to search: what leanclip search build wrote.")
+        Path | None, typer.Option(help="An index to search, from: leanclip search build.")
     ] = None,
     labels: Annotated[
         list[Path] | None,
-        typer.Option("--labels", help="A file with a label a line, to choose on the page."),
+        typer.Option(
+            "--labels", help="A label set: a file with one label per line; may be repeated."
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="A calibration.json of the model: probabilities, and none of these."),
+        typer.Option(help="From leanclip eval --calibrate: calibrated probabilities."),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     host: Annotated[
-        str, typer.Option(help="The address to bind; another than this machine's needs a token.")
+        str, typer.Option(help="The address to bind; one that others can reach needs a token.")
     ] = "127.0.0.1",
     token: Annotated[
         str | None,
-        typer.Option(envvar="LEANCLIP_TOKEN", help="What a browser or a program has to show."),
+        typer.Option(envvar="LEANCLIP_TOKEN", help="Required of every request."),
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Play with a model in a browser: compare, classify, search.
+    """Use a model in a browser: compare, classify, search.
 
-    The page and its API are on this machine alone, unless --host says otherwise.
+    Only this machine can reach the page and its API, unless --host says otherwise.
     """
     from leanclip.io.optional_imports import need
 

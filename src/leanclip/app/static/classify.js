@@ -1,4 +1,4 @@
-// Classify: bars of probabilities, and an attention map for the selected label.
+// Classify: bars of probabilities, and a heat map for the selected label.
 import { ask, byId, formOf, linesOf, make, receive, sentence, thumbnail, tooLarge } from "./shared.js";
 
 const OWN = "own";
@@ -186,7 +186,7 @@ function show(found) {
       make("span", { textContent: prediction.label }),
       make("span", { textContent: percent(prediction.probability) }),
     );
-    const button = make("button", { type: "button", title: "Show the attention map for this label" }, words, make("span", { className: "track" }, fill));
+    const button = make("button", { type: "button", title: "Show the heat map for this label" }, words, make("span", { className: "track" }, fill));
     button.setAttribute("aria-pressed", "false");
     button.addEventListener("click", () => look(prediction.label, button));
     return make("li", {}, button);
@@ -210,8 +210,8 @@ async function look(label, button) {
     URL.revokeObjectURL(image.src);
     image.src = URL.createObjectURL(picture);
     const what = label === null ? "without a text (attention rollout)" : `for “${label}”`;
-    image.alt = `Attention map ${what}`;
-    byId("classify-caption").textContent = `Attention map ${what}; yellow is the most. The model sees only the centre crop.`;
+    image.alt = `Heat map ${what}`;
+    byId("classify-caption").textContent = `Heat map ${what}; yellow is the most. The model sees only the centre crop.`;
     byId("classify-heat").hidden = false;
   } catch (problem) {
     byId("classify-error").textContent = sentence(problem.message);
