@@ -445,6 +445,18 @@ def test_paths_lead_to_nothing_but_the_page(client: TestClient, path: str) -> No
     refused(client.get(path), 404, "Not Found")
 
 
+def test_head_requests_are_answered(client: TestClient) -> None:
+    for path in ("/", "/healthz", "/static/app.js"):
+        answer = client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_the_page_knows_the_limit(client: TestClient) -> None:
+    page = client.get("/").text
+    assert f'data-max-bytes="{MAX_BODY}"' in page
+    assert "at most 20 MB each" in page
+
+
 def test_a_method_that_is_none(client: TestClient) -> None:
     refused(client.get("/api/compare"), 405)
     refused(client.delete("/api/about"), 405)

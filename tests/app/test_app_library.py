@@ -1,6 +1,7 @@
 """The API's search: what it finds, and that paths lead nowhere."""
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_app import check, png, refused, started, upload
 from test_inference import save_tiny
 
 import leanclip
+from leanclip.app.schemas import Hit
 from leanclip.app.server import make_app
 from leanclip.app.service import Service
 from leanclip.search import Index
@@ -135,6 +137,12 @@ def test_a_file_that_is_gone_or_is_no_picture_any_more(
     refused(answer, 404, "picture 7")
     assert str(place) not in answer.text
     path.write_bytes(content)
+
+
+def test_names_that_are_no_unicode_are_replaced() -> None:
+    hit = Hit(number=1, score=0.12345678, path="caf\udce9.png", caption=None, label="\udce9")
+    expected = {"number": 1, "score": 0.123457, "path": "caf?.png", "caption": None, "label": "?"}
+    assert json.loads(hit.model_dump_json()) == expected
 
 
 def test_about_says_what_there_is(client: TestClient) -> None:

@@ -16,7 +16,9 @@ from conftest import Command, Forked, assert_refused, noise_image
 from test_inference import save_tiny
 
 import leanclip
+from leanclip.evaluation import Calibration
 from leanclip.search import Index
+from leanclip.weights import fingerprint
 
 CLIENTS = 200
 
@@ -98,6 +100,44 @@ def test_who_sends_fifty_megabytes_all_the_same_gets_the_answer(port: int) -> No
 
     headers = {"content-type": "multipart/form-data; boundary=b"}
     assert httpx2.post(url, content=pieces(), headers=headers).status_code == 413
+
+
+def test_a_form_that_is_refused_early_gets_the_answer(port: int) -> None:
+    """The parser stops at the 65th file, while 20 MB are still on their way."""
+
+    def pieces() -> Iterator[bytes]:
+        for i in range(200):
+            yield b'--b\r\ncontent-disposition: form-data; name="images"; filename="%d"\r\n\r\n' % i
+            yield bytes(100_000) + b"\r\n"
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    url = f"http://127.0.0.1:{port}/api/compare"
+    answer = httpx2.post(url, content=pieces(), headers=headers)
+    assert (answer.status_code, "64" in answer.json()["error"]) == (400, True)
+
+
+def test_what_the_server_was_started_with(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "animals.txt").write_text("otter\nbadger\n")
+    clip = leanclip.load(place / "tiny", device="cpu")
+    Calibration(
+        temperature=2.0,
+        threshold=0.1,
+        floor=0.0,
+        coverage=0.9,
+        images=100,
+        weights=fingerprint(clip.model.state_dict()),
+        classes=("a thing", "another"),
+        templates=("the {}",),
+    ).save(tmp_path)
+    words = ("--labels", str(tmp_path / "animals.txt"), "--calibration", str(tmp_path))
+    with running(tmp_path, *words, model=str(place / "tiny")) as (_, port):
+        until_ready(port)
+        about = httpx2.get(f"http://127.0.0.1:{port}/api/about").json()
+    assert about["model"]["name"] == str(place / "tiny")
+    assert about["label_sets"] == [
+        {"name": "calibrated", "labels": ["a thing", "another"], "templates": ["the {}"]},
+        {"name": "animals", "labels": ["otter", "badger"], "templates": None},
+    ]
 
 
 def test_nonsense_in_place_of_http_is_answered(port: int) -> None:

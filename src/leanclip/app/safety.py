@@ -15,7 +15,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -53,13 +53,14 @@ class Safety:
             return
         exchange = _Exchange(scope, receive, send)
         try:
-            response = await self._check(HTTPConnection(scope), scope["method"])
+            await self._check(HTTPConnection(scope), scope["method"])
         except HTTPException as error:
-            response = error_response(error)
-        await (response or self.app)(scope, exchange.receive, exchange.send)
+            await error_response(error)(scope, exchange.receive, exchange.send)
+        else:
+            await self.app(scope, exchange.receive, exchange.send)
 
-    async def _check(self, request: HTTPConnection, method: str) -> Response | None:
-        """Raise an HTTPException, or return a redirect to the sign-in page, or nothing."""
+    async def _check(self, request: HTTPConnection, method: str) -> None:
+        """Raise an HTTPException unless the request may be served."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin", "")
         if not await self._is_own_host(request.scope, host):
             names = ", ".join(dict.fromkeys(self.hosts))
@@ -68,10 +69,9 @@ class Safety:
             raise HTTPException(403, f"Origin: found {origin[:80]!r}, which is another site's")
         if not self._has_token(request):
             if method == "GET" and request.scope["path"] == "/":
-                return RedirectResponse("sign-in", 303)
+                raise HTTPException(303, "sign in first", {"location": "sign-in"})
             message = "a token is required: Authorization: Bearer TOKEN, or sign in on the page"
             raise HTTPException(401, message, {"www-authenticate": "Bearer"})
-        return None
 
     async def _is_own_host(self, scope: Scope, host: str) -> bool:
         """The decision of Starlette's TrustedHostMiddleware, whose response is not JSON."""
