@@ -246,6 +246,27 @@ def test_too_many_pending_requests_are_refused(clip: leanclip.Clip, monkeypatch:
     assert not isinstance(asyncio.run(worker.run(embed_texts, "later")), Exception)
 
 
+def test_a_failed_classifier_is_not_cached(clip: leanclip.Clip, monkeypatch: Any) -> None:
+    service, calls, original = Service(started(clip)), [], type(clip).classifier
+
+    def classifier(*values: Any) -> Any:
+        calls.append(values)
+        if len(calls) == 1:
+            raise MemoryError
+        return original(*values)
+
+    monkeypatch.setattr(type(clip), "classifier", classifier)
+
+    async def work() -> None:
+        with pytest.raises(MemoryError):
+            await service.classifier(LABELS, ["a {}"])
+        found = await asyncio.gather(*(service.classifier(LABELS, ["a {}"]) for _ in range(3)))
+        assert [one.labels for one in found] == [tuple(LABELS)] * 3
+
+    asyncio.run(work())
+    assert len(calls) == 2  # the three shared one
+
+
 def test_a_cache_keeps_the_values_used_last() -> None:
     kept = Cache(2)
     kept.put("a", 1)
@@ -370,9 +391,8 @@ def test_fields_that_are_wrong(client: TestClient) -> None:
 
 def test_a_label_over_the_context_fails_alone(client: TestClient) -> None:
     image = upload(png(), name="image")
-    for _ in range(2):  # the error is not cached
-        data = {"labels": ["cat", "word " * 400]}
-        refused(client.post("/api/classify", files=image, data=data), 400, "context")
+    data = {"labels": ["cat", "word " * 400]}
+    refused(client.post("/api/classify", files=image, data=data), 400, "context")
     answer = client.post("/api/classify", files=image, data={"labels": LABELS})
     assert answer.status_code == 200
 

@@ -102,6 +102,14 @@ def test_who_sends_fifty_megabytes_all_the_same_gets_the_answer(port: int) -> No
     assert httpx2.post(url, content=pieces(), headers=headers).status_code == 413
 
 
+def test_a_refused_body_is_read_to_its_end(port: int) -> None:
+    """A client that sends everything before it reads is not cut off."""
+    head = f"{HEAD}{FORM}Content-Length: {22 << 20}\r\n"
+    assert exchange(port, head, bytes(22 << 20))[0] == 413
+    other = head.replace("Host: 127.0.0.1", "Host: evil.example")
+    assert exchange(port, other, bytes(22 << 20))[0] == 403
+
+
 def test_a_form_that_is_refused_early_gets_the_answer(port: int) -> None:
     """The parser stops at the 65th file, while 20 MB are still on their way."""
 
