@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leanclip.app.worker import Worker
+from leanclip.app.worker import Worker, embed_images
 from leanclip.inference.model import load
 from measuring import chosen, command_line, finish, options
 from models import QUICKSTART, write_model
@@ -118,21 +118,23 @@ def together_or_not(weights: Path, rounds: int) -> dict[str, object]:
     for _ in range(rounds):
         for count in (10, 64):
             for name, most in (("together", 64), ("one by one", 1)):
-                worker = Worker(lambda: clip, most=most)
+                worker = Worker(lambda: clip, max_batch=most)
                 worker.start()
-                while not worker.is_ready:
-                    time.sleep(0.001)
-                worker.image(pixels[0]).result()
+                worker.loaded.result()
+                asyncio.run(embed(worker, pixels[:1]))
                 began = time.process_time()
-                for future in [worker.image(one) for one in pixels[:count]]:
-                    future.result()
+                asyncio.run(embed(worker, pixels[:count]))
                 taken = 1000 * (time.process_time() - began) / count
                 found.setdefault(str(count), {}).setdefault(name, []).append(taken)
-                worker.stop()
     return {
         count: {name: round(statistics.median(taken), 2) for name, taken in by_name.items()}
         for count, by_name in found.items()
     }
+
+
+async def embed(worker: Worker, pixels: torch.Tensor) -> None:
+    """Features of images, all requested at once."""
+    await asyncio.gather(*(worker.run(embed_images, one) for one in pixels))
 
 
 async def ask(address: str, images: list[bytes]) -> list[float | None]:

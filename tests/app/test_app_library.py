@@ -1,8 +1,7 @@
-"""The API's search and runs: what they find, and that paths lead nowhere."""
+"""The API's search: what it finds, and that paths lead nowhere."""
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,17 +10,17 @@ import pytest
 from conftest import noise_image
 from PIL import Image
 from starlette.testclient import TestClient
-from test_app import check, png, refused, upload
+from test_app import check, png, refused, started, upload
 from test_inference import save_tiny
 
 import leanclip
-from leanclip.app.routes import make_app
-from leanclip.app.runs import MOST_POINTS
+from leanclip.app.schemas import Hit
+from leanclip.app.server import make_app
 from leanclip.app.service import Service
-from leanclip.app.worker import Worker
 from leanclip.search import Index
 
 PICTURES = 12
+URL = "http://127.0.0.1:8000"
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         inner = folder / "photos" / ("cats" if i % 3 else "dogs")
         inner.mkdir(parents=True, exist_ok=True)
         noise_image(i, (400, 300)).save(inner / f"{i:02d}.png")
-    write_run(folder / "runs/first", state="done", steps=[10, 20, 30])
-    write_run(folder / "runs/deep/second", state="running", steps=list(range(1, 2001)))
-    (folder / "runs/first/report.html").write_text("<script>alert(1)</script><p>report")
-    (folder / "secret").mkdir()
-    (folder / "secret/metrics.jsonl").write_text("")
-    (folder / "secret/report.html").write_text("secret")
     return folder
-
-
-def write_run(folder: Path, *, state: str, steps: list[int]) -> None:
-    folder.mkdir(parents=True)
-    lines = [{"step": i, "time": 0.0, "train/loss": 4 - i / steps[-1]} for i in steps]
-    lines += [{"step": steps[-1], "time": 0.0, "val/zeroshot_top1": 0.5, "train/skipped": 0}]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(f'{text}{{"step": 7, "tra')  # cut short
-    facts = {"state": state, "steps": 2 * steps[-1], "step": steps[-1], "time": 0.0}
-    (folder / "status.json").write_text(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +45,8 @@ def index(place: Path) -> Iterator[Index]:
 def client(place: Path, index: Index) -> Iterator[TestClient]:
     clip = index.clip
     assert clip is not None
-    worker = Worker(lambda: clip)
-    worker.start()
-    service = Service(worker, runs=place / "runs", has_index=True, opened=index)
-    with TestClient(make_app(service), base_url="http://127.0.0.1:8000") as client:
-        while not worker.is_ready:
-            pass
+    with TestClient(make_app(Service(started(clip), index=index)), base_url=URL) as client:
         yield client
-    worker.stop()
 
 
 def found_by(client: TestClient, **query: str | int) -> list[dict]:
@@ -130,10 +107,10 @@ def test_a_picture_is_encoded_anew(client: TestClient, index: Index) -> None:
 )
 def test_tricks_with_numbers(client: TestClient, number: str) -> None:
     answer = client.get(f"/api/pictures/{number}")
-    refused(answer, 404 if "%2f" in number else 400)
+    refused(answer, 404 if "%2f" in number else 400, "" if "%2f" in number else "number: ")
     assert "root:" not in answer.text
     if "%2f" not in number:
-        refused(client.get(f"/api/search?like={number}"), 400, "picture")
+        refused(client.get(f"/api/search?like={number}"), 400, "like: ")
 
 
 def test_numbers_that_are_none(client: TestClient, index: Index) -> None:
@@ -162,64 +139,22 @@ def test_a_file_that_is_gone_or_is_no_picture_any_more(
     path.write_bytes(content)
 
 
+def test_names_that_are_no_unicode_are_replaced() -> None:
+    hit = Hit(number=1, score=0.12345678, path="caf\udce9.png", caption=None, label="\udce9")
+    expected = {"number": 1, "score": 0.123457, "path": "caf?.png", "caption": None, "label": "?"}
+    assert json.loads(hit.model_dump_json()) == expected
+
+
 def test_about_says_what_there_is(client: TestClient) -> None:
     found = check(client.get("/api/about"), "About")
     assert found["index"] == {"pictures": PICTURES, "labels": ["cats", "dogs"]}
-    assert found["has_runs"]
 
 
-def test_without_an_index_or_runs_the_answer_says_how(client: TestClient) -> None:
-    with TestClient(make_app(Service(None)), base_url="http://127.0.0.1:8000") as bare:
+def test_without_an_index_the_answer_says_how(index: Index) -> None:
+    assert index.clip is not None
+    with TestClient(make_app(Service(started(index.clip))), base_url=URL) as bare:
         refused(bare.get("/api/search?q=a"), 409, "leanclip app --index")
         refused(bare.get("/api/pictures/1"), 409, "--index")
-        refused(bare.get("/api/runs"), 409, "leanclip app --runs")
-        refused(bare.get("/api/curves?run=first"), 409, "--runs")
-
-
-def test_runs_and_their_curves(client: TestClient, place: Path) -> None:
-    os.utime(place / "runs/first/metrics.jsonl", (1, 1))
-    runs = check(client.get("/api/runs"), "Runs")["runs"]
-    assert [run["name"] for run in runs] == ["deep/second", "first"]
-    assert [run["state"] for run in runs] == ["running", "done"]
-    assert (runs[1]["step"], runs[1]["steps"], runs[1]["has_report"]) == (30, 60, True)
-    found = check(client.get("/api/curves", params={"run": "first"}), "Curves")
-    assert [curve["name"] for curve in found["curves"]] == ["train/loss", "val/zeroshot_top1"]
-    assert found["curves"][0]["steps"] == [10, 20, 30]
-    assert found["curves"][0]["values"] == pytest.approx([4 - 1 / 3, 4 - 2 / 3, 3])
-    assert found["curves"][1]["label"] == "zero-shot top1"
-
-
-def test_long_curves_are_thinned_by_means(client: TestClient) -> None:
-    found = client.get("/api/curves", params={"run": "deep/second"}).json()
-    loss = found["curves"][0]
-    assert len(loss["steps"]) == len(loss["values"]) == MOST_POINTS
-    assert loss["steps"][-1] == 2000
-    assert loss["values"][0] == pytest.approx(4 - 2.5 / 2000)  # of steps 1 to 4
-
-
-def test_a_run_that_says_nothing_any_more(client: TestClient, place: Path) -> None:
-    for name in ("metrics.jsonl", "status.json"):
-        os.utime(place / "runs/deep/second" / name, (1, 1))
-    runs = client.get("/api/runs").json()["runs"]
-    assert {run["name"]: run["state"] for run in runs}["deep/second"] == "silent"
-
-
-def test_a_report_can_do_nothing(client: TestClient) -> None:
-    answer = client.get("/runs/report", params={"run": "first"})
-    assert answer.text.endswith("<p>report")
-    policy = answer.headers["content-security-policy"]
-    assert policy.startswith("sandbox; default-src 'none'")
-    assert "script" not in policy
-
-
-@pytest.mark.parametrize(
-    "name", ["../secret", "..%2fsecret", "first/../../secret", "/etc", "", "deep", "first/", "%00"]
-)
-def test_names_of_runs_are_compared_and_not_followed(client: TestClient, name: str) -> None:
-    for path in ("/api/curves", "/runs/report"):
-        answer = client.get(f"{path}?run={name}")
-        refused(answer, 404, "none of that name")
-        assert "secret" not in answer.text
 
 
 def test_the_index_of_another_model_is_refused(place: Path, index: Index, tmp_path: Path) -> None:

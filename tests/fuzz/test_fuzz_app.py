@@ -20,10 +20,7 @@ import leanclip
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     top = tmp_path_factory.mktemp("app")
     save_tiny(top / "tiny")
-    run = top / "runs" / "one"
-    run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
-    with serving(leanclip.load(top / "tiny", device="cpu"), runs=top / "runs") as client:
+    with serving(leanclip.load(top / "tiny", device="cpu")) as client:
         yield client
 
 
@@ -67,14 +64,14 @@ def test_a_form(client: TestClient, name: str, edits: Edits) -> None:
 
 _WORDS = st.one_of(
     st.text(max_size=20),
-    st.sampled_from(["../../etc/passwd", "%00", "-1", "1e9", "٣", "9" * 40, "&" + "amp;" * 3000]),
+    st.sampled_from(["../../etc/passwd", "%00", "-1", "1e9", "٣", "9" * 40, "&" + "amp;" * 1000]),
 )
 
 
 @examples(40)
 @given(
-    st.sampled_from(["/api/search", "/api/curves", "/runs/report", "/api/runs", "/sign-in", "/x"]),
-    st.dictionaries(st.sampled_from(["q", "like", "offset", "limit", "run", "label"]), _WORDS),
+    st.sampled_from(["/api/search", "/api/pictures/1", "/sign-in", "/x"]),
+    st.dictionaries(st.sampled_from(["q", "like", "offset", "limit", "side", "label"]), _WORDS),
 )
 def test_a_query(client: TestClient, path: str, query: dict[str, str]) -> None:
     query = {name: text.encode("utf-8", "replace").decode() for name, text in query.items()}

@@ -480,7 +480,9 @@ def test_a_transform_that_these_steps_cannot_express_is_kept() -> None:
         Preprocess(24),
         Preprocess(24, rounding="down"),
         Preprocess(24, size=32, interpolation="bilinear"),
-        Preprocess(24, resize="squash", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3),
+        Preprocess(
+            24, resize="squash", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+        ),
     ],
 )
 def test_other_preprocessing_in_openais_steps(preprocess: Preprocess) -> None:

@@ -1,12 +1,10 @@
-"""The local page: compare, classify, search and watch runs in a browser, and a JSON API for it.
+"""The local page: compare, classify and search in a browser, and a JSON API for it.
 
-safety.py    every request first: Host, Origin, token, size; every answer: its headers
-routes.py    the API: forms in, JSON out
-forms.py     what a form holds, with its limits
-worker.py    one thread with the model, which takes waiting requests together
-heat.py      an image under its map of where the model looked
-runs.py      the training runs of a folder
-openapi.py   the API's description
-server.py    the address, the process
-page/        what the browser gets: HTML, CSS, JavaScript, as they are
+server.py   the socket and the process; the FastAPI application and its HTML pages
+safety.py   checks every request first: Host, Origin, token, size; adds headers to responses
+routes.py   the API's endpoints; schemas.py: their responses
+service.py  uploads, and features and classifiers with their caches
+worker.py   runs the model on batches of waiting requests
+heat.py     draws an attention map over an image
+templates/  HTML, rendered by Jinja2; static/: CSS and JavaScript, served as they are
 """

@@ -1,276 +1,243 @@
-"""The API behind the page: forms in, JSON out; what cannot be answered says so in words.
-
-/api/about                     the model, its label sets, its limits
-/api/compare   images, texts   cosines
-/api/classify  image, labels   probabilities, or none of these
-/api/attention image, texts    a picture of where the model looked
-/healthz, /openapi.json, /sign-in, and the page itself
-"""
+"""The API's endpoints. Their signatures describe, check and convert what a request holds."""
 
 import asyncio
-import logging
+import io
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, File, Form, HTTPException, Query, Request, UploadFile
+from fastapi.responses import Response
 from PIL import Image
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from pydantic import AfterValidator, Field
+from torch.nn import functional as F
 
-from leanclip.app import forms, library
-from leanclip.app.forms import every, form_of
+from leanclip.app import schemas
 from leanclip.app.heat import heat_picture
-from leanclip.app.openapi import description
-from leanclip.app.safety import MAX_BODY, Refused, Safety, cookie_name, is_same
-from leanclip.app.service import Service, service_of
-from leanclip.app.worker import RETRY_AFTER, NotReady, mean_feature
+from leanclip.app.service import Service, file_name, to_image
+from leanclip.app.worker import RETRY_AFTER, attention_maps
 from leanclip.data.prompts import TEMPLATES
-from leanclip.errors import LeanclipError
+from leanclip.errors import DataError
 from leanclip.inference.classifier import guesses
+from leanclip.io.files import split_lines
+from leanclip.preprocess.images import as_jpeg
+from leanclip.search import Index
 
-log = logging.getLogger("leanclip")
-PAGE = Path(__file__).parent / "page"
-MOST_LABELS = 1000  # of an index, offered to choose from
-KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-
-
-async def about(request: Request) -> Response:
-    """What the page shows and offers."""
-    service = service_of(request)
-    facts: dict[str, Any] = {
-        "version": version("leanclip"),
-        "state": state(service),
-        "model": None,
-        "index": None,
-        "has_runs": service.runs is not None,
-        "label_sets": [{"name": k, "labels": v} for k, v in service.label_sets.items()],
-        "templates": list(TEMPLATES),
-        "limits": {
-            "request_bytes": MAX_BODY,
-            "pixels": forms.MAX_PIXELS,
-            "images": forms.MAX_IMAGES,
-            "texts": forms.MAX_TEXTS,
-        },
-    }
-    if service.calibration:
-        known = service.calibration
-        calibrated = {"name": "calibrated", "labels": list(known.classes)}
-        facts["label_sets"].insert(0, calibrated | {"templates": list(known.templates)})
-    if service.opened is not None:
-        facts["index"] = {
-            "pictures": len(service.opened),
-            "labels": sorted(service.opened.labels())[:MOST_LABELS],
-        }
-    if service.worker and service.worker.is_ready:
-        clip = service.worker.clip
-        facts["model"] = {
-            "name": service.model_name,
-            "resolution": clip.preprocess.resolution,
-            "embed_dim": clip.model.config.embed_dim,
-            "context": clip.model.context_length,
-        }
-    return JSONResponse(facts)
+MAX_IMAGES, MAX_TEXTS = 64, 2000
+MAX_TEXT = 10_000  # characters
+MAX_LABELS = 1000  # of an index, listed
+MAX_HITS = 2000  # of a search, over all its pages
+JPEG: Any = {"response_class": Response, "responses": {200: {"content": {"image/jpeg": {}}}}}
+FORMATS = "JPEG, PNG, BMP, WebP, GIF or TIFF"
 
 
-async def compare(request: Request) -> Response:
-    """Cosines of images with texts."""
-    service = service_of(request)
-    _ = service.model  # before a large form is read
-    async with form_of(request) as form:
-        uploads, texts = form.images("images"), form.texts("texts")
-        if not texts:
-            raise Refused(400, "texts: there is none; give one or more")
-        found = await every(*map(service.text, texts), *map(service.image, uploads))
-    text_rows, image_rows = torch.stack(found[: len(texts)]), torch.stack(found[len(texts) :])
-    cosines = text_rows @ image_rows.T  # (M, N)
-    return JSONResponse(
-        {
-            "texts": texts,
-            "images": [upload.name for upload in uploads],
-            "similarity": _rounded(cosines.tolist()),
-        }
-    )
+def texts_in(values: list[str]) -> list[str]:
+    """The texts, one per line or per field, without empty ones."""
+    texts = [line.strip() for value in values for line in split_lines(value) if line.strip()]
+    if len(texts) > MAX_TEXTS:
+        raise ValueError(f"found {len(texts):,}; give at most {MAX_TEXTS:,}")
+    if any(len(text) > MAX_TEXT for text in texts):
+        raise ValueError(f"one is over {MAX_TEXT:,} characters")
+    return texts
 
 
-async def classify(request: Request) -> Response:
-    """Which label fits an image."""
-    service = service_of(request)
-    _ = service.model
-    async with form_of(request) as form:
-        upload, labels = form.image("image"), form.texts("labels")
-        templates = form.texts("templates") or list(TEMPLATES)
-        top = form.number("top", 5, least=1, most=forms.MAX_TEXTS)
-        classifier, features = await every(
-            service.classifier(labels, templates), service.image(upload)
-        )
-    plain = replace(classifier, calibration=None)
-    known = classifier.calibration
-    is_none = known is not None and not guesses(classifier, features[None], 1)[0]
-    if known is not None and not is_none:
-        plain = classifier
-    found = guesses(plain, features[None], top)[0]
-    return JSONResponse(
-        {
-            "image": upload.name,
-            "calibrated": known is not None,
-            "none_of_these": is_none,
-            "guesses": [
-                {"label": label, "probability": round(p, 6), "similarity": round(s, 6)}
-                for label, p, s in found
-            ],
-        }
-    )
+def get_service(request: Request) -> Service:
+    """The service of the application."""
+    return request.app.state.service
 
 
-async def attention(request: Request) -> Response:
-    """A picture of where the model looked: for texts, whose mean is taken, or without any."""
-    service = service_of(request)
-    worker = service.model
-    async with form_of(request) as form:
-        upload, texts = form.image("image"), form.texts("texts")
-        preprocess = worker.clip.preprocess
-
-        def work(content: bytes) -> tuple[torch.Tensor, Image.Image]:
-            return forms.pixels_of(content, preprocess), forms.picture_of(content)
-
-        (pixels, image), *features = await every(
-            service.decoders.run(upload, work), *map(service.text, texts)
-        )
-    text = mean_feature(features) if features else None
-    heat = await asyncio.wrap_future(worker.map(pixels, text))
-    picture = await run_sync(heat_picture, image, heat.numpy(), preprocess)
-    return Response(picture, media_type="image/jpeg")
+def get_index(service: Annotated[Service, Depends(get_service)]) -> Index:
+    """The index, which is opened once the model is loaded."""
+    _ = service.worker.clip
+    if service.index is None:
+        raise HTTPException(409, "no index: start the page with one: leanclip app --index ...")
+    return service.index
 
 
-async def health(request: Request) -> Response:
+def get_image(
+    image: Annotated[list[UploadFile], File(max_length=1, description=FORMATS)],
+) -> UploadFile:
+    """The only image of a form."""
+    return image[0]
+
+
+TheService = Annotated[Service, Depends(get_service)]
+TheIndex = Annotated[Index, Depends(get_index)]
+Lines = Annotated[list[str], AfterValidator(texts_in), Form()]
+OptionalLines = Annotated[list[str], AfterValidator(texts_in), Form(default_factory=list)]
+ImageFiles = Annotated[list[UploadFile], File(description=FORMATS)]
+ImageFile = Annotated[UploadFile, Depends(get_image)]
+Offset = Annotated[int, Field(ge=0, lt=MAX_HITS)]
+Limit = Annotated[int, Field(ge=1, le=200)]
+Number = Annotated[int, Field(ge=0, lt=10**9)]  # of a picture
+
+router = APIRouter(responses={"default": {"model": schemas.Error, "description": "an error"}})
+
+
+@router.head("/healthz", include_in_schema=False)
+@router.get("/healthz", responses={503: {"model": schemas.Health}})
+async def health(service: TheService, response: Response) -> schemas.Health:
     """Whether requests are answered, for a load balancer or a script that waits."""
-    service = service_of(request)
-    now = state(service)
-    facts: dict[str, Any] = {"status": now}
-    if service.worker:
-        facts |= {"jobs": service.worker.jobs, "passes": service.worker.passes}
-    if now in ("ready", "no model"):
-        return JSONResponse(facts)
-    return JSONResponse(facts, 503, {"retry-after": str(RETRY_AFTER)})
+    worker = service.worker
+    if worker.state == "loading":
+        response.status_code = 503
+        response.headers.update(RETRY_AFTER)
+    return schemas.Health(status=worker.state, jobs=worker.jobs, passes=worker.passes)
 
 
-def state(service: Service) -> str:
-    """Of the model: ready, loading, failed or no model."""
-    if service.worker is None:
-        return "no model"
-    if service.worker.error is not None:
-        return "failed"
-    return "ready" if service.worker.is_ready else "loading"
+@router.get("/api/about")
+async def about(service: TheService) -> schemas.About:
+    """The model, the index and the label sets."""
+    state, sets = service.worker.state, service.label_sets
+    found = schemas.About(version=version("leanclip"), state=state, label_sets=sets)
+    if state == "ready":
+        clip = service.worker.clip
+        found.model = schemas.ModelInfo(
+            name=service.model_name,
+            resolution=clip.preprocess.resolution,
+            embed_dim=clip.model.config.embed_dim,
+            context=clip.model.context_length,
+        )
+    if (index := service.index) is not None:
+        labels = sorted(index.labels())[:MAX_LABELS]
+        found.index = schemas.IndexInfo(pictures=len(index), labels=labels)
+    return found
 
 
-async def openapi(request: Request) -> Response:
-    """The description of this API."""
-    return JSONResponse(description())
+@router.post("/api/compare")
+async def compare(
+    service: TheService,
+    images: ImageFiles,
+    texts: Lines,
+) -> schemas.Comparison:
+    """Cosine similarities of images and texts, one text per line or field."""
+    if not texts:
+        raise HTTPException(400, "texts: found none; give at least one")
+    features = await asyncio.gather(*map(service.text, texts), *map(service.image, images))
+    text_rows, image_rows = features[: len(texts)], features[len(texts) :]
+    similarity = torch.stack(text_rows) @ torch.stack(image_rows).T
+    names = [file_name(image) for image in images]
+    return schemas.Comparison(texts=texts, images=names, similarity=similarity.tolist())
 
 
-async def sign_in(request: Request) -> Response:
-    """The form that takes the token, and the cookie for the right one."""
-    safety: Safety = request.scope["leanclip.safety"]
-    if request.method == "GET":
-        return Response((PAGE / "sign-in.html").read_bytes(), media_type="text/html")
-    async with form_of(request) as form:
-        given = "".join(form.texts("token"))
-    if safety.token is None or not is_same(given, safety.token):
-        await asyncio.sleep(0.5)  # guessing is slow
-        page = (PAGE / "sign-in.html").read_text(encoding="utf-8")
-        page = page.replace("<!-- wrong -->", "That is not the token.")
-        return Response(page, 401, media_type="text/html")
-    answer = Response(status_code=303, headers={"location": "/"})
-    name = cookie_name(request.scope)
-    answer.set_cookie(name, safety.session, httponly=True, samesite="strict")
-    return answer
-
-
-async def page(request: Request) -> Response:
-    """The page."""
-    return Response((PAGE / "index.html").read_bytes(), media_type="text/html")
-
-
-async def part_of_page(request: Request) -> Response:
-    """One of the files that the page is made of; a name is looked up, and leads nowhere else."""
-    files = {path.name: path for path in PAGE.iterdir() if path.suffix in KINDS}
-    path = files.get(request.path_params["name"])
-    if path is None:
-        raise HTTPException(404)
-    return Response(path.read_bytes(), media_type=KINDS[path.suffix])
-
-
-def make_app(service: Service, *, host: str = "127.0.0.1", token: str | None = None) -> Safety:
-    """The whole application, to be served at an address."""
-    app = Starlette(
-        routes=ROUTES,
-        exception_handlers={
-            Refused: _refused,
-            ClientDisconnect: _gone,
-            NotReady: _not_ready,
-            LeanclipError: _mistake,
-            HTTPException: _http,
-            Exception: _broken,
-        },
+@router.post("/api/classify")
+async def classify(
+    service: TheService,
+    image: ImageFile,
+    labels: Lines,
+    templates: OptionalLines,
+    top: Annotated[int, Form(ge=1, le=MAX_TEXTS)] = 5,
+) -> schemas.Classification:
+    """The most probable labels of an image. Templates have {} for the label."""
+    classifier, features = await asyncio.gather(
+        service.classifier(labels, templates or list(TEMPLATES)), service.image(image)
     )
-    app.state.service = service
-    return Safety(app, host=host, token=token)
+    is_calibrated = classifier.calibration is not None
+    found = guesses(classifier, features[None], top)[0]
+    is_none = is_calibrated and not found
+    if is_none:
+        found = guesses(replace(classifier, calibration=None), features[None], top)[0]
+    return schemas.Classification(
+        image=file_name(image),
+        calibrated=is_calibrated,
+        none_of_these=is_none,
+        predictions=[schemas.Prediction.model_validate(one, from_attributes=True) for one in found],
+    )
 
 
-ROUTES = [
-    Route("/", page),
-    Route("/sign-in", sign_in, methods=["GET", "POST"]),
-    Route("/healthz", health),
-    Route("/openapi.json", openapi),
-    Route("/api/about", about),
-    Route("/api/compare", compare, methods=["POST"]),
-    Route("/api/classify", classify, methods=["POST"]),
-    Route("/api/attention", attention, methods=["POST"]),
-    Route("/api/search", library.search_words),
-    Route("/api/search", library.search_picture, methods=["POST"]),
-    Route("/api/pictures/{number}", library.picture),
-    Route("/api/runs", library.runs),
-    Route("/api/curves", library.curves),
-    Route("/runs/report", library.report),
-    Route("/{name}", part_of_page),
-]
+@router.post("/api/attention", **JPEG)
+async def attention(service: TheService, image: ImageFile, texts: OptionalLines) -> Response:
+    """The image under a map of what the model attended to: for the texts' mean, or in general."""
+    pixels = await service.decode(image, service.to_pixels)
+    picture = await service.decode(image, to_image)
+    features = await asyncio.gather(*map(service.text, texts))
+    text = F.normalize(torch.stack(features).mean(dim=0), dim=-1) if features else None
+    heat = await service.worker.run(attention_maps, (pixels, text))
+    preprocess = service.worker.clip.preprocess
+    jpeg = await run_sync(heat_picture, picture, heat.numpy(), preprocess)
+    return Response(jpeg, media_type="image/jpeg")
 
 
-def _rounded(rows: list[list[float]]) -> list[list[float]]:
-    return [[round(value, 6) for value in row] for row in rows]
+@router.get("/api/search")
+async def search_words(
+    service: TheService,
+    index: TheIndex,
+    q: Annotated[str, Query(description="words")] = "",
+    without: Annotated[str, Query(description="words for what is not wanted")] = "",
+    like: Annotated[Number | None, Query(description="or the number of a picture")] = None,
+    label: Annotated[str, Query(description="only pictures with this label")] = "",
+    offset: Offset = 0,
+    limit: Limit = 30,
+) -> schemas.Hits:
+    """Pictures that match words, or are like another of the index."""
+    if like is not None:
+        try:
+            vector = await run_sync(index.vector, like)
+        except DataError:
+            raise no_picture(like) from None
+    elif q.strip():
+        texts = [text for text in (q.strip(), without.strip()) if text]
+        features = await asyncio.gather(*map(service.text, texts))
+        vector = (features[0] - sum(features[1:])).numpy()
+    else:
+        raise HTTPException(400, "q: enter what to search for")
+    return await find(index, vector, label, offset, limit)
 
 
-def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    return error.answer()
+@router.post("/api/search")
+async def search_image(
+    service: TheService,
+    index: TheIndex,
+    image: ImageFile,
+    label: Annotated[str, Form()] = "",
+    offset: Annotated[Offset, Form()] = 0,
+    limit: Annotated[Limit, Form()] = 30,
+) -> schemas.Hits:
+    """Pictures like an image."""
+    return await find(index, (await service.image(image)).numpy(), label, offset, limit)
 
 
-def _not_ready(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 503, {"retry-after": str(RETRY_AFTER)})
+@router.get("/api/pictures/{number}", **JPEG)
+async def picture(
+    service: TheService,
+    index: TheIndex,
+    number: Number,
+    side: Annotated[int, Query(ge=64, le=1024, description="pixels of the longer side")] = 320,
+) -> Response:
+    """A picture by its number, decoded and encoded again, so that only pixels are served."""
+
+    def shrink(content: bytes) -> bytes:
+        image = to_image(content)
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        return as_jpeg(image)
+
+    try:
+        content = await run_sync(index.read, number)
+    except (DataError, OSError):
+        raise no_picture(number) from None
+    upload = UploadFile(io.BytesIO(content), filename=f"picture {number}")
+    jpeg = await service.decode(upload, shrink)
+    headers = {"cache-control": "private, max-age=3600"}  # a number is never used again
+    return Response(jpeg, headers=headers, media_type="image/jpeg")
 
 
-def _mistake(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": " ".join(str(error).split())}, 400)
+def no_picture(number: int) -> HTTPException:
+    """The error for a number that is not in the index."""
+    return HTTPException(404, f"picture {number}: not in the index, or its file is gone")
 
 
-def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # to nobody
+async def find(
+    index: Index, vector: np.ndarray, label: str, offset: int, limit: int
+) -> schemas.Hits:
+    """One page of hits. One more is searched for, to know whether it is the last page."""
+    end = min(offset + limit, MAX_HITS)
 
+    def search() -> list[schemas.Hit]:
+        found = index.search_many(vector[None], k=end + 1, label=label or None)[0]
+        return [schemas.Hit.model_validate(hit, from_attributes=True) for hit in found]
 
-def _http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    words = {404: "there is nothing of that name here", 405: "that is not done with this method"}
-    said = words.get(error.status_code, error.detail)
-    return JSONResponse({"error": said}, error.status_code, error.headers)
-
-
-def _broken(request: Request, error: Exception) -> Response:
-    log.error("%s %s: %r", request.method, request.url.path, error)
-    said = "something went wrong on the server, and its log says what; this is a fault of leanclip"
-    return JSONResponse({"error": said}, 500)
+    hits = await run_sync(search)
+    return schemas.Hits(hits=hits[offset:end], is_end=len(hits) <= end or end == MAX_HITS)

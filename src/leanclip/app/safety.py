@@ -1,31 +1,30 @@
-"""What every request must be before it is looked at, and what every answer carries.
+"""Checks every request before the application sees it, and adds headers to every response.
 
-Host     one of this server's names: another page cannot reach it by a name of its own
-         that leads to 127.0.0.1 (DNS rebinding)
-Origin   of what is not a GET: this page's own, or none, as of a program
-token    where the server is not on this machine alone
-size     refused by its Content-Length before it is read, or when it is over while it is
+Host    one of this server's names, as another site's may resolve to 127.0.0.1 (DNS rebinding)
+Origin  for other methods than GET: this page's own, or none, as from a program
+token   required if the server can be reached from other machines
+size    refused by Content-Length before the body is read, or once it is exceeded
 """
 
 import asyncio
 import hmac
 import ipaddress
+import re
 import secrets
 import socket
-from collections.abc import Iterable
 from contextlib import suppress
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import urlsplit
+from typing import Any
 
+from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY = 20 << 20  # bytes of a request
-LINGER = 2.0  # seconds to go on reading what is refused, so that the answer arrives
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN_PATHS = ("/healthz", "/sign-in", "/app.css", "/icon.svg")  # without a token
-
+MAX_BODY = 20 << 20  # bytes per request
+DRAIN = 2.0  # seconds to read on after an early response, so that it arrives
+OPEN_PATHS = ("/healthz", "/sign-in", "/static/app.css", "/static/icon.svg")  # without a token
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -38,203 +37,142 @@ HEADERS = {
 }
 
 
-class Refused(Exception):
-    """A request that is not answered: status, words, and headers of the answer."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers or {}
-
-    def answer(self) -> Response:
-        """It as JSON."""
-        return JSONResponse({"error": str(self)}, self.status, self.headers)
-
-
 class Safety:
-    """Middleware around the whole application.
-
-    Args:
-        app: what is within.
-        host: the address that the server is bound to.
-        token: what a request has to show; None: nothing.
-    """
+    """Middleware around the whole application, for a server that is bound to `host`."""
 
     def __init__(self, app: ASGIApp, *, host: str, token: str | None = None) -> None:
-        self.app, self.token = app, token
-        self.names = {*LOOPBACK, host.lower(), socket.gethostname().lower()}
-        self.is_local = is_loopback(host)
-        if self.is_local:
-            self.names -= {socket.gethostname().lower()}
-        self.session = secrets.token_urlsafe(32)  # what the cookie holds, in the token's place
+        self.app, self.token, self.is_local = app, token, is_loopback(host)
+        self.hosts = ["localhost", "127.0.0.1", "[::1]", host.lower()]
+        self.hosts += [] if self.is_local else [socket.gethostname().lower()]
+        self.session = secrets.token_urlsafe(32)  # the cookie's value, in place of the token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """An ASGI application."""
+        """Serve an ASGI request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        sender = _Sender(send, receive)
+        exchange = _Exchange(scope, receive, send)
         try:
-            self._check_host(headers)
-            if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-                self._check_origin(headers)
-            self._check_token(scope, headers)
-            self._check_length(headers)
-        except Refused as refused:
-            sender.lingers = scope["method"] not in ("GET", "HEAD")
-            await refused.answer()(scope, receive, sender)
-            return
-        scope["leanclip.safety"] = self
-        await self.app(scope, _Limited(receive, MAX_BODY, sender), sender)
+            await self._check(HTTPConnection(scope), scope["method"])
+        except HTTPException as error:
+            await error_response(error)(scope, exchange.receive, exchange.send)
+        else:
+            await self.app(scope, exchange.receive, exchange.send)
 
-    def _check_host(self, headers: Headers) -> None:
-        given = headers.getlist("host")
-        name = _name_of(given[0]) if len(given) == 1 else None
-        if name in self.names or (not self.is_local and name and _is_address(name)):
-            return
-        said = repr(given[0][:80]) if given else "none"
-        raise Refused(
-            403,
-            f"Host: found {said}; this server answers to {_names(self.names)} only, so that no "
-            f"other site can reach it by a name of its own",
-        )
+    async def _check(self, request: HTTPConnection, method: str) -> None:
+        """Raise an HTTPException unless the request may be served."""
+        host, origin = request.headers.get("host", ""), request.headers.get("origin", "")
+        if not await self._is_own_host(request.scope, host):
+            names = ", ".join(dict.fromkeys(self.hosts))
+            raise HTTPException(403, f"Host: found {host[:80]!r}; use one of {names}")
+        if method not in ("GET", "HEAD", "OPTIONS") and not is_own_origin(request.headers):
+            raise HTTPException(403, f"Origin: found {origin[:80]!r}, which is another site's")
+        if not self._has_token(request):
+            if method == "GET" and request.scope["path"] == "/":
+                raise HTTPException(303, "sign in first", {"location": "sign-in"})
+            message = "a token is required: Authorization: Bearer TOKEN, or sign in on the page"
+            raise HTTPException(401, message, {"www-authenticate": "Bearer"})
 
-    def _check_origin(self, headers: Headers) -> None:
-        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        is_own = origin is None or origin.partition("://")[2] == headers.get("host")
-        # Forms of a page without referrers come as "null"; but no page can make up Sec-Fetch-Site.
-        is_own = is_own or (origin == "null" and site == "same-origin")
-        if not is_own or site not in ("same-origin", "none", None):
-            raise Refused(
-                403, f"Origin: found {str(origin)[:80]!r}; only this server's own page may do that"
-            )
+    async def _is_own_host(self, scope: Scope, host: str) -> bool:
+        """The decision of Starlette's TrustedHostMiddleware, whose response is not JSON."""
+        passed = False
 
-    def _check_token(self, scope: Scope, headers: Headers) -> None:
-        if self.token is None or scope["path"] in OPEN_PATHS:
-            return
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        async def accept(*_: object) -> None:
+            nonlocal passed
+            passed = True
+
+        async def ignore(*_: object) -> Any:
+            pass
+
+        hosts, name = self.hosts, re.sub(r":\d+$", "", host.lower())
+        if not self.is_local and is_address(name.strip("[]")):
+            hosts = [*hosts, name]  # any address is safe, as DNS rebinding needs a name
+        await TrustedHostMiddleware(accept, hosts, www_redirect=False)(scope, ignore, ignore)
+        return passed
+
+    def _has_token(self, request: HTTPConnection) -> bool:
+        if self.token is None or request.scope["path"] in OPEN_PATHS:
+            return True
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and is_same(bearer.strip(), self.token):
-            return
-        if is_same(_cookie(headers, cookie_name(scope)), self.session):
-            return
-        if scope["path"] == "/" and scope["method"] == "GET":
-            raise _SignIn(303, "sign in first")
-        raise Refused(
-            401,
-            "a token is needed: Authorization: Bearer TOKEN, or sign in on the page",
-            {"www-authenticate": "Bearer"},
-        )
-
-    def _check_length(self, headers: Headers) -> None:
-        given = headers.get("content-length", "0")
-        if given.isdecimal() and int(given) > MAX_BODY:
-            raise too_large(MAX_BODY)
+            return True
+        return is_same(request.cookies.get(cookie_name(request), ""), self.session)
 
 
-class _SignIn(Refused):
-    def answer(self) -> Response:
-        return Response(status_code=303, headers={"location": "/sign-in"})
+def is_own_origin(headers: Headers) -> bool:
+    """Whether a request comes from this server's page, or from a program."""
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    is_own = origin is None or origin.partition("://")[2] == headers.get("host")
+    # A form on a page without referrers sends "null"; but no page can forge Sec-Fetch-Site.
+    is_own = is_own or (origin == "null" and site == "same-origin")
+    return is_own and site in ("same-origin", "none", None)
 
 
-def too_large(limit: int) -> Refused:
-    """The answer to a body over the limit."""
-    return Refused(
-        413,
-        f"the request is over {limit >> 20} MB, which is the most that is taken at once; send "
-        f"fewer or smaller images",
-        {"connection": "close"},
-    )
+def error_response(error: HTTPException) -> JSONResponse:
+    """An error as the API reports it."""
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-def is_same(given: str, wanted: str) -> bool:
-    """Whether two secrets are equal, in a time that does not tell how much of them is."""
-    return hmac.compare_digest(given.encode(), wanted.encode())
+def is_same(given: str, expected: str) -> bool:
+    """Compare secrets in constant time."""
+    return hmac.compare_digest(given.encode(), expected.encode())
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address."""
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether an address can be reached from this machine only."""
     return host.lower() == "localhost" or (
-        _is_address(host) and ipaddress.ip_address(host).is_loopback
+        is_address(host) and ipaddress.ip_address(host).is_loopback
     )
 
 
-def cookie_name(scope: Scope) -> str:
-    """Of the session; cookies do not tell ports apart, so the name does."""
-    return f"leanclip-{(scope.get('server') or ('', 0))[1]}"
+def cookie_name(request: HTTPConnection) -> str:
+    """The session cookie's name, with the port, as cookies do not distinguish ports."""
+    return f"leanclip-{request.url.port}"
 
 
-def _cookie(headers: Headers, name: str) -> str:
-    try:
-        found = SimpleCookie(headers.get("cookie", "")).get(name)
-    except CookieError:
-        return ""
-    return found.value if found else ""
+class _Exchange:
+    """The messages of a request and its response."""
 
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._receive, self._send, headers = receive, send, Headers(scope=scope)
+        self._length, self._received = headers.get("content-length", ""), 0
+        self._has_more = "content-length" in headers or "transfer-encoding" in headers
 
-def _name_of(host: str) -> str | None:
-    """The name in a Host header, without its port; None where it is not one."""
-    try:
-        parts = urlsplit(f"//{host}")
-        _ = parts.port
-    except ValueError:
-        return None
-    is_plain = parts.netloc == host and not parts.username and "@" not in host
-    return parts.hostname if is_plain and not parts.path and not parts.query else None
+    async def receive(self) -> Message:
+        """The next part of the body, unless the body is over the limit."""
+        self._check_size(int(self._length) if self._length.isdecimal() else 0)
+        message = await self._receive()
+        self._has_more = message.get("more_body", False)
+        self._received += len(message.get("body", b""))
+        self._check_size(self._received)
+        return message
 
+    def _check_size(self, size: int) -> None:
+        if size > MAX_BODY:
+            message = f"the request is over {MAX_BODY >> 20} MB; send fewer or smaller images"
+            raise HTTPException(413, message, {"connection": "close"})
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+    async def send(self, message: Message) -> None:
+        """Send a part of the response; before the last one, the body is read to its end.
 
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-class _Sender:
-    """Sends answers with HEADERS, where they do not have their own.
-
-    Where it `lingers`, a body that is on its way is read on for a moment and thrown away before
-    the answer ends: a connection that is closed on one who is sending may take the answer along.
-    """
-
-    def __init__(self, send: Send, receive: Receive) -> None:
-        self._send, self._receive, self.lingers = send, receive, False
-
-    async def __call__(self, message: Message) -> None:
+        A client that is still sending when the connection closes may not see the response.
+        """
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
-        is_last = message["type"] == "http.response.body" and not message.get("more_body")
-        if is_last and self.lingers:
-            self.lingers = False
+        elif self._has_more and not message.get("more_body"):
             await self._send({**message, "more_body": True})
-            await self._throw_away()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN):
+                    while self._has_more:
+                        self._has_more = (await self._receive()).get("more_body", False)
             message = {"type": "http.response.body", "body": b""}
         await self._send(message)
-
-    async def _throw_away(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER):
-                while (message := await self._receive())["type"] == "http.request":
-                    if not message.get("more_body"):
-                        return
-
-
-class _Limited:
-    """Receives a body, and raises where it is over the limit."""
-
-    def __init__(self, receive: Receive, limit: int, sender: _Sender) -> None:
-        self._receive, self._limit, self._read, self._sender = receive, limit, 0, sender
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        self._read += len(message.get("body", b""))
-        if self._read > self._limit:
-            self._sender.lingers = bool(message.get("more_body"))
-            raise too_large(self._limit)
-        return message

@@ -1,156 +1,205 @@
-"""The address and the process: a socket, uvicorn on it, the model loading beside.
+"""The server: the FastAPI application with its pages, the socket, and the process.
 
-The server answers while the model loads. Where that fails it stops, and says why.
+Requests are answered while the model loads. If it cannot be loaded, the server stops.
 """
 
+import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from fastapi.templating import Jinja2Templates
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from leanclip.app.routes import make_app
-from leanclip.app.safety import is_loopback
+from leanclip.app.routes import MAX_IMAGES, MAX_TEXTS, router
+from leanclip.app.safety import MAX_BODY, Safety, cookie_name, error_response, is_loopback, is_same
+from leanclip.app.schemas import LabelSet
 from leanclip.app.service import Service
 from leanclip.app.worker import Worker
-from leanclip.errors import ConfigError
+from leanclip.errors import ConfigError, LeanclipError
 from leanclip.evaluation import Calibration
 from leanclip.inference.classifier import check_labels, read_labels
 from leanclip.inference.model import Clip, load
 from leanclip.search import Index
 
 log = logging.getLogger("leanclip")
-LEAST_TOKEN = 16  # characters
+ROOM = Path(__file__).parent
+MIN_TOKEN = 16  # characters
+HANDLED = (StarletteHTTPException, RequestValidationError, LeanclipError, Exception)
+
+html = Jinja2Templates(ROOM / "templates")  # escapes by default
+pages = APIRouter()
+
+
+def make_app(service: Service, *, host: str = "127.0.0.1", token: str | None = None) -> Safety:
+    """The whole application, for a server that is bound to `host`."""
+    app = FastAPI(
+        title="leanclip",
+        version=version("leanclip"),
+        description="The API behind `leanclip app`. Errors are JSON: `error` is one sentence.",
+        docs_url=None,  # they load scripts from elsewhere
+        redoc_url=None,
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
+        form_limits={"max_files": MAX_IMAGES, "max_fields": MAX_TEXTS},
+        exception_handlers=dict.fromkeys(HANDLED, report_error),
+    )
+    app.state.service, app.state.safety = service, Safety(app, host=host, token=token)
+    app.include_router(router)
+    app.mount("/static", StaticFiles(directory=ROOM / "static"))
+    app.include_router(pages, include_in_schema=False)
+    return app.state.safety
+
+
+@pages.head("/")
+@pages.get("/")
+async def index_page(request: Request) -> HTMLResponse:
+    """The page."""
+    return html.TemplateResponse(request, "index.html", {"max_bytes": MAX_BODY})
+
+
+@pages.get("/sign-in")
+async def sign_in_page(request: Request) -> HTMLResponse:
+    """The form for the token."""
+    return html.TemplateResponse(request, "sign-in.html")
+
+
+@pages.post("/sign-in")
+async def sign_in(request: Request, token: Annotated[str, Form()] = "") -> Response:
+    """A cookie for the right token."""
+    safety: Safety = request.app.state.safety
+    if safety.token is None or not is_same(token.strip(), safety.token):
+        await asyncio.sleep(0.5)  # slows down guessing
+        context = {"error": "That is not the token."}
+        return html.TemplateResponse(request, "sign-in.html", context, status_code=401)
+    response = RedirectResponse("./", 303)
+    response.set_cookie(cookie_name(request), safety.session, httponly=True, samesite="strict")
+    return response
+
+
+async def report_error(request: Request, error: Exception) -> Response:
+    """Any error as the API reports it."""
+    match error:
+        case StarletteHTTPException():
+            return error_response(error)
+        case RequestValidationError():
+            first = error.errors()[0]
+            message = first["msg"].removeprefix("Value error, ")
+            if "UploadFile" in message:
+                message = "found text; give an image as a file of the form"
+            return error_response(HTTPException(400, f"{first['loc'][1]}: {message}"))
+        case LeanclipError():
+            return error_response(HTTPException(400, " ".join(str(error).split())))
+    log.error("%s %s: %r", request.method, request.url.path, error, exc_info=error)
+    message = "something went wrong on the server; its log has the details"
+    return error_response(HTTPException(500, message))
 
 
 def serve(
     model: str | None,
     *,
-    arch: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
     device: str = "auto",
+    arch: str | None = None,
     labels: tuple[Path, ...] = (),
     calibration: Path | None = None,
     index: Path | None = None,
-    runs: Path | None = None,
     started: Callable[[str], object] = lambda address: None,
 ) -> None:
     """Serve the page until the process is told to stop.
 
     Args:
-        model: weights, as `load` takes them; None: a page without a model.
-        arch: the architecture, where the weights do not say it.
-        host: the address to bind; another than this machine's own needs a token.
-        port: 0 takes a free one.
-        token: what a request has to show.
-        device: of the model.
-        labels: files with a label a line, offered by their names.
-        calibration: of the model; its classes are offered as a label set.
-        index: of `leanclip search build`, made with the model.
-        runs: a folder of training runs.
+        model: weights, as `load` takes them; None: those that the index was built with.
+        port: 0 for a free one.
+        arch: the architecture, where the weights do not tell it.
+        token: required of every request; a must if other machines can reach `host`.
+        labels: files with one label per line, offered as label sets.
+        calibration: offered as a label set, too.
         started: called with the page's address.
-
-    Raises:
-        ConfigError: the address cannot be had, or a token is missing or too short.
-        LeanclipError: the model, labels or a calibration cannot be read.
     """
     check_token(host, token)
-    if index is not None:
+    if index is not None and model is None:
         opened = Index.open(index)
-        model = model or opened.model.get("source")
+        model = opened.model.get("source")
         opened.close()
-        if model is None:
-            raise ConfigError(f"{index}: does not say where its model is; give it with --model")
-    if runs is not None and not runs.is_dir():
-        raise ConfigError(f"--runs {runs}: no such folder")
-    service = Service(
-        worker=None,
-        model_name=model or "",
-        label_sets={path.stem: check_labels(read_labels(path)) for path in labels},
-        calibration=Calibration.load(calibration) if calibration else None,
-        runs=runs,
-        has_index=index is not None,
-    )
-    with bound(host, port) as listener:
-        address = listener.getsockname()
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(service, host=host, token=token),
-                http="h11",
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=5,
-            )
+    if model is None:
+        raise ConfigError(f"{index}: does not name its model; give it with --model")
+    service = Service(Worker(lambda: load_model(service, device, index, arch)), model)
+    if calibration:
+        known = service.calibration = Calibration.load(calibration)
+        classes, templates = list(known.classes), list(known.templates)
+        service.label_sets.append(LabelSet(name="calibrated", labels=classes, templates=templates))
+    for path in labels:
+        names = check_labels(read_labels(path))
+        service.label_sets.append(LabelSet(name=path.stem, labels=names))
+    with bind(host, port) as listener:
+        config = uvicorn.Config(
+            make_app(service, host=host, token=token),
+            http="h11",
+            ws="none",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=5,
         )
-
-        def stop() -> None:
-            server.should_exit = True
-
-        if model is not None:
-            worker = Worker(lambda: _loaded(model, arch, device, index, service), failed=stop)
-            service.worker = worker
-            worker.start()
+        server, loaded = uvicorn.Server(config), service.worker.loaded
+        service.worker.start(failed=lambda: setattr(server, "should_exit", True))
+        address = listener.getsockname()
         name = f"[{address[0]}]" if ":" in address[0] else address[0]
         started(f"http://{name}:{address[1]}/")
         server.run(sockets=[listener])
-        if service.worker is not None:
-            if service.worker.error is not None:
-                raise service.worker.error
-            service.worker.stop()
+        if loaded.done() and (error := loaded.exception()):
+            raise error
 
 
 def check_token(host: str, token: str | None) -> None:
-    """See that what others can reach has a token.
+    """Require a token of some length if others can reach the server.
 
     Raises:
-        ConfigError: it is missing, or too short to be one.
+        ConfigError: it is missing or too short.
     """
     if token is None and not is_loopback(host):
         raise ConfigError(
             f"--host {host}: others can reach that address, so it needs a token: set "
-            f"LEANCLIP_TOKEN or --token to {LEAST_TOKEN} characters or more that nobody guesses, "
+            f"LEANCLIP_TOKEN or --token to {MIN_TOKEN} characters or more that nobody guesses, "
             f"for example by: openssl rand -hex 16"
         )
-    if token is not None and (len(token) < LEAST_TOKEN or not token.isascii()):
-        raise ConfigError(f"--token: give {LEAST_TOKEN} plain characters or more")
+    if token is not None and (len(token) < MIN_TOKEN or not token.isascii()):
+        raise ConfigError(f"--token: give {MIN_TOKEN} or more ASCII characters")
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address.
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
-        listener.listen(2048)  # from now on who connects waits, and is not turned away
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{host}:{port}: {reason}; another with --port, or --port 0") from None
-    return listener
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        message = f"{error.strerror}; choose another with --port, or --port 0 for a free one"
+        raise ConfigError(f"--host {host} --port {port}: {message}") from None
 
 
-def _loaded(
-    model: str, arch: str | None, device: str, index: Path | None, service: Service
-) -> Clip:
-    """The model, which has to be that of the calibration and of the index."""
-    clip = load(model, arch=arch, device=device)
+def load_model(service: Service, device: str, index: Path | None, arch: str | None = None) -> Clip:
+    """The model, which must be that of the calibration and of the index."""
+    clip = load(service.model_name, device=device, arch=arch)
     if known := service.calibration:
         known.check(clip.model, known.classes, known.templates)
     if index is not None:
-        service.opened = Index.open(index, clip)
-    log.info("the model is loaded: %s", model)
+        service.index = Index.open(index, clip)
+    log.info("the model is loaded: %s", service.model_name)
     return clip

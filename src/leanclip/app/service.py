@@ -1,123 +1,141 @@
-"""What the server answers from: the model, an index, runs, and what was worked out before.
+"""Uploads, and features and classifiers from the model or from a cache.
 
-Shapes: E embedding.
+Images arrive as the bytes of an upload and in no other way: no path and no URL is accepted.
+
+Shapes: R resolution, E embedding.
 """
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from anyio.to_thread import run_sync
-from starlette.requests import Request
+from fastapi import HTTPException, UploadFile
+from PIL import Image
 
-from leanclip.app.forms import MAX_PROMPTS, Decoders, Upload, pixels_of
-from leanclip.app.safety import Refused
-from leanclip.app.worker import KEPT, Kept, Worker
+from leanclip.app.schemas import LabelSet
+from leanclip.app.worker import Worker, embed_images, embed_texts
 from leanclip.data.dataset import check_templates
+from leanclip.errors import SampleError
 from leanclip.evaluation import Calibration
 from leanclip.inference.classifier import Classifier, check_labels
+from leanclip.preprocess.decoding import open_image
+from leanclip.preprocess.images import evaluation_pixels
 from leanclip.search import Index
+
+T = TypeVar("T")
+
+MAX_PIXELS = 50_000_000  # per image: 150 MB when decoded
+MAX_PROMPTS = 2000  # labels times templates
+CACHE_SIZE = 4096  # features
+DECODERS = min(4, os.cpu_count() or 1)  # uploads in memory at once
+
+
+class Cache(OrderedDict[Any, Any]):
+    """The `size` values that were used last."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """A value, from now on the one used last."""
+        if key in self:
+            self.move_to_end(key)
+        return super().get(key, default)
+
+    def put(self, key: Any, value: Any) -> None:
+        """Add a value, in place of the one that has not been used for longest."""
+        self[key] = value
+        if len(self) > self.size:
+            self.popitem(last=False)
 
 
 @dataclass
 class Service:
-    """What the server answers from."""
+    """The model, what the server was started with, and the caches."""
 
-    worker: Worker | None  # None: there is no model, only runs
+    worker: Worker
     model_name: str = ""
-    label_sets: dict[str, list[str]] = field(default_factory=dict)  # by names
+    label_sets: list[LabelSet] = field(default_factory=list)
     calibration: Calibration | None = None
-    runs: Path | None = None  # a folder of training runs
-    has_index: bool = False
-    opened: Index | None = None  # the index, as soon as the model is loaded
-    decoders: Decoders = field(default_factory=Decoders)
-    image_features: Kept = field(default_factory=Kept)
-    text_features: Kept = field(default_factory=Kept)
-    classifiers: Kept = field(default_factory=lambda: Kept(KEPT // 10))
+    index: Index | None = None  # opened once the model is loaded
+    decoders: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DECODERS))
+    image_features: Cache = field(default_factory=lambda: Cache(CACHE_SIZE))
+    text_features: Cache = field(default_factory=lambda: Cache(CACHE_SIZE))
+    classifiers: Cache = field(default_factory=lambda: Cache(CACHE_SIZE // 10))
 
-    @property
-    def model(self) -> Worker:
-        """The model.
+    async def decode(self, upload: UploadFile, work: Callable[[bytes], T]) -> T:
+        """Apply `work` to the bytes of an upload, in a thread."""
 
-        Raises:
-            Refused: there is none.
-            NotReady: it is being loaded.
-        """
-        if self.worker is None:
-            raise Refused(409, "no model: start the page with one: leanclip app --model ...")
-        if self.worker.error is not None:
-            raise Refused(500, f"the model cannot be loaded: {self.worker.error}")
-        _ = self.worker.clip
-        return self.worker
+        def read() -> T:
+            upload.file.seek(0)
+            return work(upload.file.read())
 
-    @property
-    def index(self) -> Index:
-        """The index.
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.decoders, read)
+        except SampleError as error:
+            message = str(error).removeprefix("<bytes>: ")
+            raise HTTPException(422, f"{file_name(upload)}: {message}") from None
 
-        Raises:
-            Refused: there is none.
-            NotReady: its model is being loaded.
-        """
-        if not self.has_index:
-            raise Refused(409, "no index: start the page with one: leanclip app --index ...")
-        _ = self.model
-        assert self.opened is not None
-        return self.opened
+    async def image(self, upload: UploadFile) -> torch.Tensor:
+        """Unit features (E,) of an image."""
+        key = await self.decode(upload, lambda content: hashlib.sha256(content).digest())
+        if (features := self.image_features.get(key)) is None:
+            pixels = await self.decode(upload, self.to_pixels)
+            features = await self.worker.run(embed_images, pixels)
+            self.image_features.put(key, features)
+        return features
 
-    async def image(self, upload: Upload) -> torch.Tensor:
-        """Unit features (E,) of an upload."""
-        worker = self.model
-        preprocess = worker.clip.preprocess
-
-        def work(content: bytes) -> tuple[str, torch.Tensor | None, torch.Tensor | None]:
-            key = hashlib.sha256(content).hexdigest()
-            found = self.image_features.get(key)
-            return key, found, pixels_of(content, preprocess) if found is None else None
-
-        key, found, pixels = await self.decoders.run(upload, work)
-        if pixels is not None:
-            found = await asyncio.wrap_future(worker.image(pixels))
-            self.image_features.put(key, found)
-        assert found is not None
-        return found
+    def to_pixels(self, content: bytes) -> torch.Tensor:
+        """The model's input, (3, R, R) uint8."""
+        preprocess = self.worker.clip.preprocess
+        return torch.from_numpy(evaluation_pixels(content, preprocess, max_pixels=MAX_PIXELS))
 
     async def text(self, text: str) -> torch.Tensor:
         """Unit features (E,) of a text."""
-        worker = self.model
-        if (found := self.text_features.get(text)) is None:
-            # One that is too long must not spoil the others' pass.
-            await run_sync(worker.clip.tokenize, text)
-            found = await asyncio.wrap_future(worker.text(text))
-            self.text_features.put(text, found)
-        return found
+        if (features := self.text_features.get(text)) is None:
+            # Checked here: in a batch, a text that is too long would fail the others.
+            await run_sync(self.worker.clip.tokenize, text)
+            features = await self.worker.run(embed_texts, text)
+            self.text_features.put(text, features)
+        return features
 
-    async def classifier(self, labels: Sequence[str], templates: Sequence[str]) -> Classifier:
-        """A classifier; calibrated where the calibration is of these labels and templates."""
-        worker, key = self.model, (tuple(labels), tuple(templates))
-        future = self.classifiers.get(key)
-        if future is None:  # those who ask for the same meanwhile share it
+    async def classifier(self, labels: list[str], templates: list[str]) -> Classifier:
+        """A classifier; calibrated if the calibration is for these labels and templates."""
+        key = (tuple(labels), tuple(templates))
+        if (task := self.classifiers.get(key)) is None:
             names = check_labels(labels)
             check_templates(templates, where="templates")
             if len(names) * len(templates) > MAX_PROMPTS:
-                raise Refused(
-                    400,
-                    f"{len(names)} labels in {len(templates)} templates are over "
-                    f"{MAX_PROMPTS:,} sentences; give fewer",
-                )
-            future = worker.classifier(names, templates)
-            self.classifiers.put(key, future)
-        found = await asyncio.shield(asyncio.wrap_future(future))
-        if isinstance(found, Exception):
-            raise found
+                found = f"{len(names)} labels in {len(templates)} templates"
+                raise HTTPException(400, f"{found} are over {MAX_PROMPTS:,} prompts; give fewer")
+            # A task, which concurrent requests for the same labels share.
+            work = self.worker.call(self.worker.clip.classifier, names, templates)
+            task = asyncio.ensure_future(work)
+            self.classifiers.put(key, task)
+        try:
+            classifier = await asyncio.shield(task)
+        except Exception:
+            self.classifiers.pop(key, None)
+            raise
         known = self.calibration
-        if known and (known.classes, known.templates) == (found.labels, tuple(templates)):
-            found = replace(found, calibration=known)
-        return found
+        if known and (known.classes, known.templates) == (classifier.labels, tuple(templates)):
+            return replace(classifier, calibration=known)
+        return classifier
 
 
-def service_of(request: Request) -> Service:
-    """What the application was made with."""
-    return request.app.state.service
+def to_image(content: bytes) -> Image.Image:
+    """The upright image in RGB."""
+    return open_image(content, max_pixels=MAX_PIXELS)
+
+
+def file_name(upload: UploadFile) -> str:
+    """The name of an uploaded file, without folders."""
+    return (upload.filename or "image").replace("\\", "/").rpartition("/")[2][:80]

@@ -1,61 +1,53 @@
-"""`leanclip app`: the page in a browser."""
+"""`leanclip app`: the local page."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from leanclip.cli.options import Arch, Device, Model, find_model, has_quickstart
+from leanclip.cli.options import Arch, Device, Model, find_model
 
-log = logging.getLogger("leanclip")
 app = typer.Typer(rich_markup_mode=None)
 
-RUNS = Path("runs")
 
-
-@app.command("app", epilog="Example: leanclip app --model runs/quickstart --runs runs --port 8000")
+@app.command("app", epilog="Example: leanclip app --model runs/quickstart --port 8000")
 def serve_page(
     model: Model = None,
     arch: Arch = None,
     index: Annotated[
-        Path | None, typer.Option(help="Pictures to search: what leanclip search build wrote.")
-    ] = None,
-    runs: Annotated[
-        Path | None,
-        typer.Option(help="A folder of training runs; default: runs, where there is one."),
+        Path | None, typer.Option(help="An index to search, from: leanclip search build.")
     ] = None,
     labels: Annotated[
         list[Path] | None,
-        typer.Option("--labels", help="A file with a label a line, to choose on the page."),
+        typer.Option(
+            "--labels", help="A label set: a file with one label per line; may be repeated."
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="A calibration.json of the model: probabilities, and none of these."),
+        typer.Option(help="From leanclip eval --calibrate: calibrated probabilities."),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     host: Annotated[
-        str, typer.Option(help="The address to bind; another than this machine's needs a token.")
+        str, typer.Option(help="The address to bind; one that others can reach needs a token.")
     ] = "127.0.0.1",
     token: Annotated[
         str | None,
-        typer.Option(envvar="LEANCLIP_TOKEN", help="What a browser or a program has to show."),
+        typer.Option(envvar="LEANCLIP_TOKEN", help="Required of every request."),
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Play with a model in a browser: compare, classify, search, watch runs.
+    """Use a model in a browser: compare, classify, search.
 
-    The page and its API are on this machine alone, unless --host says otherwise.
+    Only this machine can reach the page and its API, unless --host says otherwise.
     """
     from leanclip.io.optional_imports import need
 
-    for library in ("starlette", "uvicorn", "python_multipart"):
+    for library in ("fastapi", "jinja2", "uvicorn", "python_multipart"):
         need(library, "the page", extra="app")
     from leanclip.app.server import serve
 
-    if runs is not None and model is None and index is None and not has_quickstart():
-        log.info("no model: the runs alone are shown (another with --model)")
-    elif index is None or model is not None:
+    if index is None or model is not None:
         model = find_model(model)
     serve(
         model,
@@ -65,7 +57,6 @@ def serve_page(
         token=token,
         device=device,
         index=index,
-        runs=runs or (RUNS if RUNS.is_dir() else None),
         labels=tuple(labels or ()),
         calibration=calibration,
         started=lambda address: print(f"{address}   (Ctrl-C ends it)", flush=True),

@@ -1,10 +1,11 @@
-// What every tab needs.
-const MAX_BYTES = 20 * 2 ** 20; // of a request, as the server has it
+// Shared by the tabs.
+const MAX_BYTES = Number(document.body.dataset.maxBytes); // per request
 const TRIES = 100; // two seconds each, while the model loads
-const ROOM = 64 * 1024; // of it, for texts and the form's own lines
+const OVERHEAD = 64 * 1024; // bytes for texts and multipart headers
 
 export const byId = (id) => document.getElementById(id);
 export const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+export const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 export const linesOf = (text) => text.split("\n").map((line) => line.trim()).filter(Boolean);
 
 export function make(tag, properties = {}, ...children) {
@@ -13,8 +14,8 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-// A GET, or a POST where a form is given: JSON, a Blob for pictures, or an Error with words.
-// While the model loads it is asked again, for as long as that may take.
+// GET, or POST if a form is given. Returns JSON, or a Blob for pictures; throws an Error with a message.
+// While the model loads (503), the request is repeated.
 export async function ask(path, form) {
   let answer;
   for (let tries = 0; tries < TRIES; tries += 1) {
@@ -49,16 +50,16 @@ export function formOf(fields) {
 }
 
 export function tooLarge(file) {
-  if (file.size + ROOM < MAX_BYTES) return null;
-  return `${file.name} is of ${(file.size / 2 ** 20).toFixed(1)} MB; 20 MB are the most.`;
+  if (file.size + OVERHEAD < MAX_BYTES) return null;
+  return `${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MB; the limit is ${MAX_BYTES / 2 ** 20} MB.`;
 }
 
-// A place to drop, paste or choose images; `take` gets those that are images by their type.
+// An area to drop, paste or choose images; `take` gets the files of an image type.
 export function receive(drop, input, { take, fail, isShown }) {
   const given = (files) => {
     const images = [...files].filter((file) => file.type.startsWith("image/"));
     const others = [...files].filter((file) => !file.type.startsWith("image/"));
-    if (others.length) fail(`${others.map((file) => file.name).join(", ")}: no image.`);
+    if (others.length) fail(`${others.map((file) => file.name).join(", ")}: not an image.`);
     if (images.length) take(images);
   };
   input.addEventListener("change", () => {
@@ -94,11 +95,11 @@ export function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-// A share from 0 to 1 -> a blue, and whichever of black and white is the better to read on it.
-export function shade(share) {
+// A fraction from 0 to 1 -> a blue, and black or white text, whichever has more contrast.
+export function shade(fraction) {
   const [from, to] = [[240, 246, 255], [18, 62, 132]];
-  const mixed = from.map((value, i) => Math.round(value + (to[i] - value) * share));
+  const mixed = from.map((value, i) => Math.round(value + (to[i] - value) * fraction));
   const [red, green, blue] = mixed.map((value) => ((value / 255 + 0.055) / 1.055) ** 2.4);
-  const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue; // as WCAG has it
+  const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue; // as defined by WCAG
   return { back: `rgb(${mixed.join(" ")})`, ink: luminance < 0.179 ? "#ffffff" : "#000000" };
 }

@@ -1,12 +1,11 @@
-// The tabs, and what the tabs share: asking the server, errors as words, choosing images.
+// The tabs, and the name of the model.
 import { startCompare } from "./compare.js";
 import { startClassify } from "./classify.js";
 import { startSearch } from "./search.js";
-import { startRuns } from "./runs.js";
 import { ask, byId, wait } from "./shared.js";
 
-const names = ["compare", "classify", "search", "runs"];
-const shown = {}; // what a tab does when it is shown
+const names = ["compare", "classify", "search"];
+const shown = {}; // callbacks, called when a tab is shown or hidden
 
 function show(name, focus) {
   for (const other of names) {
@@ -39,8 +38,8 @@ function wanted() {
 }
 
 function modelWords(about) {
-  if (about.state === "loading") return "the model is being loaded …";
-  if (!about.model) return about.state === "failed" ? "the model cannot be loaded" : "no model";
+  if (about.state === "loading") return "loading the model …";
+  if (!about.model) return "the model could not be loaded";
   return `${about.model.name}, ${about.model.resolution} pixels`;
 }
 
@@ -52,7 +51,6 @@ async function start() {
   shown.classify = classify.shown;
   const search = startSearch();
   shown.search = search.shown;
-  shown.runs = startRuns();
   show(wanted());
   while (true) {
     try {

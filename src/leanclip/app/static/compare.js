@@ -1,10 +1,10 @@
-// Compare: a column for each image, asked for by itself, so that one bad image spoils no other.
-import { ask, byId, download, formOf, linesOf, make, receive, shade, thumbnail, tooLarge } from "./shared.js";
+// Compare: one request per image, so that an unreadable one does not affect the others.
+import { ask, byId, download, formOf, linesOf, make, plural, receive, shade, thumbnail, tooLarge } from "./shared.js";
 
 const items = []; // { file, url, column: numbers or null, error }
 let texts = []; // of the table
 let round = 0;
-let notTaken = []; // words on files that are too large
+let notTaken = []; // messages about files that are too large
 
 export function startCompare() {
   receive(byId("compare-drop"), byId("compare-files"), {
@@ -49,7 +49,7 @@ async function compare() {
   const asked = linesOf(byId("compare-texts").value);
   const error = byId("compare-error");
   if (!items.length || !asked.length) {
-    error.textContent = items.length ? "Type a text or more, one a line." : "Choose an image or more.";
+    error.textContent = items.length ? "Enter at least one text, one per line." : "Add at least one image.";
     return;
   }
   byId("compare-status").textContent = "Comparing …";
@@ -63,13 +63,13 @@ async function compare() {
       }
     }),
   );
-  if (mine !== round) return; // asked again meanwhile
+  if (mine !== round) return; // superseded by a later request
   columns.forEach((found, i) => items[i] && Object.assign(items[i], found));
   texts = asked;
   const problems = [...new Set(items.map((item) => item.error).filter(Boolean))];
   error.textContent = [...notTaken, ...problems].join(" ");
   const count = items.filter((item) => item.column).length;
-  byId("compare-status").textContent = `${count} of ${items.length} images compared with ${texts.length} texts.`;
+  byId("compare-status").textContent = `${count} of ${plural(items.length, "image")} compared with ${plural(texts.length, "text")}.`;
   show();
 }
 
@@ -112,7 +112,7 @@ function show() {
 }
 
 function csv() {
-  // A cell that begins like a formula gets a quote before it, for spreadsheets.
+  // Spreadsheets would run a cell that starts like a formula; a quote before it prevents that.
   const quoted = (text) => `"${text.replace(/^[=+@\t-]/, "'$&").replaceAll('"', '""')}"`;
   const shown = good();
   const lines = [["text", ...shown.map((item) => item.file.name)].map(quoted).join(",")];

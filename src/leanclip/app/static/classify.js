@@ -1,22 +1,22 @@
-// Classify: bars of probabilities, and for the label that is chosen where the model looked.
+// Classify: bars of probabilities, and a heat map for the selected label.
 import { ask, byId, formOf, linesOf, make, receive, sentence, thumbnail, tooLarge } from "./shared.js";
 
 const OWN = "own";
-const SENTENCES = {
-  default: { name: "a photo of a {}.", templates: ["a photo of a {}."] }, // or as the server says
+const TEMPLATES = {
+  default: { name: "a photo of a {}.", templates: ["a photo of a {}."] }, // replaced by the server's default
   word: { name: "the label alone: {}", templates: ["{}"] },
   several: {
-    name: "the mean of five sentences",
+    name: "ensemble of five templates",
     templates: ["a photo of a {}.", "a picture of the {}.", "a drawing of a {}.", "a close-up of a {}.", "many {}."],
   },
-  calibrated: { name: "those of the calibration", templates: [] },
+  calibrated: { name: "templates of the calibration", templates: [] },
   [OWN]: { name: "your own …", templates: [] },
 };
-const KEPT = "leanclip-label-sets"; // in this browser
+const STORAGE = "leanclip-label-sets"; // in this browser
 
 let file = null;
-let sets = []; // of the server
-let chosen = { labels: [], templates: [] }; // of the bars
+let sets = []; // label sets of the server
+let chosen = { labels: [], templates: [] }; // what the bars show
 let lastMap = 0;
 
 export function startClassify() {
@@ -37,26 +37,26 @@ export function startClassify() {
     byId("classify-own").hidden = byId("classify-template").value !== OWN;
   });
   offerSets();
-  offerSentences();
+  offerTemplates();
   return { shown: () => {}, about };
 }
 
 function about(facts) {
   if (facts.templates.length) {
-    SENTENCES.default = { name: facts.templates.join(" / "), templates: facts.templates };
+    TEMPLATES.default = { name: facts.templates.join(" / "), templates: facts.templates };
   }
   if (JSON.stringify(facts.label_sets) !== JSON.stringify(sets)) {
     sets = facts.label_sets;
     offerSets();
   }
   const calibrated = sets.find((set) => set.templates);
-  if (calibrated) SENTENCES.calibrated.templates = calibrated.templates;
-  offerSentences();
+  if (calibrated) TEMPLATES.calibrated.templates = calibrated.templates;
+  offerTemplates();
 }
 
-function kept() {
+function saved() {
   try {
-    return JSON.parse(localStorage.getItem(KEPT)) ?? {};
+    return JSON.parse(localStorage.getItem(STORAGE)) ?? {};
   } catch {
     return {};
   }
@@ -64,35 +64,35 @@ function kept() {
 
 function offerSets(selected = "") {
   const select = byId("classify-set");
-  const options = [make("option", { value: "", textContent: "your own words" })];
+  const options = [make("option", { value: "", textContent: "your own labels" })];
   for (const set of sets) {
     options.push(make("option", { value: `server:${set.name}`, textContent: `${set.name} (${set.labels.length})` }));
   }
-  for (const [name, labels] of Object.entries(kept())) {
-    options.push(make("option", { value: `kept:${name}`, textContent: `${name} (${labels.length}, saved here)` }));
+  for (const [name, labels] of Object.entries(saved())) {
+    options.push(make("option", { value: `saved:${name}`, textContent: `${name} (${labels.length}, saved here)` }));
   }
   select.replaceChildren(...options);
   select.value = selected;
-  byId("classify-delete").hidden = !selected.startsWith("kept:");
+  byId("classify-delete").hidden = !selected.startsWith("saved:");
 }
 
-function offerSentences() {
+function offerTemplates() {
   const select = byId("classify-template");
   const before = select.value || "default";
-  const names = Object.keys(SENTENCES).filter(
-    (name) => name !== "calibrated" || SENTENCES.calibrated.templates.length,
+  const names = Object.keys(TEMPLATES).filter(
+    (name) => name !== "calibrated" || TEMPLATES.calibrated.templates.length,
   );
   select.replaceChildren(
-    ...names.map((name) => make("option", { value: name, textContent: SENTENCES[name].name })),
+    ...names.map((name) => make("option", { value: name, textContent: TEMPLATES[name].name })),
   );
   select.value = before;
 }
 
 function useSet() {
   const value = byId("classify-set").value;
-  byId("classify-delete").hidden = !value.startsWith("kept:");
+  byId("classify-delete").hidden = !value.startsWith("saved:");
   const name = value.slice(value.indexOf(":") + 1);
-  if (value.startsWith("kept:")) byId("classify-labels").value = (kept()[name] ?? []).join("\n");
+  if (value.startsWith("saved:")) byId("classify-labels").value = (saved()[name] ?? []).join("\n");
   if (value.startsWith("server:")) {
     const set = sets.find((one) => one.name === name);
     byId("classify-labels").value = set.labels.join("\n");
@@ -104,20 +104,20 @@ function useSet() {
 function saveSet() {
   const labels = linesOf(byId("classify-labels").value);
   if (labels.length < 2) {
-    byId("classify-error").textContent = "Type two labels or more, one a line.";
+    byId("classify-error").textContent = "Enter at least two labels, one per line.";
     return;
   }
   const name = labels.slice(0, 3).join(", ") + (labels.length > 3 ? " …" : "");
-  localStorage.setItem(KEPT, JSON.stringify({ ...kept(), [name]: labels }));
-  offerSets(`kept:${name}`);
+  localStorage.setItem(STORAGE, JSON.stringify({ ...saved(), [name]: labels }));
+  offerSets(`saved:${name}`);
   byId("classify-status").textContent = `Saved in this browser: ${name}`;
 }
 
 function deleteSet() {
-  const name = byId("classify-set").value.slice("kept:".length);
-  const rest = kept();
+  const name = byId("classify-set").value.slice("saved:".length);
+  const rest = saved();
   delete rest[name];
-  localStorage.setItem(KEPT, JSON.stringify(rest));
+  localStorage.setItem(STORAGE, JSON.stringify(rest));
   offerSets();
   byId("classify-set").focus();
   byId("classify-status").textContent = `Deleted: ${name}`;
@@ -140,7 +140,7 @@ function take(given) {
 
 function templates() {
   const name = byId("classify-template").value;
-  return name === OWN ? linesOf(byId("classify-templates").value) : SENTENCES[name].templates;
+  return name === OWN ? linesOf(byId("classify-templates").value) : TEMPLATES[name].templates;
 }
 
 async function classify() {
@@ -148,12 +148,12 @@ async function classify() {
   const labels = linesOf(byId("classify-labels").value);
   error.textContent = "";
   if (!file) {
-    error.textContent = "Choose an image.";
+    error.textContent = "Add an image.";
     return;
   }
   const asked = { image: file, labels, templates: templates(), top: 10 };
   if (!asked.templates.length) {
-    error.textContent = "Write a sentence with {} for the label.";
+    error.textContent = "Enter a template with {} for the label.";
     return;
   }
   byId("classify-status").textContent = "Classifying …";
@@ -169,31 +169,31 @@ async function classify() {
 }
 
 function show(found) {
-  const best = found.guesses[0];
+  const first = found.predictions[0];
   byId("classify-status").textContent = found.none_of_these
     ? `${found.image}: none of these.`
-    : `${found.image}: ${best.label}, ${percent(best.probability)}.`;
-  byId("classify-heading").textContent = found.none_of_these ? "None of these; the nearest" : "Probabilities";
+    : `${found.image}: ${first.label}, ${percent(first.probability)}.`;
+  byId("classify-heading").textContent = found.none_of_these ? "None of these; the closest labels" : "Probabilities";
   byId("classify-note").textContent = found.calibrated
-    ? "Calibrated: of images like those that it was calibrated on, these probabilities come true as often as they say."
-    : "Shares among these labels alone: something has to be the first, even where none fits.";
-  const bars = found.guesses.map((guess) => {
+    ? "Calibrated: on images like those of the calibration, these probabilities match how often the label is right."
+    : "Probabilities are relative to these labels; one always wins, even if none fits.";
+  const bars = found.predictions.map((prediction) => {
     const fill = make("span");
-    fill.style.width = `${100 * guess.probability}%`;
+    fill.style.width = `${100 * prediction.probability}%`;
     const words = make(
       "span",
       { className: "words" },
-      make("span", { textContent: guess.label }),
-      make("span", { textContent: percent(guess.probability) }),
+      make("span", { textContent: prediction.label }),
+      make("span", { textContent: percent(prediction.probability) }),
     );
-    const button = make("button", { type: "button", title: "Where did it look for this?" }, words, make("span", { className: "track" }, fill));
+    const button = make("button", { type: "button", title: "Show the heat map for this label" }, words, make("span", { className: "track" }, fill));
     button.setAttribute("aria-pressed", "false");
-    button.addEventListener("click", () => look(guess.label, button));
+    button.addEventListener("click", () => look(prediction.label, button));
     return make("li", {}, button);
   });
   byId("classify-bars").replaceChildren(...bars);
   byId("classify-result").hidden = false;
-  look(best.label, bars[0].firstChild);
+  look(first.label, bars[0].firstChild);
 }
 
 async function look(label, button) {
@@ -209,13 +209,13 @@ async function look(label, button) {
     const image = byId("classify-map");
     URL.revokeObjectURL(image.src);
     image.src = URL.createObjectURL(picture);
-    const what = label === null ? "whatever the words" : `for “${label}”`;
-    image.alt = `Heat map of where the model looked ${what}`;
-    byId("classify-caption").textContent = `Where the model looked ${what}: yellow is the most. It sees the square in the middle of an image.`;
+    const what = label === null ? "without a text (attention rollout)" : `for “${label}”`;
+    image.alt = `Heat map ${what}`;
+    byId("classify-caption").textContent = `Heat map ${what}; yellow is the most. The model sees only the centre crop.`;
     byId("classify-heat").hidden = false;
   } catch (problem) {
     byId("classify-error").textContent = sentence(problem.message);
   }
 }
 
-const percent = (share) => `${(100 * share).toFixed(1)}%`;
+const percent = (fraction) => `${(100 * fraction).toFixed(1)}%`;

@@ -1,5 +1,5 @@
-// Search: a grid that grows as one scrolls; a picture is a button that looks for its like.
-import { ask, byId, formOf, make, receive, tooLarge } from "./shared.js";
+// Search: a grid that grows while scrolling; clicking a picture finds similar ones.
+import { ask, byId, formOf, make, plural, receive, tooLarge } from "./shared.js";
 
 const PART = 30;
 let wanted = null; // { words, query } or { words, file }
@@ -13,7 +13,7 @@ export function startSearch() {
     take: ([file]) => {
       const wrong = tooLarge(file);
       if (wrong) byId("search-error").textContent = wrong;
-      else begin({ words: `like ${file.name}`, file });
+      else begin({ words: `similar to ${file.name}`, file });
     },
     fail: (words) => (byId("search-error").textContent = words),
     isShown: () => !byId("search").hidden,
@@ -23,10 +23,10 @@ export function startSearch() {
     const text = byId("search-text").value.trim();
     const without = byId("search-without").value.trim();
     if (!text) {
-      byId("search-error").textContent = "Type what to look for.";
+      byId("search-error").textContent = "Enter what to search for.";
       return;
     }
-    const words = `“${text}”${without ? ` but not “${without}”` : ""}`;
+    const words = `“${text}”${without ? `, excluding “${without}”` : ""}`;
     begin({ words, query: { q: text, ...(without && { without }) } });
   });
   byId("search-label").addEventListener("change", () => wanted && begin(wanted));
@@ -42,10 +42,10 @@ function about(facts) {
   const words = byId("search-status");
   if (!facts.index) {
     byId("search-form").hidden = true;
-    words.textContent = "There is no index. Make one with: leanclip search build PHOTOS --model W --out index, and start the page with: leanclip app --index index";
+    words.textContent = "No index. Build one with: leanclip search build PHOTOS --model MODEL --out index, then start the page with: leanclip app --index index";
     return;
   }
-  words.textContent = `${facts.index.pictures.toLocaleString("en")} pictures in the index.`;
+  words.textContent = `${plural(facts.index.pictures, "image")} in the index.`;
   const options = facts.index.labels.map((label) => make("option", { value: label, textContent: label }));
   byId("search-label").append(...options);
   byId("search-labels").hidden = !options.length;
@@ -77,7 +77,7 @@ async function more(isFocused) {
     byId("search-grid").append(...tiles);
     offset += found.hits.length;
     isEnd = found.is_end || !found.hits.length;
-    byId("search-status").textContent = `${offset}${isEnd ? "" : " or more"} pictures, the nearest first: ${wanted.words}.`;
+    byId("search-status").textContent = `${isEnd ? plural(offset, "image") : `${offset} or more images`}, most similar first: ${wanted.words}.`;
     if (isFocused) tiles[0]?.firstChild.focus();
   } catch (error) {
     if (mine !== round) return;
@@ -88,7 +88,7 @@ async function more(isFocused) {
   isAsking = false;
   const button = byId("search-more");
   button.hidden = isEnd;
-  // What has been appended may leave the button in view, of which the observer says nothing.
+  // The button may still be in view, in which case the observer does not fire again.
   if (!isEnd && button.getBoundingClientRect().top < innerHeight + 300) more();
 }
 
@@ -102,16 +102,16 @@ function tile(hit) {
     make("b", { textContent: hit.score.toFixed(3) }),
     make("span", { textContent: shortened(hit.path) }),
   );
-  const button = make("button", { type: "button", title: `${hit.path}\nClick for pictures like it` }, image, about);
+  const button = make("button", { type: "button", title: `${hit.path}\nClick for similar images` }, image, about);
   button.addEventListener("click", () => {
-    begin({ words: `like ${name}`, query: { like: hit.number } });
+    begin({ words: `similar to ${name}`, query: { like: hit.number } });
     byId("search-status").focus();
     byId("search").scrollIntoView();
   });
   return make("li", {}, button);
 }
 
-// The end of a path, which tells pictures apart; the whole is the button's title.
+// The end of a path; the full path is in the title.
 function shortened(path) {
   const parts = path.split("/");
   return parts.length > 3 ? `…/${parts.slice(-2).join("/")}` : path;
