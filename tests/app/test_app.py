@@ -379,7 +379,7 @@ def test_fields_that_are_wrong(client: TestClient) -> None:
     refused(compare(files=files, data={"texts": ["a"] * 3000}), 400, "fields", "2000")
     refused(compare(files=upload(*[b""] * 70), data={"texts": "a"}), 400, "files", "64")
     refused(classify(files=image, data={"labels": ["cat"]}), 400, "found 1")
-    refused(classify(files=image, data={"labels": ["cat", "cat"]}), 400, "2 times")
+    refused(classify(files=image, data={"labels": ["cat", "cat"]}), 400, "found 1")
     refused(classify(files=image, data={"labels": LABELS, "templates": "a photo"}), 400, "{}")
     for top in ("-1", "0", "x", "1e3", "9" * 30):
         refused(classify(files=image, data={"labels": LABELS, "top": top}), 400, "top: ")
