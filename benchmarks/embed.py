@@ -6,8 +6,8 @@ The images are drawn JPEGs of 64 x 64 pixels, the models ViTs of 4 layers with r
 As processes of their own, with a small model: one run from start to end, whose memory is looked at
 all along; one that is killed half-way (SIGKILL), and started again.
 In one process, with a model wide enough for decoding not to be the limit: `embed` over 400 images
-and `Clip.embed_pixels` on one batch again and again, in turn, nine rounds; the median of the
-rounds' ratios.
+and `InferenceModel.embed_pixels` on one batch again and again, in turn, nine rounds; the median
+of the rounds' ratios.
 """
 
 import contextlib

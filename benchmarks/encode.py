@@ -3,10 +3,10 @@
     python benchmarks/encode.py --out benchmarks/encode.json
 
 ViT-B/32 with the same random weights in leanclip and in transformers' `CLIPModel`, in one process,
-in turn. `pixels` are normalised pixels through `Clip.encode_image`, which gives a CPU as many at a
-time as malloc keeps memory for, and `get_image_features`; the share of the measured product rate is
-said. `file` is one JPEG of 640 x 427 pixels from the disk to a unit feature. Prompts go from words
-to unit features with `embed_texts`: 101 are Food-101's names in the template of transformers'
+in turn. `pixels` are normalised pixels through `InferenceModel.encode_image`, which gives a CPU as
+many at a time as malloc keeps memory for, and `get_image_features`; the share of the measured
+product rate is given. `file` is one JPEG of 640 x 427 pixels from the disk to a unit feature.
+Prompts go from words to unit features with `embed_texts`: 101 are Food-101's names in the template of transformers'
 zero-shot pipeline, 8,080 are those names in 80 made-up templates of the length that ImageNet's
 have. transformers tokenises as fast as it can and pads to the longest of a batch, its best, or to
 77. leanclip does not pad, and computes what prompts begin with once.
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 import leanclip
-from leanclip.inference.model import Clip
+from leanclip.inference.model import InferenceModel
 from measuring import (
     agree,
     chosen,
@@ -87,7 +87,7 @@ def unit(features: Any) -> torch.Tensor:
 
 
 def pixels_part(
-    clip: Clip, theirs: Theirs, sizes: Sequence[int], given: argparse.Namespace
+    clip: InferenceModel, theirs: Theirs, sizes: Sequence[int], given: argparse.Namespace
 ) -> dict[str, Any]:
     """encode_image of batches that are on the device, in turn with a product of matrices."""
     side, results = clip.preprocess.resolution, {}
@@ -124,7 +124,7 @@ def pixels_part(
     return results
 
 
-def file_part(clip: Clip, theirs: Theirs, folder: Path, given: argparse.Namespace) -> Any:
+def file_part(clip: InferenceModel, theirs: Theirs, folder: Path, given: argparse.Namespace) -> Any:
     """A JPEG file to a unit feature."""
     from skimage import data as photographs
 
@@ -146,7 +146,7 @@ def file_part(clip: Clip, theirs: Theirs, folder: Path, given: argparse.Namespac
 
 
 def prompts_part(
-    clip: Clip, theirs: Theirs, prompts: list[str], every: int, given: argparse.Namespace
+    clip: InferenceModel, theirs: Theirs, prompts: list[str], every: int, given: argparse.Namespace
 ) -> dict[str, Any]:
     """Words to unit features; the others of every so-many-th batch."""
     batches = [prompts[first : first + BATCH] for first in range(0, len(prompts), BATCH)]

@@ -107,7 +107,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         make_images(folder / f"images-{count}", count)
         config = {
             "model": architecture(name),
-            "data": {"layout": "pairs", "root": str(folder / f"images-{count}"), "workers": 0},
+            "data": {"format": "pairs", "root": str(folder / f"images-{count}"), "workers": 0},
             "train": {"epochs": 1, "batch_size": min(32, given.images)},
             "optimizer": {"learning_rate": 1e-4},
             "evaluate": {"retrieval": {}, "pictures": False},

@@ -42,7 +42,7 @@ def write_data(root: Path, count: int) -> None:
 
 
 def batches(root: Path, workers: int, count: int) -> list[Batch]:
-    config = DataConfig(layout="pairs", root=str(root), workers=workers)
+    config = DataConfig(format="pairs", root=str(root), workers=workers)
     stream = training_batches(
         open_dataset(config),
         config,
@@ -79,7 +79,7 @@ def training(name: str, root: Path, folder: Path, steps: int, given: argparse.Na
     for workers in given.workers:
         config = {
             "model": arch,
-            "data": {"layout": "pairs", "root": str(root), "workers": workers},
+            "data": {"format": "pairs", "root": str(root), "workers": workers},
             "train": {
                 "epochs": -(-steps * BATCH // size),
                 "batch_size": BATCH,

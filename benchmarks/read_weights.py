@@ -6,7 +6,7 @@ The readers take turns, five rounds, the file in the page cache; every tensor is
 lazy mapping does not flatter. Each read is the first in a fresh process, as weights are read: in
 one process, what malloc happens to keep of the reads before decides. Peak
 memory is above that of the imports, over the tensors' size, mapped files counted. Hugging Face's
-layout costs more than its file: queries, keys and values are joined, which copies a quarter. A
+format costs more than its file: queries, keys and values are joined, which copies a quarter. A
 `.pdparams` of pickle protocol 2 keeps its bytes as text, which is not in the table.
 """
 

@@ -30,7 +30,7 @@ import torch
 
 from leanclip.config.schema import OptimizerConfig, TrainConfig
 from leanclip.distributed.collectives import join_group, rank_and_world_size
-from leanclip.distributed.wrap_model import prepare_towers
+from leanclip.distributed.wrap_model import wrap_model
 from leanclip.model.presets import forward_gflops
 from leanclip.preprocess.images import Preprocess
 from leanclip.training.optimizer import build_optimizer
@@ -98,7 +98,7 @@ def work(name: str, batch_size: int, captions: str) -> None:
     join_group(torch.device("cpu"))
     rank, world_size = rank_and_world_size()
     model = random_model(name)
-    towers = prepare_towers(model, TrainConfig())
+    towers = wrap_model(model, TrainConfig())
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-6))
     side = model.config.image_resolution
     batch = training_batch(side, tokens_of(captions, batch_size))

@@ -60,7 +60,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 def build(out: Path, embeddings: Path, count: int) -> float:
     """Write vectors as `leanclip embed` does, and make an index of them; its seconds."""
     from leanclip.inference.embeddings import Index as Written
-    from leanclip.inference.model import Clip
+    from leanclip.inference.model import InferenceModel
     from leanclip.model import CLIP
     from leanclip.preprocess.images import Preprocess
     from leanclip.search import Index
@@ -92,7 +92,7 @@ def build(out: Path, embeddings: Path, count: int) -> float:
     facts = Written(count, "", weights, WIDTH, PART, "npy", "float16")
     (embeddings / "_index.json").write_text(json.dumps(asdict(facts)))
     start = time.perf_counter()
-    Index.build(embeddings, Clip(model.eval(), Preprocess(32)), out).close()
+    Index.build(embeddings, InferenceModel(model.eval(), Preprocess(32)), out).close()
     return time.perf_counter() - start
 
 

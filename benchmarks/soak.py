@@ -47,7 +47,7 @@ MODEL = {
 }  # fmt: skip
 CONFIG = {
     "model": MODEL,
-    "data": {"layout": "pairs", "root": "data", "workers": 1, "max_bad_share": 0.02},
+    "data": {"format": "pairs", "root": "data", "workers": 1, "max_bad_fraction": 0.02},
     "train": {"epochs": 100_000, "batch_size": BATCH, "log_every": 1},
     "optimizer": {"learning_rate": 1e-4},
     "checkpoint": {"every_epochs": 1, "keep": 2},
@@ -55,7 +55,7 @@ CONFIG = {
         "every_epochs": 1,
         "pictures": False,
         "retrieval": {"limit": 100},
-        "zero_shot": {"layout": "folder", "root": "classes"},
+        "zero_shot": {"format": "folder", "root": "classes"},
     },
 }
 MAIN = "from leanclip.cli.main import main; main()"

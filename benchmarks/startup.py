@@ -27,8 +27,8 @@ LABELS = [f"label {number}" for number in range(10)]
 OURS = """
 import json, sys, leanclip
 clip = leanclip.load(sys.argv[1], device="cpu")
-guesses = clip.classify(sys.argv[2], json.loads(sys.argv[3]), "This is a photo of {}.")
-print(json.dumps({guess.label: guess.probability for guess in guesses}))
+predictions = clip.classify(sys.argv[2], json.loads(sys.argv[3]), "This is a photo of {}.")
+print(json.dumps({guess.label: guess.probability for guess in predictions}))
 """
 THEIRS = """
 import json, sys

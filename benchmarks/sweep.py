@@ -69,7 +69,7 @@ def main(words: Sequence[str] | None = None) -> None:
     count, alphas = (8, ALPHAS[:2]) if given.tiny else (IMAGES, ALPHAS)
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder), count)
-        values = {"model": ARCH, "data": {"layout": "folder", "root": folder, "workers": 0},
+        values = {"model": ARCH, "data": {"format": "folder", "root": folder, "workers": 0},
                   "evaluate": {"zero_shot": {}}}  # fmt: skip
         config = parse(Config, values, where="benchmark")
         tasks = open_tasks(config)

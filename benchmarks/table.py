@@ -93,7 +93,7 @@ def write_table(path: Path, rows: int, column: str) -> Path:
 
 def once(table: Path, count: int) -> dict[str, object]:
     """Seconds to open and to the first batch, and memory after `count` batches."""
-    config = DataConfig(layout="table", root=str(table), workers=2)
+    config = DataConfig(format="table", root=str(table), workers=2)
     start = time.perf_counter()
     dataset = open_dataset(config)
     opened = time.perf_counter() - start

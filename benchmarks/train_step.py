@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leanclip.config.schema import OptimizerConfig, TrainConfig
 from leanclip.data.loader import Batch
-from leanclip.distributed.wrap_model import prepare_towers
+from leanclip.distributed.wrap_model import wrap_model
 from leanclip.preprocess.images import Preprocess, normalize
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.step import AUTOCAST, train_step
@@ -116,7 +116,7 @@ class Ours(Step):
         self.model = random_model(inputs.name).to(chosen.device)
         self.batch, self.preprocess = inputs.batch, inputs.preprocess
         self.settings = TrainConfig(precision=chosen.precision, compile=chosen.compile)
-        self.towers = prepare_towers(self.model, self.settings)
+        self.towers = wrap_model(self.model, self.settings)
         self.optimizer = build_optimizer(self.model, SETTINGS)
 
     def run(self) -> torch.Tensor:

@@ -218,7 +218,7 @@ def make_config(path: Path, **sections: Any) -> Path:
     """A config file of the tiny model on pairs in `data`; sections are merged into it."""
     values: dict[str, Any] = {
         "model": dict(TINY),
-        "data": {"layout": "pairs", "root": "data", "workers": 0},
+        "data": {"format": "pairs", "root": "data", "workers": 0},
         "train": {"epochs": 2, "batch_size": 4, "log_every": 1},
         "optimizer": {"learning_rate": 1e-3},
         "evaluate": {"retrieval": {}, "pictures": False},  # those take most of the time

@@ -73,7 +73,7 @@ from leanclip.config.schema import DataConfig
 from leanclip.data import open_dataset
 for streaming in (False, True):
     size = 2 if streaming else None
-    data = DataConfig(layout="hub", root="data", streaming=streaming, epoch_size=size)
+    data = DataConfig(format="hub", root="data", streaming=streaming, epoch_size=size)
     next(iter(open_dataset(data).visits([0])))
 import huggingface_hub.constants as constants
 assert constants.HF_HUB_DISABLE_TELEMETRY
@@ -94,11 +94,11 @@ def test_rows_of_a_stream_name_no_files_of_others() -> None:
     class Rows:
         split, info = None, type("Info", (), {"splits": None})()
 
-    class Meaning:
+    class RowMapper:
         classes, templates = (), ()
 
-    config = DataConfig(layout="hub", root="user/name:config", streaming=True, epoch_size=1)
-    is_own = Stream(Rows(), Meaning(), config)._own_file.fullmatch  # type: ignore[arg-type]
+    config = DataConfig(format="hub", root="user/name:config", streaming=True, epoch_size=1)
+    is_own = Stream(Rows(), RowMapper(), config)._own_file.fullmatch  # type: ignore[arg-type]
     assert is_own("hf://datasets/user/name@main/images/0.png")
     assert is_own("zip://images/0.png::hf://datasets/user/name@0a1b/images.zip")
     for other in (

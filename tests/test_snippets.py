@@ -162,7 +162,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         make_config(
             folder / "config.yaml",
             model=TINY | {"context_length": 77},
-            data={"layout": "shapes", "root": "data/shapes"},
+            data={"format": "shapes", "root": "data/shapes"},
             train={"epochs": 1, "batch_size": 16},
             evaluate={"zero_shot": {}},
         )

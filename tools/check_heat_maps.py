@@ -60,7 +60,7 @@ def _scene(classes: Sequence[tuple[str, str, str]], rng: random.Random) -> Scene
     return Scene(tuple(figures), None, (light, light, light))
 
 
-def _maps(clip: leanclip.Clip, scenes: Sequence[Scene], named: int | None) -> np.ndarray:
+def _maps(clip: leanclip.InferenceModel, scenes: Sequence[Scene], named: int | None) -> np.ndarray:
     """Maps (N, S, S) for the labels of each scene's figure `named`; None: rollout."""
     pixels = torch.stack([clip.preprocess(draw(scene)) for scene in scenes])
     if named is None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from leanclip.config.schema import Config, load_config
     from leanclip.errors import ConfigError, DataError, LeanclipError, WeightsError
     from leanclip.evaluation import build_classifier, recall_at_k
-    from leanclip.inference.model import Clip, available, load
+    from leanclip.inference.model import InferenceModel, available, load
     from leanclip.losses import clip_loss
     from leanclip.model import CLIP
     from leanclip.preprocess.images import Preprocess
@@ -23,7 +23,7 @@ _HOMES = {
     "errors": ("ConfigError", "DataError", "LeanclipError", "WeightsError"),
     "evaluation": ("build_classifier", "recall_at_k"),
     "preprocess.images": ("Preprocess",),
-    "inference.model": ("Clip", "available", "load"),
+    "inference.model": ("InferenceModel", "available", "load"),
     "losses": ("clip_loss",),
     "model": ("CLIP",),
     "preprocess.tokenizer": ("decode", "encode", "tokenize"),
@@ -32,10 +32,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CLIP",
-    "Clip",
     "Config",
     "ConfigError",
     "DataError",
+    "InferenceModel",
     "LeanclipError",
     "Preprocess",
     "WeightsError",

@@ -13,7 +13,7 @@ from leanclip.config.sections import to_plain
 from leanclip.data.skipped import BadSamples
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.errors import ConfigError
-from leanclip.evaluation import Report, evaluate, open_guard, open_tasks
+from leanclip.evaluation import Report, evaluate, open_retention, open_tasks
 from leanclip.evaluation.calibrated import calibrate, open_held_out
 from leanclip.evaluation.sweep import Sweep
 from leanclip.io.files import write_text
@@ -30,7 +30,7 @@ from leanclip.weights import SHARDS, Weights, interpolate, load_into, write_weig
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """What a run, or an evaluation of one, came to."""
 
     folder: Path
@@ -41,13 +41,13 @@ class Outcome:
     finished_at: int | None = None  # the step at which an earlier start had finished the run
 
 
-def train(plan: Plan, *, must_resume: bool = False) -> Outcome | None:
+def train(plan: Plan, *, must_resume: bool = False) -> RunResult | None:
     """Train a planned run to the end and write its report; None on every rank but the first.
 
     Raises as `training.loop.train` does.
     """
 
-    def write_report(report: Report, seconds: float, finished_at: int | None) -> Outcome:
+    def write_report(report: Report, seconds: float, finished_at: int | None) -> RunResult:
         outcome = finish(plan.folder, report, seconds, pictures=plan.config.evaluate.pictures)
         return replace(outcome, finished_at=finished_at)
 
@@ -62,7 +62,7 @@ def evaluate_only(
     *,
     held_out: str | None = None,
     coverage: float = 0.9,
-) -> Outcome | None:
+) -> RunResult | None:
     """Measure weights without training: of `source`, else of the run's folder, else `config.load`.
 
     Every rank calls this; the first one gives the outcome. `command` is what the report says
@@ -75,12 +75,12 @@ def evaluate_only(
     rank = rank_and_world_size()[0]
     if rank > 0:
         barrier()  # what the first rank prepares, such as an index, the others find
-    tasks, guard = open_tasks(config), open_guard(config)
+    tasks, retention = open_tasks(config), open_retention(config)
     names = {task.name: task for task in tasks}
     calibration = None if held_out is None else open_held_out(config, names, held_out)
     if rank == 0:
         barrier()
-    if not tasks and guard is None:
+    if not tasks and retention is None:
         raise ConfigError("nothing to evaluate: set evaluate.zero_shot or evaluate.retrieval")
     folder = Path(config.output_dir)
     allow_tf32(config.tf32)
@@ -95,7 +95,7 @@ def evaluate_only(
     before = progress.before if progress else {}
     preprocess = model_preprocess(config)
     report = evaluate(
-        model.to(device), tasks, preprocess, guard=guard, before=before, use_cache=True
+        model.to(device), tasks, preprocess, retention=retention, before=before, use_cache=True
     )
     if calibration is not None:
         calibrate(model, calibration, preprocess, report, coverage=coverage)
@@ -105,7 +105,7 @@ def evaluate_only(
     return finish(folder, report, 0.0, pictures=config.evaluate.pictures)
 
 
-def summary(outcome: Outcome) -> str:
+def summary(outcome: RunResult) -> str:
     """A run in plain words: what it learned, where everything is, what to type next."""
     folder, report = outcome.folder, outcome.report
     lines = []
@@ -125,7 +125,7 @@ def summary(outcome: Outcome) -> str:
     if not report.sentences:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
     measured = {
-        f"Data:     {task.data.layout} in {task.data.root}"
+        f"Data:     {task.data.format} in {task.data.root}"
         f"{split_and_classes(task.data, task.dataset)}": None
         for task in report.tasks.values()
     }
@@ -148,7 +148,7 @@ def summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> Outcome:
+def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> RunResult:
     """Write report.json, report.html, and the pictures where they are wanted."""
     report.source = report.source or str(folder)
     report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
@@ -158,7 +158,7 @@ def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> O
         report.calibration.save(folder)
     page = write_report_page(folder, report, BadSamples(0, 1, folder / SKIPPED))
     drawn = run_pictures(folder, report) if pictures else []
-    return Outcome(folder, report, page, drawn, seconds)
+    return RunResult(folder, report, page, drawn, seconds)
 
 
 def write_sweep(
@@ -168,12 +168,12 @@ def write_sweep(
     weights = interpolate(first, second, found.chosen)
     write_weights(weights, folder, "leanclip", provenance=str(weights.source))
     write_text(folder / "sweep.json", json.dumps(found.facts() | facts, indent=1) + "\n")
-    places = [(p.task[found.task], p.guard[found.guard]) for p in found.points]
+    places = [(p.task[found.task], p.retention[found.retention]) for p in found.points]
     drawn = pareto_picture(
         places,
         [f"{point.alpha:g}" for point in found.points],
         chosen=[point.alpha for point in found.points].index(found.chosen),
-        axes=(f"task: {found.task}", f"guard: {found.guard}"),
+        axes=(f"task: {found.task}", f"retention: {found.retention}"),
         path=folder / "pareto.png",
     )
     return [folder / "sweep.json", *drawn]

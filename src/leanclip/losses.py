@@ -24,7 +24,7 @@ from leanclip.distributed.collectives import (
 
 Kind = Literal["clip", "multi-positive", "siglip"]
 TILE = 2048  # sides of a tile of logits
-KEPT = 2**27  # logits that backward need not compute again: half a gigabyte
+MAX_LOGITS_KEPT = 2**27  # logits that backward need not compute again: half a gigabyte
 
 
 def clip_loss(zimg: torch.Tensor, ztxt: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ class _Tiled(torch.autograd.Function):
         columns = rows.new_full((len(texts),), -torch.inf)  # (N,)
         total = zimg.new_zeros(())
         kept: list[torch.Tensor] = []
-        room = KEPT if any(ctx.needs_input_grad) else 0
+        room = MAX_LOGITS_KEPT if any(ctx.needs_input_grad) else 0
         for here, there, logits in _tiles(zimg, texts, scale, bias, tile):
             if (room := room - logits.numel()) >= 0:
                 kept.append(logits)

@@ -31,19 +31,21 @@ from leanclip.evaluation import Calibration
 from leanclip.inference.attention_maps import gradient_map, rollout
 from leanclip.weights import fingerprint
 
-TOKEN = "a-token-that-nobody-guesses"
+TOKEN = "a-token-that-nobody-predictions"
 LABELS = ["cat", "dog", "red fox"]
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> leanclip.Clip:
+def clip(tmp_path_factory: pytest.TempPathFactory) -> leanclip.InferenceModel:
     folder = tmp_path_factory.mktemp("model")
     save_tiny(folder / "tiny")
     return leanclip.load(folder / "tiny", device="cpu")
 
 
 @contextmanager
-def serving(clip: leanclip.Clip, *, token: str | None = None, **more: Any) -> Iterator[TestClient]:
+def serving(
+    clip: leanclip.InferenceModel, *, token: str | None = None, **more: Any
+) -> Iterator[TestClient]:
     worker = Worker(lambda: clip)
     worker.start()
     service = Service(worker, "tiny", **more)
@@ -54,7 +56,7 @@ def serving(clip: leanclip.Clip, *, token: str | None = None, **more: Any) -> It
 
 
 @pytest.fixture(scope="module")
-def client(clip: leanclip.Clip) -> Iterator[TestClient]:
+def client(clip: leanclip.InferenceModel) -> Iterator[TestClient]:
     with serving(clip, label_sets=[LabelSet(name="animals", labels=LABELS)]) as client:
         yield client
 
@@ -95,7 +97,7 @@ def refused(answer: Any, status: int, *words: str) -> None:
         assert word in said, said
 
 
-def test_compare_is_the_similarity(client: TestClient, clip: leanclip.Clip) -> None:
+def test_compare_is_the_similarity(client: TestClient, clip: leanclip.InferenceModel) -> None:
     texts, images = ["a cat", "a dog", "a fox, running"], [png(1), png(2)]
     fields = {"texts": ["a cat\n a dog ", "", "a fox, running"]}  # one a line, or one a field
     found = check(client.post("/api/compare", files=upload(*images), data=fields), "Comparison")
@@ -103,7 +105,7 @@ def test_compare_is_the_similarity(client: TestClient, clip: leanclip.Clip) -> N
     np.testing.assert_allclose(found["similarity"], clip.similarity(images, texts), atol=2e-6)
 
 
-def test_classify_is_what_the_model_says(client: TestClient, clip: leanclip.Clip) -> None:
+def test_classify_is_what_the_model_says(client: TestClient, clip: leanclip.InferenceModel) -> None:
     data = {"labels": LABELS, "templates": ["a {}", "the {}"], "top": "2"}
     answer = client.post("/api/classify", files=upload(png(3), name="image"), data=data)
     found = check(answer, "Classification")
@@ -115,7 +117,7 @@ def test_classify_is_what_the_model_says(client: TestClient, clip: leanclip.Clip
     assert (found["calibrated"], found["none_of_these"]) == (False, False)
 
 
-def test_a_calibration_is_used_for_its_own_labels_alone(clip: leanclip.Clip) -> None:
+def test_a_calibration_is_used_for_its_own_labels_alone(clip: leanclip.InferenceModel) -> None:
     calibration = Calibration(
         temperature=2.0,
         threshold=0.1,
@@ -142,7 +144,9 @@ def test_a_calibration_is_used_for_its_own_labels_alone(clip: leanclip.Clip) -> 
     assert [guess["label"] for guess in found["predictions"]] == [guess.label for guess in expected]
 
 
-def test_attention_is_a_picture_of_the_map(client: TestClient, clip: leanclip.Clip) -> None:
+def test_attention_is_a_picture_of_the_map(
+    client: TestClient, clip: leanclip.InferenceModel
+) -> None:
     image = Image.open(io.BytesIO(png(4))).convert("RGB")
     pixels = clip.preprocess(png(4))[None]
     text = clip.embed_texts("a cat", as_torch=True)
@@ -171,14 +175,14 @@ def test_heat_is_brightest_where_the_map_is_highest() -> None:
     assert (y * 4 // 448, x * 4 // 448) == (1, 2)
 
 
-def started(clip: leanclip.Clip, **options: Any) -> Worker:
+def started(clip: leanclip.InferenceModel, **options: Any) -> Worker:
     worker = Worker(lambda: clip, **options)
     worker.start()
     worker.loaded.result(30)
     return worker
 
 
-def test_concurrent_requests_share_passes(clip: leanclip.Clip) -> None:
+def test_concurrent_requests_share_passes(clip: leanclip.InferenceModel) -> None:
     worker = started(clip, max_wait=0.2)
     pixels = [torch.full((3, 32, 32), i % 256, dtype=torch.uint8) for i in range(MAX_BATCH + 5)]
 
@@ -190,7 +194,7 @@ def test_concurrent_requests_share_passes(clip: leanclip.Clip) -> None:
     torch.testing.assert_close(found, clip.embed_pixels(torch.stack(pixels)))
 
 
-def test_each_kind_of_job_has_its_own_pass(clip: leanclip.Clip) -> None:
+def test_each_kind_of_job_has_its_own_pass(clip: leanclip.InferenceModel) -> None:
     worker, pixels = started(clip), torch.zeros(3, 32, 32, dtype=torch.uint8)
 
     async def work() -> list[torch.Tensor]:
@@ -206,7 +210,7 @@ def test_each_kind_of_job_has_its_own_pass(clip: leanclip.Clip) -> None:
     assert (worker.jobs, worker.passes) == (4, 3)
 
 
-def test_a_failing_pass_does_not_stop_the_worker(clip: leanclip.Clip) -> None:
+def test_a_failing_pass_does_not_stop_the_worker(clip: leanclip.InferenceModel) -> None:
     worker = started(clip)
 
     async def work() -> list[Any]:
@@ -219,7 +223,7 @@ def test_a_failing_pass_does_not_stop_the_worker(clip: leanclip.Clip) -> None:
     assert len(features) == 16
 
 
-def test_a_cancelled_request_does_not_cancel_its_batch(clip: leanclip.Clip) -> None:
+def test_a_cancelled_request_does_not_cancel_its_batch(clip: leanclip.InferenceModel) -> None:
     worker = started(clip, max_wait=0.1)
 
     async def work() -> torch.Tensor:
@@ -233,7 +237,9 @@ def test_a_cancelled_request_does_not_cancel_its_batch(clip: leanclip.Clip) -> N
     torch.testing.assert_close(asyncio.run(work()), expected)
 
 
-def test_too_many_pending_requests_are_refused(clip: leanclip.Clip, monkeypatch: Any) -> None:
+def test_too_many_pending_requests_are_refused(
+    clip: leanclip.InferenceModel, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("leanclip.app.worker.MAX_PENDING", 3)
     worker = started(clip, max_wait=0.1)
 
@@ -246,7 +252,7 @@ def test_too_many_pending_requests_are_refused(clip: leanclip.Clip, monkeypatch:
     assert not isinstance(asyncio.run(worker.run(embed_texts, "later")), Exception)
 
 
-def test_a_failed_classifier_is_not_cached(clip: leanclip.Clip, monkeypatch: Any) -> None:
+def test_a_failed_classifier_is_not_cached(clip: leanclip.InferenceModel, monkeypatch: Any) -> None:
     service, calls, original = Service(started(clip)), [], type(clip).classifier
 
     def classifier(*values: Any) -> Any:
@@ -276,10 +282,10 @@ def test_a_cache_keeps_the_values_used_last() -> None:
     assert [kept.get(key) for key in "abc"] == [1, None, 3]
 
 
-def test_while_the_model_loads_requests_are_told_to_wait(clip: leanclip.Clip) -> None:
+def test_while_the_model_loads_requests_are_told_to_wait(clip: leanclip.InferenceModel) -> None:
     go_on = threading.Event()
 
-    def load() -> leanclip.Clip:
+    def load() -> leanclip.InferenceModel:
         go_on.wait(30)
         return clip
 
@@ -501,7 +507,7 @@ def test_the_page_has_nothing_inline_and_nothing_from_elsewhere() -> None:
         assert text.count("<script") == text.count('src="static/app.js"')
 
 
-def test_a_token_is_asked_for(clip: leanclip.Clip) -> None:
+def test_a_token_is_asked_for(clip: leanclip.InferenceModel) -> None:
     with serving(clip, token=TOKEN) as client:
         refused(client.get("/api/about"), 401, "token")
         refused(client.get("/static/app.js"), 401, "token")
@@ -528,7 +534,9 @@ def test_a_token_is_asked_for(clip: leanclip.Clip) -> None:
         refused(client.post("/sign-in", data={"token": TOKEN}, headers=origin), 403, "Origin")
 
 
-def test_a_bound_address_answers_to_numbers_and_its_own_names(clip: leanclip.Clip) -> None:
+def test_a_bound_address_answers_to_numbers_and_its_own_names(
+    clip: leanclip.InferenceModel,
+) -> None:
     with serving(clip, token=TOKEN) as client:
         client.headers["authorization"] = f"Bearer {TOKEN}"
         for host in ("10.1.2.3:8000", "localhost", "[fe80::1]"):

@@ -188,8 +188,8 @@ def test_two_hundred_at_once_are_all_answered_in_few_passes(place: Path, port: i
     answers = asyncio.run(all_at_once())
     assert [answer.status_code for answer in answers] == [200] * CLIENTS
     expected = leanclip.load(place / "tiny").classify(images, labels)
-    for answer, guesses in zip(answers, expected, strict=True):
-        for ours, theirs in zip(answer.json()["predictions"], guesses, strict=True):
+    for answer, predictions in zip(answers, expected, strict=True):
+        for ours, theirs in zip(answer.json()["predictions"], predictions, strict=True):
             assert ours["similarity"] == pytest.approx(theirs.similarity, abs=2e-6)
     after = httpx2.get(f"http://127.0.0.1:{port}/healthz").json()
     assert after["jobs"] - before["jobs"] == CLIENTS

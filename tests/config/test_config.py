@@ -119,7 +119,7 @@ def test_settings_win_over_the_file_unless_none(file: Path) -> None:
         ("train.batch_size='8'", 'train.batch_size: should be a valid integer, found "8"'),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
         ("train.precision=fp8", "train.precision: should be 'auto', 'fp32', 'bf16' or 'fp16'"),
-        ("data.layout=parquet", "data.layout: should be 'shapes'"),
+        ("data.format=parquet", "data.format: should be 'shapes'"),
         ("data=null", "data: should be .*found null"),
         ("data.crop_ratio=[0, 1.3]", "data.crop_ratio.0: should be greater than 0, found 0"),
         ("data.crop_ratio=[-1.5, -0.5]", "data.crop_ratio.0: should be greater than 0"),

@@ -239,8 +239,8 @@ def test_parts_of_one_name_are_all_kept_and_split_by_files(tmp_path: Path) -> No
             tar.add(roots[0] / "000.png", "0.png")
             tar.add(roots[0] / "000.txt", "0.txt")
     for source in ("table:tables", "shards:shards"):
-        layout, root = source.split(":")
-        parts = open_parts([parse_source(f"{layout}:{tmp_path / root}")])
+        format, root = source.split(":")
+        parts = open_parts([parse_source(f"{format}:{tmp_path / root}")])
         assert [part.name for part in parts] == ["train", "test"]
 
 
@@ -280,10 +280,10 @@ def test_every_command_names_what_is_not_read_in_shards(command: Command) -> Non
                 tar.add(path.with_suffix(".txt"), f"{stem}.txt")
             tar.add(path, f"{stem}.npy")
         tar.add(images[6].with_suffix(".txt"), "006.txt")
-    data = ("-o", "data.layout=shards", "-o", "data.root=a.tar", "-o", "data.max_bad_share=0.5")
+    data = ("-o", "data.format=shards", "-o", "data.root=a.tar", "-o", "data.max_bad_fraction=0.5")
     for words, where in (
         (("data", "check", "shards:a.tar", "--workers", "0"), "stdout"),
-        (("data", "pack", "shards:a.tar", "packed", "-o", "max_bad_share=0.5"), "stderr"),
+        (("data", "pack", "shards:a.tar", "packed", "-o", "max_bad_fraction=0.5"), "stderr"),
         (("train", "-c", "config.yaml", "--dry-run", *data), "stderr"),
         (("search", "build", "a.tar", "--model", "tiny", "--out", "index"), "stderr"),
     ):
@@ -304,7 +304,7 @@ def test_every_command_names_what_is_not_read_in_shards(command: Command) -> Non
 
 
 def test_mistakes_are_refused(command: Command) -> None:
-    assert_refused(command("data", "check", "nothing"), "SRC nothing", "LAYOUT:ROOT")
+    assert_refused(command("data", "check", "nothing"), "SRC nothing", "FORMAT:ROOT")
     assert_refused(command("data", "check", "pairs:data", "--split", "x"), "no folder x in data")
     assert_refused(
         command("data", "check", "pairs:data", "-o", "streaming=true"), "streaming: false"

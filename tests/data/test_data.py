@@ -1,4 +1,4 @@
-"""The layouts, and a stream of batches that is a function of its seed and position."""
+"""The formats, and a stream of batches that is a function of its seed and position."""
 
 import itertools
 import json
@@ -20,8 +20,8 @@ from leanclip.errors import DataError, SampleError
 from leanclip.io.files import read_json_lines
 
 
-def config(root: Path, layout: str = "pairs", **more: object) -> DataConfig:
-    return DataConfig.model_validate({"layout": layout, "root": str(root), "workers": 0} | more)
+def config(root: Path, format: str = "pairs", **more: object) -> DataConfig:
+    return DataConfig.model_validate({"format": format, "root": str(root), "workers": 0} | more)
 
 
 def make_food(root: Path) -> Path:
@@ -63,7 +63,7 @@ def test_an_empty_caption_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "p" / "001.txt").write_text("")
     with pytest.raises(DataError, match=r"001\.txt: an empty caption file"):
         open_dataset(config(tmp_path / "p"))
-    assert len(open_dataset(config(tmp_path / "p", max_bad_share=0.5))) == 3
+    assert len(open_dataset(config(tmp_path / "p", max_bad_fraction=0.5))) == 3
 
 
 def test_a_missing_caption_file_is_named(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_only_line_ends_end_lines(tmp_path: Path, end: str) -> None:
     path = tmp_path / "lines.txt"
     for file, lines in ((caption, [ODD, "two"]), (path, [f"{ODD}{{}}", "a {}"])):
         file.write_bytes(end.join([*lines, ""]).encode())
-    pairs = DataConfig(layout="pairs", root=str(tmp_path / "pairs"), workers=0)
+    pairs = DataConfig(format="pairs", root=str(tmp_path / "pairs"), workers=0)
     assert open_dataset(pairs)[0].captions == [ODD, "two"]
     whole = pairs.model_copy(update={"one_caption_per_line": False})
     assert open_dataset(whole)[0].captions == [f"{ODD}\ntwo"]
@@ -215,16 +215,16 @@ def test_a_file_of_class_names_has_no_gaps(tmp_path: Path) -> None:
         (b"\xff\xfe", "is not UTF-8"),
     ):
         names.write_bytes(content)
-        for layout in ("folder", "table", "shards"):
-            if layout == "folder":
+        for format in ("folder", "table", "shards"):
+            if format == "folder":
                 root = tmp_path / "c"
-            elif layout == "table":
+            elif format == "table":
                 (root := tmp_path / "a.csv").write_text("image,label\nx.png,1\n")
             else:
                 with tarfile.open(root := tmp_path / "0.tar", "w") as tar:
                     tar.add(tmp_path / "c/ant/1.png", "0.png")
             with pytest.raises(DataError, match=words):
-                open_dataset(config(root, layout, class_names=str(names)))
+                open_dataset(config(root, format, class_names=str(names)))
 
 
 # --- shapes

@@ -89,7 +89,7 @@ def test_the_command_downloads_unpacks_and_then_leaves_alone(
     assert [wanted for _, wanted in server.asked] == [None, f"bytes={archive.stat().st_size // 2}-"]
     assert_whole(workplace / "data" / "food-101")
     assert not (workplace / "data" / "food-101.tar.gz").exists()
-    dataset = open_dataset(DataConfig(layout="food101", root="data/food-101"))
+    dataset = open_dataset(DataConfig(format="food101", root="data/food-101"))
     assert (len(dataset), dataset.classes) == (2, ["apple pie", "french fries"])
     done = command(*words)
     assert done.stdout == "data/food-101: Food-101 is there already, and was left alone\n"
@@ -233,4 +233,4 @@ def test_a_missing_folder_says_how_to_get_it(workplace: Path) -> None:
     for root, words in (("data/food-101", ""), ("elsewhere", " elsewhere")):
         wanted = rf"no such folder: {root} \(get it with: leanclip data food101{words}\)$"
         with pytest.raises(DataError, match=wanted):
-            open_dataset(DataConfig(layout="food101", root=root))
+            open_dataset(DataConfig(format="food101", root=root))

@@ -91,7 +91,7 @@ def test_they_are_counted_as_skipped(command: Command, workplace: Path) -> None:
         Path("data", f"{name}.txt").write_text("a caption\n")
     Path("data/notes.md").write_text("no image")
     make_model(workplace / "m")
-    words = ("--model", "m", "--max-bad-share", "0.5")
+    words = ("--model", "m", "--max-bad-fraction", "0.5")
     done = command("embed", "data", *words, "--out", "e")
     assert (json.loads(done.stdout)["images"], json.loads(done.stdout)["skipped"]) == (14, 2)
     assert json.loads(Path("e/_00000.skipped.json").read_text()).keys() == {"x.heic", "y.nef"}
@@ -103,7 +103,7 @@ def test_they_are_counted_as_skipped(command: Command, workplace: Path) -> None:
     assert part["unusable"] == {"unsupported format": 2}
     make_config(
         Path("config.yaml"),
-        data={"max_bad_share": 0.2},
+        data={"max_bad_fraction": 0.2},
         train={"epochs": 1, "batch_size": 14},
         evaluate={"retrieval": None},
     )
@@ -123,8 +123,8 @@ def spoil_weights(folder: Path, name: str) -> Path:
     return folder / "m"
 
 
-def dataset_of(root: Path, layout: str, **more: object) -> object:
-    values = {"layout": layout, "root": str(root), "workers": 0, "max_bad_share": 1.0}
+def dataset_of(root: Path, format: str, **more: object) -> object:
+    values = {"format": format, "root": str(root), "workers": 0, "max_bad_fraction": 1.0}
     dataset = open_dataset(DataConfig.model_validate(values | more))
     return open_image(dataset[0].image)
 

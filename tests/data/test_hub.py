@@ -1,4 +1,4 @@
-"""The hub layout on data sets made here: saved, in files, in folders of images, and streamed."""
+"""The hub format on data sets made here: saved, in files, in folders of images, and streamed."""
 
 import io
 import itertools
@@ -32,7 +32,7 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(root: Path | str, **more: object) -> DataConfig:
-    return DataConfig.model_validate({"layout": "hub", "root": str(root), "workers": 0} | more)
+    return DataConfig.model_validate({"format": "hub", "root": str(root), "workers": 0} | more)
 
 
 def png(seed: int) -> bytes:
@@ -155,8 +155,8 @@ def test_the_usual_name_comes_before_the_first_column_of_images(
 def test_a_csv_of_other_signs_is_left_to_the_layout_table(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     for content, words in (
-        ("image;caption\nx.png;a\n", "separated by ';'; layout table reads such files"),
-        ("image\tcaption\nx.png\ta\n", "separated by '\\\\t'; layout table"),
+        ("image;caption\nx.png;a\n", "separated by ';'; format table reads such files"),
+        ("image\tcaption\nx.png\ta\n", "separated by '\\\\t'; format table"),
         ("a cat,1.png\na dog,2.png\n", "has no header line, but values"),
     ):
         path.write_text(content)
@@ -179,7 +179,7 @@ def test_lists_of_labels_are_refused_in_words(tmp_path: Path) -> None:
             rows.to_parquet(tmp_path / name)
         else:
             rows.to_json(tmp_path / name)
-    for layout, root, more in (
+    for format, root, more in (
         ("hub", "saved", {}),
         ("hub", "saved", {"label_column": "tags"}),
         ("hub", "parts", {}),
@@ -187,7 +187,7 @@ def test_lists_of_labels_are_refused_in_words(tmp_path: Path) -> None:
         ("table", "x.parquet", {}),
         ("table", "a.jsonl", {}),
     ):
-        settings = config(tmp_path / root, **more).model_copy(update={"layout": layout})
+        settings = config(tmp_path / root, **more).model_copy(update={"format": format})
         with pytest.raises(
             DataError, match=r"has lists of labels; .* data\.label_column"
         ) as caught:
@@ -285,7 +285,7 @@ def test_bad_rows_of_a_stream_keep_their_places(tmp_path: Path) -> None:
     assert sorted(one.kind for one in bad) == sorted(expected * 2)
     assert len({one.id for one in bad}) == 3  # the same names in the next epoch
     assert same(stream(path, 2, Position(1, 0), epoch_size=10), found[2:])
-    source = config(path, streaming=True, epoch_size=10, max_bad_share=0.5)
+    source = config(path, streaming=True, epoch_size=10, max_bad_fraction=0.5)
     assert pack(source, tmp_path / "packed", workers=0)["samples"] == 7
     lines = (tmp_path / "packed" / "skipped.jsonl").read_text().splitlines()
     kinds = sorted(json.loads(line)["kind"] for line in lines)
@@ -301,10 +301,10 @@ def test_a_stream_without_a_length_or_an_index(tmp_path: Path) -> None:
 
 
 def test_a_stream_in_a_mixture_has_a_size_of_its_own(tmp_path: Path) -> None:
-    pairs = {"layout": "pairs", "root": str(make_pairs(tmp_path / "p", 20))}
-    streamed = {"layout": "hub", "root": str(make_parts(tmp_path / "parts"))}
+    pairs = {"format": "pairs", "root": str(make_pairs(tmp_path / "p", 20))}
+    streamed = {"format": "hub", "root": str(make_parts(tmp_path / "parts"))}
     streamed |= {"streaming": True, "epoch_size": 60}
-    dataset = open_dataset(config("", layout="mixture", sources=(pairs, streamed)))
+    dataset = open_dataset(config("", format="mixture", sources=(pairs, streamed)))
     assert isinstance(dataset, Mixture)
     assert (len(dataset), dataset.shares.tolist()) == (80, [0.25, 0.75])
     visits = list(itertools.islice(dataset.visits((0, 0)), 80))
@@ -312,7 +312,7 @@ def test_a_stream_in_a_mixture_has_a_size_of_its_own(tmp_path: Path) -> None:
     assert 40 < len(came) < 75
     assert {sample.source for sample in came} == {1}
     with pytest.raises(ConfigError, match="epoch_size goes with streaming: true only"):
-        open_dataset(config("", layout="mixture", sources=(pairs | {"epoch_size": 3}, streamed)))
+        open_dataset(config("", format="mixture", sources=(pairs | {"epoch_size": 3}, streamed)))
 
 
 # --- what stops everything
@@ -341,7 +341,7 @@ def test_what_cannot_be_opened_is_told_in_one_line(tmp_path: Path) -> None:
 def test_an_id_without_a_network(tmp_path: Path) -> None:
     code = (
         "from leanclip.config.schema import DataConfig; from leanclip.data import open_dataset\n"
-        "try: open_dataset(DataConfig(layout='hub', root='somebody/some-data:a-config'))\n"
+        "try: open_dataset(DataConfig(format='hub', root='somebody/some-data:a-config'))\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
     done = subprocess.run(

@@ -20,8 +20,8 @@ SYNSETS = ("n01440764 tench, Tinca tinca", "n02012849 crane", "n03126707 crane, 
 NUMBERS = [str(number) for number in range(12)]
 
 
-def open_at(root: Path, layout: str, **more: object) -> Dataset:
-    values = {"layout": layout, "root": str(root), "workers": 0, "max_bad_share": 1.0}
+def open_at(root: Path, format: str, **more: object) -> Dataset:
+    values = {"format": format, "root": str(root), "workers": 0, "max_bad_fraction": 1.0}
     return open_dataset(DataConfig.model_validate(values | more))
 
 
@@ -204,7 +204,7 @@ def test_folders_that_systems_make_are_no_classes(tmp_path: Path) -> None:
 def test_a_name_of_two_classes_counts_each(tmp_path: Path) -> None:
     root = make_folders(tmp_path / "c", ["a", "b", "c"], images=2)
     (root / "classes.txt").write_text("crane\nfox\ncrane\n")
-    parts = open_parts([DataConfig(layout="folder", root=str(root), workers=0)])
+    parts = open_parts([DataConfig(format="folder", root=str(root), workers=0)])
     read_parts(parts, workers=0)
     found = find(parts, batch_size=2, context_length=77).values["parts"]["all"]["classes"]
     assert found["classes"] == 3

@@ -28,8 +28,8 @@ from leanclip.errors import ConfigError, DataError
 from leanclip.preprocess.images import Preprocess, normalize
 
 
-def config(root: Path, layout: str = "pairs", **more: object) -> DataConfig:
-    return DataConfig.model_validate({"layout": layout, "root": str(root), "workers": 0} | more)
+def config(root: Path, format: str = "pairs", **more: object) -> DataConfig:
+    return DataConfig.model_validate({"format": format, "root": str(root), "workers": 0} | more)
 
 
 # --- order
@@ -134,7 +134,7 @@ def test_bad_samples_are_named_once_and_fatal_above_the_share(tmp_path: Path) ->
     again = BadSamples(100, 0.02, path)
     assert again.add([a, b]) == []
     assert again.summary() == "2 damaged image"
-    with pytest.raises(DataError, match=r"c: broken .*3 bad of 100 samples.*max_bad_share=0.02"):
+    with pytest.raises(DataError, match=r"c: broken .*3 bad of 100 samples.*max_bad_fraction=0.02"):
         again.add([c])
 
 
@@ -244,7 +244,7 @@ def mixture(tmp_path: Path, **more: object) -> tuple[Mixture, DataConfig]:
     sources = []
     for name, count, weight in (("few", 5, 3), ("many", 30, 1)):
         make_pairs(tmp_path / name, count)
-        sources.append({"layout": "pairs", "root": str(tmp_path / name), "weight": weight})
+        sources.append({"format": "pairs", "root": str(tmp_path / name), "weight": weight})
     settings = config(tmp_path, "mixture", sources=tuple(sources), **more)
     dataset = open_dataset(settings)
     assert isinstance(dataset, Mixture)
@@ -267,7 +267,7 @@ def test_a_mixture_draws_by_weight_and_each_source_in_its_own_order(tmp_path: Pa
 
 def test_a_mixture_without_weights_is_drawn_by_size(tmp_path: Path) -> None:
     sources = [
-        {"layout": "pairs", "root": str(make_pairs(tmp_path / name, count))}
+        {"format": "pairs", "root": str(make_pairs(tmp_path / name, count))}
         for name, count in (("a", 4), ("b", 12))
     ]
     dataset = open_dataset(config(tmp_path, "mixture", sources=tuple(sources)))
@@ -298,13 +298,13 @@ def test_an_epoch_of_another_size(tmp_path: Path) -> None:
 
 
 def test_mixtures_that_make_no_sense_are_refused(tmp_path: Path) -> None:
-    one = {"layout": "pairs", "root": "x"}
+    one = {"format": "pairs", "root": "x"}
     for values, words in (
-        ({"layout": "mixture"}, "with layout mixture only"),
-        ({"layout": "pairs", "root": "x", "sources": (one,)}, "with layout mixture only"),
-        ({"layout": "mixture", "sources": (one, one | {"weight": 2})}, "or none"),
-        ({"layout": "mixture", "sources": ({"layout": "mixture"},)}, "needs a root"),
-        ({"layout": "pairs"}, "root is required"),
+        ({"format": "mixture"}, "with format mixture only"),
+        ({"format": "pairs", "root": "x", "sources": (one,)}, "with format mixture only"),
+        ({"format": "mixture", "sources": (one, one | {"weight": 2})}, "or none"),
+        ({"format": "mixture", "sources": ({"format": "mixture"},)}, "needs a root"),
+        ({"format": "pairs"}, "root is required"),
     ):
         with pytest.raises(ValueError, match=words):
             DataConfig.model_validate(values)
@@ -319,15 +319,15 @@ def test_sources_inherit_what_they_do_not_set(tmp_path: Path) -> None:
     (tmp_path / "pairs" / "t").mkdir()
     (tmp_path / "pairs" / "t" / "val.csv").write_text((tmp_path / "a.csv").read_text())
     sources = [
-        {"layout": layout, "root": str(tmp_path / root)}
-        for layout, root in (("folder", "classes"), ("pairs", "pairs"), ("table", "pairs/t"))
+        {"format": format, "root": str(tmp_path / root)}
+        for format, root in (("folder", "classes"), ("pairs", "pairs"), ("table", "pairs/t"))
     ]
     sources.append(sources[0] | {"split": "train", "templates": ("{}?",)})
     top = {"split": "val", "templates": ("{}!",), "caption_column": "note"}
     dataset = open_dataset(config(tmp_path, "mixture", sources=tuple(sources), **top))
     captions = [dataset[i].captions[0] for i in range(len(dataset))]
     assert captions == ["ant!", "picture number 0", "picture number 1", "a note", "ant?"]
-    with pytest.raises(ConfigError, match=r"data\.streaming: .* layout folder or pairs or table"):
+    with pytest.raises(ConfigError, match=r"data\.streaming: .* format folder or pairs or table"):
         open_dataset(config(tmp_path, "mixture", sources=tuple(sources), streaming=True))
 
 
@@ -337,8 +337,8 @@ def test_a_source_can_set_a_value_back_to_its_default(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,note,caption\nx.png,a note,a caption\n")
     names = tmp_path / "names.txt"
     names.write_text("Ant!\n")
-    folder = {"layout": "folder", "root": str(tmp_path / "c")}
-    table = {"layout": "table", "root": str(tmp_path / "a.csv")}
+    folder = {"format": "folder", "root": str(tmp_path / "c")}
+    table = {"format": "table", "root": str(tmp_path / "a.csv")}
     sources = (
         folder,
         folder | {"templates": None, "class_names": None},
@@ -356,7 +356,7 @@ def test_a_source_can_set_a_value_back_to_its_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "setting"),
+    ("format", "setting"),
     [
         ("pairs", {"templates": ("a {}",)}),
         ("pairs", {"class_names": "x.txt"}),
@@ -367,10 +367,10 @@ def test_a_source_can_set_a_value_back_to_its_default(tmp_path: Path) -> None:
         ("table", {"streaming": True}),
     ],
 )
-def test_settings_that_a_layout_has_no_use_for_are_refused(layout: str, setting: dict) -> None:
+def test_settings_that_a_layout_has_no_use_for_are_refused(format: str, setting: dict) -> None:
     (name,) = setting
-    with pytest.raises(ConfigError, match=rf"data\.{name}: is of no use with layout {layout}, "):
-        open_dataset(config(Path("nowhere"), layout, **setting))
+    with pytest.raises(ConfigError, match=rf"data\.{name}: is of no use with format {format}, "):
+        open_dataset(config(Path("nowhere"), format, **setting))
 
 
 # --- what goes wrong in a worker

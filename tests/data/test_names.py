@@ -40,11 +40,11 @@ def ids_of(root: Path) -> list[str]:
 
 
 def test_an_index_of_pictures(photos: Path, command: Command) -> None:
-    words = ("--model", "m", "--max-bad-share", "0.5")
+    words = ("--model", "m", "--max-bad-fraction", "0.5")
     done = command("search", "build", "photos", *words, "--out", "i", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["files"] == 5
-    assert command("search", "update", "i", "--max-bad-share", "0.5").returncode == 0
+    assert command("search", "update", "i", "--max-bad-fraction", "0.5").returncode == 0
     for label, expected in (("café", 2), (LATIN, 2), ("blue", 3)):
         done = command("search", "find", "i", "x", "--label", label, "--grid", "grid.png")
         hits = [json.loads(line) for line in done.stdout.splitlines()]
@@ -55,7 +55,7 @@ def test_an_index_of_pictures(photos: Path, command: Command) -> None:
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])
 def test_embeddings(photos: Path, command: Command, format: str) -> None:
-    words = ("--model", "m", "--max-bad-share", "0.5", "--format", format, "--shard-size", "2")
+    words = ("--model", "m", "--max-bad-fraction", "0.5", "--format", format, "--shard-size", "2")
     done = command("embed", "photos", *words, "--out", "e")
     assert done.returncode == 0, done.stderr
     ids, _ = read_embeddings("e")
@@ -97,7 +97,7 @@ def test_paths_on_standard_input(
 
 
 def test_training_checking_and_reports(photos: Path, command: Command) -> None:
-    data = {"layout": "pairs", "root": "photos", "max_bad_share": 0.5, "workers": 0}
+    data = {"format": "pairs", "root": "photos", "max_bad_fraction": 0.5, "workers": 0}
     make_config(Path("config.yaml"), data=data, evaluate={"retrieval": {}, "pictures": True})
     done = command("train", "-c", "config.yaml", "--output-dir", "run")
     assert done.returncode == 0, done.stderr

@@ -77,7 +77,7 @@ def test_every_sample_is_packed_once_with_its_captions(command: Command) -> None
         "index.json",
     ]
     settings = load_yaml(done.stdout.split("\n\n")[1], where="stdout")
-    assert settings == {"data": {"layout": "shards", "root": "packed"}}
+    assert settings == {"data": {"format": "shards", "root": "packed"}}
 
 
 def test_class_data_keeps_labels_and_names(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_names_of_classes_are_packed_on_one_line(tmp_path: Path) -> None:
     noise_image(0).save(tmp_path / "0.png")
     path = tmp_path / "a.csv"
     path.write_text('image,label\n0.png,"red\n fox"\n0.png,cat\n')
-    source = DataConfig(layout="table", root=str(path), workers=0)
+    source = DataConfig(format="table", root=str(path), workers=0)
     pack(source, tmp_path / "packed")
     assert (tmp_path / "packed" / "classes.txt").read_text() == "cat\nred fox\n"
     assert {b"cat", b"red fox"} <= set(members(tmp_path / "packed").values())
@@ -115,7 +115,7 @@ def test_templates_are_in_the_settings_that_are_printed(command: Command) -> Non
     done = command("data", "pack", "folder:pets", "packed", "-o", 'templates=["my {}"]')
     assert done.returncode == 0, done.stderr
     settings = load_yaml(done.stdout.split("\n\n")[1], where="stdout")
-    assert settings["data"] == {"layout": "shards", "root": "packed", "templates": ["my {}"]}
+    assert settings["data"] == {"format": "shards", "root": "packed", "templates": ["my {}"]}
 
 
 def test_only_what_needs_it_is_encoded_again(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_finished_pack_is_left_alone(tmp_path: Path) -> None:
 def test_bad_samples_are_skipped_up_to_a_share(tmp_path: Path) -> None:
     make_pairs(tmp_path / "data", 20)
     (tmp_path / "data/007.png").write_bytes(b"broken")
-    allowed = parse_source(f"pairs:{tmp_path / 'data'}", ["max_bad_share=0.05"])
+    allowed = parse_source(f"pairs:{tmp_path / 'data'}", ["max_bad_fraction=0.05"])
     for workers in (0, 2):
         folder = tmp_path / f"packed{workers}"
         index = pack(allowed, folder, shard_size=4, workers=workers)
@@ -210,7 +210,7 @@ def test_too_many_bad_samples_stop_it_until_they_are_mended(tmp_path: Path) -> N
     make_pairs(tmp_path / "data", 20)
     whole = (tmp_path / "data/007.png").read_bytes()
     (tmp_path / "data/007.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"007\.png.*1 bad of 20.*max_bad_share"):
+    with pytest.raises(DataError, match=r"007\.png.*1 bad of 20.*max_bad_fraction"):
         pack(pairs_of(tmp_path / "data"), tmp_path / "packed", shard_size=4, workers=2)
     assert not (tmp_path / "packed/index.json").exists()
     assert not list((tmp_path / "packed").glob("*.part"))
@@ -221,15 +221,15 @@ def test_too_many_bad_samples_stop_it_until_they_are_mended(tmp_path: Path) -> N
 
 
 def test_a_mixture_is_packed_whole(tmp_path: Path) -> None:
-    sources = [{"layout": "pairs", "root": str(make_pairs(tmp_path / n, 4))} for n in "ab"]
+    sources = [{"format": "pairs", "root": str(make_pairs(tmp_path / n, 4))} for n in "ab"]
     config = DataConfig.model_validate_json(
-        json.dumps({"layout": "mixture", "sources": sources, "epoch_size": 3})
+        json.dumps({"format": "mixture", "sources": sources, "epoch_size": 3})
     )
     assert pack(config, tmp_path / "packed", workers=0)["samples"] == 8
 
 
 def test_mistakes_are_refused(command: Command) -> None:
-    assert_refused(command("data", "pack", "data", "packed"), "SRC data", "LAYOUT:ROOT", "pairs")
+    assert_refused(command("data", "pack", "data", "packed"), "SRC data", "FORMAT:ROOT", "pairs")
     assert_refused(command("data", "pack", "pairs:nowhere", "packed"), "no such folder: nowhere")
     assert not Path("packed").exists()
     assert_refused(command("data", "pack", "pairs:data", "data"), "data", "not an empty folder")
@@ -242,10 +242,10 @@ def test_mistakes_are_refused(command: Command) -> None:
 
 
 def test_a_config_file_names_the_source(command: Command) -> None:
-    done = command("data", "pack", "config.yaml", "packed", "-o", "max_bad_share=0.5")
+    done = command("data", "pack", "config.yaml", "packed", "-o", "max_bad_fraction=0.5")
     assert done.returncode == 0, done.stderr
     assert json.loads(Path("packed/index.json").read_text())["source"] == {
-        "layout": "pairs",
+        "format": "pairs",
         "root": "data",
     }
 

@@ -1,4 +1,4 @@
-"""Every layout: a stream whose process is killed goes on with the very next sample."""
+"""Every format: a stream whose process is killed goes on with the very next sample."""
 
 import json
 import multiprocessing
@@ -26,18 +26,18 @@ def make_folder(root: Path) -> dict[str, object]:
         path = root / f"class_{i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         noise_image(i).save(path)
-    return {"layout": "folder", "root": str(root)}
+    return {"format": "folder", "root": str(root)}
 
 
 def make_pairs_source(root: Path) -> dict[str, object]:
-    return {"layout": "pairs", "root": str(make_pairs(root, COUNT))}
+    return {"format": "pairs", "root": str(make_pairs(root, COUNT))}
 
 
 def make_table(root: Path) -> dict[str, object]:
     make_pairs(root, COUNT)
     rows = (json.dumps({"image": f"{i:03d}.png", "caption": f"number {i}"}) for i in range(COUNT))
     (root / "train.jsonl").write_text("\n".join(rows))
-    return {"layout": "table", "root": str(root)}
+    return {"format": "table", "root": str(root)}
 
 
 def make_shards(root: Path) -> dict[str, object]:
@@ -47,7 +47,7 @@ def make_shards(root: Path) -> dict[str, object]:
             for i in range(6 * shard, 6 * shard + 6):
                 for suffix in ("png", "txt"):
                     tar.add(root / "pairs" / f"{i:03d}.{suffix}", f"{i:03d}.{suffix}")
-    return {"layout": "shards", "root": str(root), "shuffle_buffer": 7}
+    return {"format": "shards", "root": str(root), "shuffle_buffer": 7}
 
 
 def make_stream(root: Path) -> dict[str, object]:
@@ -63,7 +63,7 @@ def make_stream(root: Path) -> dict[str, object]:
         table = datasets.Dataset.from_list(rows)
         table.to_parquet(root / f"parquet/train-0000{shard}-of-00003.parquet")
     return {
-        "layout": "hub",
+        "format": "hub",
         "root": str(root / "parquet"),
         "streaming": True,
         "epoch_size": COUNT,
@@ -73,7 +73,7 @@ def make_stream(root: Path) -> dict[str, object]:
 
 def make_mixture(root: Path) -> dict[str, object]:
     sources = [make_pairs_source(root / "a"), make_table(root / "b")]
-    return {"layout": "mixture", "sources": tuple(sources), "epoch_size": COUNT}
+    return {"format": "mixture", "sources": tuple(sources), "epoch_size": COUNT}
 
 
 def write_ids(dataset: Dataset, config: DataConfig, start: Position, out: Path) -> None:

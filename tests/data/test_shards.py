@@ -74,7 +74,7 @@ def make_shards(root: Path, sizes: Sequence[int]) -> Path:
 
 
 def config(root: Path | str, **more: object) -> DataConfig:
-    return DataConfig.model_validate({"layout": "shards", "root": str(root), "workers": 0} | more)
+    return DataConfig.model_validate({"format": "shards", "root": str(root), "workers": 0} | more)
 
 
 def order_of(dataset: Dataset, key: Sequence[int], start: int = 0) -> list[int]:

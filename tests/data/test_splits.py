@@ -15,24 +15,24 @@ from leanclip.errors import DataError
 from leanclip.evaluation import open_tasks
 
 
-def make_split(folder: Path, layout: str = "folder", count: int = 2, first: int = 0) -> None:
+def make_split(folder: Path, format: str = "folder", count: int = 2, first: int = 0) -> None:
     """Images of two classes, pairs, or a shard of them."""
-    if layout == "folder":
+    if format == "folder":
         for name in ("ant", "bee"):
             (folder / name).mkdir(parents=True)
             for i in range(count):
                 noise_image(first + i).save(folder / name / f"{i}.png")
         return
-    pairs = make_pairs(folder if layout == "pairs" else folder.parent / f"{folder.name} pairs")
-    if layout == "shards":
+    pairs = make_pairs(folder if format == "pairs" else folder.parent / f"{folder.name} pairs")
+    if format == "shards":
         folder.mkdir()
         with tarfile.open(folder / "0.tar", "w") as tar:
             for path in sorted(pairs.iterdir()):
                 tar.add(path, path.name)
 
 
-def config(root: Path, layout: str = "folder", **more: object) -> DataConfig:
-    return DataConfig.model_validate({"layout": layout, "root": str(root), "workers": 0} | more)
+def config(root: Path, format: str = "folder", **more: object) -> DataConfig:
+    return DataConfig.model_validate({"format": format, "root": str(root), "workers": 0} | more)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEANCLIP_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("layout", ["folder", "pairs", "shards"])
+@pytest.mark.parametrize("format", ["folder", "pairs", "shards"])
 @pytest.mark.parametrize(
     ("there", "trained", "evaluated"),
     [
@@ -52,13 +52,13 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_split_of_training_and_of_evaluation(
-    tmp_path: Path, layout: str, there: tuple[str, ...], trained: str | None, evaluated: str
+    tmp_path: Path, format: str, there: tuple[str, ...], trained: str | None, evaluated: str
 ) -> None:
     for name in there:
-        make_split(tmp_path / "d" / name, layout)
-    settings = config(tmp_path / "d", layout)
+        make_split(tmp_path / "d" / name, format)
+    settings = config(tmp_path / "d", format)
     assert set(find_splits(settings)) == set(there)
-    task = "zero_shot" if layout == "folder" else "retrieval"
+    task = "zero_shot" if format == "folder" else "retrieval"
     assert default_split(settings, task) == evaluated
     if trained is None:
         with pytest.raises(DataError, match=r"has the splits .*, and no train; set data\.split"):
@@ -66,9 +66,9 @@ def test_the_split_of_training_and_of_evaluation(
         return
     assert default_split(settings) == trained
     dataset = open_dataset(settings)
-    assert len(dataset) == (4 if layout == "folder" else 12)
+    assert len(dataset) == (4 if format == "folder" else 12)
     assert all(f"/{trained}/" in dataset.name(index) for index in range(len(dataset)))
-    values = {"model": TINY, "data": {"layout": layout, "root": str(tmp_path / "d")}}
+    values = {"model": TINY, "data": {"format": format, "root": str(tmp_path / "d")}}
     (opened,) = open_tasks(parse(Config, values | {"evaluate": {task: {}}}, where="test"))
     assert opened.data.split == evaluated
 
@@ -79,9 +79,9 @@ def test_evaluation_takes_none_of_several_splits_that_training_reads(
     root = tmp_path / "d"
     for name in ("train", "val", "test"):
         make_split(root / name)
-    source = {"layout": "folder", "root": str(root)}
+    source = {"format": "folder", "root": str(root)}
     sources = [source, source | {"split": "val"}]
-    values = {"model": TINY, "data": {"layout": "mixture", "sources": sources}}
+    values = {"model": TINY, "data": {"format": "mixture", "sources": sources}}
     values["evaluate"] = {"zero_shot": source}
     (opened,) = open_tasks(parse(Config, values, where="test"))
     assert (opened.data.split, caplog.messages) == ("test", [])
@@ -117,7 +117,7 @@ def test_every_command_reads_the_same_splits(command: Command, workplace: Path) 
     make_split(Path("d/train"), count=4)
     make_split(Path("d/val"), count=3, first=10)
     make_model(workplace / "m")
-    data = ["-o", "data.layout=folder", "-o", "data.root=d", "-o", "evaluate={zero_shot: {}}"]
+    data = ["-o", "data.format=folder", "-o", "data.root=d", "-o", "evaluate={zero_shot: {}}"]
     done = command("train", "-c", "config.yaml", *data, "--dry-run")
     assert "data: 8 samples of folder in d, split train, 2 classes: ant, bee" in done.stdout
     done = command("eval", "--model", "m", "--data", "folder:d", "--out", "e")

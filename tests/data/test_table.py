@@ -1,4 +1,4 @@
-"""The table layout: rows read where they lie, what is malformed in them, and their stream."""
+"""The table format: rows read where they lie, what is malformed in them, and their stream."""
 
 import csv
 import itertools
@@ -30,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config(root: Path, **more: object) -> DataConfig:
-    return DataConfig.model_validate({"layout": "table", "root": str(root), "workers": 0} | more)
+    return DataConfig.model_validate({"format": "table", "root": str(root), "workers": 0} | more)
 
 
 def captions(root: Path, **more: object) -> list[object]:
@@ -250,7 +250,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, cache: Path, suffix: str, 
 
 
 def test_captions_are_no_labels(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("leanclip.data.readers.columns.MOST_CLASSES", 5)
+    monkeypatch.setattr("leanclip.data.readers.columns.MAX_CLASSES", 5)
     path = write(tmp_path / "a.csv", "image,label\n" + "".join(f"x.jpg,{i}\n" for i in range(6)))
     with pytest.raises(DataError, match="over 5 different values; if these are captions"):
         open_dataset(config(path))

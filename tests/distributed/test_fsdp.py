@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from leanclip import CLIP, Preprocess, WeightsError
 from leanclip.config.schema import OptimizerConfig, TrainConfig
-from leanclip.distributed.fsdp import whole
-from leanclip.distributed.wrap_model import prepare_towers
+from leanclip.distributed.fsdp import full_model
+from leanclip.distributed.wrap_model import wrap_model
 from leanclip.training import checkpoint
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.sharded_checkpoint import read_shards
@@ -32,8 +32,8 @@ CUTS = {1: [0, PAIRS], 2: [0, 3, PAIRS], 3: [0, 3, 3, PAIRS]}  # of three ranks,
 
 
 def full(tensor: torch.Tensor) -> np.ndarray:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().numpy().copy()
+    full_model = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full_model.detach().numpy().copy()
 
 
 class Run:
@@ -44,7 +44,7 @@ class Run:
         self.kind, cuts = kind, CUTS[world_size]
         self.batch = batch_of(slice(cuts[rank], cuts[rank + 1]))
         self.model = model_of(kind, 14.3)
-        self.towers = prepare_towers(self.model, self.settings)
+        self.towers = wrap_model(self.model, self.settings)
         self.optimizer = build_optimizer(self.model, OptimizerConfig(epsilon=1e-3))
 
     def step(self) -> StepResult:
@@ -131,7 +131,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
 def test_the_whole_model_is_on_every_rank(tmp_path: Path) -> None:
     def work(rank: int) -> list[bool]:
         run = Run(rank, 2)
-        state, copy = run.state(), whole(run.model).state_dict()
+        state, copy = run.state(), full_model(run.model).state_dict()
         return [bool((copy[k].numpy() == state[k]).all()) for k in copy]
 
     first, second = ranks_of(2, work, tmp_path)

@@ -20,12 +20,12 @@ from leanclip.config.schema import load_config
 from leanclip.data import open_dataset
 from leanclip.data.loader import Position, training_batches
 from leanclip.distributed.launch import launch
-from leanclip.distributed.preemption import ASKING
+from leanclip.distributed.preemption import HANDLED_SIGNALS
 from leanclip.io.files import read_metrics
 from leanclip.preprocess.images import Preprocess
 from leanclip.training import checkpoint
 
-OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_share=0.2")
+OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_fraction=0.2")
 NO_EVALUATION = ("-o", "evaluate.retrieval=null")
 BEST = ("-o", "evaluate.every_epochs=1", "-o", "checkpoint.best_metric=image_to_text_R@1")
 LONG = ("-o", "train.epochs=20", "-o", "checkpoint.every_steps=9", *NO_EVALUATION)
@@ -103,9 +103,9 @@ def test_a_mistake_is_said_once(workplace: Path) -> None:
 
 @pytest.mark.slow
 def test_signals_are_answered_as_before_when_the_ranks_are_done() -> None:
-    before = [signal.getsignal(number) for number in ASKING]
+    before = [signal.getsignal(number) for number in HANDLED_SIGNALS]
     assert launch(["models"], ranks=1) == 0
-    assert [signal.getsignal(number) for number in ASKING] == before
+    assert [signal.getsignal(number) for number in HANDLED_SIGNALS] == before
 
 
 def said_by(errors: str) -> list[str]:

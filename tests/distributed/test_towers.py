@@ -95,7 +95,7 @@ def test_the_estimate_knows_of_checkpointing(workplace: Path) -> None:
     for is_checkpointed in (False, True):
         values = {
             "model": dict(TINY),
-            "data": {"layout": "pairs", "root": "data", "workers": 0},
+            "data": {"format": "pairs", "root": "data", "workers": 0},
             "train": {"batch_size": 4, "checkpoint_activations": is_checkpointed},
         }
         plan = make_plan(parse(Config, values, where="test"), torch.device("cpu"))

@@ -177,7 +177,7 @@ def test_eval_calibrates_on_a_split_or_on_a_share(command: Command, workplace: P
     save_weights(workplace / "m", model.state_dict(), model.config, Preprocess(32))
     make_config(
         workplace / "z.yaml",
-        data={"layout": "folder", "root": "c", "split": "val"},
+        data={"format": "folder", "root": "c", "split": "val"},
         evaluate={"zero_shot": {"templates": ["a {}"], "split": "test"}, "retrieval": None},
     )
     words = ("eval", "--model", "m", "-c", "z.yaml", "--out", "out")

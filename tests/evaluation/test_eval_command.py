@@ -126,7 +126,7 @@ def test_the_report_says_what_was_measured(command: Command, workplace: Path) ->
 def test_hashes_follow_content_and_not_place(tmp_path: Path) -> None:
     def report(root: Path, seed: int = 0) -> Any:
         torch.manual_seed(seed)
-        values = {"model": TINY, "data": {"layout": "table", "root": str(root), "workers": 0}}
+        values = {"model": TINY, "data": {"format": "table", "root": str(root), "workers": 0}}
         values |= {"evaluate": {"zero_shot": {}}}
         tasks = open_tasks(parse(Config, values, where="test"))
         return evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))

@@ -137,10 +137,10 @@ def test_images_are_encoded_in_parts(dtype: torch.dtype) -> None:
     assert encode_images(model, pixels[:0], preprocess).shape == (0, 16)
 
 
-def settings(root: Path, layout: str = "pairs", **evaluation: dict) -> Config:
+def settings(root: Path, format: str = "pairs", **evaluation: dict) -> Config:
     values = {
         "model": TINY,
-        "data": {"layout": layout, "root": str(root), "workers": 0, "max_bad_share": 0.5},
+        "data": {"format": format, "root": str(root), "workers": 0, "max_bad_fraction": 0.5},
         "evaluate": {"batch_size": 5, **evaluation},
     }
     return parse(Config, values, where="test")
@@ -209,7 +209,7 @@ def test_columns_of_training_bind_only_evaluations_on_its_root(tmp_path: Path) -
     noise_image(0).save(tmp_path / "0.png")
     (tmp_path / "a.csv").write_text("file,words,kind,note\n0.png,a fox,fox,a note\n")
     (tmp_path / "b.csv").write_text("image,caption,class\n0.png,a cow,cow\n")
-    data = {"layout": "table", "root": str(tmp_path / "a.csv")}
+    data = {"format": "table", "root": str(tmp_path / "a.csv")}
     data |= {"image_column": "file", "caption_column": "words"}
     names = tmp_path / "names.txt"
     names.write_text("cow\n")
@@ -228,30 +228,30 @@ def test_columns_of_training_bind_only_evaluations_on_its_root(tmp_path: Path) -
     for name in ("p", "q"):
         make_pairs(tmp_path / name, 2)
         (tmp_path / name / "000.txt").write_text("one\ntwo\n")
-    data = {"layout": "pairs", "root": str(tmp_path / "p"), "one_caption_per_line": False}
+    data = {"format": "pairs", "root": str(tmp_path / "p"), "one_caption_per_line": False}
     assert opened("retrieval")[0].captions == ["one\ntwo"]
-    assert opened("retrieval", layout="table", root=other)[0].captions == ["a cow"]
+    assert opened("retrieval", format="table", root=other)[0].captions == ["a cow"]
     assert opened("retrieval", root=str(tmp_path / "q"))[0].captions == ["one", "two"]
     whole = opened("retrieval", root=str(tmp_path / "q"), one_caption_per_line=False)
     assert whole[0].captions == ["one\ntwo"]
-    data = {"layout": "folder", "root": str(make_classes(tmp_path / "c"))}
+    data = {"format": "folder", "root": str(make_classes(tmp_path / "c"))}
     data |= {"class_names": str(names)}  # of other classes than the table's
     names.write_text("Ant\nBee\nCow\n")
     assert opened("zero_shot").classes == ["Ant", "Bee", "Cow"]
-    values = {"layout": "table", "root": other, "label_column": "class"}
+    values = {"format": "table", "root": other, "label_column": "class"}
     assert opened("zero_shot", **values).classes == ["cow"]
 
 
-@pytest.mark.parametrize("layout", ["pairs", "folder", "table", "shards", "hub"])
+@pytest.mark.parametrize("format", ["pairs", "folder", "table", "shards", "hub"])
 def test_evaluation_takes_a_split_that_training_does_not(
-    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LEANCLIP_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "d"
     for split, count in (("train", 3), ("test", 2)):
-        make_split(root, layout, split, count)
-    task = "zero_shot" if layout == "folder" else "retrieval"
-    data = {"layout": layout, "root": str(root), "split": "train", "workers": 0}
+        make_split(root, format, split, count)
+    task = "zero_shot" if format == "folder" else "retrieval"
+    data = {"format": format, "root": str(root), "split": "train", "workers": 0}
 
     def size() -> int:
         values = {"model": TINY, "data": data, "evaluate": {task: {}}}
@@ -259,27 +259,27 @@ def test_evaluation_takes_a_split_that_training_does_not(
         return len(opened.dataset)
 
     assert (size(), caplog.messages) == (2, [])
-    if layout in ("table", "hub"):
+    if format in ("table", "hub"):
         data["split"] = None  # is train
         assert (size(), caplog.messages) == (2, [])
     data |= {"root": str(root := tmp_path / "only"), "split": "train"}
-    make_split(root, layout, "train", 3)
+    make_split(root, format, "train", 3)
     assert size() == 3
     assert caplog.messages == [f"evaluate.{task}: measures on the data that training uses"]
 
 
-def make_split(root: Path, layout: str, split: str, count: int) -> None:
+def make_split(root: Path, format: str, split: str, count: int) -> None:
     folder = root / split
-    if layout == "pairs":
+    if format == "pairs":
         make_pairs(folder, count)
-    elif layout == "folder":
+    elif format == "folder":
         (folder / "ant").mkdir(parents=True)
         for i in range(count):
             noise_image(i).save(folder / "ant" / f"{i}.png")
-    elif layout == "table":
+    elif format == "table":
         root.mkdir(exist_ok=True)
         (root / f"{split}.csv").write_text("image,caption\n" + "x.png,a\n" * count)
-    elif layout == "shards":
+    elif format == "shards":
         pairs = make_pairs(root / f"{split}-pairs", count)
         folder.mkdir()
         with tarfile.open(folder / "0.tar", "w") as tar:

@@ -165,10 +165,10 @@ def test_without_a_split_a_half_is_learned_from(command: Command, workplace: Pat
 
 def test_probes_are_measured_during_training(command: Command, workplace: Path) -> None:
     make_splits(workplace / "c", train=4, test=4)
-    data = {"layout": "folder", "root": "c", "split": "test"}
+    data = {"format": "folder", "root": "c", "split": "test"}
     make_config(
         workplace / "config.yaml",
-        data={"layout": "folder", "root": "c", "split": "train"},
+        data={"format": "folder", "root": "c", "split": "train"},
         train={"epochs": 1},
         evaluate={"retrieval": None, "linear_probe": data, "knn": {"k": 3} | data},
         checkpoint={"best_metric": "knn_top1"},

@@ -158,7 +158,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ..
         "table",
         lambda at: (at / "n.txt").write_text("ant\nbee\ncow\n"),
         ("--classes", "n.txt"),
-        ("is no known class", "unknown class", "max_bad_share"),
+        ("is no known class", "unknown class", "max_bad_fraction"),
     ),
     (
         "table",
@@ -188,11 +188,11 @@ BROKEN: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ..
 ]
 
 
-@pytest.mark.parametrize(("layout", "spoil", "options", "words"), BROKEN)
+@pytest.mark.parametrize(("format", "spoil", "options", "words"), BROKEN)
 def test_bad_names_and_templates_are_one_line(
     command: Command,
     workplace: Path,
-    layout: str,
+    format: str,
     spoil: Callable[[Path], object],
     options: tuple[str, ...],
     words: tuple[str, ...],
@@ -200,10 +200,10 @@ def test_bad_names_and_templates_are_one_line(
     make_model(workplace / "m")
     classes_in(workplace / "folder")
     root = "folder"
-    if layout == "table":
+    if format == "table":
         make_table(workplace / "table", 10)
         root = "table/label.csv"
     (workplace / "five.txt").write_text("ant\nbee\ncow\ndog\neel\n")
     spoil(workplace)
-    done = command("eval", "--model", "m", "--data", f"{layout}:{root}", *options)
+    done = command("eval", "--model", "m", "--data", f"{format}:{root}", *options)
     assert_refused(done, *words)

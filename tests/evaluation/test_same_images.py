@@ -127,10 +127,10 @@ FORMS: dict[str, Callable[[Path, list[Picture]], str]] = {
 
 
 def tasks_of(spec: str, task: str = "retrieval", **evaluation: Any) -> Any:
-    layout, root = spec.split(":", 1)
+    format, root = spec.split(":", 1)
     values = {
         "model": TINY,
-        "data": {"layout": layout, "root": root, "workers": 0},
+        "data": {"format": format, "root": root, "workers": 0},
         "evaluate": {"batch_size": 7, task: evaluation},
     }
     return open_tasks(parse(Config, values, where="test"))
@@ -166,13 +166,13 @@ def test_two_ranks_give_the_same_as_one(command: Command, workplace: Path) -> No
     for limit in ([], ["-o", "evaluate.retrieval.limit=9"]):
         config = {
             "model": TINY,
-            "data": {"layout": "pairs", "root": str(workplace / "p"), "workers": 0},
+            "data": {"format": "pairs", "root": str(workplace / "p"), "workers": 0},
             "evaluate": {"retrieval": {}, "batch_size": 4, "pictures": False},
         }
         reports = []
         for number, spec in enumerate(specs):
-            layout, root = spec.split(":")
-            data = {"layout": layout, "root": root, "workers": number}
+            format, root = spec.split(":")
+            data = {"format": format, "root": root, "workers": number}
             (workplace / "c.yaml").write_text(dump_yaml(config | {"data": data}))
             words = ["eval", "--model", "m", "-c", "c.yaml", *limit, "--out", f"out-{number}"]
             if number:
@@ -200,7 +200,7 @@ def test_a_sample_does_not_depend_on_the_seed_or_the_order(tmp_path: Path) -> No
             (root / name / f"{i}.png").write_bytes(encoded_image(100 * label + i))
     found = []
     for seed in (0, 1):
-        values = {"model": TINY, "data": {"layout": "folder", "root": str(root), "workers": 0}}
+        values = {"model": TINY, "data": {"format": "folder", "root": str(root), "workers": 0}}
         values |= {"seed": seed, "evaluate": {"zero_shot": {"limit": 40}}}
         torch.manual_seed(seed)
         tasks = open_tasks(parse(Config, values, where="test"))
@@ -256,7 +256,7 @@ def test_bad_images_are_a_share_of_those_tried(
     images = garbage(broken) + [encoded_image(i) for i in range(40 - broken)]
     spec = write(tmp_path / "d", [(image, [f"a {i}", f"b {i}"]) for i, image in enumerate(images)])
     (task,) = tasks_of(spec, limit=limit)
-    task = replace(task, data=task.data.model_copy(update={"max_bad_share": share}))
+    task = replace(task, data=task.data.model_copy(update={"max_bad_fraction": share}))
     model = CLIP(**TINY).eval()
     if is_refused:
         with pytest.raises(DataError, match=r"bad of (8|16|40|80) samples"):
@@ -276,7 +276,7 @@ def test_files_of_the_same_garbage_are_all_counted(tmp_path: Path) -> None:
     (task,) = tasks_of(spec)
     with pytest.raises(DataError, match="of 21 samples"):
         evaluate(CLIP(**TINY).eval(), [task], Preprocess(32))
-    task = replace(task, data=task.data.model_copy(update={"max_bad_share": 0.3}))
+    task = replace(task, data=task.data.model_copy(update={"max_bad_fraction": 0.3}))
     report = evaluate(CLIP(**TINY).eval(), [task], Preprocess(32))
     names = [f"{tmp_path}/p/{i:03d}.png" for i in (3, 5, 8, 12, 13)]
     assert sorted(report.bad) == names
@@ -289,7 +289,7 @@ def test_a_row_without_a_caption_takes_nothing_from_its_image(tmp_path: Path) ->
     with (tmp_path / "b/captions.csv").open("a") as file:
         file.write("z99.png,\nz98.png,  \nz98.png,\n")
     (task,) = tasks_of(spec)
-    task = replace(task, data=task.data.model_copy(update={"max_bad_share": 0.2}))
+    task = replace(task, data=task.data.model_copy(update={"max_bad_fraction": 0.2}))
     torch.manual_seed(1)
     report = evaluate(CLIP(**TINY).eval(), [task], Preprocess(32))
     assert report.data["retrieval"]["samples"] == 31

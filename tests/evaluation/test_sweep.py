@@ -49,7 +49,7 @@ def test_alphas_are_read_as_they_are_meant() -> None:
 
 
 def points(*figures: tuple[float, float, float]) -> list[Point]:
-    return [Point(alpha, {"top": task}, {"top": guard}) for alpha, task, guard in figures]
+    return [Point(alpha, {"top": task}, {"top": retention}) for alpha, task, retention in figures]
 
 
 def test_the_rules_by_hand() -> None:
@@ -102,7 +102,7 @@ def test_a_sweep_measures_what_eval_does(mean: float, command: Command, workplac
     make_model(workplace / "b", 2, mean=mean)
     make_classes(workplace / "c")
     words = ("interpolate", "a", "b", "--sweep", "0.5", "--data", "folder:c",
-             "--guard", "pairs:data", "--out", "best")  # fmt: skip
+             "--retention", "pairs:data", "--out", "best")  # fmt: skip
     done = command(*words, "--max-drop", "0.05")
     assert done.returncode == 0, done.stderr
     found = json.loads((workplace / "best/sweep.json").read_text())
@@ -110,7 +110,7 @@ def test_a_sweep_measures_what_eval_does(mean: float, command: Command, workplac
     for i, point in enumerate(found["points"]):
         mixture = f"mix-{i}"
         command("interpolate", "a", "b", "--alpha", str(point["alpha"]), "--out", mixture)
-        for kind, data in (("task", "folder:c"), ("guard", "pairs:data")):
+        for kind, data in (("task", "folder:c"), ("retention", "pairs:data")):
             command("eval", "--model", mixture, "--data", data, "--out", "out")
             expected = json.loads((workplace / "out/report.json").read_text())["metrics"]
             assert point[kind] == pytest.approx(expected, abs=1e-5), point["alpha"]
@@ -128,7 +128,7 @@ def test_options_that_do_not_go_together(command: Command, workplace: Path) -> N
     assert_refused(command(*words, "--data", "pairs:data"), "--data: goes with --sweep")
     assert_refused(command(*words, "--sweep", "0,1"), "--data: say what to evaluate on")
     only = ("--sweep", "0,1", "--data", "pairs:data")
-    assert_refused(command(*words, *only), "--sweep: needs --data and --guard")
-    both = ("--data", "pairs:data", "--guard", "pairs:nope")
+    assert_refused(command(*words, *only), "--sweep: needs --data and --retention")
+    both = ("--data", "pairs:data", "--retention", "pairs:nope")
     assert_refused(command(*words, "--sweep", "0,1", *both), "no such folder: nope")
     assert_refused(command(*words, "--sweep", "0,1", "--alpha", "0.5", *both), "--alpha: one alone")

@@ -86,7 +86,7 @@ def test_workers_end_with_a_killed_trainer_that_took_no_batches(
     make_table(workplace / "many", 1000)
     make_config(
         workplace / "config.yaml",
-        data={"layout": "table", "root": "many/caption.csv", "workers": 2},
+        data={"format": "table", "root": "many/caption.csv", "workers": 2},
         train={"batch_size": 500, "epochs": 1000},
     )
     process = Forked(*OPTIONS, "--output-dir", "run", folder=workplace)

@@ -32,7 +32,7 @@ FILES = sorted(path for path in CORPUS.iterdir() if path.name != "README.md")
 def _table(path: Path) -> None:
     for label in (None, "label"):
         try:
-            read_all(DataConfig(layout="table", root=str(path), label_column=label))
+            read_all(DataConfig(format="table", root=str(path), label_column=label))
         except LeanclipError as error:
             check_words(error)
 
@@ -41,7 +41,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "weights": read_weights,
     "image": lambda path: everything(path.read_bytes()),
     "table": _table,
-    "tar": lambda path: read_all(DataConfig(layout="shards", root=str(path))),
+    "tar": lambda path: read_all(DataConfig(format="shards", root=str(path))),
     "yaml": lambda path: load_yaml(path.read_text("utf-8", "surrogateescape"), where="x"),
     "config": load_config,
     "caption": lambda path: tokenize(path.read_text("utf-8", "surrogatepass"), truncate=True),

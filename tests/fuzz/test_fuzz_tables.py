@@ -63,7 +63,7 @@ def test_a_table(tmp_path_factory: Any, kind: str, edits: Edits, is_class_data: 
     path.write_bytes(content)
     label = "label" if is_class_data else None
     with bounded(content, path.name, seconds=10, megabytes=100):
-        read_all(DataConfig(layout="table", root=str(path), label_column=label))
+        read_all(DataConfig(format="table", root=str(path), label_column=label))
 
 
 def _tar(format: int) -> bytes:
@@ -110,7 +110,7 @@ def test_a_tar(tmp_path_factory: Any, format: str, edits: Edits, kind: bytes) ->
     path = tmp_path_factory.getbasetemp() / "x.tar"
     path.write_bytes(content)
     with bounded(content, path.name, seconds=10, megabytes=100):
-        read_all(DataConfig(layout="shards", root=str(path)))
+        read_all(DataConfig(format="shards", root=str(path)))
 
 
 def header(kind: bytes, size: bytes, rest: bytes = b"") -> bytes:
@@ -148,7 +148,7 @@ def test_tars_that_lie(tmp_path: Path, name: str, content: bytes) -> None:
         path = tmp_path / "x.tar"
         path.write_bytes(data)
         with bounded(data, "lies.tar", seconds=10, megabytes=100):
-            read_all(DataConfig(layout="shards", root=str(path)))
+            read_all(DataConfig(format="shards", root=str(path)))
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
@@ -160,11 +160,11 @@ def test_a_row_of_many_megabytes_is_a_bad_one(tmp_path: Path, name: str) -> None
         row = b'{"image": "1.png", "caption": "a"}\n'
         path.write_bytes(row + b'{"image": [' + b"[]," * (6 << 20) + b"[]]}\n" + row)
     with bounded(b"", name, seconds=60, megabytes=200):
-        dataset = open_dataset(DataConfig(layout="table", root=str(path)))
+        dataset = open_dataset(DataConfig(format="table", root=str(path)))
         assert dataset[0].captions == ["a"]
         with pytest.raises(SampleError, match=r"row 2: \d+ bytes, at most 16777216"):
             dataset[1]
-        read_all(DataConfig(layout="table", root=str(path), label_column="caption"))
+        read_all(DataConfig(format="table", root=str(path), label_column="caption"))
 
 
 PARQUET = """
@@ -181,7 +181,7 @@ for number in range(first, first + count):
     path.write_bytes(content)
     print(number, flush=True)
     with bounded(content, path.name, seconds=20, megabytes=400):
-        read_all(DataConfig(layout="table", root=str(path)))
+        read_all(DataConfig(format="table", root=str(path)))
 """
 
 
@@ -248,7 +248,7 @@ def test_notes_in_parquet_that_are_none(tmp_path: Path, names: str) -> None:
     table = pyarrow.table({"image": ["1.png", "2.png"], "label": [0, 1]})
     table = table.replace_schema_metadata({k: v.encode() for k, v in notes.items()})
     parquet.write_table(table, tmp_path / "x.parquet")
-    read_all(DataConfig(layout="table", root=str(tmp_path / "x.parquet"), label_column="label"))
+    read_all(DataConfig(format="table", root=str(tmp_path / "x.parquet"), label_column="label"))
 
 
 def test_a_small_parquet_that_unpacks_to_much(
@@ -264,7 +264,7 @@ def test_a_small_parquet_that_unpacks_to_much(
     table = pyarrow.table({"image": ["1.png"] * 1000, "caption": column})
     parquet.write_table(table, path, compression="zstd")
     assert path.stat().st_size < 1_000_000
-    monkeypatch.setattr("leanclip.data.readers.parquet._MOST_BYTES", 100_000_000)
+    monkeypatch.setattr("leanclip.data.readers.parquet._MAX_BYTES", 100_000_000)
     refused = pytest.raises(LeanclipError, match="over 200 times its size")
     with bounded(b"", "bomb.parquet", megabytes=300), refused:
-        read_all(DataConfig(layout="table", root=str(path)))
+        read_all(DataConfig(format="table", root=str(path)))

@@ -15,7 +15,7 @@ from reference_tokenizer import encode as reference
 from leanclip.config.schema import Config, load_config
 from leanclip.config.sections import parse
 from leanclip.config.strict_yaml import load_yaml
-from leanclip.io.files import read_facts, read_metrics
+from leanclip.io.files import read_json_object, read_metrics
 from leanclip.preprocess.tokenizer import encode, tokenize
 
 PIECES = [
@@ -177,11 +177,11 @@ def test_the_files_of_a_run(tmp_path_factory: Any, edits: Edits) -> None:
     (folder / "status.json").write_text(json.dumps(odd_values(status, edits)))
     with bounded(content, "metrics.jsonl", seconds=5, megabytes=100):
         assert all(isinstance(line["step"], int) for line in read_metrics(folder))
-        assert isinstance(read_facts(folder / "status.json"), dict)
+        assert isinstance(read_json_object(folder / "status.json"), dict)
 
 
 def test_the_files_of_a_run_that_are_too_deep(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "status.json"):
         (tmp_path / name).write_bytes(b"[" * 100_000 + b"\n\xff\n{}\n3\n")
-    assert read_facts(tmp_path / "status.json") == {}
+    assert read_json_object(tmp_path / "status.json") == {}
     assert read_metrics(tmp_path) == []

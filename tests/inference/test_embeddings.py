@@ -84,8 +84,8 @@ def test_it_starts_the_ranks_itself(photos: Path) -> None:
 def test_what_cannot_be_read_is_skipped_and_named(photos: Path, command: Command) -> None:
     (photos / "photos/1/004.png").write_bytes(b"nothing")
     done = command(*WORDS)
-    assert_refused(done, "1 of 50 images are unreadable", "004.png", "--max-bad-share")
-    done = command(*WORDS, "--max-bad-share", "0.05")
+    assert_refused(done, "1 of 50 images are unreadable", "004.png", "--max-bad-fraction")
+    done = command(*WORDS, "--max-bad-fraction", "0.05")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["skipped"] == 1
     assert "skipped: 1/004.png" in done.stderr
@@ -100,18 +100,18 @@ def test_a_stricter_second_start_says_what_the_first_skipped(
 ) -> None:
     for name in ("0/000.png", "1/001.png", "2/047.png"):
         (photos / "photos" / name).write_bytes(b"nothing")
-    assert command(*WORDS, "--max-bad-share", "0.1").returncode == 0
+    assert command(*WORDS, "--max-bad-fraction", "0.1").returncode == 0
     for missing in ([], ["00002.npy"], ["00000.npy", "00006.npy"]):  # of shards of all kinds
         for name in missing:
             (photos / "out" / name).unlink()
-        done = command(*WORDS, "--max-bad-share", "0.05")
-        assert_refused(done, "3 of 50 images are unreadable", "--max-bad-share")
-    done = command(*WORDS, "--max-bad-share", "0.1")
+        done = command(*WORDS, "--max-bad-fraction", "0.05")
+        assert_refused(done, "3 of 50 images are unreadable", "--max-bad-fraction")
+    done = command(*WORDS, "--max-bad-fraction", "0.1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["skipped"] == 3
     noise_image(0).save(photos / "photos/0/000.png")  # mended
     (photos / "out/00000.npy").unlink()
-    done = command(*WORDS, "--max-bad-share", "0.05")
+    done = command(*WORDS, "--max-bad-fraction", "0.05")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["skipped"] == 2
     assert len(read_embeddings("out")[0]) == 48
@@ -125,7 +125,7 @@ def test_bad_images_are_a_share_of_those_of_all_ranks(photos: Path, world_size: 
 
     def work(out: str, share: float) -> None:
         for rank in range(world_size):
-            embed(clip, source, Path(out), shard_size=8, max_bad_share=share, workers=0,
+            embed(clip, source, Path(out), shard_size=8, max_bad_fraction=share, workers=0,
                   rank=rank, world_size=world_size)  # fmt: skip
 
     work("enough", 0.08)
@@ -140,7 +140,7 @@ def test_nothing_to_embed(photos: Path, command: Command, monkeypatch: pytest.Mo
     for path in (photos / "photos").rglob("*.png"):
         path.write_bytes(b"nothing")
     for format in ("npy", "parquet"):
-        words = (*WORDS[:5], format, *WORDS[6:], "--format", format, "--max-bad-share", "1")
+        words = (*WORDS[:5], format, *WORDS[6:], "--format", format, "--max-bad-fraction", "1")
         done = command(*words)
         assert done.returncode == 0, done.stderr
         assert read_embeddings(format)[1].shape == (0, 16)
@@ -148,7 +148,7 @@ def test_nothing_to_embed(photos: Path, command: Command, monkeypatch: pytest.Mo
 
 def test_other_readers_of_parquet_read_the_folder(photos: Path, command: Command) -> None:
     (photos / "photos/0/bad.png").write_bytes(b"not an image")
-    done = command(*WORDS, "--format", "parquet", "--max-bad-share", "1")
+    done = command(*WORDS, "--format", "parquet", "--max-bad-fraction", "1")
     assert done.returncode == 0, done.stderr
     assert list(photos.glob("out/*.skipped.json"))
     ids, features = read_embeddings("out")
@@ -157,7 +157,7 @@ def test_other_readers_of_parquet_read_the_folder(photos: Path, command: Command
     np.testing.assert_array_equal(np.stack(rows["embedding"].tolist()), features)
     for path in photos.glob("out/_*.json"):  # as earlier releases called them
         path.rename(path.with_name(path.name[1:]))
-    done = command(*WORDS, "--format", "parquet", "--max-bad-share", "1")
+    done = command(*WORDS, "--format", "parquet", "--max-bad-fraction", "1")
     assert json.loads(done.stdout)["skipped"] == 1
     assert read_embeddings("out")[0] == ids
     assert not list(photos.glob("out/_*"))

@@ -1,4 +1,4 @@
-"""`Clip`: features, similarities, labels and rankings, and what it says of bad input."""
+"""`InferenceModel`: features, similarities, labels and rankings, and what it says of bad input."""
 
 import warnings
 from collections.abc import Iterator
@@ -48,12 +48,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clip(weights: Path) -> leanclip.Clip:
+def clip(weights: Path) -> leanclip.InferenceModel:
     return leanclip.load(weights, device="cpu")
 
 
 def test_features_of_photographs_are_those_of_the_plain_path(
-    clip: leanclip.Clip, folder: Path
+    clip: leanclip.InferenceModel, folder: Path
 ) -> None:
     paths = [folder / f"{name}.png" for name in DESCRIPTIONS]
     with torch.no_grad():  # decode, prepare, encode: each by hand
@@ -72,7 +72,9 @@ def test_features_of_photographs_are_those_of_the_plain_path(
     np.testing.assert_allclose(clip.embed_texts(TEXTS), F.normalize(raw, dim=-1), atol=1e-6)
 
 
-def test_what_an_image_is_given_as_does_not_matter(clip: leanclip.Clip, folder: Path) -> None:
+def test_what_an_image_is_given_as_does_not_matter(
+    clip: leanclip.InferenceModel, folder: Path
+) -> None:
     path = folder / "coffee.png"
     image = photograph("coffee")
     array = np.asarray(image)
@@ -91,7 +93,7 @@ def test_what_an_image_is_given_as_does_not_matter(clip: leanclip.Clip, folder: 
     assert open_image(to_source(grey)).getpixel((128, 128)) == (128, 128, 128)
 
 
-def test_folders_lists_arrays_and_iterators(clip: leanclip.Clip, folder: Path) -> None:
+def test_folders_lists_arrays_and_iterators(clip: leanclip.InferenceModel, folder: Path) -> None:
     paths = sorted(folder.glob("*.png"))
     expected = clip.embed_images(paths)
     assert expected.shape == (8, 16)
@@ -111,7 +113,7 @@ def test_folders_lists_arrays_and_iterators(clip: leanclip.Clip, folder: Path) -
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
 def test_a_row_does_not_depend_on_the_batch(
-    clip: leanclip.Clip, folder: Path, batch_size: int, workers: int
+    clip: leanclip.InferenceModel, folder: Path, batch_size: int, workers: int
 ) -> None:
     paths = sorted(folder.glob("*.png"))
     expected = clip.embed_images(paths)
@@ -127,7 +129,7 @@ def test_a_row_does_not_depend_on_the_batch(
 @pytest.mark.parametrize("size", [0, 1, 3, 7])
 @pytest.mark.parametrize("texts", [1, 2, 6])
 def test_packed_texts_have_the_features_of_padded_ones(
-    clip: leanclip.Clip, size: int, texts: int
+    clip: leanclip.InferenceModel, size: int, texts: int
 ) -> None:
     tokens = torch.randint(1, 49000, (texts, 24))
     tokens[:, :size] = tokens[0, :size].clone()
@@ -150,13 +152,13 @@ def test_towers_that_look_at_padding_get_it(tmp_path: Path, changes: dict) -> No
     np.testing.assert_allclose(clip.embed_texts(TEXTS), expected, atol=1e-6)
 
 
-def test_prompts_of_one_template_equal_those_encoded_alone(clip: leanclip.Clip) -> None:
+def test_prompts_of_one_template_equal_those_encoded_alone(clip: leanclip.InferenceModel) -> None:
     prompts = [f"This is a photo of {text}." for text in TEXTS]
     alone = np.concatenate([clip.embed_texts([prompt]) for prompt in prompts])
     np.testing.assert_allclose(clip.embed_texts(prompts), alone, atol=1e-6)
 
 
-def test_an_iterator_is_read_only_as_far_as_needed(clip: leanclip.Clip) -> None:
+def test_an_iterator_is_read_only_as_far_as_needed(clip: leanclip.InferenceModel) -> None:
     drawn = 0
 
     def endless() -> Iterator[Image.Image]:
@@ -171,7 +173,7 @@ def test_an_iterator_is_read_only_as_far_as_needed(clip: leanclip.Clip) -> None:
     assert drawn <= 16
 
 
-def test_similarity_has_a_row_for_each_text(clip: leanclip.Clip, folder: Path) -> None:
+def test_similarity_has_a_row_for_each_text(clip: leanclip.InferenceModel, folder: Path) -> None:
     paths = sorted(folder.glob("*.png"))
     similarity = clip.similarity(paths, TEXTS[:3])
     assert similarity.shape == (3, 8)
@@ -181,34 +183,36 @@ def test_similarity_has_a_row_for_each_text(clip: leanclip.Clip, folder: Path) -
 
 
 def test_classify_gives_the_softmax_over_scaled_cosines(
-    clip: leanclip.Clip, folder: Path, tmp_path: Path
+    clip: leanclip.InferenceModel, folder: Path, tmp_path: Path
 ) -> None:
     labels, path = ["cat", "cup of coffee", "rocket"], folder / "rocket.png"
     prompts = [f"a photo of a {label}." for label in labels]
     cosines = (clip.embed_texts(prompts) @ clip.embed_images(path).T)[:, 0]
     scaled = np.exp(np.exp(clip.model.logit_scale.item()) * cosines)
     order = np.argsort(-cosines)
-    guesses = clip.classify(path, labels)
-    assert [guess.label for guess in guesses] == [labels[i] for i in order]
+    predictions = clip.classify(path, labels)
+    assert [guess.label for guess in predictions] == [labels[i] for i in order]
     np.testing.assert_allclose(
-        [guess.probability for guess in guesses], (scaled / scaled.sum())[order], rtol=1e-5
+        [guess.probability for guess in predictions], (scaled / scaled.sum())[order], rtol=1e-5
     )
-    np.testing.assert_allclose([guess.similarity for guess in guesses], cosines[order], atol=1e-6)
-    assert clip.classify(path, labels, top=1) == guesses[:1]
+    np.testing.assert_allclose(
+        [guess.similarity for guess in predictions], cosines[order], atol=1e-6
+    )
+    assert clip.classify(path, labels, top=1) == predictions[:1]
     twice = clip.classify([path, path], labels)
     assert len(twice) == 2
     for found in twice:
-        assert [guess.label for guess in found] == [guess.label for guess in guesses]
-        for a, b in zip(found, guesses, strict=True):
+        assert [guess.label for guess in found] == [guess.label for guess in predictions]
+        for a, b in zip(found, predictions, strict=True):
             assert a[1:] == pytest.approx(b[1:], abs=1e-5)
     assert len(clip.classify(folder, labels)) == 8
     (tmp_path / "labels.txt").write_text("cat\ncup of coffee\nrocket\n")
-    assert clip.classify(path, tmp_path / "labels.txt") == guesses
-    assert clip.classify(path, str(tmp_path / "labels.txt")) == guesses
+    assert clip.classify(path, tmp_path / "labels.txt") == predictions
+    assert clip.classify(path, str(tmp_path / "labels.txt")) == predictions
 
 
 def test_a_classifier_is_made_once_and_averages_templates(
-    clip: leanclip.Clip, folder: Path
+    clip: leanclip.InferenceModel, folder: Path
 ) -> None:
     labels, templates = ["cat", "dog"], ["a {}", "{} on a table"]
     classifier = clip.classifier(labels, templates)
@@ -222,7 +226,7 @@ def test_a_classifier_is_made_once_and_averages_templates(
 
 
 def test_a_calibration_sets_the_temperature_and_says_none_of_these(
-    clip: leanclip.Clip, folder: Path, tmp_path: Path
+    clip: leanclip.InferenceModel, folder: Path, tmp_path: Path
 ) -> None:
     labels, templates = ("cat", "dog", "fox"), ("a {}",)
     paths = sorted(folder.glob("*.png"))
@@ -254,15 +258,15 @@ def test_a_calibration_sets_the_temperature_and_says_none_of_these(
         clip.classifier(("cat", "dog"), templates, calibration=calibration)
 
 
-def test_ten_thousand_labels(clip: leanclip.Clip, folder: Path) -> None:
+def test_ten_thousand_labels(clip: leanclip.InferenceModel, folder: Path) -> None:
     labels = [f"thing {i}" for i in range(10_000)]
-    guesses = clip.classify(folder / "page.png", labels, top=5)
-    assert len(guesses) == 5
+    predictions = clip.classify(folder / "page.png", labels, top=5)
+    assert len(predictions) == 5
     everything = clip.classify(folder / "page.png", labels)
     assert sum(guess.probability for guess in everything) == pytest.approx(1, abs=1e-4)
 
 
-def test_rank_both_ways(clip: leanclip.Clip, folder: Path) -> None:
+def test_rank_both_ways(clip: leanclip.InferenceModel, folder: Path) -> None:
     paths = sorted(folder.glob("*.png"))
     similarity = clip.similarity(paths, TEXTS)
     images = clip.rank(paths, TEXTS[2])
@@ -277,7 +281,9 @@ def test_rank_both_ways(clip: leanclip.Clip, folder: Path) -> None:
             clip.rank(*wrong)
 
 
-def test_urls_only_when_they_are_allowed(clip: leanclip.Clip, weights: Path, folder: Path) -> None:
+def test_urls_only_when_they_are_allowed(
+    clip: leanclip.InferenceModel, weights: Path, folder: Path
+) -> None:
     with serving(folder) as server:
         url = f"{server.url}/camera.png"
         with pytest.raises(DataError, match=r"camera\.png: is a URL; allow_urls=True"):
@@ -308,7 +314,7 @@ def test_urls_only_when_they_are_allowed(clip: leanclip.Clip, weights: Path, fol
     ],
 )
 def test_what_is_no_image_is_named(
-    clip: leanclip.Clip, folder: Path, monkeypatch: pytest.MonkeyPatch, images, words: str
+    clip: leanclip.InferenceModel, folder: Path, monkeypatch: pytest.MonkeyPatch, images, words: str
 ) -> None:
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir(exist_ok=True)
@@ -328,13 +334,15 @@ def test_what_is_no_image_is_named(
         (["cat", "word " * 50], "a caption of 57 tokens is over the context of 24"),
     ],
 )
-def test_labels_that_cannot_be_used(clip: leanclip.Clip, folder: Path, labels, words) -> None:
+def test_labels_that_cannot_be_used(
+    clip: leanclip.InferenceModel, folder: Path, labels, words
+) -> None:
     with pytest.raises(DataError, match=words):
         clip.classify(folder / "page.png", labels)
 
 
 def test_a_label_of_two_classes_is_both(
-    clip: leanclip.Clip, folder: Path, caplog: pytest.LogCaptureFixture
+    clip: leanclip.InferenceModel, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = clip.classify(folder / "page.png", ["crane", "dog", "crane "])
     assert [guess.label for guess in found].count("crane") == 2
@@ -345,7 +353,7 @@ def test_a_label_of_two_classes_is_both(
 
 
 def test_other_mistakes_have_their_words(
-    clip: leanclip.Clip, weights: Path, folder: Path, tmp_path: Path
+    clip: leanclip.InferenceModel, weights: Path, folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"over the context of 24: 'word .*truncate=True"):
         clip.embed_texts(["short", "word " * 50])
@@ -367,7 +375,7 @@ def test_other_mistakes_have_their_words(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
 def test_towers_may_compute_in_less(
-    clip: leanclip.Clip, weights: Path, folder: Path, dtype: str | torch.dtype
+    clip: leanclip.InferenceModel, weights: Path, folder: Path, dtype: str | torch.dtype
 ) -> None:
     small = leanclip.load(weights, device="cpu", dtype=dtype)
     assert small.dtype == torch.bfloat16
@@ -392,7 +400,7 @@ def test_decoding_in_threads_leaves_the_warnings_as_they_were(folder: Path) -> N
         assert list(warnings.filters) == before
 
 
-def test_a_bad_image_stops_the_threads(clip: leanclip.Clip, folder: Path) -> None:
+def test_a_bad_image_stops_the_threads(clip: leanclip.InferenceModel, folder: Path) -> None:
     paths = [folder / "page.png"] * 20
     paths[9] = folder / "page.txt"
     with pytest.raises(SampleError, match=r"page\.txt"):

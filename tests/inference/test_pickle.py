@@ -78,7 +78,7 @@ def test_a_copied_model_is_the_model(changes: dict[str, Any], low_rank: bool, ho
     assert not torch.equal(merged[name], changed[name])
 
 
-def embed(clip: leanclip.Clip, texts: list[str]) -> np.ndarray:
+def embed(clip: leanclip.InferenceModel, texts: list[str]) -> np.ndarray:
     return clip.embed_texts(texts)
 
 

@@ -275,9 +275,9 @@ def test_the_plane_is_that_of_principal_components() -> None:
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     images = [noise_image(i, (60, 40)) for i in range(2)]
-    guesses = [[Prediction("a $cat$ [1]", 0.9, 0.3), Prediction("dog", 0.1, 0.1)]] * 2
+    predictions = [[Prediction("a $cat$ [1]", 0.9, 0.3), Prediction("dog", 0.1, 0.1)]] * 2
     figures = {
-        "bars.png": classification(images, guesses, tmp_path / "bars.png"),
+        "bars.png": classification(images, predictions, tmp_path / "bars.png"),
         "heat.png": heat_maps(
             images, np.eye(4)[None].repeat(2, 0), ["a", "b"], tmp_path / "heat.png"
         ),

@@ -13,7 +13,7 @@ from web import Server, serving
 
 from leanclip.errors import DataError
 from leanclip.io.download import FetchError, _strong_tag, fetch
-from leanclip.io.files import locked
+from leanclip.io.files import lock_file
 
 CONTENT = bytes(range(256)) * 4000
 CHANGED = len(CONTENT) * 3 // 4  # a file that is shorter by this is shorter than half of it
@@ -201,7 +201,7 @@ def test_a_full_disk_is_said_at_once(
 
 def _add_one(path: Path) -> None:
     for _ in range(50):
-        with locked(path.with_suffix(".lock")):
+        with lock_file(path.with_suffix(".lock")):
             path.write_text(str(int(path.read_text()) + 1))
 
 
@@ -209,7 +209,7 @@ def test_a_lock_holds_between_processes_and_is_not_inherited(tmp_path: Path) -> 
     path = tmp_path / "count"
     path.write_text("0")
     context = multiprocessing.get_context("fork")
-    with locked(path.with_suffix(".lock")):
+    with lock_file(path.with_suffix(".lock")):
         started = [context.Process(target=_add_one, args=(path,)) for _ in range(3)]
         for process in started:
             process.start()

@@ -17,7 +17,7 @@ from leanclip.config.schema import ModelConfig, load_config
 from leanclip.config.sections import parse, to_plain
 from leanclip.data.loader import TEXT_LENGTHS, trim
 from leanclip.model import MAX_LOGIT_SCALE
-from leanclip.model.skip_init import Undrawn, shapes_alone
+from leanclip.model.skip_init import SkipInit, meta_device
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
 from leanclip.preprocess.tokenizer import tokenize
@@ -75,7 +75,7 @@ def test_passl_model_block_in_yaml(tmp_path) -> None:
     arch = "\n".join(f"    {key}: {json.dumps(value)}" for key, value in PASSL_ARCH.items())
     (tmp_path / "c.yaml").write_text(
         f"model:\n  name: CLIPWrapper\n  architecture:\n{arch}\n  head:\n    name: CLIPHead\n"
-        f"data: {{layout: pairs, root: x}}\n"
+        f"data: {{format: pairs, root: x}}\n"
     )
     assert load_config(tmp_path / "c.yaml").model == parse(ModelConfig, PASSL_ARCH, where="x")
 
@@ -244,9 +244,9 @@ RESNET = {"vision_layers": [1, 2, 1, 1], "vision_patch_size": None, "vision_head
 def test_nothing_is_drawn_where_values_will_be_replaced(change: dict) -> None:
     drawn = CLIP(**TINY | change)
     before = torch.get_rng_state()
-    with Undrawn():
+    with SkipInit():
         undrawn = CLIP(**TINY | change)
-    with shapes_alone():
+    with meta_device():
         shapes = CLIP(**TINY | change)
     assert torch.equal(torch.get_rng_state(), before)
     for name, value in drawn.state_dict().items():

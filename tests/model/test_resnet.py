@@ -228,7 +228,7 @@ def test_passl_writes_zero_for_the_patch_size_of_a_resnet() -> None:
 def test_a_resnet_in_a_config_file_and_by_override(tmp_path) -> None:
     model = {key: value for key, value in TINY_RESNET.items() if value is not None}
     (tmp_path / "c.yaml").write_text(
-        f"model: {json.dumps(model)}\ndata: {{layout: pairs, root: x}}\n"
+        f"model: {json.dumps(model)}\ndata: {{format: pairs, root: x}}\n"
     )
     config = load_config(tmp_path / "c.yaml", ["model.vision_layers=[2, 1, 1, 1]"])
     assert config.model.vision_layers == (2, 1, 1, 1)

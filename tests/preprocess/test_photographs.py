@@ -16,7 +16,7 @@ def test_eight_photographs_are_told_apart_both_ways(command: Command, workplace:
         model=TINY | {"image_resolution": 48, "vision_patch_size": 16},
         data={"root": "photographs", "crop_scale": [0.5, 1.0]},
         train={"epochs": 160, "batch_size": 8, "log_every": 10},
-        optimizer={"learning_rate": 2e-3, "warmup": 0.1},
+        optimizer={"learning_rate": 2e-3, "warmup_fraction": 0.1},
         checkpoint={"every_epochs": None},
         evaluate={"pictures": True},
     )

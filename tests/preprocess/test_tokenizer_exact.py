@@ -153,7 +153,7 @@ def test_a_word_of_a_hundred_thousand_letters() -> None:
 
 def test_the_kept_chunks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = tokenizer._IdsOfChunk()
-    monkeypatch.setattr(tokenizer, "_KEPT_CHUNKS", 100)
+    monkeypatch.setattr(tokenizer, "_MAX_CACHED_CHUNKS", 100)
     monkeypatch.setattr(tokenizer, "_ids_of_chunk", kept)
     for number in range(500):
         word = f"w{number}, " + "x" * (number + 1)

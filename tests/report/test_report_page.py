@@ -57,10 +57,10 @@ def make_report(root: Path, *, is_broken: bool = False) -> Report:
     (root / "p" / "3.png").write_bytes(b"no")
     values = {
         "model": TINY,
-        "data": {"layout": "folder", "root": str(root / "c"), "workers": 0, "max_bad_share": 0.5,
+        "data": {"format": "folder", "root": str(root / "c"), "workers": 0, "max_bad_fraction": 0.5,
                  "class_names": str(names)},
         "evaluate": {"zero_shot": {"templates": ["a {}"]},
-                     "retrieval": {"layout": "pairs", "root": str(root / "p")}},
+                     "retrieval": {"format": "pairs", "root": str(root / "p")}},
     }  # fmt: skip
     tasks = open_tasks(parse(Config, values, where="test"))
     torch.manual_seed(0)
@@ -142,7 +142,7 @@ def test_a_report_of_nothing_is_a_page(tmp_path: Path) -> None:
 
 def test_training_and_eval_leave_a_page_and_say_where(command: Command, workplace: Path) -> None:
     (workplace / "data/005.txt").write_bytes(b"\xff")
-    words = ("-o", "data.max_bad_share=0.5")
+    words = ("-o", "data.max_bad_fraction=0.5")
     done = command("train", "-c", "config.yaml", "--output-dir", "run", *words)
     assert done.returncode == 0, done.stderr
     page = Reader((workplace / "run/report.html").read_text(encoding="utf-8"))
@@ -170,8 +170,8 @@ def test_a_hundred_classes_are_shown_by_the_worst(tmp_path: Path) -> None:
         indices=torch.arange(300),
         features=torch.nn.functional.normalize(torch.randn(300, 8), dim=1),
     )
-    data = parse(DataConfig, {"layout": "folder", "root": "x"}, where="test")
-    report = Report(results={"knn": result}, data={"knn": {"sha256": "0", "layout": "folder",
+    data = parse(DataConfig, {"format": "folder", "root": "x"}, where="test")
+    report = Report(results={"knn": result}, data={"knn": {"sha256": "0", "format": "folder",
                     "root": "x", "split": None, "samples": 300}})  # fmt: skip
     report.tasks["knn"] = Task("knn", data, Noise(), None, 8)
     page = write_report_page(tmp_path, report).read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from test_inference import save_tiny
 import leanclip
 from leanclip.data.formats.shapes import draw_dataset
 from leanclip.errors import ConfigError, DataError, SampleError
-from leanclip.io.files import held
+from leanclip.io.files import try_lock
 from leanclip.preprocess.images import CLIP_MEAN, Preprocess
 from leanclip.search import Index
 from leanclip.search.filters import date_range, size_range
@@ -253,7 +253,7 @@ def test_killed_at_random_it_goes_on(place: Path) -> None:
     def eager() -> None:  # a commit after every batch, so that kills meet some
         from leanclip.search import update
 
-        update.MOST_PENDING = 1
+        update.MAX_PENDING = 1
 
     for attempt in range(12):
         run = Forked(*words, folder=place, environment=environment, before=eager)
@@ -387,7 +387,7 @@ def test_what_cannot_be_read_is_left_out(index: Index, place: Path, command: Com
     for number in range(20):
         (place / f"photos/{number}.jpg").write_bytes(b"<html>")
     done = command("search", "update", "index")
-    assert_refused(done, "of 89 images are unreadable, allowed are 10.0%", "--max-bad-share")
+    assert_refused(done, "of 89 images are unreadable, allowed are 10.0%", "--max-bad-fraction")
     assert len(index) == 67
     page = index.search(place / "photos/page.png", k=1)[0]
     (place / "photos/page.png").unlink()
@@ -411,7 +411,7 @@ def test_a_source_that_is_gone_drops_nothing(index: Index, place: Path) -> None:
 def test_two_at_once_are_refused_and_searches_go_on(index: Index, place: Path) -> None:
     ready, done = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:  # another process holds the lock
-        with held(place / "index/lock") as is_ours:
+        with try_lock(place / "index/lock") as is_ours:
             os.write(ready[1], b"1" if is_ours else b"0")
             os.read(done[0], 1)
         os._exit(0)

@@ -181,7 +181,7 @@ def test_what_came_or_went_since_is_found_or_not(tmp_path: Path) -> None:
     items, vectors = catalogue(tmp_path, values)
     approximate.build(tmp_path, items, vectors, "hnsw", 0.9, np.empty((0, 32), np.float32))
     ours = approximate.Approximate(tmp_path, items, vectors)
-    assert ours.share_outside() == 0
+    assert ours.fraction_outside() == 0
     items.drop_all_but(range(1, 300))  # the last goes, and another takes its row
     items.drop_pictures_without_items()
     gone = values[299].astype(np.float32)
@@ -192,7 +192,7 @@ def test_what_came_or_went_since_is_found_or_not(tmp_path: Path) -> None:
     add(items, 300)
     for row, value in zip((299, 300), new, strict=True):
         assert ours.best(value[None].astype(np.float32), 3)[0][0][0] == row
-    assert ours.share_outside() == pytest.approx(2 / 301)
+    assert ours.fraction_outside() == pytest.approx(2 / 301)
 
 
 def test_approximate_search_that_cannot_be(tmp_path: Path) -> None:

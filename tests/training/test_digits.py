@@ -29,13 +29,13 @@ def test_digits_are_named_zero_shot_after_training_from_scratch(tmp_path: Path) 
         tmp_path / "config.yaml",
         model=TINY | {"vision_width": 64, "vision_layers": 3},
         data={
-            "layout": "folder",
+            "format": "folder",
             "split": "train",
             "templates": ["a handwritten {}", "the digit {}", "{}"],
             "crop_scale": [0.7, 1.0],
         },
         train={"epochs": 50, "batch_size": 32, "log_every": 100},
-        optimizer={"learning_rate": 1e-3, "warmup": 0.1},
+        optimizer={"learning_rate": 1e-3, "warmup_fraction": 0.1},
         checkpoint={"every_epochs": None},
         evaluate={
             "retrieval": None,

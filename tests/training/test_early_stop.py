@@ -1,4 +1,4 @@
-"""The best checkpoint, the end of a run that gains no more, and the forgetting guard."""
+"""The best checkpoint, the end of a run that gains no more, and the retention benchmark."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from leanclip.evaluation.retention import comparison
 from leanclip.io.files import read_metrics
 from leanclip.training import checkpoint
 from leanclip.training.checkpoint import Best
-from leanclip.training.early_stopping import has_stopped_gaining, is_news, judged
+from leanclip.training.early_stopping import improved, should_stop, update_best
 from leanclip.training.plan import Plan, make_plan
 from leanclip.weights import save_weights
 
@@ -66,15 +66,15 @@ def test_the_best_is_the_first_of_equals_and_counts_what_came_after(workplace: P
     plan = plan_of(f"checkpoint.best_metric={R1}", "evaluate.patience=2", "evaluate.every_epochs=1")
     best, ends = None, []
     for step, value in enumerate((0.2, 0.5, 0.4, 0.6, 0.6, 0.1), start=1):
-        best = judged(plan, best, {R1: value}, step)
-        ends.append((is_news(plan, best), has_stopped_gaining(plan, best)))
+        best = update_best(plan, best, {R1: value}, step)
+        ends.append((improved(plan, best), should_stop(plan, best)))
     assert best == Best(R1, 0.6, 4, 2)
     assert [news for news, _ in ends] == [True, True, False, True, False, True]
     assert [end for _, end in ends] == [False] * 5 + [True]
     other = Best("zeroshot_top1", 0.9, 6, 8)  # of a run that went by another metric
-    assert not has_stopped_gaining(plan, other)
-    assert judged(plan, other, {R1: 0.1}, 7) == Best(R1, 0.1, 7, 0)
-    assert judged(plan_of(), None, {R1: 0.1}, 7) is None
+    assert not should_stop(plan, other)
+    assert update_best(plan, other, {R1: 0.1}, 7) == Best(R1, 0.1, 7, 0)
+    assert update_best(plan_of(), None, {R1: 0.1}, 7) is None
 
 
 def test_a_run_without_gain_ends_and_keeps_its_best(command: Command, workplace: Path) -> None:
@@ -151,24 +151,24 @@ def test_settings_that_do_not_go_together(
     assert_refused(command("train", "-c", "config.yaml", *options), *words)
 
 
-# --- the forgetting guard
+# --- the retention benchmark
 
 
 def test_the_sentence_on_the_guard(workplace: Path) -> None:
     make_classes(workplace / "classes")
-    plan = plan_of("evaluate.guard={layout: folder, root: classes}")
-    assert plan.guard is not None
-    before = {"guard/zeroshot_top1": 0.612, R1: 0.5}
-    after = {"guard/zeroshot_top1": 0.589, R1: 0.75}
-    assert comparison(plan.guard, plan.tasks, before, after) == (
-        "On classes (the guard) zero-shot top-1 fell from 61.2% to 58.9% (-2.3 points), while "
-        "image-to-text recall@1 on data rose from 50.0% to 75.0% (+25.0 points)."
+    plan = plan_of("evaluate.retention={format: folder, root: classes}")
+    assert plan.retention is not None
+    before = {"retention/zeroshot_top1": 0.612, R1: 0.5}
+    after = {"retention/zeroshot_top1": 0.589, R1: 0.75}
+    assert comparison(plan.retention, plan.tasks, before, after) == (
+        "On classes (the retention benchmark) zero-shot top-1 fell from 61.2% to 58.9% (-2.3 "
+        "points), while image-to-text recall@1 on data rose from 50.0% to 75.0% (+25.0 points)."
     )
-    assert comparison(plan.guard, [], before, before | {R1: 1.0}) == (
-        "On classes (the guard) zero-shot top-1 stayed at 61.2%."
+    assert comparison(plan.retention, [], before, before | {R1: 1.0}) == (
+        "On classes (the retention benchmark) zero-shot top-1 stayed at 61.2%."
     )
-    assert comparison(plan.guard, plan.tasks, {}, after) == (
-        "On classes (the guard) zero-shot top-1 is 58.9%."
+    assert comparison(plan.retention, plan.tasks, {}, after) == (
+        "On classes (the retention benchmark) zero-shot top-1 is 58.9%."
     )
 
 
@@ -177,23 +177,23 @@ def test_the_guard_is_measured_before_and_after(command: Command, workplace: Pat
     make_classes(workplace / "classes")
     options = [
         "train", "-c", "config.yaml", "--load", "base", "-o", "evaluate.every_epochs=1",
-        "-o", "evaluate.guard={layout: folder, root: classes}",
+        "-o", "evaluate.retention={format: folder, root: classes}",
         "-o", "finetune.ema_decay=0.5", "-o", "optimizer.learning_rate=0.01",
     ]  # fmt: skip
     done = command(*options, "--output-dir", "a")
     assert done.returncode == 0, done.stderr
-    lines = [line for line in read_metrics(workplace / "a") if "guard/zeroshot_top1" in line]
+    lines = [line for line in read_metrics(workplace / "a") if "retention/zeroshot_top1" in line]
     assert [line["step"] for line in lines] == [0, 3, 6]
     alone = command("eval", "--model", "base", "--data", "folder:classes", "--out", "e")
     assert alone.returncode == 0, alone.stderr
     base = json.loads((workplace / "e/report.json").read_text())["metrics"]
-    assert lines[0]["guard/zeroshot_top1"] == base["zeroshot_top1"]
+    assert lines[0]["retention/zeroshot_top1"] == base["zeroshot_top1"]
     report = json.loads((workplace / "a/report.json").read_text())
-    then, now = lines[0]["guard/zeroshot_top1"], lines[-1]["guard/zeroshot_top1"]
-    assert report["metrics"]["guard/zeroshot_top1"] == now
-    assert report["before"]["guard/zeroshot_top1"] == then
+    then, now = lines[0]["retention/zeroshot_top1"], lines[-1]["retention/zeroshot_top1"]
+    assert report["metrics"]["retention/zeroshot_top1"] == now
+    assert report["before"]["retention/zeroshot_top1"] == then
     sentence = report["sentences"][-1]
-    assert sentence.startswith("On classes (the guard) zero-shot top-1 ")
+    assert sentence.startswith("On classes (the retention benchmark) zero-shot top-1 ")
     assert (now == then) == (f"stayed at {now:.1%}, while" in sentence)
     assert sentence in done.stdout
     # Known again when the run is taken up, and when it is only measured.
@@ -209,14 +209,14 @@ def test_the_guard_is_measured_before_and_after(command: Command, workplace: Pat
 def test_the_guard_may_be_pairs_and_may_choose_the_best(command: Command, workplace: Path) -> None:
     make_pairs(workplace / "others", 5)
     done = command(
-        "train", "-c", "config.yaml", "-o", "evaluate.guard={root: others, limit: 4}",
-        "-o", "evaluate.retrieval=null", "-o", f"checkpoint.best_metric=guard/{R1}",
+        "train", "-c", "config.yaml", "-o", "evaluate.retention={root: others, limit: 4}",
+        "-o", "evaluate.retrieval=null", "-o", f"checkpoint.best_metric=retention/{R1}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "On others (the guard) image-to-text recall@1 " in done.stdout
+    assert "On others (the retention benchmark) image-to-text recall@1 " in done.stdout
     assert "while" not in done.stdout
-    assert f"(guard/{R1} " in done.stdout
+    assert f"(retention/{R1} " in done.stdout
     assert_refused(
-        command("train", "-c", "config.yaml", "-o", "evaluate.guard.root=none"),
+        command("train", "-c", "config.yaml", "-o", "evaluate.retention.root=none"),
         "data.root: no such folder: none",
     )

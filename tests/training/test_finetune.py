@@ -17,7 +17,7 @@ from leanclip import CLIP, ConfigError, Preprocess
 from leanclip.config.schema import FinetuneConfig, OptimizerConfig, TrainConfig, load_config
 from leanclip.config.sections import to_plain
 from leanclip.data.loader import Batch
-from leanclip.distributed.wrap_model import over_ranks
+from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.evaluation import evaluate
 from leanclip.io.files import read_metrics
 from leanclip.model.lora import ADAPTED
@@ -178,7 +178,7 @@ def test_ranks_agree_with_one_process_when_a_tower_is_locked(tmp_path: Path) -> 
         for _ in range(2):
             train_step(
                 model, optimizer, batch_of(rows), Preprocess(32), rate=1e-3,
-                towers=over_ranks(model), settings=TrainConfig(micro_batches=2),
+                towers=wrap_ddp(model), settings=TrainConfig(micro_batches=2),
             )  # fmt: skip
         return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
@@ -196,7 +196,7 @@ def test_ranks_agree_with_one_process_when_a_tower_is_locked(tmp_path: Path) -> 
 def test_rates_fall_from_the_top_of_each_tower_and_new_parameters_have_their_own() -> None:
     torch.manual_seed(3)
     model = CLIP(**TINY)
-    settings = FinetuneConfig(layer_decay=0.5, new_rate_factor=10.0)
+    settings = FinetuneConfig(layer_decay=0.5, new_learning_rate_factor=10.0)
     tuning = Tuning(model, settings, new=["visual.proj", "visual.conv1.weight"])
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.0), tuning.factors)
     step(model, optimizer, rate=1e-3)
@@ -215,7 +215,7 @@ def test_rates_fall_from_the_top_of_each_tower_and_new_parameters_have_their_own
 def test_partial_weights_say_what_is_new(command: Command, workplace: Path) -> None:
     write_base(workplace / "a")
     options = ["train", "-c", "config.yaml", "--load", "a", "--partial", "--output-dir", "b",
-               "-o", "model.transformer_layers=3", "-o", "finetune.new_rate_factor=3",
+               "-o", "model.transformer_layers=3", "-o", "finetune.new_learning_rate_factor=3",
                "-o", "checkpoint.every_steps=1"]  # fmt: skip
     assert command(*options).returncode == 0
     newest = sorted((workplace / "b/checkpoints").glob("step-*"))[-1]

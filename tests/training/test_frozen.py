@@ -13,7 +13,7 @@ from leanclip.io.files import read_metrics
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
 from leanclip.training import feature_cache as frozen
-from leanclip.training.feature_cache import freeze
+from leanclip.training.feature_cache import build_feature_cache
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def losses(run: Path) -> list[float]:
 
 def settings(workplace: Path, tower: str, **sections: object) -> Path:
     values: dict[str, object] = {
-        "data": {"augment": False, "max_bad_share": 0.2},
+        "data": {"augment": False, "max_bad_fraction": 0.2},
         "finetune": {f"lock_{tower}": "all"},
         "train": {"epochs": 3},
     }
@@ -58,7 +58,7 @@ def test_the_losses_are_those_without_the_features(
 def test_a_tower_that_sees_something_else_each_time_is_not_kept(
     workplace: Path, command: Command
 ) -> None:
-    config = str(settings(workplace, "image", data={"max_bad_share": 0.2}))
+    config = str(settings(workplace, "image", data={"max_bad_fraction": 0.2}))
     done = command("train", "-c", config, "--load", "start.pt", "--output-dir", "run")
     assert done.returncode == 0, done.stderr
     assert not Path("run/features").exists()
@@ -86,7 +86,7 @@ def test_class_data_has_every_prompt(workplace: Path, command: Command) -> None:
         path = workplace / "classes" / f"c{i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         noise_image(i).save(path)
-    data = {"layout": "folder", "root": "classes", "templates": ["a {}", "one {}", "the {}"]}
+    data = {"format": "folder", "root": "classes", "templates": ["a {}", "one {}", "the {}"]}
     config = str(settings(workplace, "text", data=data, evaluate={"retrieval": None}))
     for run, is_used in (("with", "true"), ("without", "false")):
         words = ("--output-dir", run, "-o", f"finetune.cache_features={is_used}")
@@ -103,7 +103,7 @@ def features_of(world_size: int, tower: str, folder: Path) -> dict[str, str]:
 
     def work(rank: int) -> int:
         torch.manual_seed(1)
-        return freeze(CLIP(**TINY), config, dataset, preprocess, folder).is_used
+        return build_feature_cache(CLIP(**TINY), config, dataset, preprocess, folder).is_used
 
     assert all(ranks_of(world_size, work, folder.parent))
     paths = sorted((folder / tower).iterdir())

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from leanclip import CLIP, Preprocess
 from leanclip import losses as loss
 from leanclip.config.schema import TrainConfig
-from leanclip.distributed.wrap_model import over_ranks
+from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.losses import contrastive_loss
 from leanclip.model import short_attention as short
 from leanclip.model.clip import Features
@@ -160,7 +160,7 @@ def slopes_of(rank: int, world_size: int, is_tiled: bool) -> list[tuple[float, f
             pre = Preprocess(32)
             return train_step(model, optimizer, batch, pre, rate=0.1, **more).loss.item()
 
-        more = {"settings": settings, "kind": kind, "towers": over_ranks(model)}
+        more = {"settings": settings, "kind": kind, "towers": wrap_ddp(model)}
         here = [p.detach().clone() for p in model.parameters()]
         at(here, **more)
         gradients = optimizer.gradients

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from leanclip import CLIP, Preprocess
 from leanclip.config.schema import OptimizerConfig, TrainConfig
-from leanclip.distributed.wrap_model import over_ranks
+from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.io.files import read_metrics
 from leanclip.training.loss_scale import INTERVAL, START, LossScale
 from leanclip.training.optimizer import build_optimizer
@@ -37,7 +37,7 @@ def gradients_of(rank: int, world_size: int, precision: str, micro_batches: int)
         Preprocess(32),
         rate=0.1,
         settings=settings,
-        towers=over_ranks(model),
+        towers=wrap_ddp(model),
         loss_scale=LossScale(CPU, [1024, 0]) if precision == "fp16" else None,
     )
     assert result.is_finite

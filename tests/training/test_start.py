@@ -205,7 +205,7 @@ def test_classes_are_compared(workplace: Path) -> None:
         for name in names:
             (workplace / root / name).mkdir(parents=True)
             shutil.copy("data/000.png", workplace / root / name)
-    folder = ("data.layout=folder", "evaluate.retrieval=null")
+    folder = ("data.format=folder", "evaluate.retrieval=null")
     found = errors_of(workplace, (*folder, "data.root=x"), (*folder, "data.root=y"))
     assert "classes of data" in found[0]
 

@@ -12,7 +12,7 @@ from conftest import TINY, ranks_of
 from leanclip import CLIP, Preprocess
 from leanclip.config.schema import OptimizerConfig, TrainConfig
 from leanclip.data.loader import Batch
-from leanclip.distributed.wrap_model import over_ranks
+from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.losses import Kind, clip_loss, multi_positive_loss, siglip_loss
 from leanclip.preprocess.images import normalize
 from leanclip.preprocess.tokenizer import tokenize
@@ -85,7 +85,7 @@ def results_of(rank: int, world_size: int) -> list[tuple[float, dict[str, np.nda
             rate=0.1,
             settings=TrainConfig(micro_batches=micro_batches, tiled_loss=is_tiled),
             kind=kind,
-            towers=over_ranks(model),
+            towers=wrap_ddp(model),
         )
         assert is_finite
         gradients = {

@@ -142,7 +142,7 @@ def test_the_same_command_again_only_evaluates(command: Command, workplace: Path
     whole = sorted(checkpoints.rglob("*"))
     (checkpoints / ".latest.part").touch()  # as a run leaves that is killed
     (checkpoints / ".step-00000009.tmp").mkdir()
-    again = command("train", "-c", "config.yaml", "-o", "data.max_bad_share=0.5")
+    again = command("train", "-c", "config.yaml", "-o", "data.max_bad_fraction=0.5")
     assert again.returncode == 0, again.stderr
     assert sorted(checkpoints.rglob("*")) == whole
     assert "going on from" in again.stderr
@@ -333,15 +333,15 @@ def test_spoilt_data_is_named(command: Command, workplace: Path) -> None:
 def test_an_unreadable_image_is_skipped_and_named_once(command: Command, workplace: Path) -> None:
     (workplace / "data" / "003.png").write_bytes(b"no image")
     refused = command("train", "-c", "config.yaml")
-    assert_refused(refused, "data/003.png: cannot be read as an image", "max_bad_share=0.01")
+    assert_refused(refused, "data/003.png: cannot be read as an image", "max_bad_fraction=0.01")
     done = command(
-        "train", "-c", "config.yaml", "-o", "data.max_bad_share=0.1",
+        "train", "-c", "config.yaml", "-o", "data.max_bad_fraction=0.1",
         "-o", "evaluate.retrieval=null", "-o", "train.epochs=4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("skipped: data/003.png") == 1
     done = command(
-        "train", "-c", "config.yaml", "-o", "data.max_bad_share=0.1", "--output-dir", "b",
+        "train", "-c", "config.yaml", "-o", "data.max_bad_fraction=0.1", "--output-dir", "b",
         "-o", "evaluate.every_epochs=1", "-o", "train.epochs=4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -429,7 +429,7 @@ def test_data_of_nothing_usable_ends_the_run_whatever_the_epoch(
         path.write_bytes(b"no image")
     done = command("train", "-c", "config.yaml", "-o", "data.epoch_size=2000")
     assert_refused(done, "not an image", "bad of 12 samples")
-    anyway = ("-o", "data.max_bad_share=1", "-o", "evaluate.retrieval=null")
+    anyway = ("-o", "data.max_bad_fraction=1", "-o", "evaluate.retrieval=null")
     done = command("train", "-c", "config.yaml", *anyway)
     assert_refused(done, "not one sample could be used", "12 not an image")
 

@@ -335,7 +335,7 @@ def squashing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(folder: Path, root: Path, **data: object) -> dict[str, Any]:
     return {
         "model": TINY,
-        "data": {"layout": "folder", "root": str(root), "workers": 0, "augment": False} | data,
+        "data": {"format": "folder", "root": str(root), "workers": 0, "augment": False} | data,
         "train": {"epochs": 1, "batch_size": 2},
         "output_dir": str(folder),
     }

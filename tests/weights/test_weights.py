@@ -21,7 +21,7 @@ import leanclip
 from leanclip import CLIP, ConfigError, Preprocess, WeightsError
 from leanclip.config.sections import to_plain
 from leanclip.model import ModifiedResNet
-from leanclip.weights import DIALECTS, Weights, hub, load_into, read_weights, write_weights
+from leanclip.weights import WEIGHTS_FORMATS, Weights, hub, load_into, read_weights, write_weights
 from leanclip.weights.weights import mlp_ratio
 
 PASSL_ARCH = DATA / "passl-vit" / "arch.json"
@@ -93,8 +93,8 @@ def test_passls_resnet_is_its_trunk_and_says_so(caplog: pytest.LogCaptureFixture
 # --- from each into each
 
 
-@pytest.mark.parametrize("there", DIALECTS)
-@pytest.mark.parametrize("here", DIALECTS)
+@pytest.mark.parametrize("there", WEIGHTS_FORMATS)
+@pytest.mark.parametrize("here", WEIGHTS_FORMATS)
 def test_a_vit_comes_back_to_the_bit(here: str, there: str, tmp_path: Path) -> None:
     golden = read_weights(DATA / "openai-vit/torchscript.pt")
     first = rewrite(golden, tmp_path / "a", here)
@@ -106,7 +106,7 @@ def test_a_vit_comes_back_to_the_bit(here: str, there: str, tmp_path: Path) -> N
     assert third.model == golden.model or here == "passl"
 
 
-@pytest.mark.parametrize("dialect", [d for d in DIALECTS if d != "hf"])
+@pytest.mark.parametrize("dialect", [d for d in WEIGHTS_FORMATS if d != "hf"])
 def test_a_resnet_comes_back_to_the_bit(dialect: str, tmp_path: Path) -> None:
     golden = read_weights(DATA / "openai-resnet/torchscript.pt")
     assert_same(golden, rewrite(golden, tmp_path, dialect))

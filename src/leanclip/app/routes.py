@@ -21,7 +21,7 @@ from leanclip.app.service import Service, file_name, to_image
 from leanclip.app.worker import RETRY_AFTER, attention_maps
 from leanclip.data.prompts import TEMPLATES
 from leanclip.errors import DataError
-from leanclip.inference.classifier import guesses
+from leanclip.inference.classifier import predictions
 from leanclip.io.files import split_lines
 from leanclip.preprocess.images import as_jpeg
 from leanclip.search import Index
@@ -136,10 +136,10 @@ async def classify(
         service.classifier(labels, templates or list(TEMPLATES)), service.image(image)
     )
     is_calibrated = classifier.calibration is not None
-    found = guesses(classifier, features[None], top)[0]
+    found = predictions(classifier, features[None], top)[0]
     is_none = is_calibrated and not found
     if is_none:
-        found = guesses(replace(classifier, calibration=None), features[None], top)[0]
+        found = predictions(replace(classifier, calibration=None), features[None], top)[0]
     return schemas.Classification(
         image=file_name(image),
         calibrated=is_calibrated,

@@ -28,7 +28,7 @@ from leanclip.app.worker import Worker
 from leanclip.errors import ConfigError, LeanclipError
 from leanclip.evaluation import Calibration
 from leanclip.inference.classifier import check_labels, read_labels
-from leanclip.inference.model import Clip, load
+from leanclip.inference.model import InferenceModel, load
 from leanclip.search import Index
 
 log = logging.getLogger("leanclip")
@@ -173,7 +173,7 @@ def check_token(host: str, token: str | None) -> None:
     if token is None and not is_loopback(host):
         raise ConfigError(
             f"--host {host}: others can reach that address, so it needs a token: set "
-            f"LEANCLIP_TOKEN or --token to {MIN_TOKEN} characters or more that nobody guesses, "
+            f"LEANCLIP_TOKEN or --token to {MIN_TOKEN} characters or more that nobody predictions, "
             f"for example by: openssl rand -hex 16"
         )
     if token is not None and (len(token) < MIN_TOKEN or not token.isascii()):
@@ -194,7 +194,9 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--host {host} --port {port}: {message}") from None
 
 
-def load_model(service: Service, device: str, index: Path | None, arch: str | None = None) -> Clip:
+def load_model(
+    service: Service, device: str, index: Path | None, arch: str | None = None
+) -> InferenceModel:
     """The model, which must be that of the calibration and of the index."""
     clip = load(service.model_name, device=device, arch=arch)
     if known := service.calibration:

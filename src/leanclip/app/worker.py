@@ -18,11 +18,11 @@ from fastapi import HTTPException
 
 from leanclip.app.schemas import State
 from leanclip.inference.attention_maps import gradient_map, rollout
-from leanclip.inference.model import Clip
+from leanclip.inference.model import InferenceModel
 from leanclip.preprocess.images import normalize
 
 T = TypeVar("T")
-Pass = Callable[[Clip, Sequence[Any]], Sequence[torch.Tensor]]
+Pass = Callable[[InferenceModel, Sequence[Any]], Sequence[torch.Tensor]]
 
 MAX_BATCH = 64  # items
 MAX_WAIT = 0.004  # seconds that the first item of a batch waits for others
@@ -39,10 +39,14 @@ class Worker:
     """
 
     def __init__(
-        self, load: Callable[[], Clip], *, max_wait: float = MAX_WAIT, max_batch: int = MAX_BATCH
+        self,
+        load: Callable[[], InferenceModel],
+        *,
+        max_wait: float = MAX_WAIT,
+        max_batch: int = MAX_BATCH,
     ) -> None:
         self._load, self._max_wait, self._max_batch = load, max_wait, max_batch
-        self.loaded: Future[Clip] = Future()
+        self.loaded: Future[InferenceModel] = Future()
         self.jobs, self.passes, self._pending = 0, 0, 0
         self._open: dict[Pass, tuple[list[Any], asyncio.Task]] = {}  # batches that take items
         self._turn = asyncio.Lock()
@@ -66,7 +70,7 @@ class Worker:
         return "ready" if self.loaded.done() and not self.loaded.exception() else "loading"
 
     @property
-    def clip(self) -> Clip:
+    def clip(self) -> InferenceModel:
         """The model; an HTTPException unless it is loaded."""
         if self.state == "loading":
             raise HTTPException(503, "the model is being loaded; try again shortly", RETRY_AFTER)
@@ -106,17 +110,17 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *values)
 
 
-def embed_images(clip: Clip, items: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def embed_images(clip: InferenceModel, items: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Pixels (3, R, R) uint8 -> unit features (E,)."""
     return list(clip.embed_pixels(torch.stack(list(items))))
 
 
-def embed_texts(clip: Clip, items: Sequence[str]) -> Sequence[torch.Tensor]:
+def embed_texts(clip: InferenceModel, items: Sequence[str]) -> Sequence[torch.Tensor]:
     """Texts within the context -> unit features (E,)."""
     return list(clip.embed_texts(list(items), as_torch=True))
 
 
-def attention_maps(clip: Clip, items: Sequence[tuple]) -> Sequence[torch.Tensor]:
+def attention_maps(clip: InferenceModel, items: Sequence[tuple]) -> Sequence[torch.Tensor]:
     """Pixels (3, R, R) uint8, each with unit features (E,) or None -> maps (h, w).
 
     Those for texts in one pass, those without in another.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Make and look at data sets.", no_args_is_help=True, rich_markup_mode=None)
 
 DataSource = Annotated[
-    str, typer.Argument(metavar="SRC", help="LAYOUT:ROOT, or a config file (.yaml).")
+    str, typer.Argument(metavar="SRC", help="FORMAT:ROOT, or a config file (.yaml).")
 ]
 DataOverrides = Annotated[
     list[str] | None,
@@ -179,7 +179,7 @@ def check_(
 
 
 def _data_settings(source: str, overrides: Sequence[str]) -> "tuple[DataConfig, Config | None]":
-    """The `data` section of LAYOUT:ROOT or of a config file, and the config if it is one."""
+    """The `data` section of FORMAT:ROOT or of a config file, and the config if it is one."""
     from leanclip.config.schema import load_config
     from leanclip.data import parse_source
 

@@ -86,7 +86,7 @@ def evaluate(
 
     from leanclip.api import evaluate_only, summary
     from leanclip.distributed.collectives import choose_device, join_group
-    from leanclip.evaluation import Wishes, evaluation_config
+    from leanclip.evaluation import EvalOptions, evaluation_config
 
     ranks = count_ranks(num_gpus, num_procs)
     if ranks > 1 and not is_rank():
@@ -100,7 +100,7 @@ def evaluate(
         arch=arch,
         overrides=overrides or (),
         out=out,
-        wishes=Wishes(split, classes, templates, train_split, shots, k),
+        wishes=EvalOptions(split, classes, templates, train_split, shots, k),
     )
     settings = settings.model_copy(update={"tf32": tf32 or settings.tf32})
     device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
@@ -172,9 +172,9 @@ def interpolate(
         typer.Option(metavar="0,0.1,...,1", help="Alphas to measure; the best is written."),
     ] = None,
     data_spec: DataSpec = None,
-    guard: Annotated[
+    retention: Annotated[
         str | None,
-        typer.Option(metavar="LAYOUT:ROOT", help="With --sweep: what must not be forgotten."),
+        typer.Option(metavar="FORMAT:ROOT", help="With --sweep: what must not be forgotten."),
     ] = None,
     task: TaskName = None,
     max_drop: Annotated[
@@ -182,7 +182,7 @@ def interpolate(
         typer.Option(
             min=0,
             max=1,
-            help="With --sweep: the most that the guard's figure may lose, such as 0.01; "
+            help="With --sweep: the most that the retention metric may lose, such as 0.01; "
             "without it the best mean of both figures is taken.",
         ),
     ] = None,
@@ -191,14 +191,14 @@ def interpolate(
 ) -> None:
     """Write weights between two others: (1 - alpha) * first + alpha * second, in float32.
 
-    With --sweep, measure many alphas on --data and --guard, by default on what the second's run
+    With --sweep, measure many alphas on --data and --retention, by default on what the second's run
     measured, and write the best.
     """
     from leanclip.errors import ConfigError
     from leanclip.weights import interpolate as between
     from leanclip.weights import read_weights, write_weights
 
-    needs_sweep = {"--data": data_spec, "--guard": guard, "--max-drop": max_drop}
+    needs_sweep = {"--data": data_spec, "--retention": retention, "--max-drop": max_drop}
     given = [name for name, value in needs_sweep.items() if value is not None]
     if sweep is None and given:
         raise ConfigError(f"{given[0]}: goes with --sweep, for example --sweep 0,0.1,...,1")
@@ -209,7 +209,7 @@ def interpolate(
         from leanclip.distributed.collectives import choose_device
 
         device = choose_device("auto", num_gpus)
-        _sweep(weights, second, sweep, data_spec, guard, task, max_drop, arch, device, out)
+        _sweep(weights, second, sweep, data_spec, retention, task, max_drop, arch, device, out)
         return
     mixture = between(*weights, 0.5 if alpha is None else alpha)
     write_weights(mixture, out, "leanclip", provenance=str(mixture.source))
@@ -231,7 +231,7 @@ def _sweep(
     """Measure, choose, write, print."""
     from leanclip.api import write_sweep
     from leanclip.errors import ConfigError
-    from leanclip.evaluation import evaluation_config, open_guard, open_tasks
+    from leanclip.evaluation import evaluation_config, open_retention, open_tasks
     from leanclip.evaluation.sweep import parse_alphas, sweep
     from leanclip.training.determinism import allow_tf32
 
@@ -241,14 +241,16 @@ def _sweep(
     settings = evaluation_config(second, data_spec, task, arch=arch)
     tasks = open_tasks(settings)
     if guard_spec is not None:
-        guard = open_tasks(evaluation_config(second, guard_spec, arch=arch))[-1]
+        retention = open_tasks(evaluation_config(second, guard_spec, arch=arch))[-1]
     else:
-        guard = open_guard(settings)
+        retention = open_retention(settings)
     allow_tf32(settings.tf32)
-    if guard is None or not tasks:
-        raise ConfigError("--sweep: needs --data and --guard, or what the second's run measured")
-    found = sweep(*weights, alphas, tasks, guard, device=device, max_drop=max_drop)
-    roots = {"task_data": [one.data.root for one in tasks], "guard_data": guard.data.root}
+    if retention is None or not tasks:
+        raise ConfigError(
+            "--sweep: needs --data and --retention, or what the second's run measured"
+        )
+    found = sweep(*weights, alphas, tasks, retention, device=device, max_drop=max_drop)
+    roots = {"task_data": [one.data.root for one in tasks], "guard_data": retention.data.root}
     written = write_sweep(out, found, *weights, roots)
     print(found.table())
     print(f"{1 - found.chosen:g} * {weights[0].source} + {found.chosen:g} * {weights[1].source} "

@@ -185,7 +185,7 @@ def _train(
     """Train, or what is asked for in its place, as one of the ranks or alone."""
     from leanclip import api as outcomes
     from leanclip.distributed.collectives import choose_device, join_group
-    from leanclip.distributed.preemption import Stopped
+    from leanclip.distributed.preemption import Preempted
     from leanclip.training.plan import batch_warnings, describe, headline, make_plan
 
     device = choose_device(settings.device, num_gpus)
@@ -205,7 +205,7 @@ def _train(
         log.warning("%s", warning)
     try:
         outcome = outcomes.train(plan, must_resume=must_resume)
-    except Stopped as stopped:
+    except Preempted as stopped:
         if stopped.code != 130:  # of Ctrl-C `main` speaks
             log.info("%s; the same command goes on from its last checkpoint", stopped)
         raise SystemExit(stopped.code) from None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from rich.text import Text
 
-    from leanclip.inference.model import Clip
+    from leanclip.inference.model import InferenceModel
 
 log = logging.getLogger("leanclip")
 
@@ -58,7 +58,7 @@ Model = Annotated[
 ]
 DataSpec = Annotated[
     str | None,
-    typer.Option("--data", metavar="LAYOUT:ROOT", help="What to measure on; else as a run did."),
+    typer.Option("--data", metavar="FORMAT:ROOT", help="What to measure on; else as a run did."),
 ]
 TaskName = Annotated[
     str | None,
@@ -73,7 +73,7 @@ Decoders = Annotated[
     int | None,
     typer.Option("--workers", min=0, help="Threads that decode; default: one per CPU core."),
 ]
-MaxBadShare = Annotated[
+MaxBadFraction = Annotated[
     float, typer.Option(min=0, max=1, help="Share of images that may be unreadable.")
 ]
 AllowUrls = Annotated[
@@ -99,7 +99,7 @@ def load_model(
     arch: str | None = None,
     allow_urls: bool = False,
     allow_private_urls: bool = False,
-) -> "Clip":
+) -> "InferenceModel":
     """The model that is meant, loaded; the private ones of URLs are allowed with the others.
 
     Raises:
@@ -204,10 +204,10 @@ class Rows:
             side = "right" if number in self.numbers else "left"
             table.add_column(Text(heading, overflow="fold"), justify=side, overflow="fold")
         for row in self.rows:  # a Text, for brackets are no markup
-            table.add_row(*(Text(shown(one)) if isinstance(one, str) else one for one in row))
+            table.add_row(*(Text(sanitize(one)) if isinstance(one, str) else one for one in row))
         Console().print(table)
 
 
-def shown(text: str) -> str:
+def sanitize(text: str) -> str:
     """What a terminal can show: no controls, and nothing that is not UTF-8."""
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -16,12 +16,12 @@ from leanclip.cli.options import (
     BatchSize,
     Decoders,
     Device,
-    MaxBadShare,
+    MaxBadFraction,
     Model,
     Rows,
     find_model,
     is_json,
-    shown,
+    sanitize,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def build(
     recall: Recall = 0.95,
     batch_size: BatchSize = 64,
     workers: Decoders = None,
-    max_bad_share: MaxBadShare = 0.1,
+    max_bad_fraction: MaxBadFraction = 0.1,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -83,7 +83,7 @@ def build(
         source=source,
         batch_size=batch_size,
         workers=workers,
-        max_bad_share=max_bad_share,
+        max_bad_fraction=max_bad_fraction,
     )
     _finish(index, ann, recall, as_json)
 
@@ -97,13 +97,13 @@ def update(
     recall: Recall = 0.95,
     batch_size: BatchSize = 64,
     workers: Decoders = None,
-    max_bad_share: MaxBadShare = 0.1,
+    max_bad_fraction: MaxBadFraction = 0.1,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Add what is new in an index's folders, drop what is gone, embed again what has changed."""
     opened = _open(index, model, arch, device)
-    opened.update(batch_size=batch_size, workers=workers, max_bad_share=max_bad_share)
+    opened.update(batch_size=batch_size, workers=workers, max_bad_fraction=max_bad_fraction)
     _finish(opened, ann, recall, as_json)
 
 
@@ -250,7 +250,7 @@ def _link(hit: "Hit") -> "Text":
     from rich.style import Style
     from rich.text import Text
 
-    path = shown(hit.path.removeprefix(f"{Path.cwd()}/"))
+    path = sanitize(hit.path.removeprefix(f"{Path.cwd()}/"))
     link = Text(path, style=Style(link=Path(hit.shard or hit.path).as_uri()))
     more = f" (and {len(hit.paths) - 1} more)" if len(hit.paths) > 1 else ""
     return link.append(more, style=Style(link=None))

@@ -20,7 +20,7 @@ from leanclip.cli.options import (
     BatchSize,
     Decoders,
     Device,
-    MaxBadShare,
+    MaxBadFraction,
     Model,
     NumGpus,
     NumProcs,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("leanclip")
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-MOST_DRAWN = 16  # images of a plot
+MAX_DRAWN = 16  # images of a plot
 
 
 class SeveralValues(TyperCommand):
@@ -92,7 +92,7 @@ def classify(
 ) -> None:
     """Say which of your words fits an image best, without training."""
     from leanclip.data.prompts import TEMPLATES
-    from leanclip.inference.classifier import guesses
+    from leanclip.inference.classifier import predictions
 
     _only_one_reads_stdin([*images, labels])
     clip = load_model(
@@ -110,9 +110,9 @@ def classify(
     rows = Rows("image", "label", "probability", "similarity", numbers=(2, 3), as_json=as_json)
     at = 0
     for features in clip.image_batches(sources):
-        for found in guesses(classifier, features, top):
+        for found in predictions(classifier, features, top):
             _add_guesses(rows, _name(sources[at]), found)
-            if plot and len(drawn) < MOST_DRAWN:
+            if plot and len(drawn) < MAX_DRAWN:
                 drawn.append((sources[at], found))
             at += 1
     rows.end()
@@ -208,7 +208,7 @@ def embed(
     shard_size: Annotated[int, typer.Option(min=1, help="Images of a file.")] = 10_000,
     batch_size: BatchSize = 64,
     workers: Decoders = None,
-    max_bad_share: MaxBadShare = 0.01,
+    max_bad_fraction: MaxBadFraction = 0.01,
     num_gpus: NumGpus = None,
     num_procs: NumProcs = 1,
 ) -> None:
@@ -244,7 +244,7 @@ def embed(
             workers=workers,
             format=format,
             dtype=dtype,
-            max_bad_share=max_bad_share,
+            max_bad_fraction=max_bad_fraction,
             rank=rank(),
             world_size=world_size(),
         )
@@ -286,11 +286,13 @@ def _say_embedded(out: Path) -> None:
 
 def _sources(given: Iterable[str]) -> "list[Source]":
     """The images that words of the command line mean."""
-    from leanclip.inference.inputs import gather
+    from leanclip.inference.inputs import expand_inputs
 
     sources: list[Any] = []
     for word in given:
-        sources += gather([word]).sources if word != "-" else _images_of(sys.stdin.buffer.read())
+        sources += (
+            expand_inputs([word]).sources if word != "-" else _images_of(sys.stdin.buffer.read())
+        )
     return sources
 
 

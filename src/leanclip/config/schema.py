@@ -31,7 +31,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean; 1 would never 
 Ratio = Annotated[float, Field(gt=0, le=100)]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Layout = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "wds", "hub", "mixture"]
+Format = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "wds", "hub", "mixture"]
 
 
 _VIT_ONLY = (  # a ResNet takes none of these, or only their defaults
@@ -189,13 +189,13 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """Where images and captions are, and how they are arranged: docs/data.md."""
 
-    layout: Layout = Field(description="how the data is arranged")
+    format: Format = Field(description="how the data is arranged")
     root: str = Field(
         default="", description="its folder, file, pattern of shards, or id on the hub"
     )
-    split: str | None = Field(default=None, description="a part of it; null: the layout's own")
+    split: str | None = Field(default=None, description="a part of it; null: the format's own")
     templates: tuple[str, ...] | None = Field(
-        default=None, description="captions of class data, {} for the name; null: the layout's own"
+        default=None, description="captions of class data, {} for the name; null: the format's own"
     )
     class_names: str | None = Field(
         default=None, description="a text file, a class's name a line, in the order of the labels"
@@ -234,15 +234,15 @@ class MixedSource(SourceConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "MixedSource":
-        if self.layout == "mixture" or not self.root:
-            raise ValueError("a source needs a root, and a layout other than mixture")
+        if self.format == "mixture" or not self.root:
+            raise ValueError("a source needs a root, and a format other than mixture")
         return self
 
 
 class DataConfig(SourceConfig):
     """What training reads, and how it looks at it."""
 
-    sources: tuple[MixedSource, ...] = Field(default=(), description="of layout mixture")
+    sources: tuple[MixedSource, ...] = Field(default=(), description="of format mixture")
     epoch_size: Positive | None = Field(
         default=None, description="samples that count as an epoch; null: as many as there are"
     )
@@ -289,7 +289,7 @@ class DataConfig(SourceConfig):
         default=50,
         description="disk for shards fetched by URL, 1e9 bytes each; the least used make room",
     )
-    max_bad_share: Fraction = Field(
+    max_bad_fraction: Fraction = Field(
         default=0.01,
         description="share of the data set that may be unusable before the run stops",
     )
@@ -307,12 +307,12 @@ class DataConfig(SourceConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        if (self.layout == "mixture") != bool(self.sources):
-            raise ValueError("sources: a list of layout, root, weight; with layout mixture only")
+        if (self.format == "mixture") != bool(self.sources):
+            raise ValueError("sources: a list of format, root, weight; with format mixture only")
         given = [source.weight is not None for source in self.sources]
         if any(given) and not all(given):
             raise ValueError("sources: give every source a weight, or none")
-        if not self.root and self.layout != "mixture":
+        if not self.root and self.format != "mixture":
             raise ValueError("root is required and not set")
         return self
 
@@ -388,7 +388,9 @@ class OptimizerConfig(Section):
         default=0.98, description="decay of the gradient's square; OpenAI's ViT: 0.98"
     )
     epsilon: PositiveFloat = Field(default=1e-6, description="OpenAI's ViT: 1e-6")
-    warmup: Fraction = Field(default=0.05, description="fraction of the run with a rising rate")
+    warmup_fraction: Fraction = Field(
+        default=0.05, description="fraction of the run with a rising rate"
+    )
     max_gradient_norm: PositiveFloat | None = Field(
         default=None, description="clip the global gradient norm to this; null: no clipping"
     )
@@ -413,7 +415,7 @@ class FinetuneConfig(Section):
     layer_decay: PositiveFraction | None = Field(
         default=None, description="a group's rate is this much of that of the group above it"
     )
-    new_rate_factor: PositiveFloat = Field(
+    new_learning_rate_factor: PositiveFloat = Field(
         default=1.0,
         description="on the rate of parameters that weights loaded with --partial did not have",
     )
@@ -455,18 +457,18 @@ class FinetuneConfig(Section):
 class EvaluationData(Section):
     """A data set to evaluate on; what is not given is as in `data`."""
 
-    layout: Layout | None = Field(default=None, description="null: data.layout")
+    format: Format | None = Field(default=None, description="null: data.format")
     root: str | None = Field(default=None, description="null: data.root")
     split: str | None = Field(
         default=None,
-        description="null: the layout's own for evaluation; of data's root: val, valid, "
+        description="null: the format's own for evaluation; of data's root: val, valid, "
         "validation, test or dev, the first there is, if training uses another split",
     )
     templates: tuple[str, ...] | None = Field(
-        default=None, description="prompts, averaged per class; null: the layout's own"
+        default=None, description="prompts, averaged per class; null: the format's own"
     )
     class_names: str | None = Field(
-        default=None, description="null: data.class_names, if layout and root are data's"
+        default=None, description="null: data.class_names, if format and root are data's"
     )
     image_column: str | None = Field(default=None, description="null: as class_names")
     caption_column: str | tuple[str, ...] | None = Field(
@@ -519,7 +521,7 @@ class EvaluateConfig(Section):
         default=None, description="class data, with labels to learn from; null: not measured"
     )
     knn: NeighbourData | None = Field(default=None, description="the same for nearest neighbours")
-    guard: EvaluationData | None = Field(
+    retention: EvaluationData | None = Field(
         default=None,
         description="what must not be forgotten, class data or pairs; measured before training too",
     )

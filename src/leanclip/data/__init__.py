@@ -1,4 +1,4 @@
-"""Data sets: one file per layout, the samples they give, and the loader that batches them."""
+"""Data sets: one file per format, the samples they give, and the loader that batches them."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from leanclip.data.formats.mixture import Mixture
 from leanclip.data.splits import default_split
 from leanclip.errors import ConfigError
 
-LAYOUTS = {
+FORMATS = {
     "shapes": shapes.open_dataset,
     "food101": food101.open_dataset,
     "folder": folder.open_dataset,
@@ -22,7 +22,7 @@ LAYOUTS = {
 }
 
 
-# Settings that only some layouts have a use for; elsewhere they are refused.
+# Settings that only some formats have a use for; elsewhere they are refused.
 TAKEN_BY = {
     "templates": ("shapes", "food101", "folder", "table", "shards", "wds", "hub"),
     "class_names": ("shapes", "food101", "folder", "table", "shards", "wds", "hub"),
@@ -41,23 +41,23 @@ def open_dataset(config: DataConfig) -> Dataset:
     Where it names no split, that of training is read: `leanclip.data.splits`.
 
     Raises:
-        DataError: it is missing, empty or not of its layout.
-        ConfigError: it sets what its layout has no use for.
+        DataError: it is missing, empty or not of its format.
+        ConfigError: it sets what its format has no use for.
     """
-    if config.layout == "mixture":
-        _check_settings(config, [source.layout for source in config.sources])
+    if config.format == "mixture":
+        _check_settings(config, [source.format for source in config.sources])
         opened = [open_dataset(source) for source in source_configs(config)]
         weights = [source.weight for source in config.sources if source.weight is not None]
         return Mixture(opened, weights, config.epoch_size)
-    _check_settings(config, [config.layout])
-    if config.split is None and config.layout != "hub":
+    _check_settings(config, [config.format])
+    if config.split is None and config.format != "hub":
         config = config.model_copy(update={"split": default_split(config)})
-    dataset = LAYOUTS[config.layout](config)
+    dataset = FORMATS[config.format](config)
     return Mixture([dataset], epoch_size=config.epoch_size) if config.epoch_size else dataset
 
 
 def source_configs(config: DataConfig) -> list[DataConfig]:
-    """The sources of a mixture, each as a `data` section; none of another layout.
+    """The sources of a mixture, each as a `data` section; none of another format.
 
     Raises:
         ConfigError: a source that is no stream has an epoch_size.
@@ -69,7 +69,7 @@ def _source_config(mixture: DataConfig, source: MixedSource) -> DataConfig:
     """The `data` section of one source of a mixture."""
     own = {name: getattr(source, name) for name in SourceConfig.model_fields}
     for name in INHERITED:
-        if name not in source.model_fields_set and source.layout in TAKEN_BY.get(name, LAYOUTS):
+        if name not in source.model_fields_set and source.format in TAKEN_BY.get(name, FORMATS):
             own[name] = getattr(mixture, name)
     if source.caption_column is not None:  # which of the two there is says what the data is
         own["label_column"] = source.label_column
@@ -81,46 +81,46 @@ def _source_config(mixture: DataConfig, source: MixedSource) -> DataConfig:
     return mixture.model_copy(update=own)
 
 
-def _check_settings(config: DataConfig, layouts: Sequence[str]) -> None:
-    """Refuse settings that none of the layouts has a use for."""
+def _check_settings(config: DataConfig, formats: Sequence[str]) -> None:
+    """Refuse settings that none of the formats has a use for."""
     for name, takers in TAKEN_BY.items():
         is_set = getattr(config, name) != SourceConfig.model_fields[name].default
-        if is_set and not set(takers) & set(layouts):
+        if is_set and not set(takers) & set(formats):
             raise ConfigError(
-                f"data.{name}: is of no use with layout {' or '.join(dict.fromkeys(layouts))}, "
+                f"data.{name}: is of no use with format {' or '.join(dict.fromkeys(formats))}, "
                 f"only with {', '.join(takers)}; remove it"
             )
 
 
 def split_source(words: str, *, option: str = "SRC") -> tuple[str, str]:
-    """`LAYOUT:ROOT` -> both.
+    """`FORMAT:ROOT` -> both.
 
     Raises:
-        ConfigError: it is not of that form, or there is no such layout; it names `option`.
+        ConfigError: it is not of that form, or there is no such format; it names `option`.
     """
-    layout, colon, root = words.partition(":")
-    if not colon or layout not in LAYOUTS or not root:
+    format, colon, root = words.partition(":")
+    if not colon or format not in FORMATS or not root:
         raise ConfigError(
-            f"{option} {words}: not of the form LAYOUT:ROOT with a layout of: {', '.join(LAYOUTS)}"
+            f"{option} {words}: not of the form FORMAT:ROOT with a format of: {', '.join(FORMATS)}"
         )
-    return layout, root
+    return format, root
 
 
 def parse_source(words: str, overrides: Sequence[str] = ()) -> DataConfig:
-    """`LAYOUT:ROOT`, and `key=value` for other settings of `data` -> the section.
+    """`FORMAT:ROOT`, and `key=value` for other settings of `data` -> the section.
 
     Raises:
         ConfigError: not of that form, or a setting is wrong.
     """
-    layout, root = split_source(words)
-    values = {"layout": layout, "root": root}
+    format, root = split_source(words)
+    values = {"format": format, "root": root}
     for override in overrides:
         apply_override(values, override)
     return parse(DataConfig, values, where=words)
 
 
 __all__ = [
-    "LAYOUTS",
+    "FORMATS",
     "Dataset",
     "Sample",
     "open_dataset",

@@ -1,6 +1,6 @@
-"""What every layout gives: a data set of samples, each an image with its captions.
+"""What every format gives: a data set of samples, each an image with its captions.
 
-A layout is a file beside this one with `open_dataset(config) -> Dataset`. A data set is copied
+A format is a file beside this one with `open_dataset(config) -> Dataset`. A data set is copied
 into every process that reads it, so it keeps no Python object per sample.
 """
 
@@ -99,7 +99,7 @@ class ImageFiles(Dataset):
         classes: Sequence[str],
         templates: Sequence[str],
     ) -> None:
-        self.paths = Strings(str(path) for path in paths)
+        self.paths = StringArray(str(path) for path in paths)
         self.labels = np.array(labels, np.int32)
         self.classes, self.templates = classes, templates
 
@@ -115,7 +115,7 @@ class ImageFiles(Dataset):
         return self.paths[index]
 
 
-class Strings(Sequence[str]):
+class StringArray(Sequence[str]):
     """A list of strings in two arrays: processes share them, and no string is an object."""
 
     def __init__(self, texts: Iterable[str]) -> None:

@@ -11,14 +11,14 @@ from leanclip.data.dataset import Dataset, Sample
 from leanclip.errors import SampleError
 from leanclip.preprocess.decoding import Source, open_small
 
-ROOM = 256 << 20  # bytes of pixels
-SMALL = 1 << 16  # pixels of an image
+CACHE_BYTES = 256 << 20  # bytes of pixels
+MAX_SIDE = 1 << 16  # pixels of an image
 
 
-class Kept:
+class DecodedImageCache:
     """Reads samples by index, and keeps them until there is no room, or an image is not small."""
 
-    def __init__(self, dataset: Dataset, *, max_pixels: int, room: int = ROOM) -> None:
+    def __init__(self, dataset: Dataset, *, max_pixels: int, room: int = CACHE_BYTES) -> None:
         self._dataset, self._max_pixels, self._room = dataset, max_pixels, room
         self._seen: dict[int, tuple[Sample, Source | np.ndarray]] = {}
 
@@ -34,7 +34,7 @@ class Kept:
         if self._room <= 0 or sample.error:
             return sample, sample.image
         try:
-            image = open_small(sample.image, SMALL, max_pixels=self._max_pixels)
+            image = open_small(sample.image, MAX_SIDE, max_pixels=self._max_pixels)
         except SampleError:
             return sample, sample.image
         if image is None:  # nor will most of the others be small

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from leanclip.config.schema import DataConfig
 from leanclip.data.dataset import Dataset, Sample
-from leanclip.data.decoded_image_cache import ROOM, Kept
+from leanclip.data.decoded_image_cache import CACHE_BYTES, DecodedImageCache
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError, SampleError, is_shortage
 from leanclip.io.threads import is_main_thread
@@ -405,7 +405,9 @@ class _Reader:
         # Each worker would see, and keep, a part of an epoch that is drawn anew.
         is_cut = seed is not None and config.augment and undecoded is None
         has_again = is_cut and config.workers == 0
-        self.kept = Kept(dataset, max_pixels=config.max_pixels, room=ROOM if has_again else 0)
+        self.kept = DecodedImageCache(
+            dataset, max_pixels=config.max_pixels, room=CACHE_BYTES if has_again else 0
+        )
 
     def __getitem__(self, visits: Sequence[Visit]) -> Batch:
         try:

@@ -71,7 +71,7 @@ class BadSamples:
             where = f"; all are in {self.path}" if self.path else ""
             raise DataError(
                 f"{new[-1].reason} (that makes {len(self.found)} bad of {self.size} samples: "
-                f"{self.summary()}; over data.max_bad_share={self.share:g}; mend them or raise "
+                f"{self.summary()}; over data.max_bad_fraction={self.share:g}; mend them or raise "
                 f"the share{where})"
             )
         return [one.reason for one in new]

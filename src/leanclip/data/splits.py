@@ -20,23 +20,23 @@ _IN_FOLDERS = ("folder", "pairs", "shards")  # whose splits are folders of the r
 
 def find_splits(config: SourceConfig) -> tuple[str, ...]:
     """The names of the splits at `config.root`; none where nothing tells."""
-    if config.layout in FIXED:
-        return FIXED[config.layout]
-    return splits_in(config.layout, Path(config.root), config.split)
+    if config.format in FIXED:
+        return FIXED[config.format]
+    return splits_in(config.format, Path(config.root), config.split)
 
 
-def splits_in(layout: str, root: Path, chosen: str | None = None) -> tuple[str, ...]:
+def splits_in(format: str, root: Path, chosen: str | None = None) -> tuple[str, ...]:
     """The splits at a root, by the names of folders and files.
 
-    Folders named `train`, `val` and so on are splits where they hold what a split of the layout
+    Folders named `train`, `val` and so on are splits where they hold what a split of the format
     holds, and where they are all of the data or `train` and another are among them: one alone
     beside other folders of data may be a class, unless it is `chosen` as the split to read.
     """
-    found = tuple(name for name in NAMES if _has(layout, root, name))
-    if layout not in _IN_FOLDERS or chosen in found:
+    found = tuple(name for name in NAMES if _has(format, root, name))
+    if format not in _IN_FOLDERS or chosen in found:
         return found
     is_clear = len(found) > 1 and "train" in found
-    return found if is_clear or not _other_data(layout, root, found) else ()
+    return found if is_clear or not _other_data(format, root, found) else ()
 
 
 def default_split(
@@ -45,16 +45,16 @@ def default_split(
     """The split that is read where none is named; None: the root as it is.
 
     Args:
-        config: its layout and root.
+        config: its format and root.
         task: "train", or one of the evaluations, which prefer a split that is held out.
         used: the splits that training reads of the same root.
 
     Raises:
         DataError: it cannot be told which one is meant.
     """
-    if task != "train" and config.layout in ("shapes", "food101", "wds"):
-        is_val = config.layout == "shapes" and task == "retrieval"
-        return "val" if is_val else {"shapes": "unseen"}.get(config.layout, "test")
+    if task != "train" and config.format in ("shapes", "food101", "wds"):
+        is_val = config.format == "shapes" and task == "retrieval"
+        return "val" if is_val else {"shapes": "unseen"}.get(config.format, "test")
     chosen = next(iter(used), None)
     found = find_splits(config.model_copy(update={"split": chosen}))
     held_out = next((name for name in HELD_OUT if name in found and name not in used), None)
@@ -62,7 +62,7 @@ def default_split(
         return held_out
     if "train" in found:
         return "train"
-    if config.layout == "wds":
+    if config.format == "wds":
         return "test"
     if found and task == "train":
         raise DataError(
@@ -75,56 +75,56 @@ def default_split(
 
 
 def split_in_use(config: SourceConfig) -> str | None:
-    """The split that training reads, also where a layout has one of its own."""
-    if config.split is not None or config.layout == "mixture":
+    """The split that training reads, also where a format has one of its own."""
+    if config.split is not None or config.format == "mixture":
         return config.split
-    if config.layout == "hub" and (Path(config.root) / "state.json").is_file():
+    if config.format == "hub" and (Path(config.root) / "state.json").is_file():
         return None  # one data set, saved without its splits
-    if config.layout == "hub" or "train" in find_splits(config):
+    if config.format == "hub" or "train" in find_splits(config):
         return "train"
-    return "test" if config.layout == "wds" else None
+    return "test" if config.format == "wds" else None
 
 
-def _has(layout: str, root: Path, name: str) -> bool:
+def _has(format: str, root: Path, name: str) -> bool:
     """Whether there is a split of this name."""
     folder = root / name
-    if layout == "folder":
+    if format == "folder":
         return bool(visible_folders(folder))
-    if layout == "pairs":
+    if format == "pairs":
         return has_images(folder)
-    if layout in ("shards", "wds"):
+    if format in ("shards", "wds"):
         return any(folder.glob("*.tar"))
-    if layout == "table":
+    if format == "table":
         return root.is_dir() and bool(table.split_files(root, name))
     # Of a data set on the hub only the network could tell.
     saved = root / "dataset_dict.json"
     return (
-        layout == "hub"
+        format == "hub"
         and saved.is_file()
         and name in json.loads(saved.read_text("utf-8"))["splits"]
     )
 
 
-def _other_data(layout: str, root: Path, splits: tuple[str, ...]) -> list[str]:
-    """What else of the layout's data is at a root, beside folders that are named like splits."""
+def _other_data(format: str, root: Path, splits: tuple[str, ...]) -> list[str]:
+    """What else of the format's data is at a root, beside folders that are named like splits."""
     if not splits:
         return []
-    if layout == "shards":
+    if format == "shards":
         return sorted(path.name for path in root.glob("*.tar"))
     others = [folder for folder in visible_folders(root) if folder.name not in splits]
     found = [folder.name for folder in others if has_images(folder)]
-    if layout == "pairs" and has_images(root, deep=False):
+    if format == "pairs" and has_images(root, deep=False):
         found.append("images beside them")
     return found
 
 
 def _check_clear(config: SourceConfig) -> None:
     """Refuse a root where one folder is named like a split, and others are not."""
-    if config.layout not in _IN_FOLDERS:
+    if config.format not in _IN_FOLDERS:
         return
     root = Path(config.root)
-    named = tuple(name for name in NAMES if _has(config.layout, root, name))
-    if others := _other_data(config.layout, root, named):
+    named = tuple(name for name in NAMES if _has(config.format, root, name))
+    if others := _other_data(config.format, root, named):
         more = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise DataError(
             f"data.split: {root} has {' and '.join(named)}, named like a split, beside other data "

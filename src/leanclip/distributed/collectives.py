@@ -81,15 +81,15 @@ def rank_and_world_size() -> tuple[int, int]:
 def barrier() -> None:
     """Wait until every rank is here."""
     if dist.is_initialized():
-        total([0])
+        all_reduce_sum([0])
 
 
-def total(counts: Sequence[int]) -> list[int]:
+def all_reduce_sum(counts: Sequence[int]) -> list[int]:
     """The sums over the ranks of a few numbers that are on the CPU."""
     return sum_over_ranks(torch.tensor(counts)).tolist()
 
 
-def everyones(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """A small object of every rank, in the order of ranks."""
     world_size = rank_and_world_size()[1]
     if world_size == 1:
@@ -142,13 +142,13 @@ def tensors_from_first(
     return found
 
 
-def together(*, problem: str) -> None:
+def raise_if_any(*, problem: str) -> None:
     """Every rank says what went wrong, or nothing; all go on, or none.
 
     Raises:
         OSError: one of them had a problem.
     """
-    for found in everyones(problem):
+    for found in all_gather_object(problem):
         if found:
             raise OSError(found)
 
@@ -157,9 +157,9 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's value, on every rank."""
     if rank_and_world_size()[1] == 1:
         return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total
+    all_reduce_sum = value.clone()
+    dist.all_reduce(all_reduce_sum)
+    return all_reduce_sum
 
 
 def mean_over_ranks_(values: Sequence[torch.Tensor]) -> None:

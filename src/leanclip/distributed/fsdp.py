@@ -12,7 +12,7 @@ from leanclip.config.sections import to_plain
 from leanclip.distributed.collectives import rank_and_world_size
 from leanclip.model import CLIP
 from leanclip.model.parameters import SCALARS, is_shard
-from leanclip.model.skip_init import shapes_alone
+from leanclip.model.skip_init import meta_device
 
 
 def shard_model(model: CLIP, blocks: list[nn.Module]) -> None:
@@ -36,7 +36,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_shard(parameter) for parameter in model.parameters())
 
 
-def whole(model: CLIP) -> CLIP:
+def full_model(model: CLIP) -> CLIP:
     """The model; of a sharded one a copy with every parameter, on each rank.
 
     Every rank calls this.
@@ -47,7 +47,7 @@ def whole(model: CLIP) -> CLIP:
         name: tensor.full_tensor() if is_shard(tensor) else tensor.clone()
         for name, tensor in model.state_dict().items()
     }
-    with shapes_alone():
+    with meta_device():
         copy = CLIP(**to_plain(model.config))
     copy.load_state_dict(tensors, assign=True)
     return copy

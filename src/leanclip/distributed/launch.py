@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import NoReturn
 
-from leanclip.distributed.preemption import ASKING, answering
+from leanclip.distributed.preemption import HANDLED_SIGNALS, signal_handlers
 
 FOLDER = "LEANCLIP_LAUNCH_FOLDER"  # in the environment of ranks that were started here
 PARENT = "LEANCLIP_LAUNCH_PARENT"  # the process that they end with
@@ -73,7 +73,7 @@ def launch(words: Sequence[str], *, ranks: int, max_restarts: int = 0) -> int:
             if is_second or not reached:  # nothing to save yet, or no wish to wait
                 agent.kill()
 
-        with answering(dict.fromkeys(ASKING, hand_on)):
+        with signal_handlers(dict.fromkeys(HANDLED_SIGNALS, hand_on)):
             code = agent.wait()
         said = Path(folder) / "code"
         if said.is_file():

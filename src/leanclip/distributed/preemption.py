@@ -15,12 +15,12 @@ from typing import Any
 
 from leanclip.io.threads import is_main_thread
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-ASKING = (*STOPPING, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 Answer = Callable[[int, FrameType | None], Any] | int  # an int: SIG_IGN or SIG_DFL
 
 
-class Stopped(BaseException):
+class Preempted(BaseException):
     """Training stopped because a signal asked it to; the checkpoint is written.
 
     Attributes:
@@ -33,7 +33,7 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def answering(answers: Mapping[signal.Signals, Answer]) -> Iterator[None]:
+def signal_handlers(answers: Mapping[signal.Signals, Answer]) -> Iterator[None]:
     """Answer signals so, by their numbers; the previous handlers come back at the end.
 
     Signals are the main thread's: in another one nothing changes.
@@ -56,7 +56,7 @@ def nothing_to_save() -> Iterator[None]:
     def end(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    with answering(dict.fromkeys(STOPPING, end) | {signal.SIGUSR1: signal.SIG_IGN}):
+    with signal_handlers(dict.fromkeys(STOP_SIGNALS, end) | {signal.SIGUSR1: signal.SIG_IGN}):
         yield
 
 
@@ -78,8 +78,8 @@ class Signals:
 
 
 @contextmanager
-def noting_signals() -> Iterator[Signals]:
+def catch_signals() -> Iterator[Signals]:
     """What signals ask meanwhile."""
     signals = Signals()
-    with answering(dict.fromkeys(ASKING, signals.note)):
+    with signal_handlers(dict.fromkeys(HANDLED_SIGNALS, signals.note)):
         yield signals

@@ -26,7 +26,7 @@ from leanclip.model.transformer import Block
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def prepare_towers(model: CLIP, settings: TrainConfig) -> nn.Module:
+def wrap_model(model: CLIP, settings: TrainConfig) -> nn.Module:
     """The module that is called with pixels and tokens; the model itself changes with it."""
     if settings.checkpoint_activations:
         checkpoint_activations(model)
@@ -37,7 +37,7 @@ def prepare_towers(model: CLIP, settings: TrainConfig) -> nn.Module:
     model.packs_texts = is_on_cpu and not settings.compile
     if is_on_cpu:
         keep_freed_memory()
-    return over_ranks(model, settings.sharding)
+    return wrap_ddp(model, settings.sharding)
 
 
 def checkpoint_activations(model: CLIP) -> None:
@@ -49,7 +49,9 @@ def checkpoint_activations(model: CLIP) -> None:
     for block in _blocks(model):
         run = partial(checkpoint, block.forward, use_reentrant=False)
         if isinstance(block, Bottleneck):
-            run = partial(run, context_fn=lambda block=block: (nullcontext(), still(block)))
+            run = partial(
+                run, context_fn=lambda block=block: (nullcontext(), eval_mode_batch_norm(block))
+            )
         block.forward = run  # hooks around the block, FSDP's, stay outside
 
 
@@ -75,7 +77,7 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def still(module: nn.Module) -> Iterator[None]:
+def eval_mode_batch_norm(module: nn.Module) -> Iterator[None]:
     """Normalise by the batch as in training, without a change to the running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -88,7 +90,7 @@ def still(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def over_ranks(model: CLIP, sharding: str = "ddp") -> nn.Module:
+def wrap_ddp(model: CLIP, sharding: str = "ddp") -> nn.Module:
     """The towers with gradients averaged over the ranks; the model itself where there is one.
 
     The scalars of the loss take no part: their gradients come from the loss, not from a forward
@@ -110,7 +112,7 @@ def over_ranks(model: CLIP, sharding: str = "ddp") -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def summing(towers: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+def gradient_sync(towers: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
     """Around forward and backward of a micro-batch: ranks sum their gradients with the last."""
     if isinstance(towers, DistributedDataParallel):
         return nullcontext() if is_last else towers.no_sync()

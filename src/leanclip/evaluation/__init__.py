@@ -5,7 +5,7 @@ from leanclip.evaluation.classification import Classification, calibration_error
 from leanclip.evaluation.evaluator import evaluate
 from leanclip.evaluation.features import Encoded, encode_dataset, encode_texts
 from leanclip.evaluation.intervals import bootstrap
-from leanclip.evaluation.options import TASKS, Wishes, evaluation_config
+from leanclip.evaluation.options import TASKS, EvalOptions, evaluation_config
 from leanclip.evaluation.probe import ProbeResult
 from leanclip.evaluation.results import Report
 from leanclip.evaluation.retrieval import (
@@ -15,7 +15,7 @@ from leanclip.evaluation.retrieval import (
     retrieval_ranks,
     retrieve,
 )
-from leanclip.evaluation.tasks import METRICS, Task, open_guard, open_tasks
+from leanclip.evaluation.tasks import METRICS, Task, open_retention, open_tasks
 from leanclip.evaluation.zero_shot import (
     ZeroShotResult,
     build_classifier,
@@ -29,11 +29,11 @@ __all__ = [
     "Calibration",
     "Classification",
     "Encoded",
+    "EvalOptions",
     "ProbeResult",
     "Report",
     "RetrievalResult",
     "Task",
-    "Wishes",
     "ZeroShotResult",
     "bootstrap",
     "build_classifier",
@@ -43,7 +43,7 @@ __all__ = [
     "encode_texts",
     "evaluate",
     "evaluation_config",
-    "open_guard",
+    "open_retention",
     "open_tasks",
     "rank_of",
     "recall_at_k",

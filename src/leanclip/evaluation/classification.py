@@ -17,7 +17,7 @@ import torch
 
 from leanclip.evaluation.intervals import Interval, bootstrap
 
-KEPT = 5  # of an image's classes, the highest
+TOP_K = 5  # of an image's classes, the highest
 BINS = 15  # of confidences, as in Guo et al., arXiv 1706.04599
 
 
@@ -119,7 +119,7 @@ def classify(
         indices: of the images in their data set.
         features: of the images.
     """
-    size, count, first = len(labels), min(KEPT, len(classes)), 0
+    size, count, first = len(labels), min(TOP_K, len(classes)), 0
     ranks = torch.empty(size, dtype=torch.int64)
     tops = torch.empty(size, count, dtype=torch.int64)
     probabilities = torch.empty(size, count)

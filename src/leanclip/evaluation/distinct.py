@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from leanclip.data import Dataset, Sample
-from leanclip.distributed.collectives import everyones, gather_rows, rank_and_world_size
+from leanclip.distributed.collectives import all_gather_object, gather_rows, rank_and_world_size
 from leanclip.errors import SampleError, is_shortage
 from leanclip.io.progress import ProgressBar
 from leanclip.io.threads import in_threads
@@ -89,7 +89,7 @@ def distinct_images(
     if limit is not None and limit < available:
         order, starts = order[: starts[limit]], starts[:limit]
     firsts = np.repeat(order[starts], np.diff([*starts, len(order)]))
-    if not everyones(dataset.has_random_access)[0]:
+    if not all_gather_object(dataset.has_random_access)[0]:
         by_row = np.lexsort((order, firsts))
         order, firsts = order[by_row], firsts[by_row]
     starts = np.arange(len(order)) if dataset.classes else _starts(firsts)

@@ -15,7 +15,7 @@ from leanclip.config.schema import DataConfig
 from leanclip.data import Dataset
 from leanclip.data.dataset import fill
 from leanclip.data.splits import split_in_use
-from leanclip.distributed.collectives import everyones, rank_and_world_size, share_buffers
+from leanclip.distributed.collectives import all_gather_object, rank_and_world_size, share_buffers
 from leanclip.evaluation.classification import Classification, classify
 from leanclip.evaluation.features import Encoded, encode_dataset, encode_texts
 from leanclip.evaluation.probe import (
@@ -51,18 +51,18 @@ def evaluate(
     tasks: Sequence[Task],
     preprocess: Preprocess,
     *,
-    guard: Task | None = None,
+    retention: Task | None = None,
     before: Mapping[str, float] | None = None,
     use_cache: bool = False,
 ) -> Report:
-    """Measure every task; the guard's figures are under `guard/`.
+    """Measure every task; the retention benchmark's figures are under `retention/`.
 
     Args:
         model: the same on every rank, but for the statistics of BatchNorms: the first one's count.
         tasks: what to measure, on which data.
         preprocess: of the model.
-        guard: the task that is not to be forgotten.
-        before: the figures before fine-tuning, which a sentence on the guard compares.
+        retention: the task that is not to be forgotten.
+        before: the metrics before fine-tuning, for the sentence on the retention benchmark.
         use_cache: take zero-shot classifiers from the cache folder, and keep them there.
 
     Raises:
@@ -72,14 +72,14 @@ def evaluate(
     with _as_in_use(model):
         share_buffers(model)
         report.weights = fingerprint(merged_state(model))
-        measuring = Measuring(model, preprocess, report.weights if use_cache else None)
+        measuring = Evaluator(model, preprocess, report.weights if use_cache else None)
         for task in tasks:
             measuring.add(task, report)
-        if guard is not None:
+        if retention is not None:
             own = Report()
-            measuring.add(guard, own)
-            _add_guard(report, own, guard, tasks, before or {})
-    report.metrics = everyones(report.metrics)[0]
+            measuring.add(retention, own)
+            _add_retention(report, own, retention, tasks, before or {})
+    report.metrics = all_gather_object(report.metrics)[0]
     return report
 
 
@@ -95,7 +95,7 @@ def _as_in_use(model: CLIP) -> Iterator[None]:
             module.training = True
 
 
-class Measuring:
+class Evaluator:
     """A model on its way through tasks; what one has encoded the next finds.
 
     Args:
@@ -248,8 +248,8 @@ def key_of(data: DataConfig, dataset: Dataset, limit: int | None) -> str:
     return f"{data.model_dump_json(exclude={'templates'})} {limit} {bool(dataset.classes)}"
 
 
-def _add_guard(
-    report: Report, own: Report, guard: Task, tasks: Sequence[Task], before: Mapping[str, float]
+def _add_retention(
+    report: Report, own: Report, retention: Task, tasks: Sequence[Task], before: Mapping[str, float]
 ) -> None:
     if rank_and_world_size()[0] > 0:
         return
@@ -260,7 +260,7 @@ def _add_guard(
     report.data |= {PREFIX + name: facts for name, facts in own.data.items()}
     report.bad |= own.bad
     report.before = dict(before)
-    report.sentences.append(comparison(guard, tasks, before, report.metrics))
+    report.sentences.append(comparison(retention, tasks, before, report.metrics))
     report.sentences += filter(None, map(sample_note, own.data.values()))
 
 
@@ -324,7 +324,7 @@ def _say_probe(task: Task, result: ProbeResult, report: Report) -> None:
 def _data_facts(task: Task, images: Encoded) -> dict[str, Any]:
     data = task.data
     return {
-        "layout": data.layout,
+        "format": data.format,
         "root": data.root,
         "split": split_in_use(data),
         "samples": len(images.indices),

@@ -23,7 +23,7 @@ from leanclip.config.schema import DataConfig
 from leanclip.data import Dataset
 from leanclip.data.loader import Batch, evaluation_batches
 from leanclip.data.skipped import Bad, BadSamples, short_id
-from leanclip.distributed.collectives import everyones, gather_rows, rank_and_world_size
+from leanclip.distributed.collectives import all_gather_object, gather_rows, rank_and_world_size
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.evaluation.distinct import DistinctImages, distinct_images
 from leanclip.io.progress import ProgressBar
@@ -128,7 +128,7 @@ def encode_each(
         done = 0
         for batch in batches:
             bad += batch.bad
-            if len(bad) > data.max_bad_share * tried:  # enough to say so
+            if len(bad) > data.max_bad_fraction * tried:  # enough to say so
                 break
             if len(batch):
                 for parts, (model, preprocess) in zip(features, models, strict=True):
@@ -138,15 +138,15 @@ def encode_each(
             done += len(batch) + len(batch.bad)
             bar.update(min(done * world_size, len(images)))
     numbers = gather_rows(torch.cat(facts))[0]
-    bad = sorted(one for part in everyones(bad) for one in part)
-    counted = BadSamples(tried, data.max_bad_share)
+    bad = sorted(one for part in all_gather_object(bad) for one in part)
+    counted = BadSamples(tried, data.max_bad_fraction)
     counted.add(bad)  # ends here where a rank has stopped early
     if distinct:
         bad = _bad_rows(distinct, numbers[:, 0], bad)
     reasons = _report_bad(dataset, counted, bad)
     if not len(numbers):
         raise DataError(f"{data.root}: none of the images is readable")
-    captions = [several for part in everyones(captions) for several in part]
+    captions = [several for part in all_gather_object(captions) for several in part]
     order = torch.from_numpy(np.lexsort(numbers[:, [0, 2]].T.numpy()))
     places, labels, digests = numbers[order].unbind(dim=1)
     if captions:

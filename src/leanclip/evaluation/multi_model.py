@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from leanclip.evaluation.evaluator import Measuring, evaluate, key_of
+from leanclip.evaluation.evaluator import Evaluator, evaluate, key_of
 from leanclip.evaluation.features import encode_each
 from leanclip.evaluation.results import Report
 from leanclip.evaluation.tasks import Task
@@ -30,7 +30,7 @@ def evaluate_each(
     if len({replace(one, mean=CLIP_MEAN, std=CLIP_STD) for _, one in models}) > 1:
         return [evaluate(model, tasks, preprocess) for model, preprocess in models]
     reports = [Report(weights=fingerprint(model.state_dict())) for model, _ in models]
-    measuring = [Measuring(model, preprocess, None) for model, preprocess in models]
+    measuring = [Evaluator(model, preprocess, None) for model, preprocess in models]
     for task in tasks:
         _encode(models, task, measuring)
         for _, one, report in zip(models, measuring, reports, strict=True):  # their turns
@@ -39,7 +39,7 @@ def evaluate_each(
 
 
 def _encode(
-    models: Collection[tuple[CLIP, Preprocess]], task: Task, measuring: Sequence[Measuring]
+    models: Collection[tuple[CLIP, Preprocess]], task: Task, measuring: Sequence[Evaluator]
 ) -> None:
     """Give each model what it would encode for the task."""
     parts = [(task.data, task.dataset, task.limit)]

@@ -30,7 +30,7 @@ TASKS: dict[str, tuple[str, ...]] = {  # by their names on the command line
 
 
 @dataclass(frozen=True)
-class Wishes:
+class EvalOptions:
     """What the command line says of an evaluation's data, by its options; None: not said."""
 
     split: str | None = None
@@ -85,17 +85,17 @@ def evaluation_config(
     arch: str | None = None,
     overrides: Sequence[str] = (),
     out: str | None = None,
-    wishes: Wishes = Wishes(),
+    wishes: EvalOptions = EvalOptions(),
 ) -> Config:
     """The settings of `leanclip eval`.
 
     They come from `config`, else from the run that `model` is the folder of, else from what is
-    stored with the weights. `data_spec` is LAYOUT:ROOT; without one the settings say what is
+    stored with the weights. `data_spec` is FORMAT:ROOT; without one the settings say what is
     measured. "all" measures what the data allows; no task, what of it needs no labels to learn
     from.
 
     Raises:
-        ConfigError: an unknown task or layout, or nothing says what to evaluate on.
+        ConfigError: an unknown task or format, or nothing says what to evaluate on.
         DataError: a file that `wishes` names cannot be used.
         WeightsError: the weights cannot be read.
     """
@@ -105,9 +105,9 @@ def evaluation_config(
     settings = _settings(model, data_spec, config, arch, overrides, out)
     evaluate = to_plain(settings.evaluate)
     if data_spec is not None:
-        layout, root = split_source(data_spec, option="--data")
-        wanted = {"layout": layout, "root": root, "split": wishes.split}
-        names = _allowed(settings.data, layout, task, EvaluationData.model_validate(wanted))
+        format, root = split_source(data_spec, option="--data")
+        wanted = {"format": format, "root": root, "split": wishes.split}
+        names = _allowed(settings.data, format, task, EvaluationData.model_validate(wanted))
         changes = wishes.settings(names)
         evaluate |= {name: wanted | changes[name] for name in names}
     else:
@@ -115,13 +115,13 @@ def evaluation_config(
         if not names:
             raise ConfigError(
                 f"--task {task or 'all'}: {config or model} has no such evaluation; give --data "
-                f"LAYOUT:ROOT"
+                f"FORMAT:ROOT"
             )
         changes = wishes.settings(names)
         evaluate |= {name: evaluate[name] | changes[name] for name in names}
     evaluate |= {name: None for name in ORDER if name not in names}
     if data_spec is not None or task not in (None, "all"):
-        evaluate["guard"] = None
+        evaluate["retention"] = None
     values = to_plain(settings) | {"evaluate": evaluate}
     return parse(Config, values, where="leanclip eval")
 
@@ -141,22 +141,22 @@ def _settings(
     if config is not None:
         return load_config(config, overrides, load=model, load_arch=arch, output_dir=out)
     if data_spec is None:
-        raise ConfigError("--data: say what to evaluate on, as LAYOUT:ROOT, or give -c CONFIG")
+        raise ConfigError("--data: say what to evaluate on, as FORMAT:ROOT, or give -c CONFIG")
     if overrides:
         raise ConfigError("-o: changes the settings of a config; give one with -c CONFIG")
     return _stored_config(model, *split_source(data_spec, option="--data"), out, arch)
 
 
 def _allowed(
-    data: DataConfig, layout: str, task: str | None, wanted: EvaluationData
+    data: DataConfig, format: str, task: str | None, wanted: EvaluationData
 ) -> tuple[str, ...]:
     """The tasks that are meant, of those that the data allows."""
     if task not in (None, "all"):
         return TASKS[task]
-    allowed = MEASURABLE.get(layout) or (_task_of(data, wanted),)
+    allowed = MEASURABLE.get(format) or (_task_of(data, wanted),)
     if task == "all" and "zero_shot" in allowed:
         there = data_of(data, wanted, "zero_shot")
-        if "train" in find_splits(there) and layout != "shapes":
+        if "train" in find_splits(there) and format != "shapes":
             return (*allowed, *PROBES)
         log.info(
             "%s: no split to learn from, so no probes (with --task knn: of a half)", there.root
@@ -170,7 +170,7 @@ def _task_of(data: DataConfig, wanted: EvaluationData) -> str:
     return "zero_shot" if dataset.classes else "retrieval"
 
 
-def _stored_config(model: str, layout: str, root: str, out: str, arch: str | None) -> Config:
+def _stored_config(model: str, format: str, root: str, out: str, arch: str | None) -> Config:
     """Settings for weights that carry their architecture with them, or have it named."""
     weights = read_weights(model, arch=arch)
     if weights.model is None or weights.preprocess is None:
@@ -178,7 +178,7 @@ def _stored_config(model: str, layout: str, root: str, out: str, arch: str | Non
             f"--model {model}: does not say its architecture; say it with --arch, or give the "
             f"config it was trained with: -c"
         )
-    data: dict[str, Any] = {"layout": layout, "root": root}
+    data: dict[str, Any] = {"format": format, "root": root}
     data |= {"mean": weights.preprocess.mean, "std": weights.preprocess.std}
     values = {"model": to_plain(weights.model), "data": data, "load": model}
     values |= {"load_arch": arch, "output_dir": out}

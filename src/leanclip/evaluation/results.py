@@ -30,7 +30,9 @@ class Report:
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)  # 95%, by names of metrics
     sentences: list[str] = field(default_factory=list)
-    results: dict[str, Result] = field(default_factory=dict)  # by names of tasks; "guard/..." too
+    results: dict[str, Result] = field(
+        default_factory=dict
+    )  # by names of tasks; "retention/..." too
     tasks: dict[str, Task] = field(default_factory=dict)  # whose data the results are of
     examples: list[tuple[Path | bytes, str]] = field(default_factory=list)  # image, its text
     similarity: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))  # of the examples

@@ -1,4 +1,4 @@
-"""The forgetting guard: what a model could do before fine-tuning, and what is left of it.
+"""The retention benchmark: what a model could do before fine-tuning, and what is left of it.
 
 metrics before, metrics after -> "On ROOT it fell from a to b while ... rose from c to d"
 """
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from leanclip.evaluation.tasks import Task
 
-PREFIX = "guard/"
+PREFIX = "retention/"
 HEADLINES = {
     "zero_shot": "zeroshot_top1",
     "retrieval": "image_to_text_R@1",
@@ -23,18 +23,20 @@ _WORDS = {
 
 
 def comparison(
-    guard: Task, tasks: Sequence[Task], before: Mapping[str, float], after: Mapping[str, float]
+    retention: Task, tasks: Sequence[Task], before: Mapping[str, float], after: Mapping[str, float]
 ) -> str:
-    """What happened on the guard's data, beside what was gained on the others; by names of metrics.
+    """The change on the retention benchmark beside the gains on the other tasks, as a sentence.
 
-    Without figures from before, it says where the guard is now.
+    Without figures from before, it says where the retention benchmark is now.
     """
-    name = HEADLINES[guard.name]
+    name = HEADLINES[retention.name]
     now = after[PREFIX + name]
     if PREFIX + name not in before:
-        return f"On {guard.data.root} (the guard) {_WORDS[name]} is {now:.1%}."
+        return f"On {retention.data.root} (the retention benchmark) {_WORDS[name]} is {now:.1%}."
     then = before[PREFIX + name]
-    sentence = f"On {guard.data.root} (the guard) {_WORDS[name]} {_change(then, now)}"
+    sentence = (
+        f"On {retention.data.root} (the retention benchmark) {_WORDS[name]} {_change(then, now)}"
+    )
     gains = [
         f"{_WORDS[metric]} on {task.data.root} {_change(before[metric], after[metric])}"
         for task in tasks

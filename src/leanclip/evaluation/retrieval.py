@@ -24,7 +24,7 @@ from leanclip.evaluation.intervals import Interval, bootstrap, mean_by_group, me
 
 WAYS = ("image_to_text", "text_to_image")
 AT = (1, 5, 10)
-KEPT = 5
+TOP_K = 5
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}  # scores at a time; on a CPU those that caches hold
 
 Best = Callable[[torch.Tensor, int], torch.Tensor]  # scores (B, ...), first row -> (B,) indices
@@ -46,7 +46,7 @@ class RetrievalResult:
 
     def figures(self) -> dict[str, float]:
         """Recall at 1, 5 and 10, and the median rank, both ways."""
-        return retrieval_figures(self.image_ranks, self.caption_ranks)
+        return retrieval_metrics_of(self.image_ranks, self.caption_ranks)
 
     def intervals(self) -> dict[str, Interval]:
         """Of all figures, over images: captions of one image are not independent samples."""
@@ -67,7 +67,7 @@ def recall_at_k(scores: torch.Tensor, owners: torch.Tensor, k: int) -> tuple[flo
 
 def retrieval_metrics(scores: torch.Tensor, owners: torch.Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10, and the median rank, both ways, of scores (N, M)."""
-    return retrieval_figures(*retrieval_ranks(scores, owners))
+    return retrieval_metrics_of(*retrieval_ranks(scores, owners))
 
 
 def retrieval_ranks(
@@ -78,7 +78,9 @@ def retrieval_ranks(
     return image_ranks, rank_of(scores.T, owners)
 
 
-def retrieval_figures(image_ranks: torch.Tensor, caption_ranks: torch.Tensor) -> dict[str, float]:
+def retrieval_metrics_of(
+    image_ranks: torch.Tensor, caption_ranks: torch.Tensor
+) -> dict[str, float]:
     """The figures by the names the field logs them under."""
     both = dict(zip(WAYS, (image_ranks, caption_ranks), strict=True))
     figures = {f"{way}_R@{k}": _recall(ranks, k) for k in AT for way, ranks in both.items()}
@@ -125,7 +127,7 @@ def _ranks(
     queries: torch.Tensor, gallery: torch.Tensor, best: Best, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rank of each query's best own in the whole gallery, and the K highest."""
-    rows, count = max(1, block // len(gallery)), min(KEPT, len(gallery))
+    rows, count = max(1, block // len(gallery)), min(TOP_K, len(gallery))
     # Made at once: small results between large blocks would keep the blocks' memory in pieces.
     ranks = torch.empty(len(queries), dtype=torch.int64)
     tops = torch.empty(len(queries), count, dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""A sweep between two models: figures on a task and on a guard for every alpha, and which to take.
+"""A sweep between two models: metrics on a task and on a retention benchmark for every alpha.
 
-    A, B, alphas -> weights in memory -> figures of task and guard -> the chosen alpha -> weights
+    A, B, alphas -> weights in memory -> metrics of task and retention -> the chosen alpha
 
 Images are decoded once for all alphas: one model takes each mixture's weights in turn.
 """
@@ -32,7 +32,7 @@ class Point:
 
     alpha: float
     task: dict[str, float]
-    guard: dict[str, float]
+    retention: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sweep:
 
     points: list[Point]
     task: str  # the names of the figures that the rule looks at
-    guard: str
+    retention: str
     chosen: float
     rule: str
 
@@ -51,18 +51,18 @@ class Sweep:
             "chosen": self.chosen,
             "rule": self.rule,
             "task": self.task,
-            "guard": self.guard,
+            "retention": self.retention,
             "points": [vars(point) for point in self.points],
         }
 
     def table(self) -> str:
         """The figures that the rule looks at, a line per alpha."""
-        lines = [f"alpha  task {self.task}  guard {self.guard}"]
+        lines = [f"alpha  task {self.task}  retention {self.retention}"]
         for point in self.points:
             mark = "  <- chosen" if point.alpha == self.chosen else ""
             lines.append(
                 f"{point.alpha:<5g}  {point.task[self.task]:>{len(self.task) + 5}.1%}  "
-                f"{point.guard[self.guard]:>{len(self.guard) + 6}.1%}{mark}"
+                f"{point.retention[self.retention]:>{len(self.retention) + 6}.1%}{mark}"
             )
         return "\n".join([*lines, f"chosen: {self.chosen:g}, {self.rule}"])
 
@@ -89,24 +89,27 @@ def parse_alphas(words: str) -> list[float]:
     return sorted({0.0, 1.0, *(round(alpha, 6) for alpha in found)})
 
 
-def choose(points: Sequence[Point], task: str, guard: str, max_drop: float | None) -> Sweep:
-    """Choose an alpha by the figures `task` and `guard`; of equals the lowest.
+def choose(points: Sequence[Point], task: str, retention: str, max_drop: float | None) -> Sweep:
+    """Choose an alpha by the figures `task` and `retention`; of equals the lowest.
 
-    With `max_drop`: the best on the task among those that lose at most so much on the guard
-    against alpha 0, the weights before fine-tuning. Without: the best mean of both figures.
+    With `max_drop`: the best on the task among those that lose at most so much on the retention
+    benchmark against alpha 0, the weights before fine-tuning. Without: the best mean of both.
     """
-    allowed, rule = points, f"the best mean of {task} on the task and {guard} on the guard"
+    allowed, rule = (
+        points,
+        f"the best mean of {task} on the task and {retention} on the retention benchmark",
+    )
     if max_drop is None:
-        best = max(allowed, key=lambda p: (p.task[task] + p.guard[guard], -p.alpha))
+        best = max(allowed, key=lambda p: (p.task[task] + p.retention[retention], -p.alpha))
     else:
-        floor = next(p.guard[guard] for p in points if p.alpha == 0) - max_drop
-        allowed = [p for p in points if p.guard[guard] >= floor - 1e-9]
+        floor = next(p.retention[retention] for p in points if p.alpha == 0) - max_drop
+        allowed = [p for p in points if p.retention[retention] >= floor - 1e-9]
         best = max(allowed, key=lambda p: (p.task[task], -p.alpha))
         rule = (
-            f"the best {task} on the task of those whose {guard} on the guard is at least "
-            f"{floor:.1%}, {100 * max_drop:g} points under that of alpha 0"
+            f"the best {task} on the task of those whose {retention} on the retention benchmark is "
+            f"at least {floor:.1%}, {100 * max_drop:g} points under that of alpha 0"
         )
-    return Sweep(list(points), task, guard, best.alpha, rule)
+    return Sweep(list(points), task, retention, best.alpha, rule)
 
 
 def sweep(
@@ -114,12 +117,12 @@ def sweep(
     second: Weights,
     alphas: Sequence[float],
     tasks: Sequence[Task],
-    guard: Task,
+    retention: Task,
     *,
     device: torch.device,
     max_drop: float | None = None,
 ) -> Sweep:
-    """Measure every mixture (1 - alpha) * first + alpha * second on the tasks and the guard.
+    """Measure every mixture (1 - alpha) * first + alpha * second on the tasks and on retention.
 
     The rule looks at zero-shot top-1 where it is measured, else at the first task's first figure.
 
@@ -130,14 +133,17 @@ def sweep(
     points = [
         Point(alpha, own.metrics, other.metrics)
         for alpha, own, other in zip(
-            alphas, evaluate_each(mixtures, tasks), evaluate_each(mixtures, [guard]), strict=True
+            alphas,
+            evaluate_each(mixtures, tasks),
+            evaluate_each(mixtures, [retention]),
+            strict=True,
         )
     ]
     names = [task.name for task in tasks]
     return choose(
         points,
         HEADLINES["zero_shot" if "zero_shot" in names else names[0]],
-        HEADLINES[guard.name],
+        HEADLINES[retention.name],
         max_drop,
     )
 

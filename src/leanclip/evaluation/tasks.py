@@ -16,7 +16,7 @@ log = logging.getLogger("leanclip")
 VALIDATION = ("val", "valid", "validation", "dev")  # where a probe chooses its settings
 PROBES = ("linear_probe", "knn")
 ORDER = ("retrieval", "zero_shot", *PROBES)  # of tasks in a report
-MEASURABLE = {  # what a layout's data allows; of the others the data itself says
+MEASURABLE = {  # what a format's data allows; of the others the data itself says
     "shapes": ("retrieval", "zero_shot"),
     "food101": ("zero_shot",),
     "folder": ("zero_shot",),
@@ -85,7 +85,7 @@ def open_tasks(config: Config) -> list[Task]:
                 else ("classes, not captions", "captions (pairs or shapes, or a table's)")
             )
             raise ConfigError(
-                f"evaluate.{name}: {data.root} (layout {data.layout}) has {has}; name a data set "
+                f"evaluate.{name}: {data.root} (format {data.format}) has {has}; name a data set "
                 f"with {needs}, or set evaluate.{name} to null"
             )
         task = Task(name, data, dataset, wanted.limit, config.evaluate.batch_size)
@@ -99,7 +99,7 @@ def _with_parts(task: Task, wanted: EvaluationData) -> Task:
         return task
     found, used = find_splits(task.data), split_in_use(task.data)
     split = wanted.train_split
-    if split is None and "train" in found and used != "train" and task.data.layout != "shapes":
+    if split is None and "train" in found and used != "train" and task.data.format != "shapes":
         split = "train"
     shots = wanted.shots if isinstance(wanted, ProbeData) else None
     k = wanted.k if isinstance(wanted, NeighbourData) else 0
@@ -140,7 +140,7 @@ def check_classes(setting: str, task: Task, data: DataConfig, dataset: Dataset) 
     if not lacking:
         raise DataError(f"{setting}: {data.root}: the classes of its splits are in other orders")
     advice = (
-        "make an empty folder for each" if data.layout == "folder" else "leave them out of both"
+        "make an empty folder for each" if data.format == "folder" else "leave them out of both"
     )
     raise DataError(
         f"{setting}: {where}: lacks {len(lacking)} of the classes of the other split "
@@ -149,16 +149,16 @@ def check_classes(setting: str, task: Task, data: DataConfig, dataset: Dataset) 
     )
 
 
-def open_guard(config: Config) -> Task | None:
-    """Open the data set that `evaluate.guard` names: zero-shot where it has classes.
+def open_retention(config: Config) -> Task | None:
+    """Open the data set that `evaluate.retention` names: zero-shot where it has classes.
 
     Raises:
         DataError: it is missing or empty.
     """
-    wanted = config.evaluate.guard
+    wanted = config.evaluate.retention
     if wanted is None:
         return None
-    data = _guard_data(config, wanted)
+    data = _retention_data(config, wanted)
     dataset = open_dataset(data)
     name = "zero_shot" if dataset.classes else "retrieval"
     return Task(name, data, dataset, wanted.limit, config.evaluate.batch_size)
@@ -169,7 +169,7 @@ def evaluation_data(config: Config) -> list[DataConfig]:
     settings = config.evaluate
     named = ((name, getattr(settings, name)) for name in ORDER)
     found = [data_of(config.data, wanted, name) for name, wanted in named if wanted]
-    return [*found, _guard_data(config, settings.guard)] if settings.guard else found
+    return [*found, _retention_data(config, settings.retention)] if settings.retention else found
 
 
 def data_of(
@@ -180,15 +180,15 @@ def data_of(
     Raises:
         ConfigError: `data` is a mixture and the evaluation does not say another place.
     """
-    layout = wanted.layout or data.layout
-    if layout == "mixture":
+    format = wanted.format or data.format
+    if format == "mixture":
         raise ConfigError(
-            f"evaluate.{setting or task}.layout: data is a mixture; say a layout and a root to "
+            f"evaluate.{setting or task}.format: data is a mixture; say a format and a root to "
             f"evaluate on"
         )
     root = wanted.root or data.root
-    trained = _trained(data, layout, root)
-    place = {"layout": layout, "root": root, "split": wanted.split}
+    trained = _trained(data, format, root)
+    place = {"format": format, "root": root, "split": wanted.split}
     if wanted.split is None:
         used = [split for split in map(split_in_use, trained) if split is not None]
         here = data.model_copy(update=place | {"sources": ()})
@@ -204,24 +204,24 @@ def data_of(
     return data.model_copy(update=changes)
 
 
-def _guard_data(config: Config, wanted: EvaluationData) -> DataConfig:
-    """The `data` section of the guard; of a layout that allows both, the zero-shot split."""
-    allowed = MEASURABLE.get(wanted.layout or config.data.layout, ())
+def _retention_data(config: Config, wanted: EvaluationData) -> DataConfig:
+    """The `data` section of the retention benchmark: where both tasks fit, the zero-shot split."""
+    allowed = MEASURABLE.get(wanted.format or config.data.format, ())
     task = "zero_shot" if "zero_shot" in allowed else "retrieval"
-    return data_of(config.data, wanted, task, setting="guard")
+    return data_of(config.data, wanted, task, setting="retention")
 
 
-def _trained(data: DataConfig, layout: str, root: str) -> list[DataConfig]:
+def _trained(data: DataConfig, format: str, root: str) -> list[DataConfig]:
     """What training reads of a root; of a mixture it may be several splits."""
     sources = (data, *source_configs(data))
-    return [one for one in sources if (one.layout, one.root) == (layout, root)]
+    return [one for one in sources if (one.format, one.root) == (format, root)]
 
 
 def _is_training(data: DataConfig, wanted: EvaluationData, chosen: DataConfig) -> bool:
     """Whether an evaluation that does not say so measures on what training uses."""
     if wanted.split is not None:
         return False
-    trained = _trained(data, chosen.layout, chosen.root)
+    trained = _trained(data, chosen.format, chosen.root)
     if wanted.root is not None and not data.sources:
         # Of weights without a config, `data` is what shall be measured.
         trained = [one for one in trained if one.split is not None]

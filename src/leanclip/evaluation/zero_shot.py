@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from leanclip.data.dataset import fill
-from leanclip.distributed.collectives import everyones, rank_and_world_size
+from leanclip.distributed.collectives import all_gather_object, rank_and_world_size
 from leanclip.evaluation.classification import Classification, classify
 from leanclip.evaluation.features import Encoded, encode_texts
 from leanclip.io.download import cache_folder
-from leanclip.io.files import last_use, whole_file
+from leanclip.io.files import atomic_write, last_use
 from leanclip.model import CLIP
 from leanclip.weights import fingerprint
 
@@ -99,7 +99,7 @@ def cached_classifier(
     is_first = not shared or rank_and_world_size()[0] == 0
     kept = _read(path, key) if is_first else None
     if shared:
-        kept = next(iter(everyones(kept)), None)
+        kept = next(iter(all_gather_object(kept)), None)
     if kept is None:
         kept = build_classifier(model, classes, templates, batch_size=batch_size, shared=shared)
         if is_first:
@@ -128,7 +128,7 @@ def _keep(path: Path, key: str, classifier: torch.Tensor) -> None:
     tensors = {"classifier": classifier.contiguous()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, by_several=True) as part:
+        with atomic_write(path, by_several=True) as part:
             save_file(tensors, part, {"key": key, "sha256": fingerprint(tensors)})
         by_age = sorted(
             path.parent.glob("*.safetensors"), key=lambda one: last_use(one.stat().st_mtime)

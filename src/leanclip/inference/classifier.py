@@ -20,7 +20,7 @@ from leanclip.evaluation.classification import Prediction
 log = logging.getLogger("leanclip")
 
 
-class Ranked(NamedTuple):
+class RankedItem(NamedTuple):
     """An image or a text, in its place among others."""
 
     place: int  # in what was given
@@ -30,7 +30,7 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A unit vector for each label, to be compared with images: what `Clip.classifier` makes."""
+    """A unit vector for each label, to compare with images; from `InferenceModel.classifier`."""
 
     labels: tuple[str, ...]
     weights: torch.Tensor  # (C, E) float32, unit, on the CPU
@@ -38,7 +38,7 @@ class Classifier:
     calibration: Calibration | None = None  # of these weights, labels and templates
 
 
-def guesses(
+def predictions(
     classifier: Classifier, features: torch.Tensor, top: int | None = None
 ) -> list[list[Prediction]]:
     """The labels of each image by unit features (N, E), the most probable first.

@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from leanclip.data.dataset import Strings
+from leanclip.data.dataset import StringArray
 from leanclip.data.readers.image_files import find_images
 from leanclip.errors import ConfigError, DataError, SampleError, escaped
-from leanclip.inference.model import Clip
-from leanclip.io.files import held, whole_file, write_array, write_text
+from leanclip.inference.model import InferenceModel
+from leanclip.io.files import atomic_write, try_lock, write_array, write_text
 from leanclip.io.optional_imports import need
 from leanclip.io.progress import ProgressBar
 from leanclip.io.threads import in_threads
@@ -68,7 +68,7 @@ class Source:
     """Images by number, each with an id: the files under a folder, or of a list of paths."""
 
     def __init__(self, folder: Path | None, names: Sequence[str]) -> None:
-        self.folder, self.names = folder, Strings(names)
+        self.folder, self.names = folder, StringArray(names)
 
     @classmethod
     def of(cls, folder: Path) -> "Source":
@@ -95,7 +95,7 @@ class Source:
 
 
 def embed(
-    clip: Clip,
+    clip: InferenceModel,
     source: Source,
     out: Path,
     *,
@@ -104,7 +104,7 @@ def embed(
     workers: int | None = None,
     format: str = "npy",
     dtype: str = "float32",
-    max_bad_share: float = 0.01,
+    max_bad_fraction: float = 0.01,
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
@@ -119,7 +119,7 @@ def embed(
         workers: threads that decode; None: one per CPU core, eight at most.
         format: "npy" or "parquet" (the extra `table`).
         dtype: of what is stored: "float32" or "float16".
-        max_bad_share: the share of all images, over all ranks, that may be unreadable; they are
+        max_bad_fraction: the share of all images, over all ranks, that may be unreadable; they are
             skipped and named.
         rank: whose shards to make, of `world_size`.
         world_size: how many share the work; they need not run at the same time.
@@ -133,12 +133,12 @@ def embed(
     index = _index(clip, source, shard_size, format, dtype)
     _open(out, index)
     lock = out / f".{rank}-of-{world_size}.lock"
-    with held(lock) as is_ours:
+    with try_lock(lock) as is_ours:
         if not is_ours:
             raise ConfigError(f"{out}: another process embeds there; choose another --out")
         try:
             _make_shards(
-                clip, source, out, index, batch_size, workers, max_bad_share, rank, world_size
+                clip, source, out, index, batch_size, workers, max_bad_fraction, rank, world_size
             )
         finally:
             lock.unlink(missing_ok=True)
@@ -148,13 +148,13 @@ def embed(
 
 
 def _make_shards(
-    clip: Clip,
+    clip: InferenceModel,
     source: Source,
     out: Path,
     index: Index,
     batch_size: int,
     workers: int | None,
-    max_bad_share: float,
+    max_bad_fraction: float,
     rank: int,
     world_size: int,
 ) -> None:
@@ -167,7 +167,7 @@ def _make_shards(
     if done:
         log.info("%d of %d shards are there", len(sizes) - len(pending), len(sizes))
     counted: dict[int, int] = {}
-    _check_skipped(out, index, max_bad_share, counted, {})
+    _check_skipped(out, index, max_bad_fraction, counted, {})
     numbers = (number for shard in pending for number in _part(index, shard))
     decoded = in_threads(_reader(source, clip.preprocess), numbers, workers, batch_size)
     with ProgressBar("embedding", sum(sizes.values()), completed=done, is_silent=rank > 0) as bar:
@@ -184,13 +184,13 @@ def _make_shards(
                 bar.update(done)
             for name, reason in skipped.items():
                 log.warning("skipped: %s: %s", escaped(name), escaped(reason))
-            _check_skipped(out, index, max_bad_share, counted, skipped)
+            _check_skipped(out, index, max_bad_fraction, counted, skipped)
             _write(out, shard, index, ids, rows, skipped)
-            _check_skipped(out, index, max_bad_share, counted, {})  # two ranks may end at once
+            _check_skipped(out, index, max_bad_fraction, counted, {})  # two ranks may end at once
 
 
 def _check_skipped(
-    out: Path, index: Index, max_bad_share: float, counted: dict[int, int], new: dict[str, str]
+    out: Path, index: Index, max_bad_fraction: float, counted: dict[int, int], new: dict[str, str]
 ) -> None:
     """See how many images the finished shards of all ranks lack, and a new one.
 
@@ -204,11 +204,11 @@ def _check_skipped(
         if shard not in counted and _last_file(out, shard, index.format).exists():
             counted[shard] = len(_skipped(out, shard))
     bad = sum(counted.values()) + len(new)
-    if bad > max_bad_share * index.images:
+    if bad > max_bad_fraction * index.images:
         example = list((new or _skipped(out, max(counted))).values())[-1]
         raise DataError(
-            f"{bad} of {index.images} images are unreadable, allowed are {max_bad_share:.1%} "
-            f"(--max-bad-share); one of them: {example}"
+            f"{bad} of {index.images} images are unreadable, allowed are {max_bad_fraction:.1%} "
+            f"(--max-bad-fraction); one of them: {example}"
         )
 
 
@@ -283,7 +283,7 @@ def summary(out: Path) -> dict[str, Any]:
     }
 
 
-def _index(clip: Clip, source: Source, shard_size: int, format: str, dtype: str) -> Index:
+def _index(clip: InferenceModel, source: Source, shard_size: int, format: str, dtype: str) -> Index:
     if format not in FORMATS or dtype not in DTYPES:
         raise ConfigError(
             f"embed: found format {format} and dtype {dtype}; known are {', '.join(FORMATS)}, and "
@@ -308,7 +308,7 @@ def _open(out: Path, index: Index) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if any(path.suffix in (".npy", ".parquet") for path in out.iterdir()):
             raise ConfigError(f"{out}: holds files of something else; choose another --out")
-        with whole_file(index_file(out), by_several=True) as part:
+        with atomic_write(index_file(out), by_several=True) as part:
             part.write_text(json.dumps(asdict(index), indent=1) + "\n")
         return
     there, here = asdict(read_index(out)), asdict(index)
@@ -361,7 +361,7 @@ def _write(
     last = _last_file(out, shard, index.format)
     if index.format == "npy":
         write_text(_ids_file(out, shard), json.dumps(ids))
-        with whole_file(last) as part:
+        with atomic_write(last) as part:
             write_array(part, features)
         return
     pa, pq = _parquet()
@@ -370,7 +370,7 @@ def _write(
     table = pa.table({"id": pa.array(texts, pa.string()), "embedding": values})
     if escaped := [row for row, text in enumerate(texts) if text != ids[row]]:
         table = table.replace_schema_metadata({_ESCAPED: json.dumps(escaped)})
-    with whole_file(last) as part:
+    with atomic_write(last) as part:
         pq.write_table(table, part)
 
 

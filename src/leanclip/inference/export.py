@@ -1,6 +1,6 @@
 """Write a model's towers for other runtimes, checked against it before they are there.
 
-    Clip -> towers -> torch.export -> ONNX, or a .pt2 -> run beside the model -> OUT
+    InferenceModel -> towers -> torch.export -> ONNX, or a .pt2 -> run beside the model -> OUT
 
     OUT/image.onnx, text.onnx     or image.pt2, text.pt2; batch and length of text are free
     OUT/clip.json                 sizes, how images are prepared, how texts are tokenised, checks
@@ -27,13 +27,13 @@ from torch.nn import functional as F
 from leanclip.config.sections import to_plain
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.inference.exported import BACKENDS, FORMAT, INDEX, read_exported
-from leanclip.inference.model import Clip
+from leanclip.inference.model import InferenceModel
 from leanclip.io.optional_imports import need
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
 
-LEAST_COSINE = 0.9999  # of features in float32, exported and not
+MIN_COSINE = 0.9999  # of features in float32, exported and not
 _LARGE = 1 << 30  # bytes of weights from which on they are put beside an .onnx file
 _SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 _INT8_OPERATORS = (  # in ONNX's text form; %d is the version of its operators
@@ -72,7 +72,7 @@ Embedding (ids, weight, weight_scale) => (y)
 )
 
 
-def export(clip: Clip, out: Path, to: str, *, int8: bool = False) -> dict[str, Any]:
+def export(clip: InferenceModel, out: Path, to: str, *, int8: bool = False) -> dict[str, Any]:
     """Write a folder that `leanclip.load` and other runtimes take; gives what clip.json holds.
 
     Args:
@@ -105,10 +105,10 @@ def export(clip: Clip, out: Path, to: str, *, int8: bool = False) -> dict[str, A
         _write_towers(clip.model, part, facts)
         _write_facts(part, facts)
         facts["checked"] = _compare(clip, part, to)
-        if min(facts["checked"].values()) < LEAST_COSINE:
+        if min(facts["checked"].values()) < MIN_COSINE:
             raise WeightsError(
                 f"export: the exported towers' features differ from the model's: least cosines "
-                f"{_words(facts['checked'])}, wanted {LEAST_COSINE}; nothing was written"
+                f"{_words(facts['checked'])}, wanted {MIN_COSINE}; nothing was written"
             )
         if int8:
             _quantize(part, facts)
@@ -140,7 +140,7 @@ class _Tower(nn.Module):
         return encode(x)
 
 
-def _facts(clip: Clip, to: str) -> dict[str, Any]:
+def _facts(clip: InferenceModel, to: str) -> dict[str, Any]:
     config, preprocess = clip.model.config, clip.preprocess
     is_read_at_end = config.transformer_causal and config.transformer_pool in ("argmax", "eos")
     return {
@@ -223,7 +223,7 @@ def _write_towers(model: CLIP, folder: Path, facts: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _compare(clip: Clip, folder: Path, backend: str) -> dict[str, float]:
+def _compare(clip: InferenceModel, folder: Path, backend: str) -> dict[str, float]:
     """The least cosine of each tower's features, exported and not, over batches of many sizes."""
     exported, _ = read_exported(folder, backend)
     found = {}
@@ -237,7 +237,7 @@ def _compare(clip: Clip, folder: Path, backend: str) -> dict[str, float]:
     return found
 
 
-def _images(clip: Clip) -> list[torch.Tensor]:
+def _images(clip: InferenceModel) -> list[torch.Tensor]:
     """Normalised pixels with structure at several sizes, in batches of 1, 2 and 5."""
     generator = torch.Generator().manual_seed(0)
     side, batches = clip.preprocess.resolution, []
@@ -247,7 +247,7 @@ def _images(clip: Clip) -> list[torch.Tensor]:
     return batches
 
 
-def _texts(clip: Clip) -> list[torch.Tensor]:
+def _texts(clip: InferenceModel) -> list[torch.Tensor]:
     """Token ids of several lengths, the whole context among them, in batches of 1, 3 and 4."""
     generator = torch.Generator().manual_seed(0)
     config, batches = clip.model.config, []
@@ -333,7 +333,7 @@ def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
     (folder / INDEX).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(clip: Clip, folder: Path) -> None:
+def _write_tokenizer(clip: InferenceModel, folder: Path) -> None:
     if clip.model.config.vocab_size != VOCAB_SIZE:
         return  # of no tokeniser that is known
     (folder / "vocab.json").write_text(json.dumps(vocabulary(), ensure_ascii=False))

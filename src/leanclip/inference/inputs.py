@@ -42,7 +42,7 @@ class Images(NamedTuple):
     is_single: bool  # one image, and no list of one
 
 
-def gather(images: ImageInputs) -> Images:
+def expand_inputs(images: ImageInputs) -> Images:
     """The images that are meant; folders are looked through.
 
     Raises:

@@ -1,6 +1,6 @@
 """Use a model: images and texts -> features -> similarities, labels, rankings.
 
-    load(source) -> Clip
+    load(source) -> InferenceModel
     images -> inputs.pixel_batches -> image tower -> unit features (N, E)
     texts  -> tokens, each once    -> text tower  -> unit features (M, E)
 
@@ -34,17 +34,23 @@ from leanclip.evaluation.features import (
 )
 from leanclip.inference.classifier import (
     Classifier,
-    Ranked,
+    RankedItem,
     check_labels,
     check_texts,
-    guesses,
+    predictions,
     read_labels,
 )
 from leanclip.inference.exported import is_exported, read_exported
-from leanclip.inference.inputs import AllowUrls, ImageInput, ImageInputs, gather, pixel_batches
+from leanclip.inference.inputs import (
+    AllowUrls,
+    ImageInput,
+    ImageInputs,
+    expand_inputs,
+    pixel_batches,
+)
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
-from leanclip.model.skip_init import Undrawn
+from leanclip.model.skip_init import SkipInit
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.training.determinism import allow_tf32
@@ -53,12 +59,12 @@ from leanclip.weights.hub import OPENAI_FILES
 from leanclip.weights.read import Architecture
 from leanclip.weights.weights import check_shapes
 
-MOST_RESOLUTION = 8192  # pixels a side that a stranger's preprocessing may ask for
+MAX_RESOLUTION = 8192  # pixels a side that a stranger's preprocessing may ask for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Clip:
+class InferenceModel:
     """A model with what belongs to it: how its images are prepared and its texts tokenised.
 
     `images` are everywhere one or several of: a path, a folder, bytes, a PIL image, an array
@@ -289,15 +295,15 @@ class Clip:
         Raises:
             DataError: as `embed_images` and `classifier`.
         """
-        is_single = gather(images).is_single
+        is_single = expand_inputs(images).is_single
         if not isinstance(labels, Classifier):
             labels = self.classifier(labels, templates, calibration=calibration)
-        found = guesses(labels, self._image_features(images), top)
+        found = predictions(labels, self._image_features(images), top)
         return found[0] if is_single else found
 
     def rank(
         self, images: ImageInputs, texts: str | Sequence[str], *, top: int | None = None
-    ) -> list[Ranked]:
+    ) -> list[RankedItem]:
         """Images in the order in which they fit one text, or texts in which they fit one image.
 
         Give a single text and several images, or a single image and several texts.
@@ -306,7 +312,7 @@ class Clip:
             ConfigError: both are single, or both several.
             DataError: as `embed_images` and `embed_texts`.
         """
-        given = gather(images)
+        given = expand_inputs(images)
         if given.is_single == isinstance(texts, str):
             raise ConfigError(
                 "rank: give one text (a string) and several images, or one image and a list of "
@@ -316,7 +322,7 @@ class Clip:
         items = check_texts(texts) if given.is_single else sources
         scores = self.similarity(sources, texts).ravel()
         order = np.argsort(-scores, kind="stable")[:top]
-        return [Ranked(int(i), items[i], float(scores[i])) for i in order]
+        return [RankedItem(int(i), items[i], float(scores[i])) for i in order]
 
     def image_batches(
         self, images: ImageInputs, batch_size: int = 64, workers: int | None = None
@@ -327,7 +333,7 @@ class Clip:
             DataError: as `embed_images`.
         """
         for pixels in pixel_batches(
-            gather(images).sources,
+            expand_inputs(images).sources,
             self.preprocess,
             batch_size=batch_size,
             workers=workers,
@@ -344,7 +350,7 @@ class Clip:
     ) -> torch.Tensor:
         if batch_size < 1:
             raise ConfigError(f"batch_size: should be 1 or more, found {batch_size}")
-        given = gather(images)
+        given = expand_inputs(images)
         is_short = given.total is not None and given.total <= batch_size
         features, done = [torch.empty(0, self.model.config.embed_dim)], 0
         with ProgressBar("embedding", given.total or 1, is_silent=is_short) as bar:
@@ -371,7 +377,7 @@ def load(
     allow_urls: AllowUrls = False,
     backend: str | None = None,
     tf32: bool = False,
-) -> Clip:
+) -> InferenceModel:
     """Load weights of any dialect, in evaluation mode, or what `leanclip export` wrote.
 
     Args:
@@ -399,7 +405,7 @@ def load(
         if arch is not None:
             raise ConfigError(f"{source}: was exported with its architecture; leave arch out")
         model, preprocess = read_exported(Path(source), backend)
-        return Clip(cast(CLIP, model), preprocess, allow_urls)
+        return InferenceModel(cast(CLIP, model), preprocess, allow_urls)
     if backend is not None:
         raise ConfigError(f"{source}: backend={backend!r} is for a folder that was exported")
     allow_tf32(tf32)
@@ -412,16 +418,16 @@ def load(
         )
     check_shapes(weights, weights.model)
     # Where all values come from the file; of an architecture that was said some may be the model's.
-    with Undrawn() if arch is None and not partial else nullcontext():
+    with SkipInit() if arch is None and not partial else nullcontext():
         model = CLIP(**to_plain(weights.model))
     model = model.to(_device(device))
     load_into(model, weights, partial=partial)
     most = max(weights.preprocess.resolution, *weights.preprocess.sides)
-    if most > MOST_RESOLUTION:
+    if most > MAX_RESOLUTION:
         raise WeightsError(
-            f"{weights.source}: images of {most} pixels a side, at most {MOST_RESOLUTION} are made"
+            f"{weights.source}: images of {most} pixels a side, at most {MAX_RESOLUTION} are made"
         )
-    return Clip(model.to(DTYPES[name]).eval(), weights.preprocess, allow_urls)
+    return InferenceModel(model.to(DTYPES[name]).eval(), weights.preprocess, allow_urls)
 
 
 def _device(name: str | torch.device) -> torch.device:

@@ -35,7 +35,7 @@ def is_lfs_file(path: str | Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with whole_file(path, is_flushed=False) as part:
+    with atomic_write(path, is_flushed=False) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -47,7 +47,9 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, *, by_several: bool = False, is_flushed: bool = True) -> Iterator[Path]:
+def atomic_write(
+    path: Path, *, by_several: bool = False, is_flushed: bool = True
+) -> Iterator[Path]:
     """Where to write a file that takes its place when the block ends well.
 
     Args:
@@ -93,7 +95,7 @@ def read_json_lines(path: Path) -> list[Any]:
     return found
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no such file, or it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +122,7 @@ def last_use(seconds: float) -> float:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def lock_file(path: Path) -> Iterator[None]:
     """Hold the lock that a file is, among all processes and threads of this machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -132,7 +134,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[bool]:
+def try_lock(path: Path) -> Iterator[bool]:
     """Try to hold the lock that a file is, until the end of this process at the latest.
 
     Gives whether it does, or another process has it. Processes that are forked off do not share it.

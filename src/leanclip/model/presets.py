@@ -15,7 +15,7 @@ from leanclip.config.schema import ModelConfig
 from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError
 from leanclip.model.clip import CLIP
-from leanclip.model.skip_init import shapes_alone
+from leanclip.model.skip_init import meta_device
 
 
 def _vit(
@@ -123,7 +123,7 @@ def summaries() -> Iterator[dict[str, Any]]:
 
 def _cost(config: ModelConfig, length: int | None = None) -> tuple[int, float]:
     """The number of parameters, and the GFLOPs of a forward pass."""
-    with shapes_alone():
+    with meta_device():
         model = CLIP(**to_plain(config)).eval()
         pixels = torch.empty(1, 3, config.image_resolution, config.image_resolution)
         tokens = torch.empty(1, length or config.context_length, dtype=torch.int64)

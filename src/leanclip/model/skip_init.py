@@ -24,7 +24,7 @@ _DRAWING = frozenset(
 )
 
 
-class Undrawn(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Within it, what a model draws its values with gives zeros."""
 
     def __torch_function__(
@@ -42,7 +42,7 @@ class Undrawn(TorchFunctionMode):
 
 
 @contextmanager
-def shapes_alone() -> Iterator[None]:
+def meta_device() -> Iterator[None]:
     """Within it, a model has shapes and types, and no values: it is on the meta device."""
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"), SkipInit():
         yield

@@ -16,9 +16,9 @@ from leanclip.config.schema import ModelConfig
 from leanclip.config.sections import to_plain
 from leanclip.errors import DataError, LeanclipError, WeightsError
 from leanclip.inference import model as inference
-from leanclip.inference.model import Clip
+from leanclip.inference.model import InferenceModel
 from leanclip.model import CLIP as LeanCLIP
-from leanclip.model.skip_init import shapes_alone
+from leanclip.model.skip_init import meta_device
 from leanclip.openai.bpe import SimpleTokenizer
 from leanclip.openai.network import CLIP, convert_weights
 from leanclip.openai.transforms import Compose, steps_of
@@ -65,7 +65,7 @@ def load(
         clip = _read(name, "auto" if device is None else device, download_root)
     except LeanclipError as error:
         raise RuntimeError(str(error)) from None
-    with shapes_alone():
+    with meta_device():
         model = CLIP(**to_plain(clip.model.config))
     model.load_state_dict(clip.model.state_dict(), assign=True)
     if clip.device.type != "cpu":
@@ -88,7 +88,9 @@ def tokenize(
         raise RuntimeError(words) from None
 
 
-def _read(name: str | Path, device: str | torch.device, download_root: str | Path | None) -> Clip:
+def _read(
+    name: str | Path, device: str | torch.device, download_root: str | Path | None
+) -> InferenceModel:
     """The weights of a name."""
     if str(name) in _MODELS:
         root = None if download_root is None else Path(download_root)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from leanclip.config.sections import to_plain
 from leanclip.errors import WeightsError
-from leanclip.model.skip_init import Undrawn
+from leanclip.model.skip_init import SkipInit
 from leanclip.openai.resnet import ModifiedResNet
 from leanclip.weights.openai import from_tensors
 
@@ -372,7 +372,7 @@ def build_model(state_dict: Mapping[str, torch.Tensor]) -> CLIP:
             raise WeightsError("state_dict: no heads of 64 channels fit its widths")
     except WeightsError as error:
         raise RuntimeError(str(error)) from None
-    with Undrawn():
+    with SkipInit():
         model = CLIP(**to_plain(weights.model))
     convert_weights(model)
     model.load_state_dict(weights.tensors)

@@ -44,8 +44,8 @@ _PLAIN = re.compile(r"[\t\n\f\r -%'-~]*")
 _MAX_REPAIRED = 10_000  # characters; entities nested deeper would take ftfy minutes
 _LONG_NUMBER = re.compile("&#([0-9]{1000,})")
 
-_KEPT_CHUNKS = 1 << 16  # about 10 MB of English, and 30 MB of any text
-_KEPT_LENGTH = 32  # characters
+_MAX_CACHED_CHUNKS = 1 << 16  # about 10 MB of English, and 30 MB of any text
+_MAX_CACHED_LENGTH = 32  # characters
 _GONE = -1  # in place of an id that was merged into the one at its left
 
 
@@ -154,8 +154,8 @@ class _IdsOfChunk(dict[str, bytes]):
             ids = _packed(_ids_of_word(chunk))
         else:
             ids = b"".join(map(self.__getitem__, words))
-        if len(chunk) <= _KEPT_LENGTH:
-            if len(self) >= _KEPT_CHUNKS:
+        if len(chunk) <= _MAX_CACHED_LENGTH:
+            if len(self) >= _MAX_CACHED_CHUNKS:
                 self.clear()
             self[chunk] = ids
         return ids

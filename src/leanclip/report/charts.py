@@ -13,7 +13,7 @@ import numpy as np
 
 from leanclip.evaluation.classification import Prediction
 from leanclip.preprocess.images import Preprocess, Source, open_image, view
-from leanclip.report.plots import new_figure, saved, words
+from leanclip.report.plots import new_figure, sanitize_label, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def classification(
     images: Sequence[Source],
-    guesses: Sequence[Sequence[Prediction]],
+    predictions: Sequence[Sequence[Prediction]],
     path: Path | None = None,
     *,
     top: int = 5,
@@ -30,12 +30,12 @@ def classification(
     rows = len(images)
     figure = new_figure(7, 2.1 * rows)
     grid = figure.subplots(rows, 2, squeeze=False, width_ratios=(1, 2))
-    for (left, right), image, found in zip(grid, images, guesses, strict=True):
+    for (left, right), image, found in zip(grid, images, predictions, strict=True):
         left.imshow(open_image(image))
         left.axis("off")
         shown = found[:top]
         right.barh(range(len(shown)), [guess.probability for guess in shown])
-        right.set_yticks(range(len(shown)), [words(guess.label, 30) for guess in shown])
+        right.set_yticks(range(len(shown)), [sanitize_label(guess.label, 30) for guess in shown])
         right.invert_yaxis()
         right.set_xlim(0, 1)
         right.spines[["top", "right"]].set_visible(False)
@@ -66,7 +66,7 @@ def heat_maps(
         axes.imshow(seen)
         extent = (-0.5, seen.width - 0.5, seen.height - 0.5, -0.5)
         axes.imshow(heat, cmap="jet", alpha=0.45, interpolation="bilinear", extent=extent)
-        axes.set_title(words(title, 30), fontsize=8)
+        axes.set_title(sanitize_label(title, 30), fontsize=8)
     return saved(figure, path)
 
 
@@ -89,7 +89,9 @@ def scatter(
         rows = [i for i in range(len(points)) if groups is None or groups[i] == kind]
         axes.scatter(points[rows, 0], points[rows, 1], marker=marker, label=kind)
     for (x, y), name in zip(points, names, strict=True):
-        axes.annotate(words(name, 40), (x, y), xytext=(4, 4), textcoords="offset points", size=8)
+        axes.annotate(
+            sanitize_label(name, 40), (x, y), xytext=(4, 4), textcoords="offset points", size=8
+        )
     axes.set_xlabel(f"first component ({shares[0]:.0%} of the variance)")
     axes.set_ylabel(f"second component ({shares[1]:.0%})")
     if groups:

@@ -23,7 +23,7 @@ from leanclip.report.page import (
     write_page,
 )
 from leanclip.report.plots import can_draw, image_grid
-from leanclip.report.report_page import called, say
+from leanclip.report.report_page import format_metric, metric_label
 
 SHOWN = 24  # changed samples of a kind on the page
 DRAWN = 12  # in the picture
@@ -65,7 +65,7 @@ def sentence(name: str, test: McNemar) -> str:
         "more than luck would explain (at 5%)" if test.p < 0.05 else "it could be luck (at 5%)"
     )
     return (
-        f"{called(name)}: B is right on {test.better:,} where A is wrong, and wrong on "
+        f"{metric_label(name)}: B is right on {test.better:,} where A is wrong, and wrong on "
         f"{test.worse:,} where A is right; {p} ({test.method}): {verdict}."
     )
 
@@ -73,11 +73,11 @@ def sentence(name: str, test: McNemar) -> str:
 def comparison_text(found: Comparison) -> str:
     """The comparison as lines for a terminal."""
     lines = [f"A: {found.names[0]}", f"B: {found.names[1]}"]
-    width = max((len(called(one.name)) for one in found.figures), default=0)
+    width = max((len(metric_label(one.name)) for one in found.figures), default=0)
     for one in found.figures:
         low, high = one.interval
         lines.append(
-            f"{called(one.name):<{width}}  A {one.first:>6.1%}  B {one.second:>6.1%}  "
+            f"{metric_label(one.name):<{width}}  A {one.first:>6.1%}  B {one.second:>6.1%}  "
             f"B - A {points(one.difference)} (95%: {points(low)} to {points(high)})"
         )
     return "\n".join([*lines, *comparison_notes(found)])
@@ -93,9 +93,9 @@ def comparison_notes(found: Comparison) -> list[str]:
 def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
     rows = [
         [
-            called(one.name),
-            say(one.name, one.first),
-            say(one.name, one.second),
+            metric_label(one.name),
+            format_metric(one.name, one.first),
+            format_metric(one.name, one.second),
             points(one.difference),
             f"{points(one.interval[0])} to {points(one.interval[1])}",
         ]
@@ -126,7 +126,7 @@ def _write_page(path: Path, found: Comparison, tasks: Sequence[Task]) -> None:
                 ("only A is right", "wrong", found.worse[name]),
             ):
                 if some:
-                    parts.append(_changes(f"{called(name)}: {title}", kind, some, task))
+                    parts.append(_changes(f"{metric_label(name)}: {title}", kind, some, task))
     write_page(path, "leanclip compare", *parts)
 
 

@@ -17,7 +17,7 @@ from leanclip.io.files import write_text
 from leanclip.preprocess.images import Source, as_jpeg, image_to_show, middle_square
 
 SIDE = 112  # of a thumbnail, in pixels: twice what is shown, for fine screens
-MOST_POINTS = 400  # of a line
+MAX_POINTS = 400  # of a line
 _VOID = {  # elements without an inside, in HTML and in SVG
     "img",
     "meta",
@@ -265,7 +265,7 @@ def _tick(value: float, top: float) -> str:
 
 
 def _thinned(line: Points) -> list[tuple[float, float]]:
-    """Of a long line MOST_POINTS, evenly, and the last; no infinite ones."""
+    """Of a long line MAX_POINTS, evenly, and the last; no infinite ones."""
     finite = [point for point in line if all(map(math.isfinite, point))]
-    step = -(-len(finite) // MOST_POINTS) if finite else 1
+    step = -(-len(finite) // MAX_POINTS) if finite else 1
     return [*finite[::step], *finite[-1:]]

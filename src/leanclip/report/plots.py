@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MEASURED = ("val/", "guard/")  # names of metrics of evaluations
+MEASURED = ("val/", "retention/")  # names of metrics of evaluations
 log = logging.getLogger("leanclip")
 
 
@@ -91,7 +91,7 @@ def similarity_matrix(
     for (row, column), value in np.ndenumerate(similarity):
         ink = "black" if value > middle else "white"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=10, color=ink)
-    axes.set_yticks(range(rows), [words(text, 36) for text in texts])
+    axes.set_yticks(range(rows), [sanitize_label(text, 36) for text in texts])
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     for column, image in enumerate(images):
@@ -167,7 +167,7 @@ def pareto_picture(
     for place, label in zip(places, labels, strict=True):
         plot.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
     for set_name, name in zip((plot.set_xlabel, plot.set_ylabel), axes, strict=True):
-        set_name(words(name, 60))
+        set_name(sanitize_label(name, 60))
     for axis in (plot.xaxis, plot.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
     plot.legend(fontsize="small")
@@ -201,7 +201,7 @@ def image_grid(
         axes.axis("off")
     for axes, image, caption in zip(grid, images, captions, strict=False):
         _draw(axes, image)
-        axes.set_title(words(caption, 28), fontsize=8)
+        axes.set_title(sanitize_label(caption, 28), fontsize=8)
     return saved(figure, path)
 
 
@@ -214,7 +214,7 @@ def _draw(axes: "Axes", image: Source) -> None:
         axes.text(0.5, 0.5, "no picture", ha="center", va="center", transform=axes.transAxes)
 
 
-def words(text: str, width: int) -> str:
+def sanitize_label(text: str, width: int) -> str:
     """A caption as it stands, in lines: a dollar sign is no formula, a control no character."""
     printable = "".join(c if c.isprintable() else " " for c in text[:500])
     return textwrap.fill(printable, width).replace("$", r"\$")

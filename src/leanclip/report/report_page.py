@@ -77,17 +77,17 @@ def write_report_page(folder: Path, report: Report, skipped: BadSamples | None =
     return folder / FILE
 
 
-def say(name: str, value: float) -> str:
+def format_metric(name: str, value: float) -> str:
     """A figure as people write it: a percentage, or a rank; of a broken model it may be none."""
     if not math.isfinite(value):
         return "no number"
     return f"{value:,.4g}" if name.endswith(NOT_SHARES) else f"{value:.1%}"
 
 
-def called(name: str) -> str:
+def metric_label(name: str) -> str:
     """What people call a figure."""
     if name.startswith(PREFIX):
-        return f"guard: {called(name.removeprefix(PREFIX))}"
+        return f"retention: {metric_label(name.removeprefix(PREFIX))}"
     for start, words in OF_CLASSES.items():
         if name.startswith(f"{start}_") and name.removeprefix(f"{start}_") in KINDS:
             return f"{words} {KINDS[name.removeprefix(f'{start}_')]}"
@@ -99,8 +99,10 @@ def headlines(report: Report) -> str:
     found = []
     for name in _chosen(report)[:2]:
         interval = report.intervals.get(name)
-        between = f" ({' to '.join(say(name, end) for end in interval)})" if interval else ""
-        found.append(f"{called(name)} {say(name, report.metrics[name])}{between}")
+        between = (
+            f" ({' to '.join(format_metric(name, end) for end in interval)})" if interval else ""
+        )
+        found.append(f"{metric_label(name)} {format_metric(name, report.metrics[name])}{between}")
     return ", ".join(found)
 
 
@@ -115,15 +117,15 @@ def _head(report: Report, title: str) -> Html:
     for name in _chosen(report)[:HEADLINES]:
         interval = report.intervals.get(name)
         between = f"95%: {_between(name, interval)}" if interval else ""
-        value = tag("b", say(name, report.metrics[name]))
-        cards.append(tag("div", tag("span", called(name)), value, tag("span", between),
+        value = tag("b", format_metric(name, report.metrics[name]))
+        cards.append(tag("div", tag("span", metric_label(name)), value, tag("span", between),
                          class_="card"))  # fmt: skip
     sentences = [tag("p", sentence) for sentence in report.sentences]
     return tag("header", tag("h1", title), tag("div", cards, class_="cards"), sentences)
 
 
 def _between(name: str, interval: Sequence[float]) -> str:
-    return " – ".join(say(name, value) for value in interval)
+    return " – ".join(format_metric(name, value) for value in interval)
 
 
 def _figures(report: Report) -> Html:
@@ -134,12 +136,12 @@ def _figures(report: Report) -> Html:
         low, high = interval or (None, None)
         is_share = 0 <= value <= 1 and not name.endswith(NOT_SHARES)
         row: list[str] = [
-            tag("span", called(name), bar(value, low=low, high=high) if is_share else ""),
-            say(name, value),
+            tag("span", metric_label(name), bar(value, low=low, high=high) if is_share else ""),
+            format_metric(name, value),
             _between(name, interval) if interval else "",
         ]
         if has_before:
-            row.insert(1, say(name, report.before[name]) if name in report.before else "")
+            row.insert(1, format_metric(name, report.before[name]) if name in report.before else "")
         rows.append(row)
     heads = ["figure", *(["before"] if has_before else []), "value", "95% interval"]
     note = tag(
@@ -163,7 +165,7 @@ def _curves(lines: Sequence[Mapping[str, float]]) -> Html | str:
         "learning rate": {"": "train/lr"},
         "logit scale": {"": "train/logit_scale"},
         "evaluation": {
-            called(name.removeprefix("val/")): name
+            metric_label(name.removeprefix("val/")): name
             for name in sorted({name for line in lines for name in line})
             if name.startswith(("val/", PREFIX)) and name.endswith(("_top1", "_R@1"))
         },
@@ -210,7 +212,7 @@ def _provenance(report: Report) -> Html:
     facts = report.facts()
     parts = [_hashed("weights", report.source, report.weights)]
     for name, data in report.data.items():
-        where = f"{data['layout']}:{data['root']}" + (f", {data['split']}" if data["split"] else "")
+        where = f"{data['format']}:{data['root']}" + (f", {data['split']}" if data["split"] else "")
         words = f"{where}, {data['samples']:,} images. {sample_note(data)}"
         parts.append(_hashed(name.replace("_", " "), words, data["sha256"]))
     if report.command:

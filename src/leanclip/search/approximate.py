@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from leanclip.errors import ConfigError
-from leanclip.io.files import whole_file, write_array
+from leanclip.io.files import atomic_write, write_array
 from leanclip.io.optional_imports import need
 from leanclip.search.items import Items
 from leanclip.search.vectors import Vectors
@@ -28,7 +28,7 @@ log = logging.getLogger("leanclip")
 KINDS = ("hnsw", "ivfpq")
 RECALL = 0.95  # below this it is said
 FEWEST = {"hnsw": 1, "ivfpq": 10_000}  # pictures; codes of fewer cannot be learned
-MOST_OUTSIDE = 0.1  # share of pictures that came later; with more, update builds it again
+MAX_OUTSIDE = 0.1  # share of pictures that came later; with more, update builds it again
 QUERIES = 200  # for measuring
 FACT = "approximate"
 _FILE, _NUMBERS = "approximate.faiss", "approximate.npy"
@@ -66,7 +66,7 @@ class Approximate:
             found.append(self.vectors.rescored(query, rows, k))
         return found
 
-    def share_outside(self) -> float:
+    def fraction_outside(self) -> float:
         """The share of pictures that came after it was built."""
         numbers = self.items.numbers()
         there = int((numbers > 0).sum())
@@ -103,7 +103,7 @@ def build(
     graph = _graph(faiss, kind, rows, vectors)
     for first in range(0, len(rows), _PART):
         graph.add(vectors.read(rows[first : first + _PART]).astype(np.float32))
-    with whole_file(folder / _FILE) as part, whole_file(folder / _NUMBERS) as other:
+    with atomic_write(folder / _FILE) as part, atomic_write(folder / _NUMBERS) as other:
         faiss.write_index(graph, str(part))
         write_array(other, np.stack([rows, numbers[rows]]))
         items.note(FACT, None)  # the two files belong together

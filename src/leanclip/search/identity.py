@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leanclip.errors import ConfigError
-from leanclip.inference.model import Clip
+from leanclip.inference.model import InferenceModel
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import merges
 from leanclip.weights import fingerprint
@@ -20,7 +20,7 @@ PARTS = {
 }
 
 
-def identity(clip: Clip) -> dict[str, Any]:
+def identity(clip: InferenceModel) -> dict[str, Any]:
     """What decides a model's features: hashes of weights, preprocessing and tokeniser."""
     words = [merges(), clip.model.context_length]
     return {

@@ -20,10 +20,10 @@ from PIL import Image
 
 from leanclip.errors import ConfigError, DataError
 from leanclip.inference.inputs import ImageInput
-from leanclip.inference.model import Clip, load
-from leanclip.io.files import held
+from leanclip.inference.model import InferenceModel, load
+from leanclip.io.files import try_lock
 from leanclip.search import approximate
-from leanclip.search.approximate import FACT, MOST_OUTSIDE, QUERIES, RECALL, Approximate
+from leanclip.search.approximate import FACT, MAX_OUTSIDE, QUERIES, RECALL, Approximate
 from leanclip.search.filters import Range, conditions
 from leanclip.search.identity import check_model, identity
 from leanclip.search.items import FILE, Item, Items
@@ -56,7 +56,7 @@ class Index:
 
     def __init__(self, path: Path, items: Items) -> None:
         self.path, self.items = path, items
-        self.clip: Clip | None = None
+        self.clip: InferenceModel | None = None
         self.model: dict[str, Any] = items.fact("model")
         self.vectors = Vectors(path, self.model["embed_dim"], self.model["shard_rows"])
         self.changes = Changes()
@@ -66,7 +66,7 @@ class Index:
     def build(
         cls,
         sources: str | Path | Sequence[str | Path],
-        model: Clip | str | Path,
+        model: InferenceModel | str | Path,
         out: str | Path,
         *,
         root: str | Path | None = None,
@@ -93,8 +93,8 @@ class Index:
         wanted = [Source.of(one, root) for one in given]
         if not wanted:
             raise ConfigError("search: give a folder of images")
-        clip = model if isinstance(model, Clip) else load(model)
-        if source is None and not isinstance(model, Clip):
+        clip = model if isinstance(model, InferenceModel) else load(model)
+        if source is None and not isinstance(model, InferenceModel):
             source = model
         path, facts = Path(out), identity(clip)
         for one in wanted:
@@ -113,7 +113,7 @@ class Index:
         return index
 
     @classmethod
-    def open(cls, path: str | Path, model: Clip | str | Path | None = None) -> "Index":
+    def open(cls, path: str | Path, model: InferenceModel | str | Path | None = None) -> "Index":
         """An index that is there; with a model, words and pictures can be searched for.
 
         Raises:
@@ -124,10 +124,10 @@ class Index:
             raise ConfigError(f"{path}: was not begun in earnest; build it again")
         index = cls(Path(path), items)
         if model is not None:
-            index.use(model if isinstance(model, Clip) else load(model))
+            index.use(model if isinstance(model, InferenceModel) else load(model))
         return index
 
-    def use(self, clip: Clip) -> None:
+    def use(self, clip: InferenceModel) -> None:
         """Give it its model, for searching words and pictures, and for updates.
 
         Raises:
@@ -149,7 +149,7 @@ class Index:
         *,
         batch_size: int = 64,
         workers: int | None = None,
-        max_bad_share: float = 0.1,
+        max_bad_fraction: float = 0.1,
     ) -> Changes:
         """Add what is new, drop what is gone, embed again what has changed.
 
@@ -160,14 +160,14 @@ class Index:
             sources: what the index shall be of from now on; None: as before.
             batch_size: the most images of a forward pass.
             workers: threads that read and decode; None: one per CPU core, eight at most.
-            max_bad_share: the share of images that may be unreadable; they are left out.
+            max_bad_fraction: the share of images that may be unreadable; they are left out.
 
         Raises:
             ConfigError: another process is at it, or the index was opened without its model.
             DataError: a source is missing or empty, or too much of it is unreadable.
         """
         clip = self._clip()
-        with held(self.path / "lock") as is_ours:
+        with try_lock(self.path / "lock") as is_ours:
             if not is_ours:
                 raise ConfigError(f"{self.path}: another process is building or updating it")
             if sources is not None:
@@ -176,10 +176,10 @@ class Index:
                     _check_embeddings(source, self.model)
                 self.items.note("sources", [astuple(source) for source in chosen])
             there = [Source(*pair) for pair in self.items.fact("sources") or ()]
-            run = Update(self.items, self.vectors, clip, batch_size, workers, max_bad_share)
+            run = Update(self.items, self.vectors, clip, batch_size, workers, max_bad_fraction)
             self.changes = run.run(there)
             facts = self.items.fact(FACT)
-            if facts and self._approximate().share_outside() > MOST_OUTSIDE:
+            if facts and self._approximate().fraction_outside() > MAX_OUTSIDE:
                 self.build_approximate(facts["kind"], wanted=facts["wanted"])
             return self.changes
 
@@ -368,7 +368,7 @@ class Index:
             approximate.warn_if_low(self.path, facts)
         return self._graph[1]
 
-    def _clip(self) -> Clip:
+    def _clip(self) -> InferenceModel:
         if self.clip is None:
             raise ConfigError(f"{self.path}: was opened without a model; give it one")
         return self.clip

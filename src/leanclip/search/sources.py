@@ -24,7 +24,7 @@ from leanclip.data.readers.tar_index import Remarks, shard_index
 from leanclip.data.splits import splits_in
 from leanclip.errors import ConfigError, DataError, SampleError, escaped
 from leanclip.inference.embeddings import index_file, read_index, shards_of
-from leanclip.io.files import LFS_POINTER, is_lfs_file, read_facts
+from leanclip.io.files import LFS_POINTER, is_lfs_file, read_json_object
 from leanclip.preprocess.decoding import open_regular, refusing
 from leanclip.preprocess.images import Preprocess, evaluation_pixels
 from leanclip.search.filters import absolute
@@ -32,7 +32,7 @@ from leanclip.search.items import Entry
 
 log = logging.getLogger("leanclip")
 
-MOST_TEXT = 1 << 20  # bytes of a shard's text
+MAX_TEXT_BYTES = 1 << 20  # bytes of a shard's text
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _is_embeddings(path: Path) -> bool:
     """`leanclip data pack` writes an index.json too, beside its shards."""
     if any(path.glob("*.tar")):
         return False
-    return "embed_dim" in read_facts(index_file(path))
+    return "embed_dim" in read_json_object(index_file(path))
 
 
 def _file(path: Path, root: Path, splits: Sequence[str]) -> Entry | None:
@@ -196,7 +196,7 @@ def _members(tar: Path, root: Path) -> Iterator[Entry]:
     with tar.open("rb") as file:
 
         def text(row: np.void, part: str) -> str | None:
-            if not row[part] or row[f"{part}_size"] > MOST_TEXT:
+            if not row[part] or row[f"{part}_size"] > MAX_TEXT_BYTES:
                 return None
             content = os.pread(file.fileno(), int(row[f"{part}_size"]), int(row[part]))
             return content.decode("utf-8-sig", "replace").strip() or None

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from leanclip.errors import DataError, SampleError, escaped
-from leanclip.inference.model import Clip
+from leanclip.inference.model import InferenceModel
 from leanclip.io.progress import ProgressBar
 from leanclip.io.threads import in_threads
 from leanclip.search.items import Entry, Items
@@ -28,9 +28,9 @@ from leanclip.search.vectors import Vectors
 
 log = logging.getLogger("leanclip")
 
-MOST_PENDING = 1024  # pictures, or
-MOST_SECONDS = 5.0  # between two commits
-MOST_NAMED = 20  # of what cannot be read
+MAX_PENDING = 1024  # pictures, or
+MAX_SECONDS = 5.0  # between two commits
+MAX_NAMED = 20  # of what cannot be read
 
 
 @dataclass
@@ -53,13 +53,13 @@ class Update:
         self,
         items: Items,
         vectors: Vectors,
-        clip: Clip,
+        clip: InferenceModel,
         batch_size: int,
         workers: int | None,
-        max_bad_share: float,
+        max_bad_fraction: float,
     ) -> None:
         self.items, self.vectors, self.clip = items, vectors, clip
-        self.batch_size, self.workers, self.max_bad_share = batch_size, workers, max_bad_share
+        self.batch_size, self.workers, self.max_bad_fraction = batch_size, workers, max_bad_fraction
         used = self.items.numbers()
         self.free = iter(np.flatnonzero(used == 0).tolist())  # of pictures dropped before this run
         self.end = len(used)
@@ -124,13 +124,13 @@ class Update:
 
     def _skip(self, path: str, error: SampleError, total: int) -> None:
         self.changes.skipped += 1
-        if self.changes.skipped <= MOST_NAMED:
+        if self.changes.skipped <= MAX_NAMED:
             log.warning("skipped: %s: %s", escaped(str(path)), escaped(str(error)))
-        if self.changes.skipped > self.max_bad_share * total:
+        if self.changes.skipped > self.max_bad_fraction * total:
             self._commit()
             raise DataError(
                 f"{self.changes.skipped} of {total} images are unreadable, allowed are "
-                f"{self.max_bad_share:.1%} (--max-bad-share); the last: {path}: {error}"
+                f"{self.max_bad_fraction:.1%} (--max-bad-fraction); the last: {path}: {error}"
             )
 
     def _embed(self, batch: Sequence[Found]) -> None:
@@ -144,8 +144,8 @@ class Update:
             vector = features.get(one.digest) if one.features is None else one.features
             self.pending.append((one.entry, one.digest, vector))
             self.digests.add(one.digest)
-        is_late = time.monotonic() - self.committed > MOST_SECONDS
-        if len(self.pending) >= MOST_PENDING or is_late:
+        is_late = time.monotonic() - self.committed > MAX_SECONDS
+        if len(self.pending) >= MAX_PENDING or is_late:
             self._commit()
 
     def _features(self, pixels: list[np.ndarray]) -> np.ndarray:

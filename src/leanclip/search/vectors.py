@@ -26,7 +26,7 @@ from leanclip.errors import DataError
 SHARD_ROWS = 262_144
 BLOCK = 1024  # rows that are float32 at a time: 2 MB of 512 values
 CHUNK = 32 * BLOCK  # rows of which the best are kept
-MOST_QUERIES = 64  # of one pass
+MAX_QUERIES = 64  # of one pass
 SPARE = 16  # more than k go into float64: float32 may swap what is nearly equal
 
 
@@ -95,8 +95,8 @@ class Vectors:
             empty = (np.empty(0, np.int64), np.empty(0))
             return [empty for _ in queries]
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        for first in range(0, len(queries), MOST_QUERIES):
-            part = queries[first : first + MOST_QUERIES]
+        for first in range(0, len(queries), MAX_QUERIES):
+            part = queries[first : first + MAX_QUERIES]
             if len(rows) * 8 < len(allowed):  # few: read those alone
                 candidates = self._candidates_of(rows, part, k + SPARE)
             else:

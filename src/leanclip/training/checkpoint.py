@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from leanclip.distributed.collectives import (
     from_first,
     gather_rows,
+    raise_if_any,
     rank_and_world_size,
     tensors_from_first,
-    together,
 )
 from leanclip.distributed.fsdp import is_sharded, placed_as
 from leanclip.errors import WeightsError
@@ -105,7 +105,7 @@ def save(
     try:
         problem = _begin(temporary) if rank == 0 else ""
         if has_shards:
-            together(problem=problem)  # the other ranks write into that folder too
+            raise_if_any(problem=problem)  # the other ranks write into that folder too
             from leanclip.training.sharded_checkpoint import save_shards
 
             save_shards(temporary / SHARDS, model, optimizer)

@@ -10,11 +10,13 @@ from leanclip.training.plan import Plan
 
 
 def by_evaluation(figures: Mapping[str, float]) -> dict[str, float]:
-    """An evaluation's figures as metrics.jsonl names them: `val/...`, and `guard/...`."""
-    return {k if k.startswith("guard/") else f"val/{k}": v for k, v in figures.items()}
+    """An evaluation's figures as metrics.jsonl names them: `val/...`, and `retention/...`."""
+    return {k if k.startswith("retention/") else f"val/{k}": v for k, v in figures.items()}
 
 
-def judged(plan: Plan, best: Best | None, figures: Mapping[str, float], step: int) -> Best | None:
+def update_best(
+    plan: Plan, best: Best | None, figures: Mapping[str, float], step: int
+) -> Best | None:
     """The best evaluation after one more; None where the settings name no metric.
 
     An earlier best by another metric does not count. Of equals the first stays.
@@ -27,12 +29,12 @@ def judged(plan: Plan, best: Best | None, figures: Mapping[str, float], step: in
     return best._replace(since=best.since + 1)
 
 
-def is_news(plan: Plan, best: Best | None) -> bool:
+def improved(plan: Plan, best: Best | None) -> bool:
     """Whether a checkpoint is to be written: the best there was, or the last there will be."""
-    return best is not None and (best.since == 0 or has_stopped_gaining(plan, best))
+    return best is not None and (best.since == 0 or should_stop(plan, best))
 
 
-def has_stopped_gaining(plan: Plan, best: Best | None) -> bool:
+def should_stop(plan: Plan, best: Best | None) -> bool:
     """Whether the run ends here, by `evaluate.patience`."""
     patience = plan.config.evaluate.patience
     if patience is None or best is None or best.metric != plan.config.checkpoint.best_metric:

@@ -1,6 +1,6 @@
 """Locked towers run once: their features are kept in the run's folder, mapped into memory.
 
-    samples in order -> blocks -> locked tower -> features/image/ -> `Frozen.replace` of a batch
+    samples in order -> blocks -> locked tower -> features/image/ -> `FeatureCache.replace`
 
 A block is computed by one rank, whole, so the values are the same for any number of ranks. What
 is finished of an interrupted computation stays. Captions are found again by a digest of 64 bits
@@ -28,7 +28,7 @@ from leanclip.data.dataset import fill
 from leanclip.data.formats.mixture import Mixture
 from leanclip.data.loader import Batch, batches_at, trim
 from leanclip.data.skipped import Bad
-from leanclip.distributed.collectives import barrier, everyones, rank_and_world_size
+from leanclip.distributed.collectives import all_gather_object, barrier, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluation.features import encode_images
 from leanclip.io.files import split_lines, write_text
@@ -44,7 +44,7 @@ ROWS, DIGESTS, BLOCKS = "rows.f32", "digests.u64", "blocks.jsonl"
 Block = range | list[str]  # samples by index, or captions
 
 
-class Frozen(NamedTuple):
+class FeatureCache(NamedTuple):
     """The features of locked towers; without any, batches stay as they are."""
 
     image: np.ndarray | None = None  # (N, E), by the samples' index
@@ -75,7 +75,7 @@ class Frozen(NamedTuple):
         return batch
 
 
-def frozen_towers(config: Config, dataset: Dataset) -> list[str]:
+def cached_towers(config: Config, dataset: Dataset) -> list[str]:
     """The towers that see the same each time and stay the same: of "image" and "text"."""
     finetune, model = config.finetune, config.model
     if not finetune.cache_features or dataset.is_stream:
@@ -90,16 +90,16 @@ def frozen_towers(config: Config, dataset: Dataset) -> list[str]:
     return found
 
 
-def freeze(
+def build_feature_cache(
     model: CLIP, config: Config, dataset: Dataset, preprocess: Preprocess, folder: Path
-) -> Frozen:
+) -> FeatureCache:
     """The features of locked towers, from `folder` or computed into it; every rank calls this.
 
     Raises:
         ConfigError: another rank does not see what the first one wrote into the folder.
     """
-    frozen = Frozen()
-    for tower in frozen_towers(config, dataset):
+    frozen = FeatureCache()
+    for tower in cached_towers(config, dataset):
         path, is_first = folder / tower, rank_and_world_size()[0] == 0
         store = (
             _Store(path, _about(model, config, dataset, preprocess, tower)) if is_first else None
@@ -122,7 +122,7 @@ def _check_shared(folder: Path) -> None:
     """See that all ranks have the first one's features; an error is raised on all of them."""
     rows, about = folder / ROWS, folder / "about.json"
     is_there = rows.is_file() and about.is_file()
-    seen = everyones((rows.stat().st_size, about.read_text()) if is_there else ())
+    seen = all_gather_object((rows.stat().st_size, about.read_text()) if is_there else ())
     for rank, one in enumerate(seen):
         if one != seen[0]:
             raise ConfigError(
@@ -142,7 +142,7 @@ def _compute(
 ) -> None:
     """Add what the store lacks, a block of each rank at a time."""
     rank, world_size = rank_and_world_size()
-    done = everyones(store.blocks if store else 0)[0]
+    done = all_gather_object(store.blocks if store else 0)[0]
     if done == len(blocks):
         return
     mine = blocks[done:][rank::world_size]
@@ -162,7 +162,7 @@ def _compute(
             part = None
             if number < len(mine):
                 part = encode(model, config, preprocess, mine[number], batches)
-            for computed in everyones(part):  # in the order of blocks
+            for computed in all_gather_object(part):  # in the order of blocks
                 if store is not None and computed is not None:
                     store.add(computed)
                 done += 1
@@ -257,7 +257,7 @@ def _about(
         if group is not None and group.tower == tower:
             weights.update(name.encode())
             weights.update(tensor.detach().cpu().contiguous().numpy().data)
-    free = ("workers", "max_bad_share", "cache_gigabytes", "shuffle_buffer", "epoch_size")
+    free = ("workers", "max_bad_fraction", "cache_gigabytes", "shuffle_buffer", "epoch_size")
     data = {name: value for name, value in to_plain(config.data).items() if name not in free}
     return {
         "weights": weights.hexdigest(),

@@ -164,7 +164,7 @@ def _factor(name: str, model: ModelConfig, config: FinetuneConfig, new: Sequence
     group, factor = group_of(name, model), 1.0
     if group is not None and config.layer_decay is not None:
         factor = config.layer_decay ** (group.top - group.place)
-    return factor * config.new_rate_factor if name in new else factor
+    return factor * config.new_learning_rate_factor if name in new else factor
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -24,29 +24,36 @@ from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed.collectives import (
+    all_gather_object,
+    all_reduce_sum,
     barrier,
-    everyones,
     from_first,
     is_lost_rank,
+    raise_if_any,
     rank_and_world_size,
-    together,
-    total,
 )
-from leanclip.distributed.fsdp import whole
-from leanclip.distributed.preemption import STOPPING, Signals, Stopped, noting_signals
-from leanclip.distributed.wrap_model import prepare_towers
+from leanclip.distributed.fsdp import full_model
+from leanclip.distributed.preemption import STOP_SIGNALS, Preempted, Signals, catch_signals
+from leanclip.distributed.wrap_model import wrap_model
 from leanclip.errors import ConfigError, DataError, one_line
 from leanclip.evaluation import Report, evaluate
-from leanclip.io.files import held, write_text
+from leanclip.io.files import try_lock, write_text
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.training import checkpoint
 from leanclip.training.determinism import allow_tf32, only_deterministic
-from leanclip.training.early_stopping import by_evaluation, has_stopped_gaining, is_news, judged
-from leanclip.training.feature_cache import Frozen, freeze
+from leanclip.training.early_stopping import by_evaluation, improved, should_stop, update_best
+from leanclip.training.feature_cache import FeatureCache, build_feature_cache
 from leanclip.training.finetune import Tuning
 from leanclip.training.loss_scale import LossScale
-from leanclip.training.monitor import Clock, LogLines, Troubles, in_words, peak_memory, write_status
+from leanclip.training.monitor import (
+    Clock,
+    LogLines,
+    NonFiniteTracker,
+    format_metrics,
+    peak_memory,
+    write_status,
+)
 from leanclip.training.optimizer import build_optimizer, learning_rate
 from leanclip.training.plan import Plan
 from leanclip.training.start import Chosen, check_same_plan, choose_checkpoint, read_on_all_ranks
@@ -71,7 +78,7 @@ def train(plan: Plan, write_report: WriteReport[T], *, must_resume: bool = False
     run (else None). Returns its result; None on other ranks.
 
     Raises:
-        Stopped: a signal asked for it; the checkpoint is written.
+        Preempted: a signal asked for it; the checkpoint is written.
         ConfigError: the folder holds a run of another configuration; or `must_resume` and
             there is no checkpoint.
         DataError: more than the allowed share of the data is unreadable.
@@ -79,11 +86,11 @@ def train(plan: Plan, write_report: WriteReport[T], *, must_resume: bool = False
         OSError: another process trains in the run's folder.
     """
     if rank_and_world_size()[0] > 0:
-        together(problem="")
+        raise_if_any(problem="")
         return _train(plan, write_report, must_resume)
-    with held(plan.folder / "lock") as is_ours:
+    with try_lock(plan.folder / "lock") as is_ours:
         problem = f"{plan.folder}: another process trains there; choose another --output-dir"
-        together(problem="" if is_ours else problem)
+        raise_if_any(problem="" if is_ours else problem)
         with suppress(OSError):  # the first checkpoint will say what is wrong there
             checkpoint.sweep(plan.folder / "checkpoints")
         return _train(plan, write_report, must_resume)
@@ -98,9 +105,9 @@ def _train(plan: Plan, write_report: WriteReport[T], must_resume: bool) -> T | N
         plan = _from_there(plan, chosen)
     try:
         return _run(plan, chosen, write_report)
-    except (Stopped, SystemExit) as stopped:  # the latter of a signal while it evaluates
+    except (Preempted, SystemExit) as stopped:  # the latter of a signal while it evaluates
         write_status(plan, "preempted", stopped=str(stopped))
-        if isinstance(stopped, Stopped):
+        if isinstance(stopped, Preempted):
             barrier()  # an outer launcher may end all ranks with the first that ends
         raise
     except Exception as error:
@@ -116,7 +123,7 @@ def _run(plan: Plan, chosen: Chosen | None, write_report: WriteReport[T]) -> T |
     model = CLIP(**to_plain(config.model)).to(plan.device)
     done = chosen.progress if chosen else _load(plan, model)
     tuning = Tuning(model, config.finetune, done.new)
-    towers = prepare_towers(model, config.train)
+    towers = wrap_model(model, config.train)
     optimizer = build_optimizer(model, config.optimizer, tuning.factors)
     torch.manual_seed(config.seed + rank)  # what is drawn in training differs by rank
     if chosen:
@@ -132,11 +139,13 @@ def _run(plan: Plan, chosen: Chosen | None, write_report: WriteReport[T]) -> T |
         metrics = MetricsLog(plan.folder, after_step=after_step, report_to=report_to)
     try:
         with only_deterministic(config.train.deterministic):
-            if plan.guard is not None and not chosen:  # what there is to forget
+            if plan.retention is not None and not chosen:  # what there is to forget
                 done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
                 if metrics is not None:
                     metrics.write(0, by_evaluation(done.before))
-            frozen = freeze(model, config, plan.dataset, plan.preprocess, plan.folder / "features")
+            frozen = build_feature_cache(
+                model, config, plan.dataset, plan.preprocess, plan.folder / "features"
+            )
             report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
     finally:
         if metrics is not None:
@@ -156,15 +165,17 @@ def _fit(
     tuning: Tuning,
     done: checkpoint.Progress,
     metrics: MetricsLog | None,
-    frozen: Frozen,
+    frozen: FeatureCache,
 ) -> tuple[Report, checkpoint.Progress]:
     """The loop: from `done` to the last step, with metrics, evaluations and checkpoints."""
     config, report = plan.config, None
     rank = rank_and_world_size()[0]
     path = plan.folder / SKIPPED
-    bad = BadSamples(plan.dataset.distinct, config.data.max_bad_share, path, must_write=rank == 0)
+    bad = BadSamples(
+        plan.dataset.distinct, config.data.max_bad_fraction, path, must_write=rank == 0
+    )
     bad.found = from_first(lambda: bad.found)
-    troubles, result = Troubles(plan), None
+    troubles, result = NonFiniteTracker(plan), None
     stream = _stream(plan, done, frozen)
     is_fp16 = config.train.precision == "fp16"
     loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
@@ -174,9 +185,9 @@ def _fit(
     write_status(plan, "running", step=done.step)
     bar = ProgressBar("training", plan.last_step, completed=done.step, is_silent=rank > 0)
     lines = LogLines(plan, done=done.step, is_silent=rank > 0 or bar.is_shown)
-    with noting_signals() as signals, bar:
+    with catch_signals() as signals, bar:
         for step in range(done.step, plan.last_step):
-            if has_stopped_gaining(plan, done.best):
+            if should_stop(plan, done.best):
                 log.info("ends at step %d: no gain after the best, %s", step, done.best)
                 break
             batch, position = clock.waiting(lambda: next(stream))
@@ -212,21 +223,21 @@ def _fit(
                 line |= clock.rates(done.samples)
                 if metrics is not None:
                     metrics.write(done.step, line)
-                bar.note(in_words(line))
+                bar.note(format_metrics(line))
                 lines.note(done.step, line)
             bar.update(done.step)
-            measures = plan.tasks or plan.guard
+            measures = plan.tasks or plan.retention
             if measures and _is_due(done.step, plan, config.evaluate.every_epochs):
                 report = _evaluate(plan, model, tuning, done.before)
                 if metrics is not None:
                     metrics.write(done.step, by_evaluation(report.metrics))
-                done = replace(done, best=judged(plan, done.best, report.metrics, done.step))
-                must_save = must_save or is_news(plan, done.best)
+                done = replace(done, best=update_best(plan, done.best, report.metrics, done.step))
+                must_save = must_save or improved(plan, done.best)
             if must_save:
                 state = loss_scale.state() if loss_scale else None
                 _save(plan, replace(done, loss_scale=state), model, optimizer, tuning)
             if seen.stop:
-                raise Stopped(seen.stop)
+                raise Preempted(seen.stop)
     clock.log_waiting()
     if done.samples == 0:
         raise DataError(f"{plan.config.data.root}: not one sample could be used: {bad.summary()}")
@@ -235,7 +246,7 @@ def _fit(
 
 
 def _stream(
-    plan: Plan, done: checkpoint.Progress, frozen: Frozen
+    plan: Plan, done: checkpoint.Progress, frozen: FeatureCache
 ) -> Iterator[tuple[Batch, Position]]:
     """This rank's part of the batches after `done`."""
     config, (rank, world_size) = plan.config, rank_and_world_size()
@@ -282,9 +293,9 @@ def _line(
 
 def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
     """The report, to which every rank adds its part; all have the figures, the first has all."""
-    model = whole(model)
+    model = full_model(model)
     with tuning.averaged():
-        return evaluate(model, plan.tasks, plan.preprocess, guard=plan.guard, before=before)
+        return evaluate(model, plan.tasks, plan.preprocess, retention=plan.retention, before=before)
 
 
 def _save(
@@ -328,13 +339,13 @@ class _Seen(NamedTuple):
 def _seen(batch: Batch, signals: Signals, sources: int) -> _Seen:
     """Put together what each rank has; the one word that ranks change beside the gradients."""
     by_source = torch.bincount(batch.sources, minlength=sources).tolist() if sources else []
-    asked = [signals.stop == number for number in STOPPING]
+    asked = [signals.stop == number for number in STOP_SIGNALS]
     counts = [len(batch), len(batch.bad), signals.save, *asked, *by_source]
-    samples, bad, save, *rest = total([int(count) for count in counts])
+    samples, bad, save, *rest = all_reduce_sum([int(count) for count in counts])
     signals.save = False
-    stop = next((n for n, is_asked in zip(STOPPING, rest, strict=False) if is_asked), 0)
-    every_bad = [one for part in everyones(batch.bad) for one in part] if bad else []
-    return _Seen(samples, rest[len(STOPPING) :], every_bad, stop, bool(save or stop))
+    stop = next((n for n, is_asked in zip(STOP_SIGNALS, rest, strict=False) if is_asked), 0)
+    every_bad = [one for part in all_gather_object(batch.bad) for one in part] if bad else []
+    return _Seen(samples, rest[len(STOP_SIGNALS) :], every_bad, stop, bool(save or stop))
 
 
 def _after_step(
@@ -385,13 +396,13 @@ def _from_there(plan: Plan, chosen: Chosen) -> Plan:
 
 
 def _is_finished(plan: Plan, done: checkpoint.Progress) -> bool:
-    return done.step >= plan.last_step or has_stopped_gaining(plan, done.best)
+    return done.step >= plan.last_step or should_stop(plan, done.best)
 
 
 def _rate(plan: Plan, step: int) -> float:
     """The learning rate of a step, by its place in the data."""
     return learning_rate(
-        step - plan.offset, peak=plan.peak_rate, warmup=plan.warmup, steps=plan.steps
+        step - plan.offset, peak=plan.peak_learning_rate, warmup=plan.warmup, steps=plan.steps
     )
 
 

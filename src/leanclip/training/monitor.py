@@ -22,7 +22,7 @@ from leanclip.training.utilisation import Utilisation
 T = TypeVar("T")
 LOG_SECONDS = 30  # between two lines of a log that nobody watches as a progress bar
 NAMED = 3  # samples of a step that was left out
-MUCH_WAITING = 0.2  # share of the time from which waiting for data is worth a word
+SLOW_DATA_FRACTION = 0.2  # share of the time from which waiting for data is worth a word
 log = logging.getLogger("leanclip")
 
 
@@ -47,7 +47,7 @@ def _overwrite(path: Path, text: str) -> None:
         file.truncate()
 
 
-class Troubles:
+class NonFiniteTracker:
     """Steps that were left out because their loss or gradients were not finite."""
 
     def __init__(self, plan: Plan) -> None:
@@ -80,8 +80,8 @@ class Troubles:
             if self.in_a_row >= (allowed if step < self.plan.last_step else min(allowed, 3)):
                 raise LeanclipError(
                     f"the loss or its gradients were not finite in {self.in_a_row} steps in a row, "
-                    f"to step {step}; lower optimizer.learning_rate, lengthen optimizer.warmup or "
-                    f"set optimizer.max_gradient_norm, and start again"
+                    f"to step {step}; lower optimizer.learning_rate, raise "
+                    f"optimizer.warmup_fraction or set optimizer.max_gradient_norm, and start again"
                 )
         self._pending.clear()
 
@@ -122,7 +122,7 @@ class Clock:
         """Say how much of the whole time went by waiting for data, where it is much."""
         seconds = time.perf_counter() - self.first_began
         share = (self.waited_before + self.waited) / seconds
-        if share > MUCH_WAITING and seconds > 10:
+        if share > SLOW_DATA_FRACTION and seconds > 10:
             log.info(
                 "%.0f%% of the time was spent waiting for data: docs/data.md, Speed, says "
                 "what helps",
@@ -141,7 +141,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def in_words(line: Mapping[str, float]) -> str:
+def format_metrics(line: Mapping[str, float]) -> str:
     """A line of metrics, for the progress bar."""
     return "  ".join(
         (

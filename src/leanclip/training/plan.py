@@ -19,13 +19,13 @@ from leanclip.data.splits import split_in_use
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.distributed.wrap_model import checkpoint_activations
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.evaluation import METRICS, Task, open_guard, open_tasks
-from leanclip.losses import KEPT, TILE, Kind
+from leanclip.evaluation import METRICS, Task, open_retention, open_tasks
+from leanclip.losses import MAX_LOGITS_KEPT, TILE, Kind
 from leanclip.model import CLIP
-from leanclip.model.skip_init import shapes_alone
+from leanclip.model.skip_init import meta_device
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import VOCAB_SIZE
-from leanclip.training.feature_cache import frozen_towers
+from leanclip.training.feature_cache import cached_towers
 from leanclip.training.finetune import Tuning
 from leanclip.training.optimizer import scaled_learning_rate
 from leanclip.training.tracking import check_tracker
@@ -42,14 +42,14 @@ class Plan:
     device: torch.device
     dataset: Dataset
     tasks: list[Task]
-    guard: Task | None
+    retention: Task | None
     preprocess: Preprocess
     loss: Kind
     ranks: int
     batch_size: int  # pairs per step over all ranks
     steps_per_epoch: int
     steps: int  # from the first sample to the last, in batches of this size
-    peak_rate: float
+    peak_learning_rate: float
     warmup: int  # steps
     offset: int = 0  # steps made so far, less those that this batch size would have taken
 
@@ -72,7 +72,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     Raises:
         ConfigError: the model cannot hold the tokeniser's ids, a setting does not go with another
             or with the data, or a tracker is not installed.
-        DataError: the data is missing, empty or not of its layout.
+        DataError: the data is missing, empty or not of its format.
     """
     _check_together(config)
     if config.train.precision == "auto":
@@ -83,10 +83,14 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     rank, world_size = rank_and_world_size()
     if rank > 0:
         barrier()  # what the first rank prepares, such as an index, the others find
-    dataset, tasks, guard = open_dataset(config.data), open_tasks(config), open_guard(config)
+    dataset, tasks, retention = (
+        open_dataset(config.data),
+        open_tasks(config),
+        open_retention(config),
+    )
     if rank == 0:
         barrier()
-    _check_best_metric(config, tasks, guard)
+    _check_best_metric(config, tasks, retention)
     world_size = max(ranks, world_size)
     batch_size = min(config.train.batch_size * world_size, len(dataset))
     steps_per_epoch = len(dataset) // batch_size
@@ -96,15 +100,15 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         device=device,
         dataset=dataset,
         tasks=tasks,
-        guard=guard,
+        retention=retention,
         preprocess=model_preprocess(config),
         loss=_loss(config, dataset),
         ranks=world_size,
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
-        peak_rate=scaled_learning_rate(config.optimizer, batch_size),
-        warmup=round(config.optimizer.warmup * steps),
+        peak_learning_rate=scaled_learning_rate(config.optimizer, batch_size),
+        warmup=round(config.optimizer.warmup_fraction * steps),
     )
 
 
@@ -121,10 +125,10 @@ def default_precision(device: torch.device) -> Precision:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
 
 
-def _check_best_metric(config: Config, tasks: list[Task], guard: Task | None) -> None:
+def _check_best_metric(config: Config, tasks: list[Task], retention: Task | None) -> None:
     wanted = config.checkpoint.best_metric
     known = [name for task in tasks for name in METRICS[task.name]]
-    known += [f"guard/{name}" for name in METRICS[guard.name]] if guard else []
+    known += [f"retention/{name}" for name in METRICS[retention.name]] if retention else []
     if wanted is not None and wanted not in known:
         there_are = f"there are: {', '.join(known)}" if known else "nothing is"
         raise ConfigError(f"checkpoint.best_metric: {wanted} is not measured; {there_are}")
@@ -189,9 +193,9 @@ def _stored_preprocess(config: Config) -> Preprocess | None:
 def headline(plan: Plan) -> str:
     """The run in a few lines, for the start of training."""
     config, optimizer = plan.config, plan.config.optimizer
-    with shapes_alone():
+    with meta_device():
         parameters = CLIP(**to_plain(config.model)).parameter_count()
-    rate = f"peak learning rate {plan.peak_rate:.3g}"
+    rate = f"peak learning rate {plan.peak_learning_rate:.3g}"
     if optimizer.reference_batch is None:
         rate += " as it stands (optimizer.reference_batch is null)"
     else:
@@ -206,7 +210,7 @@ def headline(plan: Plan) -> str:
     )
     frozen = "".join(
         f"\nlocked: the {tower} tower runs once, its features are kept in {plan.folder}/features"
-        for tower in frozen_towers(config, plan.dataset)
+        for tower in cached_towers(config, plan.dataset)
     )
     return "\n".join(
         (
@@ -242,9 +246,9 @@ def _data_line(plan: Plan) -> str:
     data, dataset = plan.config.data, plan.dataset
     if not (data.sources and isinstance(dataset, Mixture)):
         what = split_and_classes(data, dataset)
-        return f"{len(dataset):,} samples of {data.layout} in {data.root}{what}"
+        return f"{len(dataset):,} samples of {data.format} in {data.root}{what}"
     parts = (
-        f"{share:.1%} of {len(source):,} from {settings.root} ({settings.layout})"
+        f"{share:.1%} of {len(source):,} from {settings.root} ({settings.format})"
         f"{split_and_classes(settings, source)}"
         for share, source, settings in zip(
             dataset.shares, dataset.sources, source_configs(data), strict=True
@@ -289,7 +293,7 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
         ConfigError: the settings of `finetune` do not fit the model.
     """
     settings = plan.config.train
-    with shapes_alone():
+    with meta_device():
         model = CLIP(**to_plain(plan.config.model))
         tuning = Tuning(model, plan.config.finetune)
     if settings.checkpoint_activations:
@@ -315,7 +319,7 @@ def _loss_bytes(plan: Plan, own: int) -> int:
     if not plan.config.train.tiled_loss:
         return features + 4 * 4 * plan.batch_size**2  # logits, two softmaxes, a gradient
     logits = own * plan.batch_size
-    return features + 4 * (min(KEPT, logits) + 3 * min(TILE**2, logits))
+    return features + 4 * (min(MAX_LOGITS_KEPT, logits) + 3 * min(TILE**2, logits))
 
 
 def _kept_by_autograd(model: CLIP, pairs: int) -> int:

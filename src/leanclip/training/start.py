@@ -19,7 +19,12 @@ from leanclip.config.schema import Config, load_config
 from leanclip.config.sections import differences
 from leanclip.data import Dataset
 from leanclip.data.formats.mixture import Mixture
-from leanclip.distributed.collectives import barrier, everyones, from_first, rank_and_world_size
+from leanclip.distributed.collectives import (
+    all_gather_object,
+    barrier,
+    from_first,
+    rank_and_world_size,
+)
 from leanclip.errors import ConfigError, LeanclipError, WeightsError
 from leanclip.training import checkpoint
 from leanclip.training.plan import Plan
@@ -39,7 +44,7 @@ FREE_SETTINGS = (
     "load_partial",
     "data.workers",
     "data.cache_gigabytes",
-    "data.max_bad_share",
+    "data.max_bad_fraction",
     "train.micro_batches",
     "train.log_every",
     "train.report_to",
@@ -78,7 +83,7 @@ def check_same_plan(plan: Plan) -> None:
     """
     data = {"data": plan.dataset}
     data |= {f"evaluate.{task.name}": task.dataset for task in plan.tasks}
-    data |= {"evaluate.guard": plan.guard.dataset} if plan.guard else {}
+    data |= {"evaluate.retention": plan.retention.dataset} if plan.retention else {}
     facts: dict[str, object] = {f"samples of {name}": len(one) for name, one in data.items()}
     facts |= {f"classes of {name} (digest)": _classes(one) for name, one in data.items()}
     facts |= {
@@ -86,7 +91,7 @@ def check_same_plan(plan: Plan) -> None:
         "steps": plan.steps,
         "weights with --load": plan.config.load is not None,
     }
-    plans: list[tuple[Config, dict[str, object]]] = everyones((plan.config, facts))
+    plans: list[tuple[Config, dict[str, object]]] = all_gather_object((plan.config, facts))
     config, first = plans[0]
     for rank, (other, found) in enumerate(plans):
         changed = differences(other, config, ignore=FREE_AMONG_RANKS)
@@ -129,7 +134,7 @@ def read_on_all_ranks(source: str | Path, arch: Architecture | None = None) -> t
         digest = fingerprint(weights.tensors)
     except (LeanclipError, OSError) as found:
         error = found
-    every = everyones((digest, str(source), str(error or "")))
+    every = all_gather_object((digest, str(source), str(error or "")))
     if error is not None and all(problem for *_, problem in every):
         raise error
     first_digest, first_source, _ = every[0]
@@ -284,7 +289,7 @@ def _check_shared(folder: Path) -> None:
 
 def _raise_first(problem: str) -> None:
     """Raise the first problem that a rank has, on all of them."""
-    for rank, found in enumerate(everyones(problem)):
+    for rank, found in enumerate(all_gather_object(problem)):
         if found:
             raise ConfigError(f"rank {rank} {found}")
 

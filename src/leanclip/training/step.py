@@ -20,7 +20,7 @@ from leanclip.config.schema import TrainConfig
 from leanclip.data.loader import Batch
 from leanclip.distributed.collectives import mean_over_ranks_, rank_and_world_size
 from leanclip.distributed.fsdp import is_sharded
-from leanclip.distributed.wrap_model import still, summing
+from leanclip.distributed.wrap_model import eval_mode_batch_norm, gradient_sync
 from leanclip.losses import Kind, contrastive_loss
 from leanclip.model import CLIP
 from leanclip.model.parameters import SCALARS
@@ -68,7 +68,7 @@ def train_step(
         settings: precision, micro-batches and how the loss is computed.
         kind: which loss.
         max_gradient_norm: the global norm to clip to.
-        towers: the model as `prepare_towers` gives it; the model itself by default.
+        towers: the model as `wrap_model` gives it; the model itself by default.
         loss_scale: of precision fp16; changed by the step.
         must_measure: give the towers' norms, which takes a copy of the parameters.
     """
@@ -200,7 +200,7 @@ def _cached_backward(
     for number, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
         is_last = number + 1 == len(parts)
         _set_random_state(state)  # dropped patches and activations are the same again
-        with still(towers), summing(towers, is_last=is_last):
+        with eval_mode_batch_norm(towers), gradient_sync(towers, is_last=is_last):
             both = zip(forward(part), gradient, strict=True)
             trained = [(z, dz) for z, dz in both if z.requires_grad]  # not of a locked tower
             torch.autograd.backward([z for z, _ in trained], [dz for _, dz in trained])

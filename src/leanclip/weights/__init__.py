@@ -3,7 +3,7 @@
 source -> read_weights -> Weights (tensors by OpenAI's names, architecture) -> load_into, write
 """
 
-from leanclip.weights.convert import DIALECTS, write_weights
+from leanclip.weights.convert import WEIGHTS_FORMATS, write_weights
 from leanclip.weights.fingerprint import fingerprint
 from leanclip.weights.interpolate import interpolate
 from leanclip.weights.native import SHARDS, describe_weights, save_weights
@@ -11,8 +11,8 @@ from leanclip.weights.read import read_architecture, read_preprocess, read_weigh
 from leanclip.weights.weights import Weights, infer_architecture, load_into
 
 __all__ = [
-    "DIALECTS",
     "SHARDS",
+    "WEIGHTS_FORMATS",
     "Weights",
     "describe_weights",
     "fingerprint",

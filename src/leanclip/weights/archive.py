@@ -26,8 +26,8 @@ from leanclip.weights.formats import sniff
 from leanclip.weights.numpy_pickle import numpy_names
 from leanclip.weights.unpickle import Name, Unfinished, interpret, refusing
 
-_MOST_MEMBERS = 200_000
-_MOST_NAMES = 200_000
+_MAX_MEMBERS = 200_000
+_MAX_NAMES = 200_000
 _STORAGES = {
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
@@ -126,7 +126,7 @@ def module_tensors(root: object) -> dict[str, torch.Tensor]:
         raise WeightsError(f"not an object of TorchScript but a {type(root).__name__}")
     tensors: dict[str, torch.Tensor] = {}
     waiting = [("", root)]
-    for _ in range(_MOST_NAMES):
+    for _ in range(_MAX_NAMES):
         if not waiting:
             return tensors
         prefix, module = waiting.pop()
@@ -135,7 +135,7 @@ def module_tensors(root: object) -> dict[str, torch.Tensor]:
                 tensors[prefix + name] = value
             elif isinstance(value, Module):
                 waiting.append((f"{prefix}{name}.", value))
-    raise WeightsError(f"an object of TorchScript has more than {_MOST_NAMES:,} modules")
+    raise WeightsError(f"an object of TorchScript has more than {_MAX_NAMES:,} modules")
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,8 +304,8 @@ def _members(file: io.BufferedReader) -> tuple[dict[str, range], str]:
             entries, directory = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise WeightsError(f"not a whole zip: {error}; was it downloaded completely?") from None
-    if len(entries) > _MOST_MEMBERS:
-        raise WeightsError(f"holds {len(entries):,} members, more than {_MOST_MEMBERS:,}")
+    if len(entries) > _MAX_MEMBERS:
+        raise WeightsError(f"holds {len(entries):,} members, more than {_MAX_MEMBERS:,}")
     if len({entry.filename for entry in entries}) < len(entries):
         raise WeightsError("holds two members of one name")
     members: dict[str, range] = {}

@@ -11,7 +11,7 @@ from leanclip.weights.weights import Weights, check_fits
 
 log = logging.getLogger("leanclip")
 
-DIALECTS = ("leanclip", "openai", "open_clip", "hf", "passl")
+WEIGHTS_FORMATS = ("leanclip", "openai", "open_clip", "hf", "passl")
 
 
 def write_weights(
@@ -27,8 +27,8 @@ def write_weights(
         WeightsError: the dialect cannot hold the model, the architecture is not known, or there
             is something at the destination.
     """
-    if dialect not in DIALECTS:
-        raise WeightsError(f"--to {dialect}: no such format; known: {', '.join(DIALECTS)}")
+    if dialect not in WEIGHTS_FORMATS:
+        raise WeightsError(f"--to {dialect}: no such format; known: {', '.join(WEIGHTS_FORMATS)}")
     is_file = dialect in ("openai", "passl")
     if destination.exists() and (is_file or not destination.is_dir() or any(destination.iterdir())):
         raise WeightsError(f"{destination}: is there already; choose another name")

@@ -10,7 +10,7 @@ from leanclip.errors import WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.weights.unpickle import refusing
 
-_LARGEST_HEADER = 100_000_000  # the format's own limit, in bytes
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit, in bytes
 # torch.save's magic number, 0x1950a86a20f9469cfc6c, as a pickle.
 _TORCH_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _OLD_PICKLES = (b"(d", b"(l", b"}q", b"}(", b"}.", b"]q", b"](", b"ccollections\n", b"cnumpy")
@@ -79,7 +79,7 @@ def _check_header(path: Path) -> None:
         raise WeightsError(LFS_POINTER)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_LARGEST_HEADER, size - 8):
+        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
             raise WeightsError(
                 f"damaged safetensors file: a header of {length} bytes in a file of {size}"
             )

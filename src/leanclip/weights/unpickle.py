@@ -25,9 +25,9 @@ import numpy as np
 
 from leanclip.errors import WeightsError
 
-_MOST_OPERATIONS = 5_000_000  # a ViT-L/14 with its optimiser takes about 50,000
-_DEEPEST = 100
-_LONGEST_NAME = 1000
+_MAX_OPERATIONS = 5_000_000  # a ViT-L/14 with its optimiser takes about 50,000
+_MAX_DEPTH = 100
+_MAX_NAME_LENGTH = 1000
 # What parsing something damaged raises; RecursionError and torch's errors are RuntimeErrors.
 _DAMAGE = (EOFError, OSError, ValueError, TypeError, LookupError, ArithmeticError)
 _DAMAGE += (MemoryError, RuntimeError, struct.error)
@@ -112,7 +112,7 @@ def interpret(
     memo: dict[int, object] = {}
     stack: list = []
     below: list[list] = []  # the stacks under the marks
-    for _ in range(_MOST_OPERATIONS):
+    for _ in range(_MAX_OPERATIONS):
         match read.take(1):
             # The memo.
             case b"\x94":  # MEMOIZE
@@ -237,7 +237,7 @@ def interpret(
                 return _finish(stack.pop(), {}, 0)
             case code:
                 raise WeightsError(f"pickle instruction {code!r} has no place in a file of weights")
-    raise WeightsError(f"more than {_MOST_OPERATIONS:,} pickle instructions")
+    raise WeightsError(f"more than {_MAX_OPERATIONS:,} pickle instructions")
 
 
 class _Reader:
@@ -270,7 +270,7 @@ class _Reader:
     def number(self, form: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
-    def line(self, most: int = _LONGEST_NAME) -> bytes:
+    def line(self, most: int = _MAX_NAME_LENGTH) -> bytes:
         data = self._file.readline(min(most, self._left))
         self._left -= len(data)
         if not data.endswith(b"\n"):
@@ -331,8 +331,8 @@ def _finish(value: object, done: dict[int, object], depth: int) -> object:
         raise WeightsError(f"holds the name {value.name:.100}, which is not data")
     if not isinstance(value, dict | list | tuple | Unfinished):
         return value
-    if depth > _DEEPEST:
-        raise WeightsError(f"values are nested more than {_DEEPEST} deep")
+    if depth > _MAX_DEPTH:
+        raise WeightsError(f"values are nested more than {_MAX_DEPTH} deep")
     if id(value) in done:
         if done[id(value)] is _UNDERWAY:
             raise WeightsError("a value contains itself")

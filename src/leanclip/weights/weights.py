@@ -20,7 +20,7 @@ from leanclip.config.schema import ModelConfig
 from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.model import CLIP
-from leanclip.model.skip_init import shapes_alone
+from leanclip.model.skip_init import meta_device
 from leanclip.preprocess.images import Preprocess
 from leanclip.weights.state_dict import named
 
@@ -28,7 +28,7 @@ log = logging.getLogger("leanclip")
 
 VISION_POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 TEXT_POSITIONS = "positional_embedding"
-_MOST_GROWTH = 10  # of an architecture's parameters over those of the tensors for it
+_MAX_GROWTH = 10  # of an architecture's parameters over those of the tensors for it
 INVISIBLE = (  # settings that no tensor's shape or name shows
     "activation",
     "attention_heads",
@@ -106,7 +106,7 @@ def check_fits(weights: Weights, model: ModelConfig, *, is_exact: bool = False) 
         WeightsError: as `load_into` and `check_shapes`.
     """
     check_shapes(weights, model)
-    with shapes_alone():
+    with meta_device():
         own = CLIP(**to_plain(model)).state_dict()
     _refuse(weights, _compare(weights, own, fits=not is_exact)[1])
 
@@ -201,7 +201,7 @@ def check_shapes(weights: Weights, model: ModelConfig) -> None:
             parameters that building it might fill the memory.
     """
     try:
-        with shapes_alone():
+        with meta_device():
             expected = CLIP(**to_plain(model)).state_dict()
     except (RuntimeError, OverflowError):  # a tensor of more bytes than there are numbers for
         raise WeightsError(f"{weights.source}: its architecture has sizes beyond reason") from None
@@ -214,7 +214,7 @@ def check_shapes(weights: Weights, model: ModelConfig) -> None:
             )
     wanted = sum(tensor.numel() for tensor in expected.values())
     held = sum(tensor.numel() for tensor in weights.tensors.values())
-    if wanted > _MOST_GROWTH * held + 10**7:
+    if wanted > _MAX_GROWTH * held + 10**7:
         raise WeightsError(
             f"{weights.source}: the architecture has {wanted:,} parameters, the tensors {held:,}; "
             f"one of the two is not of these weights"

@@ -1,4 +1,4 @@
-"""The `folder` layout: images in one folder per class (ImageFolder).
+"""The `folder` format: images in one folder per class (ImageFolder).
 
     root[/split]/<class>/*.jpg
     root/classes.txt, or data.class_names   (optional: `folder<TAB>name` or `name` a line)

@@ -1,4 +1,4 @@
-"""The `food101` layout: Food-101's official archive, unpacked (Bossard et al., 2014).
+"""The `food101` format: Food-101's official archive, unpacked (Bossard et al., 2014).
 
 root/images/<class>/<id>.jpg
 root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.txt

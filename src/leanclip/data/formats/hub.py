@@ -1,4 +1,4 @@
-"""The `hub` layout: a data set of Hugging Face's `datasets`, by id or from the disk.
+"""The `hub` format: a data set of Hugging Face's `datasets`, by id or from the disk.
 
     user/name   user/name:config        on the hub
     a folder of save_to_disk, or what load_dataset reads: Parquet, CSV, a folder of images
@@ -22,7 +22,7 @@ from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.order import shuffled
 from leanclip.data.readers.columns import (
     IMAGES,
-    Meaning,
+    RowMapper,
     check_count,
     choose_columns,
     class_names,
@@ -53,7 +53,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         DataError: `datasets` is missing, it cannot be opened, or lacks columns.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
-    datasets = need("datasets", "data.layout: hub", extra="hub", error=DataError)
+    datasets = need("datasets", "data.format: hub", extra="hub", error=DataError)
     with _in_one_line(config.root):
         rows = _load(config)
         # A stream of text files has no features yet; its first row has the columns.
@@ -75,14 +75,14 @@ def open_dataset(config: DataConfig) -> Dataset:
         distinct = None if streaming else lambda: _distinct(rows, label, config.root)
         classes = class_names(config, config.root, names, distinct)
     root = Path(config.root)
-    meaning = Meaning(config, columns, root.parent if root.is_file() else root, classes)
+    meaning = RowMapper(config, columns, root.parent if root.is_file() else root, classes)
     return Stream(rows, meaning, config) if streaming else Hub(rows, meaning, config.root)
 
 
 class Hub(Dataset):
     """Rows that lie on the disk, mapped into memory by `datasets`."""
 
-    def __init__(self, rows: Any, meaning: Meaning, root: str) -> None:
+    def __init__(self, rows: Any, meaning: RowMapper, root: str) -> None:
         self.rows, self.meaning, self.root = rows, meaning, root
         self.classes, self.templates = meaning.classes, meaning.templates
         if not len(rows):
@@ -110,7 +110,7 @@ class Stream(Dataset):
 
     is_stream = True
 
-    def __init__(self, rows: Any, meaning: Meaning, config: DataConfig) -> None:
+    def __init__(self, rows: Any, meaning: RowMapper, config: DataConfig) -> None:
         self.rows, self.meaning, self.root = rows, meaning, config.root
         self.classes, self.templates = meaning.classes, meaning.templates
         self.block = config.shuffle_buffer

@@ -1,6 +1,6 @@
-"""The `mixture` layout: several sources in one stream, each with its part of the samples.
+"""The `mixture` format: several sources in one stream, each with its part of the samples.
 
-    data: {layout: mixture, sources: [{layout: ..., root: ..., weight: 3}, {...}]}
+    data: {format: mixture, sources: [{format: ..., root: ..., weight: 3}, {...}]}
 
 Each sample of the stream is drawn from a source by its weight, and is the next one in that
 source's own shuffled order, which starts anew when it ends.

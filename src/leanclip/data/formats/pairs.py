@@ -1,4 +1,4 @@
-"""The `pairs` layout: a folder tree of images, each with a text file of the same name.
+"""The `pairs` format: a folder tree of images, each with a text file of the same name.
 
     root[/split]/any/where/dog.jpg   root[/split]/any/where/dog.txt   (a caption a line)
 
@@ -9,7 +9,7 @@ Pairs are keyed by path: a/1.jpg belongs to a/1.txt and never to b/1.txt. PASSL'
 from pathlib import Path
 
 from leanclip.config.schema import DataConfig
-from leanclip.data.dataset import Dataset, Sample, Strings, read_lines, split_folder
+from leanclip.data.dataset import Dataset, Sample, StringArray, read_lines, split_folder
 from leanclip.data.readers.image_files import find_images
 from leanclip.errors import SampleError
 
@@ -18,12 +18,12 @@ def open_dataset(config: DataConfig) -> Dataset:
     """Find every image under the folder.
 
     Raises:
-        DataError: no folder, no images, or more than `max_bad_share` of them without a caption
+        DataError: no folder, no images, or more than `max_bad_fraction` of them without a caption
             file, or with an empty one.
     """
     paths = find_images(split_folder(config.root, config.split))
     missing = [path for path in paths if not _has_captions(path)]
-    if len(missing) > config.max_bad_share * len(paths):
+    if len(missing) > config.max_bad_fraction * len(paths):
         Pairs(missing)[0]  # raises what is wrong with it
     return Pairs(paths, one_caption_per_line=config.one_caption_per_line)
 
@@ -32,7 +32,7 @@ class Pairs(Dataset):
     """Images with a caption file beside each."""
 
     def __init__(self, paths: list[Path], *, one_caption_per_line: bool = True) -> None:
-        self.paths = Strings(map(str, paths))
+        self.paths = StringArray(map(str, paths))
         self.one_caption_per_line = one_caption_per_line
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """The built-in data set: drawings of coloured, textured, sized figures, alone and in relation.
 
-    seed -> scenes -> Pillow -> root/train, root/val (images with .txt captions: the pairs layout)
-                                root/unseen/<class>  (images by class: the folder layout)
+    seed -> scenes -> Pillow -> root/train, root/val (images with .txt captions: the pairs format)
+                                root/unseen/<class>  (images by class: the folder format)
 
 A class is a texture, a colour and a figure: "striped red circle". Of the 192 classes, the 24 in
 UNSEEN never occur in train or val, alone or in relation: naming them is the zero-shot test.

@@ -1,4 +1,4 @@
-"""The `shards` layout: WebDataset's tar files, as img2dataset and `leanclip data pack` write them.
+"""The `shards` format: WebDataset's tar files, as img2dataset and `leanclip data pack` write them.
 
     root[/split]/00000.tar ...     or one .tar, a pattern {00000..00099}.tar, http(s) URLs
         000000123.jpg  .txt | .json  [.cls]     members of one name are one sample
@@ -27,7 +27,7 @@ from leanclip.data.dataset import (
     ClassFile,
     Dataset,
     Sample,
-    Strings,
+    StringArray,
     check_templates,
     check_unicode,
     class_file_in,
@@ -54,8 +54,8 @@ from leanclip.io.files import LFS_POINTER, is_lfs_file, split_lines
 log = logging.getLogger("leanclip")
 
 CAPTION_KEYS = ("caption", "captions", "text", "title")  # of a .json, the first there is
-MOST_IMAGE_BYTES = 1 << 28
-MOST_TEXT_BYTES = 1 << 20
+MAX_IMAGE_BYTES = 1 << 28
+MAX_TEXT_BYTES = 1 << 20
 _OPEN = 128  # shards a process holds open
 
 
@@ -107,7 +107,7 @@ class Shards(Dataset):
         for shard in shards:
             if not shard.startswith(URLS) and is_lfs_file(shard):
                 raise DataError(f"{shard}: {LFS_POINTER}")
-        self.shards, self.firsts = Strings(shards), np.cumsum([0, *sizes])
+        self.shards, self.firsts = StringArray(shards), np.cumsum([0, *sizes])
         self.buffer, self.limit = config.shuffle_buffer, config.cache_gigabytes * 1e9
         columns = config.caption_column
         self.columns = (columns,) if isinstance(columns, str) else columns
@@ -141,7 +141,7 @@ class Shards(Dataset):
                 "missing image", f"{name}: there is no image of this name{_hint(row)}"
             )
         captions, label = self._captions(opened, row, name)
-        image = _member(opened, row, "image", name, MOST_IMAGE_BYTES)
+        image = _member(opened, row, "image", name, MAX_IMAGE_BYTES)
         return Sample(name, image, captions, label)
 
     @property
@@ -317,7 +317,7 @@ def _member(opened: _Opened, row: np.void, part: str, name: str, most: int) -> b
 
 def _text(opened: _Opened, row: np.void, part: str, name: str) -> str:
     try:
-        return _member(opened, row, part, name, MOST_TEXT_BYTES).decode("utf-8-sig")
+        return _member(opened, row, part, name, MAX_TEXT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise SampleError("caption not UTF-8", f"{name}: its .{part} is not UTF-8 text") from None
 

@@ -1,4 +1,4 @@
-"""The `table` layout: rows of CSV, TSV, JSON lines or Parquet, each an image with its captions.
+"""The `table` format: rows of CSV, TSV, JSON lines or Parquet, each an image with its captions.
 
     root                      a file
     root/<split>.csv          or .tsv, .jsonl, .parquet; train-00000-of-00002.parquet and so on
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from leanclip.config.schema import DataConfig
 from leanclip.data.dataset import Dataset, Sample
-from leanclip.data.readers.columns import Meaning, choose_columns, class_names, several_labels
+from leanclip.data.readers.columns import RowMapper, choose_columns, class_names, several_labels
 from leanclip.data.readers.parquet import ParquetRows
 from leanclip.data.readers.textrows import SUFFIXES, TextRows
 from leanclip.errors import DataError
@@ -40,13 +40,13 @@ def open_dataset(config: DataConfig) -> Dataset:
             raise several_labels(label, where)
         names = rows.label_names(label) if isinstance(rows, ParquetRows) else None
         classes = class_names(config, where, names, lambda: rows.distinct(label))
-    return Table(rows, Meaning(config, columns, paths[0].parent, classes))
+    return Table(rows, RowMapper(config, columns, paths[0].parent, classes))
 
 
 class Table(Dataset):
     """Rows, and what their columns mean."""
 
-    def __init__(self, rows: TextRows | ParquetRows, meaning: Meaning) -> None:
+    def __init__(self, rows: TextRows | ParquetRows, meaning: RowMapper) -> None:
         self.rows, self.meaning = rows, meaning
         self.classes, self.templates = meaning.classes, meaning.templates
 

@@ -1,4 +1,4 @@
-"""The `wds` layout: a folder of CLIP_benchmark's data sets in WebDataset form, as it is.
+"""The `wds` format: a folder of CLIP_benchmark's data sets in WebDataset form, as it is.
 
     root/test/0.tar ... test/nshards.txt      members .jpg, .png or .webp, with .cls or .txt
     root/classnames.txt                       a name a line, by label: classification

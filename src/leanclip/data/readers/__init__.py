@@ -1,1 +1,1 @@
-"""What the layouts read from: rows of text, Parquet, tars, downloads."""
+"""What the formats read from: rows of text, Parquet, tars, downloads."""

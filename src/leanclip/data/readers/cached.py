@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from leanclip.errors import DataError
 from leanclip.io.download import cache_folder
-from leanclip.io.files import locked, whole_file
+from leanclip.io.files import atomic_write, lock_file
 
 T = TypeVar("T")
 
@@ -47,10 +47,10 @@ def cached(
     if (found := _read(path, read)) is not None:
         return found
     try:
-        with locked(path.with_name(f".{path.name}.lock")):
+        with lock_file(path.with_name(f".{path.name}.lock")):
             if (found := _read(path, read)) is None:
                 _check_space(path.parent, size)
-                with whole_file(path) as part:
+                with atomic_write(path) as part:
                     write(part)
                 found = read(path)
     except OSError as error:

@@ -39,8 +39,8 @@ IMAGES = (
 )
 CAPTIONS = ("caption", "captions", "text", "txt", "title", "sentence", "sentences", "description")
 LABELS = ("label", "labels", "class", "cls", "category", "target")
-MOST_CLASSES = 100_000
-LONGEST_PATH = 1000  # characters
+MAX_CLASSES = 100_000
+MAX_PATH_LENGTH = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _check_header(found: Sequence[str], where: str) -> None:
         )
     for sign in ";\t|: ":
         if any(not usual.isdisjoint(name.split(sign)) or name == f"sep={sign}" for name in names):
-            advice = "layout table reads such files" if sign in ";\t|" else "save it with commas"
+            advice = "format table reads such files" if sign in ";\t|" else "save it with commas"
             raise DataError(f"{where}: its columns are separated by {sign!r}; {advice}")
 
 
@@ -186,14 +186,14 @@ def check_count(values: set[str], column: str, where: str) -> None:
     Raises:
         DataError: it has too many different values.
     """
-    if len(values) > MOST_CLASSES:
+    if len(values) > MAX_CLASSES:
         raise DataError(
-            f"{where}: the label column {column!r} has over {MOST_CLASSES} different values; "
+            f"{where}: the label column {column!r} has over {MAX_CLASSES} different values; "
             f"if these are captions, name it in data.caption_column"
         )
 
 
-class Meaning:
+class RowMapper:
     """Makes samples of rows.
 
     Args:
@@ -245,7 +245,7 @@ class Meaning:
             raise SampleError("malformed row", f"{name}: its image is no path")
         if value.startswith(("http://", "https://")):
             raise SampleError("image at a URL", f"{name}: its image is at a URL; fetch it first")
-        if len(value) > LONGEST_PATH:
+        if len(value) > MAX_PATH_LENGTH:
             raise SampleError(
                 "malformed row",
                 f"{name}: its image is a path of {len(value)} characters (base64 is not read)",

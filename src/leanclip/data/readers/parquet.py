@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1 << 18  # bytes
 _FEW = 16  # rows
-_MOST_BYTES, _MOST_GROWTH = 1 << 30, 200  # of a batch and a file; of a file over its own size
+_MAX_BYTES, _MAX_GROWTH = 1 << 30, 200  # of a batch and a file; of a file over its own size
 
 
 class ParquetRows:
@@ -244,16 +244,16 @@ def _read(
     total = 0
     for path in paths:
         try:
-            allowed = max(_MOST_BYTES, _MOST_GROWTH * path.stat().st_size)
+            allowed = max(_MAX_BYTES, _MAX_GROWTH * path.stat().st_size)
             for batch in _batches(path, columns, 16 * rows):
                 table = pyarrow.Table.from_batches([batch]).select(columns)
                 for first in range(0, len(table), rows):
                     piece = table.slice(first, rows)
                     size = sum(_unpacked(part) for c in piece.columns for part in c.chunks)
                     total += size
-                    if size > _MOST_BYTES or total > allowed:
+                    if size > _MAX_BYTES or total > allowed:
                         raise DataError(
-                            f"{path}: unpacks to over {_MOST_GROWTH} times its size: the same "
+                            f"{path}: unpacks to over {_MAX_GROWTH} times its size: the same "
                             f"large values in many rows"
                         )
                     yield piece.cast(schema)

@@ -23,7 +23,7 @@ from leanclip.data.readers.shard_list import URLS, shard_name
 from leanclip.data.readers.tar_index import Remarks, is_indexed, shard_index
 from leanclip.errors import DataError, SampleError
 from leanclip.io.download import FetchError, cache_folder, fetch
-from leanclip.io.files import last_use, locked
+from leanclip.io.files import last_use, lock_file
 from leanclip.io.progress import ProgressBar
 
 log = logging.getLogger("leanclip")
@@ -49,7 +49,7 @@ def fetched_shard(url: str, limit: float) -> Path:
     """
     path = fetched_path(url)
     if not path.is_file():
-        with locked(path.with_name(path.name + ".lock")):
+        with lock_file(path.with_name(path.name + ".lock")):
             if not path.is_file():
                 _fetch(url, path)
         _make_room(limit, path)
@@ -121,7 +121,7 @@ def fetched_note(url: str) -> bytes | None:
         DataError: it cannot be fetched, and was not before.
     """
     path = fetched_path(url)
-    with locked(path.with_name(path.name + ".lock")):
+    with lock_file(path.with_name(path.name + ".lock")):
         try:
             fetch(url, path)
         except FetchError as error:
@@ -147,7 +147,7 @@ def _fetch(url: str, path: Path) -> None:
 
 def _make_room(limit: float, new: Path) -> None:
     """Remove the shards whose last use is longest ago, but not `new`, until the rest fits."""
-    with locked(_folder() / "lock"):
+    with lock_file(_folder() / "lock"):
         stats = {path: path.stat() for path in _folder().glob("*/*.tar")}
         total = sum(stat.st_size for stat in stats.values())
         for path, stat in sorted(stats.items(), key=lambda item: last_use(item[1].st_atime)):

@@ -19,7 +19,7 @@ from leanclip.config.schema import DataConfig
 from leanclip.data.dataset import split_folder
 from leanclip.errors import DataError
 
-MOST_SHARDS = 1_000_000  # that a pattern may name
+MAX_SHARDS = 1_000_000  # that a pattern may name
 URLS = ("http://", "https://")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -61,8 +61,8 @@ def expand(pattern: str) -> list[str]:
     ]
     if any("{" in part or "}" in part for part in parts):
         raise DataError(f"data.root: {pattern}: braces within braces, or one without the other")
-    if math.prod(map(len, choices)) > MOST_SHARDS:
-        raise DataError(f"data.root: {pattern}: stands for over {MOST_SHARDS:,} shards")
+    if math.prod(map(len, choices)) > MAX_SHARDS:
+        raise DataError(f"data.root: {pattern}: stands for over {MAX_SHARDS:,} shards")
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
@@ -149,8 +149,8 @@ def _choices(inner: str, pattern: str) -> Sequence[str]:
         first, last = found.groups()
         if int(last) < int(first):
             raise DataError(f"data.root: {pattern}: {{{inner}}} is empty; write the smaller first")
-        if int(last) - int(first) >= MOST_SHARDS:
-            raise DataError(f"data.root: {pattern}: stands for over {MOST_SHARDS:,} shards")
+        if int(last) - int(first) >= MAX_SHARDS:
+            raise DataError(f"data.root: {pattern}: stands for over {MAX_SHARDS:,} shards")
         padded = first.startswith("0") or last.startswith("0")
         width = max(len(first), len(last)) if padded else 0
         return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]

@@ -42,9 +42,9 @@ _DOCUMENTS = ("md", "rst", "html", "pdf", "csv", "tsv", "parquet", "yaml", "yml"
               "log", "db", "py", "sh")  # beside samples, not of one  # fmt: skip
 _KIND = f"npy-{'-'.join(IMAGES)}"  # what is read depends on what Pillow has
 _EXAMPLES = 5  # names in a message
-_LONGEST_KEY = 255  # bytes that are kept of one
+_MAX_KEY_BYTES = 255  # bytes that are kept of one
 _BLOCK = 512  # of a tar
-_LONGEST_NOTES, _MOST_NOTES = 1 << 16, 1000  # bytes of a header's, number of all members'
+_MAX_PAX_BYTES, _MAX_PAX_HEADERS = 1 << 16, 1000  # bytes of a header's, number of all members'
 _DIGITS = re.compile(rb"[0-9]{300}")  # more than a file's name can have
 _DAMAGE = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError, MemoryError)
 _KEY = re.compile(r"((?:.*/|)[^./][^/.]*)[.]([^/]*)", re.DOTALL)  # path to the first dot, the rest
@@ -144,7 +144,7 @@ def build_index(path: Path) -> np.ndarray:
     rows.sort(key=lambda row: row.problem == "unknown extension")
     keys = [_short(row.key.encode("utf-8", "surrogateescape"), i) for i, row in enumerate(rows)]
     names = ["/".join(row.unread).encode("utf-8", "surrogateescape") for row in rows]
-    names = [name[:_LONGEST_KEY] for name in names]
+    names = [name[:_MAX_KEY_BYTES] for name in names]
     fields = [field for part in PARTS for field in ((part, "u8"), (f"{part}_size", "u8"))]
     width, names_width = (max(map(len, texts), default=0) or 1 for texts in (keys, names))
     fields += [("unread", f"S{names_width}"), ("unread_count", "u4"), ("is_apart", "?")]
@@ -294,11 +294,11 @@ class _Header(tarfile.TarInfo):
     def _proc_pax(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
         file: Any = tarfile_.fileobj
         place = file.tell()
-        notes = file.read(min(max(self.size, 0), _LONGEST_NOTES + 1))
+        notes = file.read(min(max(self.size, 0), _MAX_PAX_BYTES + 1))
         file.seek(place)
         if (
-            len(notes) > _LONGEST_NOTES
-            or len(tarfile_.pax_headers) > _MOST_NOTES
+            len(notes) > _MAX_PAX_BYTES
+            or len(tarfile_.pax_headers) > _MAX_PAX_HEADERS
             or _DIGITS.search(notes)
         ):
             raise tarfile.ReadError("a header's notes are beyond reason")
@@ -363,4 +363,4 @@ def _is_link(member: tarfile.TarInfo) -> bool:
 
 def _short(key: bytes, number: int) -> bytes:
     """A key that is not long, and no other's."""
-    return key if len(key) <= _LONGEST_KEY else key[: _LONGEST_KEY - 12] + b"~%d" % number
+    return key if len(key) <= _MAX_KEY_BYTES else key[: _MAX_KEY_BYTES - 12] + b"~%d" % number

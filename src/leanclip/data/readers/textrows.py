@@ -25,9 +25,9 @@ from leanclip.io.progress import ProgressBar
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _CHUNK = 1 << 23  # bytes that are looked through at once
-_LONGEST = 1 << 27  # bytes without the end of a line: no text file
-_LONGEST_ROW = 1 << 24  # bytes; JSON may take twenty times as much memory
-_MOST_LINES = 1000  # of a row; a quote that stays open longer was a slip
+_MAX_LINE_BYTES = 1 << 27  # bytes without the end of a line: no text file
+_MAX_ROW_BYTES = 1 << 24  # bytes; JSON may take twenty times as much memory
+_MAX_LINES = 1000  # of a row; a quote that stays open longer was a slip
 _BLOCK = 1 << 14  # rows
 _HEAD, _SAMPLE_ROWS = 1 << 16, 20  # bytes and rows by which the delimiter is told
 _SEPARATOR_LINE = re.compile(
@@ -67,10 +67,10 @@ class TextRows:
 
     def __getitem__(self, index: int) -> Mapping[str, object]:
         first, last = struct.unpack("<qq", self._index.read(8 * (index + self._header), 16))
-        if last - first > _LONGEST_ROW:
+        if last - first > _MAX_ROW_BYTES:
             raise SampleError(
                 "oversized row",
-                f"{self.name(index)}: {last - first} bytes, at most {_LONGEST_ROW} are read",
+                f"{self.name(index)}: {last - first} bytes, at most {_MAX_ROW_BYTES} are read",
             )
         return self._parse(self._file.read(first, last - first), self.name(index))
 
@@ -141,7 +141,7 @@ class TextRows:
         """What a column has in a block of rows."""
         raw = self._index.read(8 * (first + self._header), 8 * (last - first + 1))
         offsets = np.frombuffer(raw, "<i8")
-        if int(offsets[-1] - offsets[0]) > _LONGEST_ROW:
+        if int(offsets[-1] - offsets[0]) > _MAX_ROW_BYTES:
             if last - first > 1:
                 middle = (first + last) // 2
                 return self._values(first, middle, column) | self._values(middle, last, column)
@@ -269,8 +269,10 @@ def _write_index(path: Path, delimiter: str | None, part: Path) -> None:
             starts, used = _row_starts(data, delimiter, final=not chunk)
             (starts + base).astype("<i8").tofile(index)
             base, data = base + used, data[used:]
-            if len(data) > _LONGEST:
-                raise DataError(f"{path}: {_LONGEST >> 20} MB without a line's end: no text file")
+            if len(data) > _MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}: {_MAX_LINE_BYTES >> 20} MB without a line's end: no text file"
+                )
             bar.update(base >> 20)
             if not chunk:
                 break
@@ -347,7 +349,7 @@ def _join_lines(
         try:
             for _ in reader:
                 end = first + reader.line_num
-                if end - row > _MOST_LINES:
+                if end - row > _MAX_LINES:
                     break
                 kept[row + 1 : end] = False
                 row = end
@@ -355,7 +357,7 @@ def _join_lines(
                 break
         except csv.Error:
             end = first + reader.line_num
-            if not final and end == len(lines) and end - row < _MOST_LINES:
+            if not final and end == len(lines) and end - row < _MAX_LINES:
                 return row
         row += 1  # the line alone is malformed, not what follows it
     return len(starts)

@@ -78,7 +78,7 @@ class _Read(NamedTuple):
 
 
 def open_parts(configs: Sequence[DataConfig], splits: Sequence[str] = ()) -> list[Part]:
-    """The splits of sources, opened; without `splits` those that the layout or folders name.
+    """The splits of sources, opened; without `splits` those that the format or folders name.
 
     Raises:
         DataError: one is missing or empty.
@@ -89,7 +89,7 @@ def open_parts(configs: Sequence[DataConfig], splits: Sequence[str] = ()) -> lis
         if config.streaming or any(source.streaming for source in config.sources):
             raise ConfigError(f"{config.root}: streaming data is not checked; set streaming: false")
         # What training refuses to open is to be reported here.
-        config = config.model_copy(update={"epoch_size": None, "max_bad_share": 1.0})
+        config = config.model_copy(update={"epoch_size": None, "max_bad_fraction": 1.0})
         for split in splits or _own_splits(config):
             name = split or "all"
             part = config.model_copy(update={"split": split})
@@ -159,8 +159,8 @@ def _first_caption(dataset: Dataset, sample: Sample) -> str:
 
 
 def _own_splits(config: DataConfig) -> Sequence[str | None]:
-    """The split that is set, or all that the layout or the names of folders and files tell of."""
-    if config.split is not None or config.layout == "mixture":
+    """The split that is set, or all that the format or the names of folders and files tell of."""
+    if config.split is not None or config.format == "mixture":
         return (config.split,)
     return find_splits(config) or (None,)
 
@@ -173,7 +173,7 @@ def _free_name(name: str, config: DataConfig, taken: Container[str]) -> str:
 
 
 def _same_data(a: DataConfig, b: DataConfig) -> bool:
-    return (a.layout, a.root, a.split, a.sources) == (b.layout, b.root, b.split, b.sources)
+    return (a.format, a.root, a.split, a.sources) == (b.format, b.root, b.split, b.sources)
 
 
 class _Reader:

@@ -117,7 +117,7 @@ def _part_findings(part: Part, batch_size: int, context_length: int) -> dict[str
     short = np.minimum(images["width"], images["height"])
     odd = {word: int((images["odd"] >> bit & 1).sum()) for bit, word in enumerate(ODD)}
     found: dict[str, Any] = {
-        "layout": part.config.layout,
+        "format": part.config.format,
         "root": part.config.root,
         "samples": size,
         "unusable": dict(unusable.most_common()),

@@ -34,7 +34,7 @@ from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, ope
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import DataError, SampleError
-from leanclip.io.files import held, read_facts, split_lines, whole_file, write_text
+from leanclip.io.files import atomic_write, read_json_object, split_lines, try_lock, write_text
 
 JPEG_LIMIT = 65_535  # of a side, in pixels
 
@@ -67,7 +67,7 @@ def pack(
         progress: called now and then with samples done and of how many.
 
     Raises:
-        DataError: more than `data.max_bad_share` is unusable; the destination holds something
+        DataError: more than `data.max_bad_fraction` is unusable; the destination holds something
             else; a process died; a mixture has a source that is read as a stream.
     """
     if config.sources and (config.streaming or any(s.streaming for s in config.sources)):
@@ -88,7 +88,7 @@ def pack(
     }
     if _begin(destination, facts):
         return json.loads((destination / "index.json").read_text("utf-8"))
-    with held(destination / "pack.json") as is_ours:
+    with try_lock(destination / "pack.json") as is_ours:
         if not is_ours:
             raise DataError(f"{destination}: another process packs there; choose another folder")
         if (destination / "index.json").is_file():  # it has just ended
@@ -114,7 +114,7 @@ def _pack(
     records = _read_records(destination)
     tasks = _tasks(dataset, config, facts, records)
     before = sum(record["samples"] + len(record["skipped"]) for record in records.values())
-    bad = BadSamples(len(dataset), config.max_bad_share, destination / "skipped.jsonl")
+    bad = BadSamples(len(dataset), config.max_bad_fraction, destination / "skipped.jsonl")
     made = in_processes(
         maker,
         tasks,
@@ -139,7 +139,7 @@ def _pack(
 
 def summary(index: dict[str, Any], destination: Path) -> str:
     """What was written, and the settings to train from it."""
-    data: dict[str, Any] = {"layout": "shards", "root": str(destination)}
+    data: dict[str, Any] = {"format": "shards", "root": str(destination)}
     if index["templates"]:
         data["templates"] = index["templates"]
     written = sum(shard["bytes"] for shard in index["shards"])
@@ -200,7 +200,7 @@ class _ShardMaker:
         number, visits = task
         path = self.destination / f"{number:05d}.tar"
         record = {"name": path.name, "samples": 0, "bytes": 0, "read": 0, "skipped": []}
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             with tarfile.open(part, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for place, visit in enumerate(visits, number * self.shard_size):
                     note(-1 if isinstance(visit, Sample) else visit)
@@ -272,7 +272,7 @@ def _begin(destination: Path, facts: dict[str, Any]) -> bool:
     for path in (index, start):
         if not path.is_file():
             continue
-        earlier = read_facts(path)
+        earlier = read_json_object(path)
         for key, value in facts.items():
             if earlier.get(key) != value:
                 raise DataError(

@@ -11,7 +11,7 @@ def check_text(findings: Findings) -> str:
     """The whole summary, the verdict last."""
     lines = []
     for name, part in findings.values["parts"].items():
-        lines += [f"{name}: {part['samples']:,} samples ({part['layout']}:{part['root']})"]
+        lines += [f"{name}: {part['samples']:,} samples ({part['format']}:{part['root']})"]
         lines += [f"  {line}" for line in _part(part)] + [""]
     lines += ["duplicates"]
     lines += [f"  {line}" for line in _duplicates(findings.values["duplicates"])] + [""]
