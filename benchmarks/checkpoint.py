@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from leanclip.config.schema import OptimizerConfig
+from leanclip.config.training import OptimizerConfig
 from leanclip.preprocess.images import Preprocess
 from leanclip.training import checkpoint
 from leanclip.training.optimizer import build_optimizer

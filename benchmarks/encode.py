@@ -6,9 +6,10 @@ ViT-B/32 with the same random weights in leanclip and in transformers' `CLIPMode
 in turn. `pixels` are normalised pixels through `InferenceModel.encode_image`, which gives a CPU as
 many at a time as malloc keeps memory for, and `get_image_features`; the share of the measured
 product rate is given. `file` is one JPEG of 640 x 427 pixels from the disk to a unit feature.
-Prompts go from words to unit features with `embed_texts`: 101 are Food-101's names in the template of transformers'
-zero-shot pipeline, 8,080 are those names in 80 made-up templates of the length that ImageNet's
-have. transformers tokenises as fast as it can and pads to the longest of a batch, its best, or to
+Prompts go from words to unit features with `embed_texts`: 101 are Food-101's names in the
+template of transformers' zero-shot pipeline, 8,080 are those names in 80
+made-up templates of the length that ImageNet's have. transformers tokenises as fast as it can and
+pads to the longest of a batch, its best, or to
 77. leanclip does not pad, and computes what prompts begin with once.
 
 Of 8,080 prompts transformers encodes every sixteenth batch of 256, and its time is multiplied by

@@ -24,7 +24,7 @@ import simplejpeg
 from PIL import Image
 from skimage import data as photographs
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset, parse_source
 from leanclip.data import scaled_decode as reduced
 from leanclip.data.loader import Batch, training_batches

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from images import make_photographs
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
 from leanclip.data.loader import Batch, training_batches

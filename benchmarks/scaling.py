@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from leanclip.config.schema import OptimizerConfig, TrainConfig
+from leanclip.config.training import OptimizerConfig, TrainConfig
 from leanclip.distributed.collectives import join_group, rank_and_world_size
 from leanclip.distributed.wrap_model import wrap_model
 from leanclip.model.presets import forward_gflops

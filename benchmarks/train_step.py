@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanclip.config.schema import OptimizerConfig, TrainConfig
+from leanclip.config.training import OptimizerConfig, TrainConfig
 from leanclip.data.loader import Batch
 from leanclip.distributed.wrap_model import wrap_model
 from leanclip.preprocess.images import Preprocess, normalize

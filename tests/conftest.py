@@ -24,7 +24,7 @@ import torch
 from leftovers import Leftovers, watched
 from PIL import Image
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
 from leanclip.data.loader import Batch, Position, training_batches

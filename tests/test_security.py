@@ -69,7 +69,7 @@ def test_imports_ask_nobody_and_hub_data_on_the_disk_neither(tmp_path: Path) -> 
 import pkgutil, importlib, leanclip
 for module in pkgutil.walk_packages(leanclip.__path__, "leanclip."):
     importlib.import_module(module.name)
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 for streaming in (False, True):
     size = 2 if streaming else None
@@ -88,7 +88,7 @@ assert constants.HF_HUB_DISABLE_TELEMETRY
 
 def test_rows_of_a_stream_name_no_files_of_others() -> None:
     """A row may name a file of its own repository on the hub; `datasets` writes it so."""
-    from leanclip.config.schema import DataConfig
+    from leanclip.config.data import DataConfig
     from leanclip.data.formats.hub import Stream
 
     class Rows:

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_pairs, noise_image
 
 from leanclip.cli.use import _images_of
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.dataset import read_class_names, read_lines, read_templates
 from leanclip.data.formats import shapes

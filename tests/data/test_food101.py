@@ -13,7 +13,7 @@ import pytest
 from conftest import assert_refused, noise_image
 from web import Server, serving, tags_of
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.readers import food101_archive
 from leanclip.data.readers.food101_archive import get_food101

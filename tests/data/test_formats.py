@@ -10,7 +10,7 @@ import pytest
 from conftest import Command, assert_refused, make_config, make_model, make_pairs, noise_image
 from PIL import Image
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.readers.image_files import list_images
 from leanclip.errors import LeanclipError, SampleError

@@ -15,7 +15,7 @@ import torch
 from conftest import make_pairs, noise_image, small_batches
 from pyarrow import parquet
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.formats.mixture import Mixture
 from leanclip.data.loader import Position, evaluation_batches
@@ -340,7 +340,7 @@ def test_what_cannot_be_opened_is_told_in_one_line(tmp_path: Path) -> None:
 
 def test_an_id_without_a_network(tmp_path: Path) -> None:
     code = (
-        "from leanclip.config.schema import DataConfig; from leanclip.data import open_dataset\n"
+        "from leanclip.config.data import DataConfig; from leanclip.data import open_dataset\n"
         "try: open_dataset(DataConfig(format='hub', root='somebody/some-data:a-config'))\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

@@ -10,7 +10,7 @@ import datasets
 import pytest
 from conftest import noise_image
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.tools.check import open_parts, read_parts
 from leanclip.data.tools.findings import find

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_pairs, noise_image, small_batches
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.config.sections import parse, to_plain
 from leanclip.data import open_dataset
 from leanclip.data.dataset import Dataset, Sample

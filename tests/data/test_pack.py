@@ -16,7 +16,7 @@ from conftest import assert_refused, make_pairs, noise_image
 from PIL import Image
 from skimage import data as photographs
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.data import parse_source
 from leanclip.data.scaled_decode import open_header, open_reduced

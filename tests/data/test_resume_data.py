@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import make_pairs, noise_image
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import Position, training_batches
 from leanclip.preprocess.images import Preprocess

@@ -17,7 +17,7 @@ import torch
 from conftest import noise_image, small_batches
 from web import Server, serving
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.formats.shards import Shards
 from leanclip.data.loader import Position

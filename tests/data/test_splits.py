@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY, Command, assert_refused, make_model, make_pairs, noise_image, report_of
 
-from leanclip.config.schema import Config, DataConfig
+from leanclip.config.data import DataConfig
+from leanclip.config.schema import Config
 from leanclip.config.sections import parse
 from leanclip.data import open_dataset
 from leanclip.data.splits import default_split, find_splits

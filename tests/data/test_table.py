@@ -15,7 +15,7 @@ import torch
 from conftest import noise_image, small_batches
 from pyarrow import parquet
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.loader import Position
 from leanclip.data.readers import textrows

@@ -17,7 +17,7 @@ from test_step import KINDS, PAIRS, batch_of, model_of
 from torch.distributed.tensor import DTensor
 
 from leanclip import CLIP, Preprocess, WeightsError
-from leanclip.config.schema import OptimizerConfig, TrainConfig
+from leanclip.config.training import OptimizerConfig, TrainConfig
 from leanclip.distributed.fsdp import full_model
 from leanclip.distributed.wrap_model import wrap_model
 from leanclip.training import checkpoint

@@ -10,8 +10,9 @@ from test_step import Recording, batch_of
 from torch import nn
 
 from leanclip import CLIP, Preprocess
-from leanclip.config.schema import Config, TrainConfig
+from leanclip.config.schema import Config
 from leanclip.config.sections import parse
+from leanclip.config.training import TrainConfig
 from leanclip.distributed.wrap_model import checkpoint_activations, compile_towers
 from leanclip.training.plan import make_plan, memory_estimate
 from leanclip.training.step import train_step

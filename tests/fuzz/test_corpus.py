@@ -19,7 +19,8 @@ from test_fuzz_tables import read_all
 from test_fuzz_weights import SMALL
 
 import leanclip
-from leanclip.config.schema import DataConfig, load_config
+from leanclip.config.data import DataConfig
+from leanclip.config.schema import load_config
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import LeanclipError, WeightsError
 from leanclip.preprocess.tokenizer import tokenize

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import EDITS, TIMES, Edits, bounded, check_words, edited, examples, odd_values
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.errors import LeanclipError, SampleError
 
@@ -171,7 +171,7 @@ PARQUET = """
 import random, sys
 from mutations import bounded, edited
 from test_fuzz_tables import parquet_edits, parquet_seeds, read_all
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from pathlib import Path
 first, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 seeds = parquet_seeds()

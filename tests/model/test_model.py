@@ -13,7 +13,8 @@ from conftest import TINY
 from torch.nn import functional as F
 
 from leanclip import CLIP, ConfigError
-from leanclip.config.schema import ModelConfig, load_config
+from leanclip.config.model import ModelConfig
+from leanclip.config.schema import load_config
 from leanclip.config.sections import parse, to_plain
 from leanclip.data.loader import TEXT_LENGTHS, trim
 from leanclip.model import MAX_LOGIT_SCALE

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY
 
 from leanclip import CLIP, ConfigError
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.model.presets import PRESETS, forward_gflops, preset
 

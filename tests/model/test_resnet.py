@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import leanclip
 from leanclip import CLIP, ConfigError
-from leanclip.config.schema import Config, ModelConfig, load_config
+from leanclip.config.model import ModelConfig
+from leanclip.config.schema import Config, load_config
 from leanclip.config.sections import parse, to_plain
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.data.loader import trim

@@ -14,7 +14,8 @@ from conftest import TINY, Command, noise_image
 from PIL import Image
 
 from leanclip import CLIP, Preprocess
-from leanclip.config.schema import Config, DataConfig
+from leanclip.config.data import DataConfig
+from leanclip.config.schema import Config
 from leanclip.config.sections import parse
 from leanclip.data import Dataset, Sample
 from leanclip.evaluation import Task, evaluate, open_tasks

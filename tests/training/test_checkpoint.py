@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 
 from leanclip import CLIP, Preprocess, WeightsError
-from leanclip.config.schema import OptimizerConfig
+from leanclip.config.training import OptimizerConfig
 from leanclip.training import checkpoint
 from leanclip.training.optimizer import build_optimizer
 from leanclip.weights import load_into, read_weights

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import leanclip
 from leanclip import CLIP, ConfigError, Preprocess
-from leanclip.config.schema import FinetuneConfig, OptimizerConfig, TrainConfig, load_config
+from leanclip.config.schema import load_config
 from leanclip.config.sections import to_plain
+from leanclip.config.training import FinetuneConfig, OptimizerConfig, TrainConfig
 from leanclip.data.loader import Batch
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.evaluation import evaluate

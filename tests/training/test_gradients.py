@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from leanclip import CLIP, Preprocess
 from leanclip import losses as loss
-from leanclip.config.schema import TrainConfig
+from leanclip.config.training import TrainConfig
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.losses import contrastive_loss
 from leanclip.model import short_attention as short

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 
 from leanclip import CLIP
-from leanclip.config.schema import OptimizerConfig
+from leanclip.config.training import OptimizerConfig
 from leanclip.training.optimizer import (
     build_optimizer,
     learning_rate,

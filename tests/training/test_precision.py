@@ -14,7 +14,7 @@ from test_step import Recording, batch_of, model_of
 from torch.nn import functional as F
 
 from leanclip import CLIP, Preprocess
-from leanclip.config.schema import OptimizerConfig, TrainConfig
+from leanclip.config.training import OptimizerConfig, TrainConfig
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.io.files import read_metrics
 from leanclip.training.loss_scale import INTERVAL, START, LossScale

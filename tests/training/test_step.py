@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, ranks_of
 
 from leanclip import CLIP, Preprocess
-from leanclip.config.schema import OptimizerConfig, TrainConfig
+from leanclip.config.training import OptimizerConfig, TrainConfig
 from leanclip.data.loader import Batch
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.losses import Kind, clip_loss, multi_positive_loss, siglip_loss

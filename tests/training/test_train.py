@@ -24,8 +24,9 @@ from conftest import (
 from torch.nn import functional as F
 
 from leanclip import CLIP, Preprocess
-from leanclip.config.schema import OptimizerConfig, TrainConfig, load_config
+from leanclip.config.schema import load_config
 from leanclip.config.strict_yaml import load_yaml
+from leanclip.config.training import OptimizerConfig, TrainConfig
 from leanclip.data.loader import Batch
 from leanclip.evaluation import retrieval_metrics
 from leanclip.io.files import read_metrics

@@ -15,8 +15,10 @@ from conftest import TINY, assert_refused, make_config, run_cli
 from test_step import batch_of
 
 from leanclip import CLIP, Preprocess
-from leanclip.config.schema import ModelConfig, OptimizerConfig, load_config
+from leanclip.config.model import ModelConfig
+from leanclip.config.schema import load_config
 from leanclip.config.sections import parse
+from leanclip.config.training import OptimizerConfig
 from leanclip.io.files import read_metrics
 from leanclip.model.presets import forward_gflops, preset
 from leanclip.training.monitor import peak_memory, write_status

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from leanclip.config.schema import Config, DataConfig
+    from leanclip.config.data import DataConfig
+    from leanclip.config.schema import Config
 
 app = typer.Typer(help="Make and look at data sets.", no_args_is_help=True, rich_markup_mode=None)
 

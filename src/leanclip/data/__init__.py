@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from leanclip.config.schema import DataConfig, MixedSource, SourceConfig, apply_override
+from leanclip.config.data import DataConfig, MixedSource, SourceConfig
+from leanclip.config.schema import apply_override
 from leanclip.config.sections import parse
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.formats import folder, food101, hub, pairs, shapes, shards, table, wds

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.decoded_image_cache import CACHE_BYTES, DecodedImageCache
 from leanclip.data.skipped import Bad

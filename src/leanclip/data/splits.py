@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from leanclip.config.schema import SourceConfig
+from leanclip.config.data import SourceConfig
 from leanclip.data.formats import table
 from leanclip.data.readers.image_files import has_images, visible_folders
 from leanclip.errors import DataError

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from leanclip.config.schema import TrainConfig
+from leanclip.config.training import TrainConfig
 from leanclip.distributed.collectives import rank_and_world_size
 from leanclip.distributed.fsdp import is_sharded, shard_model
 from leanclip.model import CLIP

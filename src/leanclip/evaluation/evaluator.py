@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import Dataset
 from leanclip.data.dataset import fill
 from leanclip.data.splits import split_in_use

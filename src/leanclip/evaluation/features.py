@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import Dataset
 from leanclip.data.loader import Batch, evaluation_batches
 from leanclip.data.skipped import Bad, BadSamples, short_id

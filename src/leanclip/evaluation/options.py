@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanclip.config.schema import Config, DataConfig, EvaluationData, load_config
+from leanclip.config.data import DataConfig
+from leanclip.config.evaluation import EvaluationData
+from leanclip.config.schema import Config, load_config
 from leanclip.config.sections import parse, to_plain
 from leanclip.data import open_dataset, split_source
 from leanclip.data.dataset import read_class_names, read_templates

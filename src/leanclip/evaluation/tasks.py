@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from leanclip.config.schema import Config, DataConfig, EvaluationData, NeighbourData, ProbeData
+from leanclip.config.data import DataConfig
+from leanclip.config.evaluation import EvaluationData, NeighbourData, ProbeData
+from leanclip.config.schema import Config
 from leanclip.data import Dataset, open_dataset, source_configs
 from leanclip.data.splits import default_split, find_splits, split_in_use
 from leanclip.errors import ConfigError, DataError, one_line

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.optional_imports import need

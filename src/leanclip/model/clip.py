@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.model.packed import Packed, lay_out
 from leanclip.model.resnet import ModifiedResNet
@@ -38,7 +38,7 @@ class CLIP(nn.Module):
     """Both towers; takes the architecture keys of OpenAI's code and PASSL's `arch` dict.
 
     Args:
-        arch: the settings of `leanclip.config.schema.ModelConfig`, by name.
+        arch: the settings of `leanclip.config.model.ModelConfig`, by name.
 
     Raises:
         ConfigError: an unknown or missing key, or a value that does not fit.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import to_plain
 from leanclip.errors import DataError, LeanclipError, WeightsError
 from leanclip.inference import model as inference

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from leanclip.config.schema import FinetuneConfig, ModelConfig
+from leanclip.config.model import ModelConfig
+from leanclip.config.training import FinetuneConfig
 from leanclip.errors import ConfigError
 from leanclip.model import CLIP
 from leanclip.model.lora import add_low_rank, merged_state

@@ -18,7 +18,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from leanclip.config.schema import Config, DataConfig
+from leanclip.config.data import DataConfig
+from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data.loader import Batch, Position, training_batches

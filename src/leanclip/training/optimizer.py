@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from leanclip.config.schema import OptimizerConfig
+from leanclip.config.training import OptimizerConfig
 
 
 def build_optimizer(

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config.schema import Config, DataConfig, FinetuneConfig, Precision, load_config
+from leanclip.config.data import DataConfig
+from leanclip.config.schema import Config, load_config
 from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
+from leanclip.config.training import FinetuneConfig, Precision
 from leanclip.data import Dataset, open_dataset, source_configs
 from leanclip.data.formats.mixture import Mixture
 from leanclip.data.splits import split_in_use

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip.config.schema import TrainConfig
+from leanclip.config.training import TrainConfig
 from leanclip.data.loader import Batch
 from leanclip.distributed.collectives import mean_over_ranks_, rank_and_world_size
 from leanclip.distributed.fsdp import is_sharded

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.model.presets import forward_gflops
 
 # 10^12 FLOPs a second of dense products: bf16 and fp16 on tensor cores with float32 sums, fp32 on

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse, to_plain
 from leanclip.model.presets import PRESETS
 from leanclip.weights.weights import Weights

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import differences, to_plain
 from leanclip.errors import WeightsError
 from leanclip.model import CLIP

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.io.files import digest

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, triple

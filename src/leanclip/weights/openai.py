@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.errors import WeightsError
 from leanclip.weights.weights import INVISIBLE, Weights, infer_architecture
 

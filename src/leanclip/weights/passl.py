@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.errors import WeightsError
 from leanclip.weights.weights import VISION_POSITIONS, Weights, infer_architecture
 

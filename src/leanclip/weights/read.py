@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import ConfigError, WeightsError, one_line

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from leanclip.config.schema import ModelConfig
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.model import CLIP

@@ -12,7 +12,7 @@ passed over.
 
 from pathlib import Path
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data.dataset import (
     Dataset,
     ImageFiles,

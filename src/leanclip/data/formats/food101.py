@@ -6,7 +6,7 @@ root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.tx
 
 from pathlib import Path
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data.dataset import Dataset, ImageFiles, check_templates, read_class_file, read_lines
 from leanclip.data.prompts import FOOD101_TRAINING, PROMPTS
 from leanclip.errors import DataError

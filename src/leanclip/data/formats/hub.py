@@ -17,7 +17,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.order import shuffled
 from leanclip.data.readers.columns import (

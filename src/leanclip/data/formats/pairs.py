@@ -8,7 +8,7 @@ Pairs are keyed by path: a/1.jpg belongs to a/1.txt and never to b/1.txt. PASSL'
 
 from pathlib import Path
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data.dataset import Dataset, Sample, StringArray, read_lines, split_folder
 from leanclip.data.readers.image_files import find_images
 from leanclip.errors import SampleError

@@ -9,7 +9,7 @@ captions, or the class. Paths are looked for when they are read, not before.
 
 from pathlib import Path
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.readers.columns import RowMapper, choose_columns, class_names, several_labels
 from leanclip.data.readers.parquet import ParquetRows

@@ -10,7 +10,7 @@ A sample's .cls is its label, a number from 0; its .txt has a caption a line.
 
 from pathlib import Path
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data.dataset import (
     Dataset,
     choose_templates,

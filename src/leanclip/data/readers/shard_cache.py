@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data.readers.shard_list import URLS, shard_name
 from leanclip.data.readers.tar_index import Remarks, is_indexed, shard_index
 from leanclip.errors import DataError, SampleError

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from leanclip.config.schema import DataConfig
+from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, open_reduced

@@ -24,7 +24,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from leanclip.config.schema import DataConfig, SourceConfig
+from leanclip.config.data import DataConfig, SourceConfig
 from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
