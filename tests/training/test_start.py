@@ -47,10 +47,12 @@ def run(workplace: Path) -> Path:
     config = load_config("config.yaml", ["train.epochs=3", "train.precision=fp32"])
     model = CLIP(**TINY)
     optimizer = build_optimizer(model, config.optimizer)
+    # As of weights that were loaded once: a rank without the checkpoint has it from the first one.
+    preprocess = Preprocess(32, resize="squash", interpolation="bilinear")
     for step, place in ((8, (2, 8)), (9, (3, 0))):
         done = checkpoint.Progress(step, *place, 4 * step, [], 1.0, 12, 4, run="this")
         checkpoint.save(
-            folder / "checkpoints", done, model, optimizer, Preprocess(32), keep=2
+            folder / "checkpoints", done, model, optimizer, preprocess, keep=2
         )  # fmt: skip
         torch.nn.init.ones_(model.text_projection)
     (folder / "config.yaml").write_text(dump_yaml(to_plain(config)))
