@@ -187,6 +187,7 @@ def test_ranks_that_see_two_runs_all_end_and_say_so(run: Path, workplace: Path) 
     ("own", "words"),
     [
         (["seed=1"], "seed: 1 there, 0 here"),
+        (["train.precision=bf16"], "train.precision: bf16 there, fp32 here"),
         (["data.root=less"], "samples of data: 11 there, 12 here"),
         (["train.epochs=2"], "train.epochs: 2 there, 3 here; steps: 2 there, 3 here"),
         (["evaluate.retrieval.root=less"], "samples of evaluate.retrieval: 11 there, 12 here"),

@@ -75,8 +75,9 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         DataError: the data is missing, empty or not of its layout.
     """
     _check_together(config)
+    # Asked on every rank, or ranks of other settings would wait for each other without end.
+    precision = from_first(partial(_precision, config, device))
     if config.train.precision == "auto":
-        precision = from_first(partial(_precision, config, device))
         train = config.train.model_copy(update={"precision": precision})
         config = config.model_copy(update={"train": train})
     check_tracker(config.train.report_to)
