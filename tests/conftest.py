@@ -239,7 +239,7 @@ def make_model(folder: Path, **changes: Any) -> Path:
     """A folder with weights of the tiny model."""
     torch.manual_seed(1)
     model = CLIP(**TINY | changes)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_weights(folder, model.state_dict(), model.config, Preprocess(32))
     return folder
 

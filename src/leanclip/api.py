@@ -88,18 +88,19 @@ def evaluate_only(
     if source is None:
         has_run = from_first(lambda: any(folder.glob("checkpoints/step-*")))
         source = str(folder) if has_run else config.load
-    weights, _ = read_on_all_ranks(source or folder, config.load_arch)
+    source = source or str(folder)
+    weights, _ = read_on_all_ranks(source, config.load_arch)
     load_into(model, weights, partial=config.load_partial)
-    root = Path(source or folder) / "checkpoints"
+    root = Path(source) / "checkpoints"
     progress = from_first(lambda: checkpoint.last_progress(root))
     before = progress.before if progress else {}
-    preprocess = model_preprocess(config)
+    preprocess = model_preprocess(config, source)
     report = evaluate(
         model.to(device), tasks, preprocess, retention=retention, before=before, use_cache=True
     )
     if calibration is not None:
         calibrate(model, calibration, preprocess, report, coverage=coverage)
-    report.source, report.command = source or str(folder), command
+    report.source, report.command = source, command
     if rank > 0:
         return None
     return finish(folder, report, 0.0, pictures=config.evaluate.pictures)

@@ -8,6 +8,7 @@ that has to be replaced. Features and images are torch's tensors, which take Pad
 where the document has them.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ class Tensor(torch.Tensor):
         if len(axes) == 1 and not torchs:
             return self.permute(*axes[0])
         return super().transpose(*axes, **torchs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tensor":
+        """As torch's own; its default refuses subclasses."""
+        return copy.deepcopy(self.as_subclass(torch.Tensor), memo).as_subclass(Tensor)
 
 
 class _Model(CLIP):
@@ -152,8 +157,8 @@ def load(path: str | Path) -> Any:
 
 def to_tensor(data: Any) -> Tensor:
     """A tensor with a copy of an array, numbers or a tensor."""
-    copy = data.detach().clone() if isinstance(data, torch.Tensor) else torch.tensor(data)
-    return copy.as_subclass(Tensor)
+    tensor = data.detach().clone() if isinstance(data, torch.Tensor) else torch.tensor(data)
+    return tensor.as_subclass(Tensor)
 
 
 def zeros(shape: Sequence[int], dtype: str = "float32") -> Tensor:

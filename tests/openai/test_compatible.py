@@ -1,6 +1,8 @@
 """`leanclip.passl` beside what PASSL's own code gave, and its document."""
 
+import copy
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,10 @@ def test_tensors_take_paddles_arguments_and_torchs() -> None:
     z = to_tensor(x)
     z += 1
     assert float(x[0, 0]) == 3  # a copy
+    for other in (copy.deepcopy([x, x]), pickle.loads(pickle.dumps([x, x]))):
+        assert type(other[0]) is type(x)
+        assert other[0] is other[1] is not x
+        assert torch.equal(other[0], x)
 
 
 def test_the_tokenizer_has_passls_tables() -> None:

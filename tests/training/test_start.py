@@ -47,10 +47,12 @@ def run(workplace: Path) -> Path:
     config = load_config("config.yaml", ["train.epochs=3", "train.precision=fp32"])
     model = CLIP(**TINY)
     optimizer = build_optimizer(model, config.optimizer)
+    # As of weights that were loaded once: a rank without the checkpoint has it from the first one.
+    preprocess = Preprocess(32, resize="squash", interpolation="bilinear")
     for step, place in ((8, (2, 8)), (9, (3, 0))):
         done = checkpoint.Progress(step, *place, 4 * step, [], 1.0, 12, 4, run="this")
         checkpoint.save(
-            folder / "checkpoints", done, model, optimizer, Preprocess(32), keep=2
+            folder / "checkpoints", done, model, optimizer, preprocess, keep=2
         )  # fmt: skip
         torch.nn.init.ones_(model.text_projection)
     (folder / "config.yaml").write_text(dump_yaml(to_plain(config)))
@@ -185,6 +187,7 @@ def test_ranks_that_see_two_runs_all_end_and_say_so(run: Path, workplace: Path) 
     ("own", "words"),
     [
         (["seed=1"], "seed: 1 there, 0 here"),
+        (["train.precision=bf16"], "train.precision: bf16 there, fp32 here"),
         (["data.root=less"], "samples of data: 11 there, 12 here"),
         (["train.epochs=2"], "train.epochs: 2 there, 3 here; steps: 2 there, 3 here"),
         (["evaluate.retrieval.root=less"], "samples of evaluate.retrieval: 11 there, 12 here"),

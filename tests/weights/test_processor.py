@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, TINY
+from conftest import DATA, TINY, make_model
 from PIL import Image
 from skimage import data as photographs
 
 import leanclip
 from leanclip import CLIP, Preprocess, WeightsError
-from leanclip.api import train
+from leanclip.api import evaluate_only, train
 from leanclip.config.schema import Config
 from leanclip.config.sections import parse
 from leanclip.data import open_dataset
@@ -396,6 +396,26 @@ def test_settings_of_the_data_win_over_the_weights(squashing: Path, tmp_path: Pa
     values["data"] = values["data"] | dict.fromkeys(changes)
     found = model_preprocess(parse(Config, values, where=""))
     assert (found.resolution, found.size, found.resize) == (64, (80, 72), "squash")
+
+
+def test_weights_measured_with_a_runs_settings_have_their_own_preprocessing(
+    squashing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = photo_classes(tmp_path / "data")
+    values = config_of(tmp_path / "run", root) | {"evaluate": {"zero_shot": {}}}
+    loading = parse(Config, values | {"load": str(squashing)}, where="")
+    make_model(tmp_path / "run/checkpoints/step-00000001")
+    seen = []
+
+    def see(_model: CLIP, _tasks: object, preprocess: Preprocess, **_: object) -> None:
+        seen.append(preprocess)
+        raise WeightsError("enough")
+
+    monkeypatch.setattr("leanclip.api.evaluate", see)
+    for source in (str(squashing), None):
+        with pytest.raises(WeightsError, match="enough"):
+            evaluate_only(loading, torch.device("cpu"), source)
+    assert seen == [read_weights(squashing).preprocess, Preprocess(R)]
 
 
 def test_another_resolution_by_arch_moves_the_preprocessing_with_it(squashing: Path) -> None:

@@ -77,8 +77,9 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         DataError: the data is missing, empty or not of its format.
     """
     _check_together(config)
+    # Asked on every rank, or ranks of other settings would wait for each other without end.
+    precision = from_first(partial(_precision, config, device))
     if config.train.precision == "auto":
-        precision = from_first(partial(_precision, config, device))
         train = config.train.model_copy(update={"precision": precision})
         config = config.model_copy(update={"train": train})
     check_tracker(config.train.report_to)
@@ -165,14 +166,17 @@ def _loss(config: Config, dataset: Dataset) -> Kind:
     return "multi-positive" if any(source.classes for source in sources) else "clip"
 
 
-def model_preprocess(config: Config) -> Preprocess:
+def model_preprocess(config: Config, source: str | None = None) -> Preprocess:
     """The evaluation transform of the model that a configuration describes.
 
-    What `data.resize` and `data.interpolation` leave open is as in the run that goes on, else as
-    in the weights that are loaded, else as OpenAI's.
+    What `data.resize` and `data.interpolation` leave open is as stored with the weights: those of
+    `source`, else of the run that goes on, else of `load`; else as OpenAI's. Every rank calls this,
+    and the first one reads: a run's folder may be on its disk alone.
     """
     data, resolution = config.data, config.model.image_resolution
-    stored = _stored_preprocess(config)
+    stored = from_first(
+        lambda: _stored_preprocess(config) if source is None else read_preprocess(source)
+    )
     base = Preprocess(resolution) if stored is None else stored.at(resolution)
     if data.resize is not None and data.resize != base.resize:
         base = Preprocess(resolution, interpolation=base.interpolation, resize=data.resize)
