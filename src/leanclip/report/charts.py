@@ -1,4 +1,4 @@
-"""Pictures of what a model says of images and texts, with matplotlib (the extra `plots`).
+"""Pictures of a model's predictions for images and texts, by matplotlib.
 
 Each function gives a matplotlib figure, and writes it where a path is given.
 
