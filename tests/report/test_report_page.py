@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from browser import chromium
-from conftest import TINY, Command, noise_image
+from conftest import TINY, Command, make_model, noise_image, run_cli
 from PIL import Image
 
 from leanclip import CLIP, Preprocess
@@ -255,6 +255,16 @@ def test_pictures_in_a_page_are_svg_with_text_and_themed_colours() -> None:
     assert svg(line_chart({"a": [(1, 1.0), (2, 3.0)]}), "x") == svg(
         line_chart({"a": [(1, 1.0), (2, 3.0)]}), "x"
     )
+
+
+def test_results_are_printed_where_an_encoding_lacks_the_arrow(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(workplace / "m")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run_cli("eval", "--model", "m", "--data", "pairs:data", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "image?text" in done.stdout
 
 
 @pytest.mark.slow
