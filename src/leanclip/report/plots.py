@@ -214,14 +214,14 @@ def pareto_picture(
     chosen: int,
     axes: tuple[str, str],
 ) -> list[Path]:
-    """Two figures of each candidate against each other; the best trades joined by a line.
+    """Two metrics of each candidate against each other, and their Pareto front.
 
     Args:
-        places: across, up; more is better in both.
-        labels: beside each place.
+        places: (x, y) of each candidate; higher is better in both.
+        labels: of the candidates.
         path: of the picture.
-        chosen: which one is marked.
-        axes: the names of the figures.
+        chosen: the index of the candidate to mark.
+        axes: the names of the metrics.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -246,7 +246,7 @@ def pareto_picture(
 
 
 def pareto_front(places: Sequence[tuple[float, float]]) -> list[int]:
-    """Those that no other beats in both figures, nor in one with the other equal."""
+    """The indices of the places that no other place dominates."""
     return [
         i
         for i, (x, y) in enumerate(places)
@@ -275,7 +275,7 @@ def image_grid(
 
 
 def _draw(axes: "Axes", image: Source) -> None:
-    """An image, or words in its place where it cannot be read."""
+    """Draw an image, or "no picture" where it cannot be read."""
     shown = image_to_show(image)
     if shown is not None:
         axes.imshow(shown)
@@ -284,7 +284,7 @@ def _draw(axes: "Axes", image: Source) -> None:
 
 
 def words(text: str, width: int) -> str:
-    """A caption as it stands, in lines: a dollar sign is no formula, a control no character."""
+    """A caption wrapped to a width; `$` starts no formula, controls are replaced."""
     return textwrap.fill(printable(text[:500]), width).replace("$", r"\$")
 
 
