@@ -19,7 +19,8 @@ from leanclip.evaluation.sweep import Sweep
 from leanclip.io.files import write_text
 from leanclip.model import CLIP
 from leanclip.report.plots import pareto_picture, run_pictures
-from leanclip.report.report_page import headlines, write_report_page
+from leanclip.report.report_page import write_report_page
+from leanclip.report.text import count, headlines, sentences
 from leanclip.training import checkpoint
 from leanclip.training.determinism import allow_tf32
 from leanclip.training.loop import SKIPPED
@@ -117,13 +118,15 @@ def summary(outcome: RunResult) -> str:
         )
     elif outcome.seconds:
         lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
-    lines += report.sentences
+    lines += sentences(report)
     skipped = BadSamples(0, 1, folder / SKIPPED)
     if skipped.found:
         lines.append(f"Training skipped {skipped.summary()}: see {skipped.path}")
     if report.bad:
-        lines.append(f"{len(report.bad)} samples could not be used: see {folder}/report.json")
-    if not report.sentences:
+        lines.append(
+            f"Evaluation skipped {count(len(report.bad), 'sample')}: see {folder}/report.json"
+        )
+    if not report.results:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
     measured = {
         f"Data:     {task.data.format} in {task.data.root}"
@@ -135,8 +138,8 @@ def summary(outcome: RunResult) -> str:
     if progress is not None and (best := progress.best) is not None:
         path = folder / "checkpoints" / f"step-{best.step:08d}"
         lines.append(f"Best:     {path}     ({best.metric} {best.value:.1%})")
-    if figures := headlines(report):
-        lines.append(f"Figures:  {figures}")
+    if metrics := headlines(report):
+        lines.append(f"Metrics:  {metrics}")
     lines.append(f"Report:   {outcome.page}")
     lines += [f"Picture:  {picture}" for picture in outcome.pictures]
     if any(folder.glob(f"checkpoints/step-*/{SHARDS}")):
@@ -154,7 +157,7 @@ def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> R
     report.source = report.source or str(folder)
     report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
     folder.mkdir(parents=True, exist_ok=True)
-    report.write(folder)
+    report.write(folder, sentences(report))
     if report.calibration is not None:
         report.calibration.save(folder)
     page = write_report_page(folder, report, BadSamples(0, 1, folder / SKIPPED))

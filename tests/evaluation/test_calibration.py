@@ -184,7 +184,7 @@ def test_eval_calibrates_on_a_split_or_on_a_share(command: Command, workplace: P
     for held_out, images, measured in (("val", 15, 18), ("0.5", 5, 9)):
         done = command(*words, "--calibrate", held_out, "--coverage", "0.8")
         assert done.returncode == 0, done.stderr
-        assert f"of {measured} images, with" in done.stdout
+        assert f" of {measured} images (" in done.stdout
         report = json.loads((workplace / "out/report.json").read_text())
         assert report["metrics"]["calibrated_ece"] <= 1
         assert report["metrics"]["calibrated_ece_before"] <= 1

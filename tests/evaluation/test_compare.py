@@ -95,10 +95,13 @@ def test_zero_shot_of_two_models_by_their_own_reports(command: Command, workplac
     draws = np.random.default_rng(7).choice(differences, (4000, 60)).mean(axis=1)
     ours = found["differences"]["zeroshot_top1"]["interval"]
     assert ours == pytest.approx(np.quantile(draws, (0.025, 0.975)).tolist(), abs=0.04)
-    assert f"zero-shot top-1: B is right on {len(better)} where A is wrong" in done.stdout
+    assert (
+        f"zero-shot top-1: only B correct on {len(better)}, only A correct on {len(worse)}; "
+        in done.stdout
+    )
     page = (workplace / "out/compare.html").read_text()
-    assert "only B is right" in page
-    assert "only A is right" in page
+    assert "only B correct" in page
+    assert "only A correct" in page
     assert min(open_image(workplace / "out/changed.png").size) > 200
 
 

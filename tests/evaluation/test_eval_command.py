@@ -34,7 +34,7 @@ def test_three_ranks_give_the_figures_of_one(command: Command, workplace: Path) 
         options = ("eval", "--model", "m", "--data", f"table:t/{name}.csv", "--task", task)
         one = command(*options, "--out", f"one-{task}")
         assert one.returncode == 0, one.stderr
-        assert ("1002 images" in one.stdout) == (task != "knn")  # which learns from a half
+        assert ("1,002 images" in one.stdout) == (task != "knn")  # which learns from a half
         assert one.stderr.count("skipped: t/7.bmp") == 1
         ranks = fork_ranks(3, *options, "--out", f"three-{task}", folder=workplace)
         assert [rank.code() for rank in ranks] == [0, 0, 0], ranks[0].said()

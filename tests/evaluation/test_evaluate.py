@@ -22,6 +22,7 @@ from leanclip.evaluation.features import encode_images, encode_texts, images_at_
 from leanclip.preprocess.images import open_image
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.report.plots import image_grid, similarity_matrix
+from leanclip.report.text import sentences
 
 # 4 images by 8 captions; captions 0 and 1 belong to image 0, 2 and 3 to image 1, and so on.
 SCORES = torch.tensor(
@@ -179,10 +180,10 @@ def test_the_size_of_batches_does_not_matter_and_limit_counts(tmp_path: Path) ->
         for e in (config.evaluate, config.evaluate.model_copy(update={"batch_size": 100}))
     ]
     assert reports[0].metrics == reports[1].metrics
-    assert "13 images" in reports[0].sentences[0]
+    assert "13 images" in sentences(reports[0])[0]
     assert reports[0].similarity.shape == (8, 8)
     limited = open_tasks(settings(tmp_path / "p", retrieval={"limit": 7}))
-    assert "7 images" in evaluate(model, limited, Preprocess(32)).sentences[0]
+    assert "7 images" in sentences(evaluate(model, limited, Preprocess(32)))[0]
 
 
 def test_unreadable_images_are_counted(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_unreadable_images_are_counted(tmp_path: Path) -> None:
     tasks = open_tasks(settings(root, retrieval={}))
     report = evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
     assert list(report.bad) == [str(root / "002.png")]
-    assert "5 images" in report.sentences[0]
+    assert "5 images" in sentences(report)[0]
     for path in root.glob("*.png"):
         path.write_bytes(b"no")
     with pytest.raises(DataError, match="bad of 6 samples"):

@@ -136,15 +136,16 @@ def test_probes_through_the_command_line(command: Command, workplace: Path) -> N
         assert report["data"][probe]["split"] == "test"
         assert len(report["classes"][probe]["per_class"]) == 3
     assert "zeroshot_top1" in report["metrics"]
-    assert "with 18 labelled images of c (the split train), is right for 100.0%" in done.stdout
-    assert "The 18 nearest neighbours" in done.stdout
+    assert "Linear probe on 12 images of 3 classes: top-1 100.0% (chance 33.3%)." in done.stdout
+    assert "Trained on 18 labelled images of c, split train; L2 strength " in done.stdout
+    assert "k-NN (k = 18) on 12 images of 3 classes: top-1 100.0% (chance 33.3%)." in done.stdout
     done = command(*options, "--task", "linear-probe", "--shots", "2")
-    assert "6 labelled images of c (the split train, 2 images a class)" in done.stdout
+    assert "6 labelled images of c, split train, 2 images per class; " in done.stdout
     done = command(*options, "--task", "knn", "--k", "1")
-    assert "The 1 nearest neighbours" in done.stdout
+    assert "k-NN (k = 1) on " in done.stdout
     done = command(*options, "--task", "knn", "--split", "train", "--train-split", "test")
-    assert "12 labelled images of c (the split test)" in done.stdout
-    assert "of 18 images" in done.stdout
+    assert "Neighbours from 12 labelled images of c, split test." in done.stdout
+    assert "on 18 images of 3 classes" in done.stdout
     done = command(*options)
     assert report_of(workplace / "e")["metrics"].keys() == {
         f"zeroshot_{name}" for name in ("top1", "top5", "mean_per_class", "ece")
@@ -157,8 +158,10 @@ def test_without_a_split_a_half_is_learned_from(command: Command, workplace: Pat
     options = ("eval", "--model", "m", "--data", "folder:c/test")
     done = command(*options, "--task", "linear-probe")
     assert done.returncode == 0, done.stderr
-    assert "6 labelled images of c/test (a half of each class, the other half is" in done.stdout
-    assert "of 6 images" in done.stdout
+    assert (
+        "6 labelled images of c/test, half of each class, tested on the other half" in done.stdout
+    )
+    assert "on 6 images of 3 classes" in done.stdout
     done = command(*options, "--task", "all")
     assert "c/test: no split to learn from, so no probes" in done.stderr
 
@@ -178,6 +181,5 @@ def test_probes_are_measured_during_training(command: Command, workplace: Path) 
     metrics = report_of(workplace / "runs/config")["metrics"]
     assert metrics["linear_probe_top1"] == metrics["knn_top1"] == 1.0
     again = command("eval", "--model", "runs/config", "--task", "knn", "--out", "e")
-    assert (
-        "The 3 nearest neighbours, with 12 labelled images of c (the split train)" in again.stdout
-    )
+    assert "k-NN (k = 3) on 12 images of 3 classes: top-1 100.0% (chance 33.3%)." in again.stdout
+    assert "Neighbours from 12 labelled images of c, split train." in again.stdout

@@ -16,8 +16,9 @@ from leanclip import CLIP, Preprocess
 from leanclip.api import train
 from leanclip.config.schema import load_config
 from leanclip.evaluation import METRICS, retrieval_metrics
-from leanclip.evaluation.retention import comparison
+from leanclip.evaluation.results import Report
 from leanclip.io.files import read_metrics
+from leanclip.report.text import retention_sentence
 from leanclip.training import checkpoint
 from leanclip.training.checkpoint import Best
 from leanclip.training.early_stopping import improved, should_stop, update_best
@@ -160,16 +161,19 @@ def test_the_sentence_on_the_guard(workplace: Path) -> None:
     assert plan.retention is not None
     before = {"retention/zeroshot_top1": 0.612, R1: 0.5}
     after = {"retention/zeroshot_top1": 0.589, R1: 0.75}
-    assert comparison(plan.retention, plan.tasks, before, after) == (
-        "On classes (the retention benchmark) zero-shot top-1 fell from 61.2% to 58.9% (-2.3 "
-        "points), while image-to-text recall@1 on data rose from 50.0% to 75.0% (+25.0 points)."
+    retention = {"retention/zero_shot": plan.retention}
+    tasks = {task.name: task for task in plan.tasks} | retention
+
+    def sentence(metrics: dict[str, float], before: dict[str, float], tasks: dict) -> str:
+        return retention_sentence(Report(metrics=metrics, before=before, tasks=tasks))
+
+    assert sentence(after, before, tasks) == (
+        "Guard (classes): zero-shot top-1 61.2% before, 58.9% after (-2.3 points); "
+        "image→text R@1 on data 50.0% before, 75.0% after (+25.0 points)."
     )
-    assert comparison(plan.retention, [], before, before | {R1: 1.0}) == (
-        "On classes (the retention benchmark) zero-shot top-1 stayed at 61.2%."
-    )
-    assert comparison(plan.retention, plan.tasks, {}, after) == (
-        "On classes (the retention benchmark) zero-shot top-1 is 58.9%."
-    )
+    unchanged = sentence(before | {R1: 1.0}, before, retention)
+    assert unchanged == "Guard (classes): zero-shot top-1 unchanged at 61.2%."
+    assert sentence(after, {}, tasks) == "Guard (classes): zero-shot top-1 58.9%."
 
 
 def test_the_guard_is_measured_before_and_after(command: Command, workplace: Path) -> None:
@@ -193,8 +197,8 @@ def test_the_guard_is_measured_before_and_after(command: Command, workplace: Pat
     assert report["metrics"]["retention/zeroshot_top1"] == now
     assert report["before"]["retention/zeroshot_top1"] == then
     sentence = report["sentences"][-1]
-    assert sentence.startswith("On classes (the retention benchmark) zero-shot top-1 ")
-    assert (now == then) == (f"stayed at {now:.1%}, while" in sentence)
+    assert sentence.startswith("Guard (classes): zero-shot top-1 ")
+    assert (now == then) == (f"unchanged at {now:.1%}; " in sentence)
     assert sentence in done.stdout
     # Known again when the run is taken up, and when it is only measured.
     for again in (
@@ -213,8 +217,8 @@ def test_the_guard_may_be_pairs_and_may_choose_the_best(command: Command, workpl
         "-o", "evaluate.retrieval=null", "-o", f"checkpoint.best_metric=retention/{R1}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "On others (the retention benchmark) image-to-text recall@1 " in done.stdout
-    assert "while" not in done.stdout
+    assert "Guard (others): image→text R@1 " in done.stdout
+    assert "; " not in next(line for line in done.stdout.splitlines() if "Guard" in line)
     assert f"(retention/{R1} " in done.stdout
     assert_refused(
         command("train", "-c", "config.yaml", "-o", "evaluate.retention.root=none"),

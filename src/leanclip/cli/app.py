@@ -43,7 +43,7 @@ def serve_page(
     """
     from leanclip.io.optional_imports import need
 
-    for library in ("fastapi", "jinja2", "uvicorn", "python_multipart"):
+    for library in ("fastapi", "uvicorn", "python_multipart"):
         need(library, "the page", extra="app")
     from leanclip.app.server import serve
 

@@ -136,7 +136,8 @@ def compare(
     from leanclip.evaluation import evaluation_config, open_tasks
     from leanclip.evaluation.compare import compare as measure
     from leanclip.inference.model import load
-    from leanclip.report.compare_page import comparison_text, write_comparison
+    from leanclip.report.compare_page import write_comparison
+    from leanclip.report.text import comparison_text
 
     settings = evaluation_config(
         first, data_spec, task, config=config, arch=arch, overrides=overrides or ()

@@ -4,6 +4,7 @@ Results go to stdout; notes, warnings, errors and progress to stderr. A user's m
 line and exit code 2; `--debug`, anywhere in the command, shows the traceback.
 """
 
+import codecs
 import io
 import logging
 import sys
@@ -60,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted, 143 by SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _show_log()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8 are printed as they are
-        sys.stdout.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        codecs.register_error("leanclip", _encode_anyway)
+        sys.stdout.reconfigure(errors="leanclip")
     if not is_rank():
         _run(words)
         return
@@ -76,6 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             end_rank(code_without_another())
         traceback.print_exc()
         end_rank(1)
+
+
+def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Prints file names that are not UTF-8 as they are, and ? for what an encoding lacks (→)."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("replace")(error)
 
 
 def _run(words: list[str]) -> None:

@@ -42,7 +42,7 @@ class Dataset(ABC):
     Attributes:
         classes: names, by label; empty where the samples have captions of their own.
         templates: captions of class data, with `{}` for the name.
-        about: what sets this data apart, for the words of a report.
+        about: an adjective for its classes in a report, such as "unseen".
         is_stream: some samples cannot be had by index, only as `visits` gives them.
     """
 

@@ -93,7 +93,7 @@ def calibrate(
     logits, labels = _logits(result, result.features), result.labels
     if images is not None:
         own_logits, own_labels = _logits(result, images.features), images.labels
-        where = f"the split {held_out.data.split}" if isinstance(held_out, Task) else ""
+        where = f"split {held_out.data.split}" if isinstance(held_out, Task) else ""
     else:
         assert isinstance(held_out, float)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED + 1))
@@ -102,7 +102,7 @@ def calibrate(
             raise DataError(f"{_OPTION} {held_out:g}: leaves no image of {count} to measure on")
         own_logits, own_labels = logits[order[:count]], labels[order[:count]]
         logits, labels = logits[order[count:]], labels[order[count:]]
-        where = f"{held_out:.0%} of them"
+        where = f"{held_out:.0%} of the images"
     calibration = fit(
         own_logits,
         own_labels,
@@ -112,15 +112,16 @@ def calibrate(
         templates=result.templates,
     )
     report.calibration = calibration
-    _say(report, calibration, logits, labels, f"{where} ({len(own_labels)} images)")
+    report.calibrated_on = f"{where} ({len(own_labels):,} images)"
+    _add_metrics(report, calibration, logits, labels)
 
 
 def _logits(result: ZeroShotResult, features: torch.Tensor) -> torch.Tensor:
     return features @ result.classifier.T * result.scale  # (N, C)
 
 
-def _say(
-    report: Report, calibration: Calibration, logits: torch.Tensor, labels: torch.Tensor, where: str
+def _add_metrics(
+    report: Report, calibration: Calibration, logits: torch.Tensor, labels: torch.Tensor
 ) -> None:
     """Add figures on images that were not held out."""
 
@@ -145,11 +146,4 @@ def _say(
         return {name: right[drawn].mean(axis=1) for name, right in shares.items()}
 
     report.intervals |= bootstrap(len(labels), measure)
-    report.sentences.append(
-        f"Calibrated on {where}: with temperature {calibration.temperature:.2f} the expected "
-        f"calibration error goes from {figures['calibrated_ece_before']:.1%} to "
-        f"{figures['calibrated_ece']:.1%}; sets made for a coverage of {calibration.coverage:.0%} "
-        f"hold the right class for {figures['calibrated_coverage']:.1%} of {len(labels)} images, "
-        f"with {figures['calibrated_set_size']:.2f} classes on average; "
-        f"{figures['calibrated_none']:.1%} look like none of the classes."
-    )
+    report.calibration_test_images = len(labels)

@@ -1,6 +1,6 @@
 """Evaluation: a model and tasks in, a report out; training and `leanclip eval` share it.
 
-    tasks -> features over all ranks -> a result per task -> figures, intervals, sentences -> Report
+    tasks -> features over all ranks -> a result per task -> figures, intervals -> Report
 
 Every rank calls `evaluate` and gets the figures; the first one has the rest, too.
 """
@@ -26,8 +26,8 @@ from leanclip.evaluation.probe import (
     neighbour_votes,
     scores_of,
 )
-from leanclip.evaluation.results import Report, Result, sample_note
-from leanclip.evaluation.retention import PREFIX, comparison
+from leanclip.evaluation.results import Report, Result
+from leanclip.evaluation.retention import PREFIX
 from leanclip.evaluation.retrieval import RetrievalResult, retrieve
 from leanclip.evaluation.tasks import Part, Task
 from leanclip.evaluation.zero_shot import (
@@ -62,7 +62,7 @@ def evaluate(
         tasks: what to measure, on which data.
         preprocess: of the model.
         retention: the task that is not to be forgotten.
-        before: the metrics before fine-tuning, for the sentence on the retention benchmark.
+        before: the figures before fine-tuning.
         use_cache: take zero-shot classifiers from the cache folder, and keep them there.
 
     Raises:
@@ -78,7 +78,7 @@ def evaluate(
         if retention is not None:
             own = Report()
             measuring.add(retention, own)
-            _add_retention(report, own, retention, tasks, before or {})
+            _add_retention(report, own, before or {})
     report.metrics = all_gather_object(report.metrics)[0]
     return report
 
@@ -135,13 +135,9 @@ class Evaluator:
             report.metrics |= result.figures()
             report.intervals |= result.intervals()
         if isinstance(result, ZeroShotResult):
-            _say_zero_shot(task, result, report)
+            _add_predictions(task, result, report)
         elif isinstance(result, RetrievalResult):
-            _say_retrieval(task, result, report)
-        elif isinstance(result, ProbeResult):
-            _say_probe(task, result, report)
-        if note := sample_note(report.data[task.name]):
-            report.sentences.append(note)
+            _add_pairs(task, result, report)
 
     def _encode(
         self, data: DataConfig, dataset: Dataset, task: Task, limit: int | None = None
@@ -206,12 +202,12 @@ class Evaluator:
         validation = self._labelled(task, task.validation)
         if rank_and_world_size()[0] > 0:
             return None
-        learned_from = f"the split {task.train.data.split}" if task.train else ""
+        learned_from = f"split {task.train.data.split}" if task.train else ""
         if train is None:
             learn, rest = draw_per_class(images.labels, 0.5)
             train = self._placed(images.features[learn], images.labels[learn])
             images = images.chosen(rest)
-            learned_from = "a half of each class, the other half is measured"
+            learned_from = "half of each class, tested on the other half"
         classes, count = task.dataset.classes, len(task.dataset.classes)
         if task.name == "linear_probe":
             fitted = linear_probe(train, validation, count, shots=task.shots)
@@ -221,7 +217,7 @@ class Evaluator:
             setting, learned = min(task.k, len(train.labels)), len(train.labels)
             scores = neighbour_votes(train, images.features, count, int(setting))
         if task.shots is not None:
-            learned_from += f", {task.shots} images a class"
+            learned_from += f", {task.shots} image{'' if task.shots == 1 else 's'} per class"
         said = classify(
             scores,
             images.labels,
@@ -248,9 +244,7 @@ def key_of(data: DataConfig, dataset: Dataset, limit: int | None) -> str:
     return f"{data.model_dump_json(exclude={'templates'})} {limit} {bool(dataset.classes)}"
 
 
-def _add_retention(
-    report: Report, own: Report, retention: Task, tasks: Sequence[Task], before: Mapping[str, float]
-) -> None:
+def _add_retention(report: Report, own: Report, before: Mapping[str, float]) -> None:
     if rank_and_world_size()[0] > 0:
         return
     report.metrics |= {PREFIX + name: value for name, value in own.metrics.items()}
@@ -260,19 +254,11 @@ def _add_retention(
     report.data |= {PREFIX + name: facts for name, facts in own.data.items()}
     report.bad |= own.bad
     report.before = dict(before)
-    report.sentences.append(comparison(retention, tasks, before, report.metrics))
-    report.sentences += filter(None, map(sample_note, own.data.values()))
 
 
-def _say_zero_shot(task: Task, result: ZeroShotResult, report: Report) -> None:
-    figures, classes = result.figures(), result.classes
-    about = f", {task.dataset.about}," if task.dataset.about else ""
-    report.sentences.append(
-        f"It names the right one of {len(classes)} classes{about} for "
-        f"{figures['top1']:.1%} of {len(result.labels)} images "
-        f"(guessing: {1 / len(classes):.1%}); the right one is among its first "
-        f"{min(5, len(classes))} for {figures['top5']:.1%}."
-    )
+def _add_predictions(task: Task, result: ZeroShotResult, report: Report) -> None:
+    """Add images with predictions, and examples unless there are some, to the report."""
+    classes = result.classes
     labels: list[int] = result.labels.tolist()
     indices: list[int] = result.indices.tolist()
     said: list[int] = result.top_classes[:, 0].tolist()
@@ -292,13 +278,8 @@ def _say_zero_shot(task: Task, result: ZeroShotResult, report: Report) -> None:
         report.similarity = shown_classes @ result.features[rows].T
 
 
-def _say_retrieval(task: Task, result: RetrievalResult, report: Report) -> None:
-    figures = result.figures()
-    report.sentences.append(
-        f"Among {len(result.captions)} captions, it finds one of an image's own first for "
-        f"{figures['image_to_text_R@1']:.1%} of {len(result.indices)} images; among the images, "
-        f"it finds a caption's own first for {figures['text_to_image_R@1']:.1%}."
-    )
+def _add_pairs(task: Task, result: RetrievalResult, report: Report) -> None:
+    """Add pairs of image and caption with their similarities to the report."""
     rows: list[int] = result.indices.argsort()[:EXAMPLES].tolist()
     firsts = [int((result.owners == row).nonzero()[0, 0]) for row in rows]
     report.examples = [
@@ -306,19 +287,6 @@ def _say_retrieval(task: Task, result: RetrievalResult, report: Report) -> None:
         for row, first in zip(rows, firsts, strict=True)
     ]
     report.similarity = result.text_features[firsts] @ result.features[rows].T
-
-
-def _say_probe(task: Task, result: ProbeResult, report: Report) -> None:
-    how = (
-        f"A linear probe (L2 strength {result.setting:.3g})"
-        if task.name == "linear_probe"
-        else f"The {result.setting:.0f} nearest neighbours"
-    )
-    report.sentences.append(
-        f"{how}, with {result.learned} labelled images of {task.data.root} "
-        f"({result.learned_from}), is right for {result.figures()['top1']:.1%} of "
-        f"{len(result.labels)} images."
-    )
 
 
 def _data_facts(task: Task, images: Encoded) -> dict[str, Any]:

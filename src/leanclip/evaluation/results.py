@@ -1,9 +1,9 @@
-"""What an evaluation found: figures with intervals, words, results; and `report.json`."""
+"""What an evaluation found: figures with intervals, results; and `report.json`."""
 
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +25,10 @@ Result = Classification | RetrievalResult  # a ZeroShotResult or a ProbeResult i
 
 @dataclass
 class Report:
-    """Figures by name, a plain sentence on each task, and what they were worked out from."""
+    """Figures by name, and what they were worked out from; the room `report` words them."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)  # 95%, by names of metrics
-    sentences: list[str] = field(default_factory=list)
     results: dict[str, Result] = field(
         default_factory=dict
     )  # by names of tasks; "retention/..." too
@@ -42,6 +41,8 @@ class Report:
     weights: str = ""  # weights.fingerprint of the model's state
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # by names of tasks
     calibration: Calibration | None = None
+    calibrated_on: str = ""  # which images, in words
+    calibration_test_images: int = 0  # that the `calibrated_*` metrics are of
     source: str = ""  # where the weights are
     command: str = ""  # that measures the same again
 
@@ -52,7 +53,6 @@ class Report:
             "intervals": self.intervals,
             "interval_level": LEVEL,
             "resamples": RESAMPLES,
-            "sentences": self.sentences,
             "weights": {"source": self.source, "sha256": self.weights},
             "data": self.data,
             "command": self.command,
@@ -62,19 +62,9 @@ class Report:
         }
         return found | ({"before": self.before} if self.before else {})
 
-    def write(self, folder: Path) -> None:
-        """Write `report.json` in an existing folder."""
-        write_text(folder / FILE, _json(self.facts()) + "\n")
-
-
-def sample_note(data: Mapping[str, Any]) -> str:
-    """That only a sample of a data set was measured; nothing where all of it was."""
-    if data.get("limit") is None or data["limit"] >= data["available"]:
-        return ""
-    return (
-        f"Measured on a sample of {data['limit']:,} of the {data['available']:,} images of "
-        f"{data['root']} (limit), which is the same for every model and seed."
-    )
+    def write(self, folder: Path, sentences: Sequence[str]) -> None:
+        """Write `report.json`, with the results in words, in an existing folder."""
+        write_text(folder / FILE, _json({"sentences": [*sentences]} | self.facts()) + "\n")
 
 
 def _has_classes(result: Result) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures of what a model says of images and texts, with matplotlib (the extra `plots`).
+"""Pictures of a model's predictions for images and texts, by matplotlib.
 
 Each function gives a matplotlib figure, and writes it where a path is given.
 
@@ -34,13 +34,13 @@ def classification(
         left.imshow(open_image(image))
         left.axis("off")
         shown = found[:top]
-        right.barh(range(len(shown)), [guess.probability for guess in shown])
-        right.set_yticks(range(len(shown)), [sanitize_label(guess.label, 30) for guess in shown])
+        right.barh(range(len(shown)), [one.probability for one in shown])
+        right.set_yticks(range(len(shown)), [sanitize_label(one.label, 30) for one in shown])
         right.invert_yaxis()
         right.set_xlim(0, 1)
         right.spines[["top", "right"]].set_visible(False)
-        for place, guess in enumerate(shown):
-            right.text(guess.probability + 0.01, place, f"{guess.probability:.1%}", va="center")
+        for place, one in enumerate(shown):
+            right.text(one.probability + 0.01, place, f"{one.probability:.1%}", va="center")
     grid[-1, 1].set_xlabel("probability")
     return saved(figure, path)
 
@@ -79,9 +79,9 @@ def scatter(
 ) -> "Figure":
     """Features (N, E) in the plane of their two principal components, each with its name.
 
-    `groups` names the kind of each, such as "image" and "text", which are drawn differently.
+    `groups` names the group of each, such as "image" and "text"; each has its own marker.
     """
-    points, shares = plane(features)
+    points, explained = plane(features)
     figure = new_figure(8, 6)
     axes = figure.subplots()
     kinds = list(dict.fromkeys(groups)) if groups else [""]
@@ -92,15 +92,15 @@ def scatter(
         axes.annotate(
             sanitize_label(name, 40), (x, y), xytext=(4, 4), textcoords="offset points", size=8
         )
-    axes.set_xlabel(f"first component ({shares[0]:.0%} of the variance)")
-    axes.set_ylabel(f"second component ({shares[1]:.0%})")
+    axes.set_xlabel(f"first component ({explained[0]:.0%} of the variance)")
+    axes.set_ylabel(f"second component ({explained[1]:.0%})")
     if groups:
         figure.legend(loc="outside right upper")
     return saved(figure, path)
 
 
 def plane(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, E) by their two principal components, (N, 2), and their share of the variance.
+    """Features (N, E) on their two principal components, (N, 2), and the variance explained (2,).
 
     The largest coordinate of each component's direction is positive, so the picture is the same
     each time.

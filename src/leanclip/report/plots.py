@@ -1,52 +1,65 @@
-"""Pictures of a run, with matplotlib (the extra `plots`), which is imported only to draw.
+"""Pictures of a run by matplotlib, which is imported only to draw.
 
-Each function draws one figure, into a file where it is given one; PNG or SVG by its suffix.
+Functions with a `path` write the figure there, as PNG or SVG by its suffix; the figures without
+one are for the pages, which take them as SVG.
+
+Shapes: C classes.
 """
 
-import logging
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from leanclip.evaluation import Report
+from leanclip.evaluation.retention import PREFIX
 from leanclip.io.files import read_metrics
-from leanclip.io.optional_imports import need
 from leanclip.preprocess.images import Source, image_to_show
+from leanclip.report.text import metric_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-MEASURED = ("val/", "retention/")  # names of metrics of evaluations
-log = logging.getLogger("leanclip")
+MAX_POINTS = 400  # of a line
+MAX_COUNTED = 25  # classes of a confusion matrix that shows its counts
+LINES = ("#2563eb", "#c83428", "#16803d", "#b7791f", "#9061c2", "#1f9ba8", "#c2618f", "#808a96")
+GRID, SOFT, ON_COLOR = "#d9dee5", "#5b6470", "#ffffff"
+# The variables of the pages' stylesheet that take the place of these colours in SVG.
+COLORS = {LINES[0]: "c0", LINES[1]: "c1", LINES[2]: "c2", GRID: "line", SOFT: "soft",
+          ON_COLOR: "hot"}  # fmt: skip
+
+Points = Sequence[tuple[float, float]]
 
 
 def run_pictures(folder: Path, report: Report) -> list[Path]:
     """Draw what a run's folder can show: similarity.png, predictions.png, curves.png."""
-    if not can_draw():
-        return []
     drawn = []
     if report.examples:
         images, texts = zip(*report.examples, strict=True)
         drawn.append(folder / "similarity.png")
         similarity_matrix(images, texts, report.similarity.numpy(), drawn[-1])
     if report.predictions:
-        images, said, meant = zip(*report.predictions, strict=True)
+        images, predicted, targets = zip(*report.predictions, strict=True)
         titles = [
-            f"{name}" if name == truth else f"{name} (is: {truth})"
-            for name, truth in zip(said, meant, strict=True)
+            name if name == target else f"{name} (true: {target})"
+            for name, target in zip(predicted, targets, strict=True)
         ]
         drawn.append(folder / "predictions.png")
         image_grid(images, titles, drawn[-1])
-    lines = read_metrics(folder)
-    if any("train/loss" in line for line in lines):
+    if charts := training_charts(read_metrics(folder)):
         drawn.append(folder / "curves.png")
-        curves(lines, drawn[-1])
+        figure = new_figure(4 * len(charts), 3.4)
+        grid = figure.subplots(1, len(charts), squeeze=False).ravel()
+        for axes, (title, series) in zip(grid, charts.items(), strict=True):
+            _draw_lines(axes, series)
+            axes.set_title(title)
+            axes.set_xlabel("step")
+        figure.savefig(drawn[-1])
     return drawn
 
 
@@ -56,8 +69,6 @@ def check_pictures(
     duplicates: Sequence[tuple[Source, str]],
 ) -> list[Path]:
     """Draw what a check of data found: samples.png, and duplicates.png, where there are any."""
-    if not can_draw():
-        return []
     drawn = []
     for name, shown in (("samples", samples), ("duplicates", duplicates)):
         path = folder / f"{name}.png"
@@ -106,33 +117,95 @@ def similarity_matrix(
     return saved(figure, path)
 
 
-def curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Training loss, learning rate and temperature by step, and evaluations where there are two."""
-    charts: dict[str, list[str]] = {
-        "loss": ["train/loss"],
-        "learning rate": ["train/lr"],
-        "logit scale": ["train/logit_scale"],
+def training_charts(lines: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Points]]:
+    """Loss, learning rate, logit scale and evaluations by step: by chart and by line.
+
+    Lines of a single point are left out.
+    """
+    names = {
+        "loss": {"train/loss": ""},
+        "learning rate": {"train/lr": ""},
+        "logit scale": {"train/logit_scale": ""},
+        "evaluation": {
+            name: metric_label(name.removeprefix("val/"))
+            for name in sorted({name for line in lines for name in line})
+            if name.startswith(("val/", PREFIX)) and name.endswith(("_top1", "_R@1"))
+        },
     }
-    evaluations = [line for line in lines if any(name.startswith(MEASURED) for name in line)]
-    if len(evaluations) > 1:
-        charts["evaluation"] = sorted(
-            name
-            for name in evaluations[-1]
-            if name.startswith(MEASURED) and not name.endswith(("_rank", "_ece"))  # of other scales
-        )
-    figure = new_figure(4 * len(charts), 3.4)
-    for axes, (title, names) in zip(figure.subplots(1, len(charts)), charts.items(), strict=True):
-        for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, marker="o" if len(points) < 10 else None, label=name)
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend(fontsize="x-small")
-    figure.savefig(path)
+    charts = {}
+    for title, labels in names.items():
+        series = {
+            label: [(line["step"], line[name]) for line in lines if name in line]
+            for name, label in labels.items()
+        }
+        if series := {label: points for label, points in series.items() if len(points) > 1}:
+            charts[title] = series
+    return charts
+
+
+def line_chart(series: Mapping[str, Points]) -> "Figure":
+    """Lines over steps, with a legend where there are several; for a page."""
+    figure = new_figure(4.2, 2.4)
+    _draw_lines(figure.subplots(), series)
+    return figure
+
+
+def _draw_lines(axes: "Axes", series: Mapping[str, Points]) -> None:
+    """At most MAX_POINTS of each line, evenly, and its last; finite ones only."""
+    axes.set_prop_cycle(color=LINES)
+    for label, points in series.items():
+        finite = [point for point in points if all(map(math.isfinite, point))]
+        step = max(1, -(-len(finite) // MAX_POINTS))
+        places = np.array([*finite[::step], *finite[-1:]]).reshape(-1, 2)
+        marker = "o" if len(places) < 12 else None
+        axes.plot(
+            *places.T, marker=marker, markersize=3, linewidth=1.3, label=sanitize_label(label, 40),
+            clip_on=False,
+        )  # fmt: skip
+    axes.grid(color=GRID, linewidth=0.7, clip_on=False)
+    axes.tick_params(length=0, labelsize=7.5, labelcolor=SOFT)
+    axes.spines[:].set_visible(False)
+    if len(series) > 1:
+        axes.legend(fontsize=7.5, frameon=False, labelcolor=SOFT)
+
+
+def confusion_matrix(
+    counts: np.ndarray, totals: np.ndarray, names: Sequence[str], numbers: Sequence[int]
+) -> "Figure":
+    """Counts as squares, darker for a larger fraction of their row; for a page.
+
+    Args:
+        counts: (C, C) integers, rows are true classes, columns predicted ones.
+        totals: images of each true class, (C,), those of columns that are left out included.
+        names: of the classes.
+        numbers: of the classes, for the columns.
+    """
+    from matplotlib.patches import Rectangle
+
+    size = len(counts)
+    figure = new_figure(0.22 * size + 2, 0.22 * size + 0.4)
+    axes = figure.subplots()
+    for row, column in np.argwhere(counts):
+        fraction = counts[row, column] / totals[row]
+        # Few errors matter too: no square is paler than a quarter.
+        square = Rectangle(
+            (column - 0.46, row - 0.46), 0.92, 0.92, linewidth=0, clip_on=False,
+            facecolor=LINES[2] if row == column else LINES[1], alpha=0.25 + 0.75 * fraction,
+        )  # fmt: skip
+        axes.add_patch(square)
+        if size <= MAX_COUNTED and counts[row, column] < 1000:
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", size=6,
+                      color=ON_COLOR if fraction > 0.5 else SOFT)  # fmt: skip
+    labels = [
+        f"{sanitize_label(name[:30], 100)}  {n}" for name, n in zip(names, numbers, strict=True)
+    ]
+    axes.set_xticks(range(size), [str(number) for number in numbers])
+    axes.set_yticks(range(size), labels)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=6, labelcolor=SOFT)
+    axes.spines[:].set_color(GRID)
+    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), aspect="equal")
+    return figure
 
 
 def pareto_picture(
@@ -143,17 +216,15 @@ def pareto_picture(
     chosen: int,
     axes: tuple[str, str],
 ) -> list[Path]:
-    """Two figures of each candidate against each other; the best trades joined by a line.
+    """Two metrics of each candidate against each other, and their Pareto front.
 
     Args:
-        places: across, up; more is better in both.
-        labels: beside each place.
+        places: (x, y) of each candidate; higher is better in both.
+        labels: of the candidates.
         path: of the picture.
-        chosen: which one is marked.
-        axes: the names of the figures.
+        chosen: the index of the candidate to mark.
+        axes: the names of the metrics.
     """
-    if not can_draw():
-        return []
     from matplotlib.ticker import PercentFormatter
 
     figure = new_figure(6, 4.5)
@@ -177,7 +248,7 @@ def pareto_picture(
 
 
 def pareto_front(places: Sequence[tuple[float, float]]) -> list[int]:
-    """Those that no other beats in both figures, nor in one with the other equal."""
+    """The indices of the places that no other place dominates."""
     return [
         i
         for i, (x, y) in enumerate(places)
@@ -206,7 +277,7 @@ def image_grid(
 
 
 def _draw(axes: "Axes", image: Source) -> None:
-    """An image, or words in its place where it cannot be read."""
+    """Draw an image, or "no picture" where it cannot be read."""
     shown = image_to_show(image)
     if shown is not None:
         axes.imshow(shown)
@@ -215,9 +286,13 @@ def _draw(axes: "Axes", image: Source) -> None:
 
 
 def sanitize_label(text: str, width: int) -> str:
-    """A caption as it stands, in lines: a dollar sign is no formula, a control no character."""
-    printable = "".join(c if c.isprintable() else " " for c in text[:500])
-    return textwrap.fill(printable, width).replace("$", r"\$")
+    """A caption wrapped to a width; `$` starts no formula, controls are replaced."""
+    return textwrap.fill(printable(text[:500]), width).replace("$", r"\$")
+
+
+def printable(text: str) -> str:
+    """Text in which a space or � takes the place of what cannot be displayed, such as controls."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
 def saved(figure: "Figure", path: Path | None) -> "Figure":
@@ -230,23 +305,10 @@ def saved(figure: "Figure", path: Path | None) -> "Figure":
 def new_figure(
     width: float, height: float, *, layout: Literal["constrained"] | None = "constrained"
 ) -> "Figure":
-    """A figure of so many inches, drawn without a display.
-
-    Raises:
-        ConfigError: matplotlib is missing.
-    """
-    need("matplotlib", "drawing", extra="plots")
+    """A figure of so many inches, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=110, layout=layout)
     FigureCanvasAgg(figure)
     return figure
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed; the log says so where it is not."""
-    if find_spec("matplotlib") is None:
-        log.info("no pictures: matplotlib is missing; get it with: pip install matplotlib")
-        return False
-    return True

@@ -1,184 +1,169 @@
-"""What a task's result looks like on a page: mistakes, classes, what was found, neighbours.
+"""What the report page shows of a task's result: errors, classes, captions, nearest images.
 
 Shapes: N images, C classes, E embedding, Q queries.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from leanclip.evaluation.classification import Classification
+from leanclip.evaluation.results import Result
 from leanclip.evaluation.retrieval import RetrievalResult
 from leanclip.evaluation.tasks import Task
-from leanclip.report.page import (
-    Html,
-    bar,
-    figure,
-    gallery,
-    matrix,
-    shortened,
-    table,
-    tag,
-    thumbnail,
-)
+from leanclip.report import plots
+from leanclip.report.page import Tile, shorten, svg, tile
 
-MATRIX = 40  # classes of a confusion matrix that is shown whole
+MAX_MATRIX = 40  # classes of a confusion matrix
 CONFUSED = 6  # pairs of classes shown with images
 EXTREMES = 8  # best classes, and worst
-QUERIES = 6  # images whose neighbours are shown
+QUERIES = 6  # images whose nearest images are shown
 NEIGHBOURS = 5
 
 
-def confusion_matrix(result: Classification) -> list[Html]:
-    """The matrix, of the classes with most mistakes where there are many."""
-    names, size = result.classes, len(result.classes)
-    label, other, images = result.confused().numpy().T
+def task_values(name: str, result: Result, task: Task, *, with_neighbours: bool) -> dict[str, Any]:
+    """The values of a task's section in templates/report.html; `name` is the task's."""
+    neighbours = _neighbours(result, task) if with_neighbours else []
+    if isinstance(result, RetrievalResult):
+        return {"retrieved": _retrieved(result, task), "neighbours": neighbours}
+    rows = [{"number": i} | row for i, row in enumerate(result.per_class(), start=1)]
+    ranked = sorted(
+        (row for row in rows if row["images"]), key=lambda row: (-row["top1"], row["number"])
+    )
+    has_extremes = len(ranked) > 2 * EXTREMES
+    return {
+        "retrieved": None,
+        "confusion": _confusion(result, name),
+        "confused": _confused_pairs(result, task),
+        "best": ranked[:EXTREMES] if has_extremes else ranked,
+        "worst": ranked[: -EXTREMES - 1 : -1] if has_extremes else [],
+        "classes": rows,
+        "neighbours": neighbours,
+    }
+
+
+def _confusion(result: Classification, name: str) -> dict[str, Any]:
+    """The confusion matrix, of the classes with most errors where there are many."""
+    size = len(result.classes)
+    label, predicted, images = result.confused().numpy().T
     totals = np.bincount(label, weights=images, minlength=size).astype(int)
-    shown = np.arange(size)
-    words = "Rows: what it is. Columns: what it was said to be. "
-    if size > MATRIX:
-        wrong = np.where(label != other, images, 0)
-        mistakes = sum(np.bincount(ends, weights=wrong, minlength=size) for ends in (label, other))
-        shown = np.sort(np.argsort(-mistakes, kind="stable")[:MATRIX])
-        words += f"Of {size} classes the {MATRIX} with most mistakes. "
-    words += "Numbers are those of the table of classes below."
-    is_shown = np.isin(label, shown) & np.isin(other, shown)
-    counts = np.zeros((len(shown), len(shown)), int)
-    rows, columns = (np.searchsorted(shown, ends[is_shown]) for ends in (label, other))
+    chosen = np.arange(size)
+    if size > MAX_MATRIX:
+        wrong = np.where(label != predicted, images, 0)
+        errors = sum(
+            np.bincount(ends, weights=wrong, minlength=size) for ends in (label, predicted)
+        )
+        chosen = np.sort(np.argsort(-errors, kind="stable")[:MAX_MATRIX])
+    is_shown = np.isin(label, chosen) & np.isin(predicted, chosen)
+    counts = np.zeros((len(chosen), len(chosen)), int)
+    rows, columns = (np.searchsorted(chosen, ends[is_shown]) for ends in (label, predicted))
     counts[rows, columns] = images[is_shown]
-    return [
-        tag("h3", "Confusion matrix"),
-        tag("p", words, class_="soft"),
-        matrix(
-            counts,
-            totals[shown],
-            [names[i] for i in shown.tolist()],
-            [str(i + 1) for i in shown.tolist()],
-        ),
-    ]
+    names = [result.classes[i] for i in chosen.tolist()]
+    figure = plots.confusion_matrix(counts, totals[chosen], names, (chosen + 1).tolist())
+    return {
+        "chart": svg(figure, f"confusion matrix of {name}"),
+        "size": len(chosen),
+        "left_out": size - len(chosen),
+        "width": f"{min(46, 9 + 1.6 * len(chosen)):.0f}",
+    }
 
 
-def mistakes(result: Classification, task: Task) -> list[Html]:
-    """The classes that are most often taken for each other, as images."""
+def _confused_pairs(result: Classification, task: Task) -> list[dict[str, Any]]:
+    """The most frequent errors, each with up to three images and one that was predicted right."""
     names = result.classes
     totals = torch.bincount(result.labels, minlength=len(names)).tolist()
-    labels, said = result.labels, result.top_classes[:, 0]
-    shares = result.top_probabilities[:, 0].tolist()
-    parts = []
-    for label, other, count in result.most_confused(CONFUSED):
-        rows = ((labels == label) & (said == other)).nonzero()[:3, 0].tolist()
-        right = ((labels == other) & (said == other)).nonzero()[:1, 0].tolist()
-        figures = [
-            figure(_picture(result, task, i), f"said with {_share(shares[i])}", kind="wrong")
-            for i in rows
+    labels, best = result.labels, result.top_classes[:, 0]
+    probabilities = result.top_probabilities[:, 0].tolist()
+    found = []
+    for label, predicted, images in result.most_confused(CONFUSED):
+        wrong = ((labels == label) & (best == predicted)).nonzero()[:3, 0].tolist()
+        right = ((labels == predicted) & (best == predicted)).nonzero()[:1, 0].tolist()
+        tiles = [
+            _tile(result, task, i, caption=f"probability {_number(probabilities[i], '.0%')}",
+                  kind="wrong")
+            for i in wrong
+        ]  # fmt: skip
+        tiles += [
+            _tile(result, task, i, caption=f"correct: {names[predicted]}", kind="right")
+            for i in right
         ]
-        figures += [
-            figure(_picture(result, task, i), f"right: {names[other]}", kind="right") for i in right
-        ]
-        sentence = tag("p", tag("b", names[label]), " taken for ", tag("b", names[other]),
-                       f": {count} of {totals[label]}")  # fmt: skip
-        parts.append(tag("div", sentence, gallery(figures)))
-    if not parts:
-        return [tag("p", "No image was taken for another class.")]
-    return [tag("h3", "Most confused, with images"), tag("div", parts, class_="two")]
-
-
-def class_table(result: Classification) -> list[Html]:
-    """The classes by their share of right answers: the best, the worst, and all."""
-    rows = [(i, row) for i, row in enumerate(result.per_class(), start=1)]
-    known = sorted((r for r in rows if r[1]["images"]), key=lambda r: (-r[1]["top1"], r[0]))
-
-    def listed(chosen: Sequence[tuple[int, dict]]) -> Html:
-        return table(
-            ["", "class", "right", "images"],
-            [
-                [
-                    str(i),
-                    tag("span", row["name"], bar(row["top1"] or 0.0)),
-                    "" if row["top1"] is None else f"{row['top1']:.1%}",
-                    f"{row['images']:,}",
-                ]
-                for i, row in chosen
-            ],
-            numbers=[2, 3],
+        found.append(
+            {
+                "label": names[label],
+                "predicted": names[predicted],
+                "count": images,
+                "total": totals[label],
+                "tiles": tiles,
+            }
         )
-
-    whole = tag("details", tag("summary", f"all {len(rows)} classes"), listed(rows))
-    if len(known) <= 2 * EXTREMES:
-        return [tag("h3", "Classes, the best first"), listed(known), whole]
-    best = tag("div", tag("h3", "Best classes"), listed(known[:EXTREMES]))
-    worst = tag("div", tag("h3", "Worst classes"), listed(known[: -EXTREMES - 1 : -1]))
-    return [tag("div", best, worst, class_="two"), whole]
+    return found
 
 
-def retrieved(result: RetrievalResult, task: Task) -> list[Html]:
-    """Images with the caption that each found first, and mistakes before right ones."""
+def _retrieved(result: RetrievalResult, task: Task) -> list[Tile]:
+    """Images with the caption ranked first for each, errors before correct ones."""
     ranks = result.image_ranks
     wrong = (ranks > 1).nonzero()[:, 0].tolist()
     right = (ranks == 1).nonzero()[:, 0].tolist()
-    figures = []
-    for i in [*_spread(wrong, 8), *_spread(right, 4)]:
-        first = int(result.top_captions[i, 0])
-        is_right = int(ranks[i]) == 1
-        own = "" if is_right else f" Its own: place {int(ranks[i])}."
-        words = f"“{shortened(result.captions[first], 90)}”{own}"
-        figures.append(
-            figure(_picture(result, task, i), words, kind="right" if is_right else "wrong")
-        )
-    return [tag("h3", "The caption that an image finds first"), gallery(figures)]
+    tiles = []
+    for i in [*_evenly(wrong, 8), *_evenly(right, 4)]:
+        caption = f"“{shorten(result.captions[int(result.top_captions[i, 0])], 90)}”"
+        rank = int(ranks[i])
+        if rank > 1:
+            caption += f" (own caption: rank {rank:,})"
+        kind = "right" if rank == 1 else "wrong"
+        tiles.append(_tile(result, task, i, caption=caption, kind=kind))
+    return tiles
 
 
-def neighbours(result: Classification | RetrievalResult, task: Task) -> list[Html]:
-    """For a few images, those nearest to them in feature space, without themselves."""
+def _neighbours(result: Result, task: Task) -> list[list[Tile]]:
+    """For a few query images the query and its nearest images in feature space."""
     features = result.features
     if len(features) < 2:
         return []
-    queries = _spread(range(len(features)), QUERIES)
+    queries = _evenly(range(len(features)), QUERIES)
     scores = features[queries] @ features.T  # (Q, N)
     scores[torch.arange(len(queries)), queries] = -torch.inf
     best = scores.topk(min(NEIGHBOURS, len(features) - 1), dim=1)
-    parts = [
-        tag("h3", "Nearest images"),
-        tag("p", "Each first image, and those nearest to it by cosine.", class_="soft"),
-    ]
-    for query, values, rows in zip(queries, best.values, best.indices.tolist(), strict=True):
-        figures = [figure(_picture(result, task, query), tag("b", _words(result, query)))]
-        for value, row in zip(values.tolist(), rows, strict=True):
-            kind = None
+    found = []
+    for query, cosines, rows in zip(
+        queries, best.values.tolist(), best.indices.tolist(), strict=True
+    ):
+        tiles = [_tile(result, task, query, title=_words(result, query))]
+        for cosine, row in zip(cosines, rows, strict=True):
+            kind = ""
             if isinstance(result, Classification):
-                is_same = result.labels[row] == result.labels[query]
-                kind = "right" if is_same else "wrong"
-            words = f"{_cosine(value)} {_words(result, row)}"
-            figures.append(figure(_picture(result, task, row), words, kind=kind))
-        parts.append(gallery(figures))
-    return parts
+                kind = "right" if result.labels[row] == result.labels[query] else "wrong"
+            caption = f"{_number(cosine, '.2f')} {_words(result, row)}"
+            tiles.append(_tile(result, task, row, caption=caption, kind=kind))
+        found.append(tiles)
+    return found
 
 
-def _picture(result: Classification | RetrievalResult, task: Task, row: int) -> Html:
+def _tile(
+    result: Result, task: Task, row: int, *, title: str = "", caption: str = "", kind: str = ""
+) -> Tile:
     """The image of a row of the result."""
-    return thumbnail(task.image(int(result.indices[row])), _words(result, row))
+    image = task.image(int(result.indices[row]))
+    return tile(image, _words(result, row), title=title, caption=caption, kind=kind)
 
 
-def _words(result: Classification | RetrievalResult, row: int) -> str:
+def _words(result: Result, row: int) -> str:
     """The class of an image, or its first caption."""
     if isinstance(result, Classification):
-        return shortened(result.classes[int(result.labels[row])], 60)
+        return shorten(result.classes[int(result.labels[row])], 60)
     first = int((result.owners == row).nonzero()[0, 0])
-    return shortened(result.captions[first], 60)
+    return shorten(result.captions[first], 60)
 
 
-def _share(value: float) -> str:
-    return f"{value:.0%}" if math.isfinite(value) else "no number"
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "–"
 
 
-def _cosine(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "–"
-
-
-def _spread(rows: Sequence[int], count: int) -> list[int]:
-    """So many of the rows, evenly."""
-    if len(rows) <= count:
+def _evenly(rows: Sequence[int], number: int) -> list[int]:
+    """At most `number` of the rows, evenly spaced."""
+    if len(rows) <= number:
         return list(rows)
-    return [rows[i * len(rows) // count] for i in range(count)]
+    return [rows[i * len(rows) // number] for i in range(number)]

@@ -90,7 +90,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         own = PROMPTS["shapes"].templates
         templates = own if config.templates is None else config.templates
         unseen = folder.open_dataset(config.model_copy(update={"templates": templates}))
-        unseen.about = "combinations of attributes that it never saw in training"
+        unseen.about = "unseen"
         return unseen
     return pairs.open_dataset(config.model_copy(update={"split": config.split or "train"}))
 
