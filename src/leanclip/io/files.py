@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,16 @@ from typing import Any
 import numpy as np
 
 LFS_POINTER = "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+URL_IN_DATA = (
+    "is a URL, and URLs in data are not fetched; download the images first, for example with "
+    "img2dataset"
+)
+_URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+
+def is_url(text: str) -> bool:
+    """Whether this is the URL of something that is not on this machine, and no path."""
+    return _URL.match(text) is not None
 
 
 def is_lfs_pointer(content: bytes) -> bool:
