@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import multiprocessing
 import os
 import socket
 import threading
@@ -16,7 +15,6 @@ from web import Server, serving
 
 from leanclip.errors import DataError
 from leanclip.io.download import FetchError, _strong_tag, fetch, fetch_bytes
-from leanclip.io.files import locked
 
 CONTENT = bytes(range(256)) * 4000
 CHANGED = len(CONTENT) * 3 // 4  # a file that is shorter by this is shorter than half of it
@@ -265,23 +263,3 @@ def test_a_server_that_never_ends_is_left() -> None:
     thread.join(10)
     assert not thread.is_alive()
     listener.close()
-
-
-def _add_one(path: Path) -> None:
-    for _ in range(50):
-        with locked(path.with_suffix(".lock")):
-            path.write_text(str(int(path.read_text()) + 1))
-
-
-def test_a_lock_holds_between_processes_and_is_not_inherited(tmp_path: Path) -> None:
-    path = tmp_path / "count"
-    path.write_text("0")
-    context = multiprocessing.get_context("fork")
-    with locked(path.with_suffix(".lock")):
-        started = [context.Process(target=_add_one, args=(path,)) for _ in range(3)]
-        for process in started:
-            process.start()
-        assert path.read_text() == "0"
-    for process in started:
-        process.join(30)
-    assert path.read_text() == "150"

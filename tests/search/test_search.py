@@ -23,7 +23,7 @@ from test_inference import save_tiny
 import leanclip
 from leanclip.data.formats.shapes import draw_dataset
 from leanclip.errors import ConfigError, DataError, SampleError
-from leanclip.io.files import held
+from leanclip.io.files import try_lock
 from leanclip.preprocess.images import CLIP_MEAN, Preprocess
 from leanclip.search import Index
 from leanclip.search.filters import date_range, size_range
@@ -411,8 +411,8 @@ def test_a_source_that_is_gone_drops_nothing(index: Index, place: Path) -> None:
 def test_two_at_once_are_refused_and_searches_go_on(index: Index, place: Path) -> None:
     ready, done = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:  # another process holds the lock
-        with held(place / "index/lock") as is_ours:
-            os.write(ready[1], b"1" if is_ours else b"0")
+        with try_lock(place / "index/lock") as is_acquired:
+            os.write(ready[1], b"1" if is_acquired else b"0")
             os.read(done[0], 1)
         os._exit(0)
     assert os.read(ready[0], 1) == b"1"

@@ -32,7 +32,7 @@ from leanclip.data.dataset import Strings
 from leanclip.data.readers.image_files import find_images
 from leanclip.errors import ConfigError, DataError, SampleError, escaped
 from leanclip.inference.model import Clip
-from leanclip.io.files import held, whole_file, write_array, write_text
+from leanclip.io.files import try_lock, whole_file, write_array, write_text
 from leanclip.io.optional_imports import need
 from leanclip.io.progress import ProgressBar
 from leanclip.io.threads import in_threads
@@ -133,8 +133,8 @@ def embed(
     index = _index(clip, source, shard_size, format, dtype)
     _open(out, index)
     lock = out / f".{rank}-of-{world_size}.lock"
-    with held(lock) as is_ours:
-        if not is_ours:
+    with try_lock(lock) as is_acquired:
+        if not is_acquired:
             raise ConfigError(f"{out}: another process embeds there; choose another --out")
         try:
             _make_shards(

@@ -1,7 +1,5 @@
 """Files that are there whole or not at all, locks among processes, and what a file's hash is."""
 
-import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 LFS_POINTER = "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
 URL_IN_DATA = (
@@ -134,30 +133,25 @@ def last_use(seconds: float) -> float:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock that a file is, among all processes and threads of this machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # closing would not do: a process forked meanwhile holds the file open too
-            fcntl.flock(file, fcntl.LOCK_UN)
+    with FileLock(path, poll_interval=0.01):
+        yield
 
 
 @contextmanager
-def held(path: Path) -> Iterator[bool]:
-    """Try to hold the lock that a file is, until the end of this process at the latest.
+def try_lock(path: Path) -> Iterator[bool]:
+    """Try to hold the lock that a file is; gives whether it was acquired.
 
-    Gives whether it does, or another process has it. Processes that are forked off do not share it.
+    It is released with the block, or by the system when the process ends in any way. Forked
+    processes do not share it: filelock closes its file in them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            yield False
-        else:
-            yield True
+    lock = FileLock(path, blocking=False)
+    with suppress(Timeout):
+        lock.acquire()
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()  # does nothing where it was not acquired
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

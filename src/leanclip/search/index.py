@@ -21,7 +21,7 @@ from PIL import Image
 from leanclip.errors import ConfigError, DataError
 from leanclip.inference.inputs import ImageInput
 from leanclip.inference.model import Clip, load
-from leanclip.io.files import held
+from leanclip.io.files import try_lock
 from leanclip.search import approximate
 from leanclip.search.approximate import FACT, MOST_OUTSIDE, QUERIES, RECALL, Approximate
 from leanclip.search.filters import Range, conditions
@@ -167,8 +167,8 @@ class Index:
             DataError: a source is missing or empty, or too much of it is unreadable.
         """
         clip = self._clip()
-        with held(self.path / "lock") as is_ours:
-            if not is_ours:
+        with try_lock(self.path / "lock") as is_acquired:
+            if not is_acquired:
                 raise ConfigError(f"{self.path}: another process is building or updating it")
             if sources is not None:
                 chosen = [s if isinstance(s, Source) else Source.of(s) for s in sources]

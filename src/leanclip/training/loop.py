@@ -37,7 +37,7 @@ from leanclip.distributed.preemption import STOPPING, Signals, Stopped, noting_s
 from leanclip.distributed.wrap_model import prepare_towers
 from leanclip.errors import ConfigError, DataError, one_line
 from leanclip.evaluation import Report, evaluate
-from leanclip.io.files import held, write_text
+from leanclip.io.files import try_lock, write_text
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.training import checkpoint
@@ -81,9 +81,9 @@ def train(plan: Plan, write_report: WriteReport[T], *, must_resume: bool = False
     if rank_and_world_size()[0] > 0:
         together(problem="")
         return _train(plan, write_report, must_resume)
-    with held(plan.folder / "lock") as is_ours:
+    with try_lock(plan.folder / "lock") as is_acquired:
         problem = f"{plan.folder}: another process trains there; choose another --output-dir"
-        together(problem="" if is_ours else problem)
+        together(problem="" if is_acquired else problem)
         with suppress(OSError):  # the first checkpoint will say what is wrong there
             checkpoint.sweep(plan.folder / "checkpoints")
         return _train(plan, write_report, must_resume)

@@ -34,7 +34,7 @@ from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, ope
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import DataError, SampleError
-from leanclip.io.files import held, read_facts, split_lines, whole_file, write_text
+from leanclip.io.files import read_facts, split_lines, try_lock, whole_file, write_text
 
 JPEG_LIMIT = 65_535  # of a side, in pixels
 
@@ -88,8 +88,8 @@ def pack(
     }
     if _begin(destination, facts):
         return json.loads((destination / "index.json").read_text("utf-8"))
-    with held(destination / "pack.json") as is_ours:
-        if not is_ours:
+    with try_lock(destination / "pack.json") as is_acquired:
+        if not is_acquired:
             raise DataError(f"{destination}: another process packs there; choose another folder")
         if (destination / "index.json").is_file():  # it has just ended
             _clear(destination)
