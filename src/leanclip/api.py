@@ -94,9 +94,7 @@ def evaluate_only(
     progress = from_first(lambda: checkpoint.last_progress(root))
     before = progress.before if progress else {}
     preprocess = model_preprocess(config)
-    report = evaluate(
-        model.to(device), tasks, preprocess, guard=guard, before=before, use_cache=True
-    )
+    report = evaluate(model.to(device), tasks, preprocess, guard=guard, before=before)
     if calibration is not None:
         calibrate(model, calibration, preprocess, report, coverage=coverage)
     report.source, report.command = source or str(folder), command

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -122,11 +121,6 @@ def digests(paths: Iterable[Path]) -> Iterator[str]:
     """The SHA-256 of several files, which are read side by side, in their order."""
     with ThreadPoolExecutor() as pool:
         yield from pool.map(digest, paths)
-
-
-def last_use(seconds: float) -> float:
-    """A kept file's time, to sort by; 0 where it is yet to come: the clock has gone back since."""
-    return seconds if seconds < time.time() + 60 else 0.0
 
 
 @contextmanager
