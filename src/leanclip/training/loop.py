@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
 from leanclip.config.schema import Config, DataConfig
 from leanclip.config.sections import to_plain
@@ -45,7 +46,6 @@ from leanclip.training.determinism import allow_tf32, only_deterministic
 from leanclip.training.early_stopping import by_evaluation, has_stopped_gaining, is_news, judged
 from leanclip.training.feature_cache import Frozen, freeze
 from leanclip.training.finetune import Tuning
-from leanclip.training.loss_scale import LossScale
 from leanclip.training.monitor import Clock, LogLines, Troubles, in_words, peak_memory, write_status
 from leanclip.training.optimizer import build_optimizer, learning_rate
 from leanclip.training.plan import Plan
@@ -166,8 +166,9 @@ def _fit(
     bad.found = from_first(lambda: bad.found)
     troubles, result = Troubles(plan), None
     stream = _stream(plan, done, frozen)
-    is_fp16 = config.train.precision == "fp16"
-    loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
+    scaler = GradScaler(plan.device.type) if config.train.precision == "fp16" else None
+    if scaler and done.loss_scale:
+        scaler.load_state_dict(done.loss_scale)
     often = config.checkpoint.every_epochs, config.checkpoint.every_steps
     clock = Clock(plan, done.samples)
     began = time.perf_counter() - done.seconds
@@ -198,7 +199,7 @@ def _fit(
                     max_gradient_norm=config.optimizer.max_gradient_norm,
                     towers=towers,
                     must_measure=must_log,
-                    loss_scale=loss_scale,
+                    scaler=scaler,
                 )
                 tuning.after_step(result.is_finite)
                 if not frozen.is_used:
@@ -207,7 +208,7 @@ def _fit(
             done = _after_step(done, plan, seen, position, time.perf_counter() - began)
             if must_log:
                 troubles.raise_if_many()  # waits for the device
-                line = _line(plan, done, result, rate, model.logit_scale, loss_scale)
+                line = _line(plan, done, result, rate, model.logit_scale, scaler)
                 line |= {"train/skipped": len(bad.found), "train/skipped_steps": troubles.count}
                 line |= clock.rates(done.samples)
                 if metrics is not None:
@@ -223,7 +224,7 @@ def _fit(
                 done = replace(done, best=judged(plan, done.best, report.metrics, done.step))
                 must_save = must_save or is_news(plan, done.best)
             if must_save:
-                state = loss_scale.state() if loss_scale else None
+                state = scaler.state_dict() if scaler else None
                 _save(plan, replace(done, loss_scale=state), model, optimizer, tuning)
             if seen.stop:
                 raise Stopped(seen.stop)
@@ -260,7 +261,7 @@ def _line(
     result: StepResult | None,
     rate: float,
     logit_scale: torch.Tensor,
-    loss_scale: LossScale | None,
+    scaler: GradScaler | None,
 ) -> dict[str, float]:
     """What metrics.jsonl says of a step; this waits for the device."""
     line = {
@@ -275,8 +276,8 @@ def _line(
     }
     for name, norm in (result.norms if result else {}).items():
         line[f"train/{name}"] = norm.item()
-    if loss_scale is not None:
-        line["train/loss_scale"] = loss_scale.factor.item()
+    if scaler:
+        line["train/loss_scale"] = scaler.get_scale()
     return line
 
 
