@@ -10,7 +10,7 @@ import torch
 
 from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
-from leanclip.data.skipped import BadSamples
+from leanclip.data.skipped import SkipTracker
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluation import Report, evaluate, open_guard, open_tasks
@@ -115,7 +115,7 @@ def summary(outcome: Outcome) -> str:
     elif outcome.seconds:
         lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
     lines += report.sentences
-    skipped = BadSamples(0, 1, folder / SKIPPED)
+    skipped = SkipTracker(0, 1, folder / SKIPPED)
     if skipped.found:
         lines.append(f"Training skipped {skipped.summary()}: see {skipped.path}")
     if report.bad:
@@ -154,7 +154,7 @@ def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> O
     report.write(folder)
     if report.calibration is not None:
         report.calibration.save(folder)
-    page = write_report_page(folder, report, BadSamples(0, 1, folder / SKIPPED))
+    page = write_report_page(folder, report, SkipTracker(0, 1, folder / SKIPPED))
     drawn = run_pictures(folder, report) if pictures else []
     return Outcome(folder, report, page, drawn, seconds)
 

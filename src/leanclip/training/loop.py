@@ -23,7 +23,7 @@ from leanclip.config.schema import Config, DataConfig
 from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data.loader import Batch, Position, training_batches
-from leanclip.data.skipped import Bad, BadSamples
+from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.distributed.collectives import (
     barrier,
     everyones,
@@ -162,7 +162,7 @@ def _fit(
     config, report = plan.config, None
     rank = rank_and_world_size()[0]
     path = plan.folder / SKIPPED
-    bad = BadSamples(plan.dataset.distinct, config.data.max_bad_share, path, must_write=rank == 0)
+    bad = SkipTracker(plan.dataset.distinct, config.data.max_bad_share, path, must_write=rank == 0)
     bad.found = from_first(lambda: bad.found)
     troubles, result = Troubles(plan), None
     stream = _stream(plan, done, frozen)

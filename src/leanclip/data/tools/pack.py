@@ -31,7 +31,7 @@ from leanclip.data import open_dataset
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.order import shuffled
 from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, open_reduced
-from leanclip.data.skipped import Bad, BadSamples
+from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import DataError, SampleError
 from leanclip.io.files import read_facts, split_lines, try_lock, whole_file, write_text
@@ -114,7 +114,7 @@ def _pack(
     records = _read_records(destination)
     tasks = _tasks(dataset, config, facts, records)
     before = sum(record["samples"] + len(record["skipped"]) for record in records.values())
-    bad = BadSamples(len(dataset), config.max_bad_share, destination / "skipped.jsonl")
+    bad = SkipTracker(len(dataset), config.max_bad_share, destination / "skipped.jsonl")
     made = in_processes(
         maker,
         tasks,
