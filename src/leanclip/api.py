@@ -10,7 +10,7 @@ import torch
 
 from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
-from leanclip.data.skipped import BadSamples
+from leanclip.data.skipped import SkipTracker
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluation import Report, evaluate, open_retention, open_tasks
@@ -94,9 +94,7 @@ def evaluate_only(
     progress = from_first(lambda: checkpoint.last_progress(root))
     before = progress.before if progress else {}
     preprocess = model_preprocess(config)
-    report = evaluate(
-        model.to(device), tasks, preprocess, retention=retention, before=before, use_cache=True
-    )
+    report = evaluate(model.to(device), tasks, preprocess, retention=retention, before=before)
     if calibration is not None:
         calibrate(model, calibration, preprocess, report, coverage=coverage)
     report.source, report.command = source or str(folder), command
@@ -117,7 +115,7 @@ def summary(outcome: RunResult) -> str:
     elif outcome.seconds:
         lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
     lines += report.sentences
-    skipped = BadSamples(0, 1, folder / SKIPPED)
+    skipped = SkipTracker(0, 1, folder / SKIPPED)
     if skipped.found:
         lines.append(f"Training skipped {skipped.summary()}: see {skipped.path}")
     if report.bad:
@@ -156,7 +154,7 @@ def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> R
     report.write(folder)
     if report.calibration is not None:
         report.calibration.save(folder)
-    page = write_report_page(folder, report, BadSamples(0, 1, folder / SKIPPED))
+    page = write_report_page(folder, report, SkipTracker(0, 1, folder / SKIPPED))
     drawn = run_pictures(folder, report) if pictures else []
     return RunResult(folder, report, page, drawn, seconds)
 

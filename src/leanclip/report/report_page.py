@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from leanclip.data.skipped import BadSamples
+from leanclip.data.skipped import SkipTracker
 from leanclip.evaluation.classification import Classification
 from leanclip.evaluation.results import Report, sample_note
 from leanclip.evaluation.retention import PREFIX
@@ -58,7 +58,7 @@ FIRST = ("zeroshot_top1", "image_to_text_R@1", "text_to_image_R@1", "zeroshot_me
          "linear_probe_top1", "knn_top1")  # fmt: skip
 
 
-def write_report_page(folder: Path, report: Report, skipped: BadSamples | None = None) -> Path:
+def write_report_page(folder: Path, report: Report, skipped: SkipTracker | None = None) -> Path:
     """Write `report.html` into an existing folder, which may be a run's.
 
     `skipped` are the samples that training could not use.
@@ -226,7 +226,7 @@ def _hashed(name: str, words: str, sha256: str) -> Html:
     return tag("p", tag("b", name), f" {words}", tag("br"), "SHA-256 ", tag("code", sha256))
 
 
-def _skipped(report: Report, skipped: BadSamples | None) -> Html | str:
+def _skipped(report: Report, skipped: SkipTracker | None) -> Html | str:
     """What could not be used, in evaluation and in training; nothing where all could."""
     parts = []
     if report.bad:
