@@ -1,5 +1,6 @@
 """What SECURITY.md says of the network: nothing is asked that was not told to."""
 
+import io
 import json
 import re
 import subprocess
@@ -8,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, Forked, make_pairs
+from conftest import PROJECT, Command, Forked, assert_refused, make_pairs
+from test_inference import save_tiny
 from web import serving
 
 WATCH = """
@@ -50,12 +52,41 @@ def test_training_evaluating_and_classifying_ask_nobody(workplace: Path) -> None
 def test_an_attempt_would_be_noted(workplace: Path) -> None:
     noted = workplace / "noted"
     with serving(make_pairs(workplace / "more", 1)) as server:
-        words = ["classify", f"{server.url}/000.png", "--labels", "ant,bee", "--model", "none.pt"]
-        Forked(*words, folder=workplace, before=watching(noted)).code()
-        assert attempts(noted) == []  # not without --allow-urls
-        words = ["data", "check", f"shards:{server.url}/0.tar", "-o", "allow_urls=true"]
+        words = ["data", "check", f"shards:{server.url}/0.tar"]
         Forked(*words, folder=workplace, before=watching(noted)).code()
     assert any("127.0.0.1" in where for _, where in attempts(noted))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", "hub", "stdin"])
+def test_urls_in_rows_are_never_fetched(
+    workplace: Path, command: Command, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Such a row is a bad sample that says what to do; the server has the image."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folder = make_pairs(workplace / "served", 1)
+    with serving(folder) as server:
+        url = f"{server.url}/000.png"
+        rows = [{"image": url, "caption": "a"}, {"image": url.upper(), "caption": "b"}]
+        path = workplace / ("rows.jsonl" if suffix in ("hub", "stdin") else f"rows{suffix}")
+        if suffix == ".csv":
+            path.write_text("".join(f"{image},{text}\n" for image, text in map(dict.values, rows)))
+            path.write_text("image,caption\n" + path.read_text())
+        elif suffix == ".parquet":
+            parquet.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if suffix == "stdin":
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(url.encode())))
+            save_tiny(workplace / "tiny")
+            done = command("embed", "-", "--out", "embedded", "--model", "tiny", "--workers", "0")
+        else:
+            data = ("-o", f"data.format={'hub' if suffix == 'hub' else 'table'}")
+            data += ("-o", f"data.root={path}", "-o", "data.split=null")
+            done = command("train", "-c", "config.yaml", "--output-dir", "runs/x", *data)
+        assert_refused(done, "URLs in data are not fetched", "img2dataset")
+        assert server.asked == []
 
 
 def test_imports_ask_nobody_and_hub_data_on_the_disk_neither(tmp_path: Path) -> None:

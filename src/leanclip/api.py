@@ -10,7 +10,7 @@ import torch
 
 from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
-from leanclip.data.skipped import BadSamples
+from leanclip.data.skipped import SkipTracker
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluation import Report, evaluate, open_retention, open_tasks
@@ -96,9 +96,7 @@ def evaluate_only(
     progress = from_first(lambda: checkpoint.last_progress(root))
     before = progress.before if progress else {}
     preprocess = model_preprocess(config, source)
-    report = evaluate(
-        model.to(device), tasks, preprocess, retention=retention, before=before, use_cache=True
-    )
+    report = evaluate(model.to(device), tasks, preprocess, retention=retention, before=before)
     if calibration is not None:
         calibrate(model, calibration, preprocess, report, coverage=coverage)
     report.source, report.command = source, command
@@ -119,7 +117,7 @@ def summary(outcome: RunResult) -> str:
     elif outcome.seconds:
         lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
     lines += sentences(report)
-    skipped = BadSamples(0, 1, folder / SKIPPED)
+    skipped = SkipTracker(0, 1, folder / SKIPPED)
     if skipped.found:
         lines.append(f"Training skipped {skipped.summary()}: see {skipped.path}")
     if report.bad:
@@ -160,7 +158,7 @@ def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> R
     report.write(folder, sentences(report))
     if report.calibration is not None:
         report.calibration.save(folder)
-    page = write_report_page(folder, report, BadSamples(0, 1, folder / SKIPPED))
+    page = write_report_page(folder, report, SkipTracker(0, 1, folder / SKIPPED))
     drawn = run_pictures(folder, report) if pictures else []
     return RunResult(folder, report, page, drawn, seconds)
 

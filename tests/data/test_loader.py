@@ -23,7 +23,7 @@ from leanclip.data.loader import (
     training_batches,
 )
 from leanclip.data.order import SMALL, permuted, shuffled
-from leanclip.data.skipped import Bad, BadSamples
+from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import ConfigError, DataError
 from leanclip.preprocess.images import Preprocess, normalize
 
@@ -126,12 +126,12 @@ def test_a_batch_of_nothing_readable(tmp_path: Path) -> None:
 def test_bad_samples_are_named_once_and_fatal_above_the_share(tmp_path: Path) -> None:
     a, b, c = (Bad(name, "damaged image", f"{name}: broken") for name in "abc")
     path = tmp_path / "skipped.jsonl"
-    bad = BadSamples(100, 0.02, path)
+    bad = SkipTracker(100, 0.02, path)
     assert bad.add([a, b, a]) == ["a: broken", "b: broken"]
     assert bad.add([a]) == []
     with path.open("a") as file:
         file.write('{"id": "cut sh')  # by a crash
-    again = BadSamples(100, 0.02, path)
+    again = SkipTracker(100, 0.02, path)
     assert again.add([a, b]) == []
     assert again.summary() == "2 damaged image"
     with pytest.raises(DataError, match=r"c: broken .*3 bad of 100 samples.*max_bad_fraction=0.02"):

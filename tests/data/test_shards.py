@@ -336,13 +336,12 @@ def test_roots(tmp_path: Path) -> None:
         f"pipe:curl http://x/{root}.tar": "pipe: is not read.*runs no commands",
         "s3://bucket/{00..99}.tar": "s3: is not read",
         "file:///x.tar": "file: is not read",
-        "http://127.0.0.1:1/0.tar": "set data.allow_urls=true",
         "x.tar.gz": "a compressed tar",
     }.items():
         with pytest.raises(DataError, match=words):
             open_dataset(config(bad))
     with pytest.raises(DataError, match=r"pipe: is not read"):
-        open_dataset(config("{http://x,pipe:touch evil; cat }/0.tar", allow_urls=True))
+        open_dataset(config("{http://x,pipe:touch evil; cat }/0.tar"))
     with pytest.raises(DataError, match=r"data\.split: val: goes with a folder"):
         open_dataset(config(root / "00001.tar", split="val"))
 
@@ -619,7 +618,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def by_url(server: Server, **more: object) -> DataConfig:
-    return config(f"{server.url}/{{00000..00003}}.tar", allow_urls=True, **more)
+    return config(f"{server.url}/{{00000..00003}}.tar", **more)
 
 
 def state_sizes(server: Server) -> None:

@@ -128,6 +128,8 @@ def test_a_spoilt_row_does_not_spoil_the_next(tmp_path: Path, monkeypatch, chunk
         (b",good", "missing image"),
         (b"x\0.jpg,good", "malformed row"),
         (b"http://a/x.jpg,good", "image at a URL"),
+        (b"HTTPS://a/x.jpg,good", "image at a URL"),
+        (b"s3://a/x.jpg,good", "image at a URL"),
         (b"x.jpg," + b"long " * 20_000, ["long " * 20_000]),
         (b'x.jpg,"never closed', "malformed row"),
         (b"x.jpg,after it", ["after it"]),

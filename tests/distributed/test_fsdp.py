@@ -14,12 +14,14 @@ import torch
 from conftest import TINY, assert_refused, make_config, ranks_of, run_cli
 from safetensors.torch import load_file
 from test_step import KINDS, PAIRS, batch_of, model_of
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 
 from leanclip import CLIP, Preprocess, WeightsError
 from leanclip.config.training import OptimizerConfig, TrainConfig
 from leanclip.distributed.fsdp import full_model
 from leanclip.distributed.wrap_model import wrap_model
+from leanclip.model.parameters import local
 from leanclip.training import checkpoint
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.sharded_checkpoint import read_shards
@@ -41,6 +43,8 @@ class Run:
 
     def __init__(self, rank: int, world_size: int, kind: Any = "clip", **train: Any) -> None:
         self.settings = TrainConfig.model_validate({"sharding": "fsdp"} | train)
+        is_fp16 = self.settings.precision == "fp16"
+        self.scaler = GradScaler("cpu", init_scale=1024) if is_fp16 else None
         self.kind, cuts = kind, CUTS[world_size]
         self.batch = batch_of(slice(cuts[rank], cuts[rank + 1]))
         self.model = model_of(kind, 14.3)
@@ -59,6 +63,7 @@ class Run:
             max_gradient_norm=0.5,
             towers=self.towers,
             must_measure=True,
+            scaler=self.scaler,
         )
 
     def state(self) -> dict[str, np.ndarray]:
@@ -305,3 +310,31 @@ def test_what_does_not_go_together_is_refused(command: Command) -> None:
         "train", "-c", "config.yaml", "-o", "train.compile=true", "-o", "train.sharding=fsdp"
     )
     assert_refused(done, "train.compile: does not go with train.sharding fsdp")
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "ddp"])
+def test_an_overflow_of_one_rank_is_every_ranks(sharding: str, tmp_path: Path) -> None:
+    """One shard's gradient is not finite: no rank takes the step, and all halve the scale."""
+    expected = Run(0, 1, "siglip", precision="fp16").step()
+
+    def work(rank: int) -> list[Any]:
+        run = Run(rank, 2, "siglip", precision="fp16", sharding=sharding)
+        assert run.scaler is not None
+        good = run.step()
+        assert good.gradient_norm.item() == pytest.approx(expected.gradient_norm.item(), rel=0.02)
+        before, weight, unscale = run.state(), run.model.visual.conv1.weight, run.scaler.unscale_
+
+        def overflow_in_shard(optimizer: torch.optim.Optimizer) -> None:
+            assert weight.grad is not None
+            local(weight.grad).view(-1)[0] = float("inf")
+            unscale(optimizer)
+
+        if rank == 1 and sharding == "fsdp":
+            run.scaler.unscale_ = overflow_in_shard
+        elif rank == 1:  # before DDP takes the mean over ranks
+            weight.register_hook(lambda gradient: gradient * float("inf"))
+        result, after = run.step(), run.state()
+        is_same = all((before[name] == after[name]).all() for name in before)
+        return [bool(result.is_finite), bool(is_same), run.scaler.get_scale()]
+
+    assert ranks_of(2, work, tmp_path) == [[False, True, 512.0]] * 2

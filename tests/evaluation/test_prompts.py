@@ -1,4 +1,4 @@
-"""Names and templates: where they come from, how classifiers are kept, and what is refused."""
+"""Names and templates: where they come from, and what is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +21,6 @@ from leanclip.data import open_dataset, parse_source
 from leanclip.data.dataset import read_templates
 from leanclip.data.formats.shapes import UNSEEN, class_name
 from leanclip.data.prompts import FOOD101_TRAINING, PROMPTS
-from leanclip.evaluation import cached_classifier
-from leanclip.weights import fingerprint
 
 
 def test_known_names_are_those_of_the_data() -> None:
@@ -67,52 +65,15 @@ def test_names_and_templates_of_the_command_line(command: Command, workplace: Pa
     assert [row["name"] for row in classes["per_class"]] == ["emmet", "honey bee"]
 
 
-def test_a_classifier_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEANCLIP_CACHE", str(tmp_path))
-    model = CLIP(**TINY).eval()
-    calls = []
-    model.token_embedding.register_forward_hook(lambda *_: calls.append(1))
-    weights = fingerprint(model.state_dict())
-
-    def cached(classes: list[str], templates: list[str], weights: str = weights) -> torch.Tensor:
-        before = len(calls)
-        found = cached_classifier(model, classes, templates, weights=weights)
-        work.append(len(calls) > before)
-        return found
-
-    work: list[bool] = []
-    first = cached(["ant", "bee"], ["a {}", "the {}"])
-    again = cached(["ant", "bee"], ["a {}", "the {}"])
-    assert torch.equal(first, build_classifier(model, ["ant", "bee"], ["a {}", "the {}"]))
-    assert torch.equal(first, again)
-    assert work == [True, False]
-    cached(["bee", "ant"], ["a {}", "the {}"])
-    cached(["ant", "bee"], ["the {}", "a {}"])
-    cached(["ant", "bee"], ["a {}", "the {}"], "other weights")
-    assert work[2:] == [True] * 3
-    files = list((tmp_path / "classifiers").iterdir())
-    assert len(files) == 4
-    for file in files:  # damage is found, and mended
-        content = bytearray(file.read_bytes())
-        content[-3] ^= 1
-        file.write_bytes(content)
-    assert torch.equal(cached(["ant", "bee"], ["a {}", "the {}"]), first)
-    assert torch.equal(cached(["ant", "bee"], ["a {}", "the {}"]), first)
-    assert work[5:] == [True, False]
-
-
-def test_ranks_use_the_first_ones_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_work_of_a_classifier(tmp_path: Path) -> None:
     model = CLIP(**TINY).eval()
     words = (["ant", "bee", "a honey bee"], ["a {}", "{}"])
     expected = build_classifier(model, *words)
 
-    def work(rank: int) -> list[bool]:
-        monkeypatch.setenv("LEANCLIP_CACHE", str(tmp_path / str(rank)))
-        found = [cached_classifier(model, *words, weights="w", shared=True) for _ in range(2)]
-        return [torch.equal(one, expected) for one in found]
+    def work(rank: int) -> bool:
+        return torch.equal(build_classifier(model, *words, shared=True), expected)
 
-    assert ranks_of(2, work, tmp_path) == [[True, True]] * 2
-    assert [path.name for path in tmp_path.glob("*/classifiers")] == ["classifiers"]
+    assert ranks_of(2, work, tmp_path) == [True, True]
 
 
 BROKEN: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ...]]] = [

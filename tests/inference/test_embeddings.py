@@ -84,7 +84,7 @@ def test_it_starts_the_ranks_itself(photos: Path) -> None:
 def test_what_cannot_be_read_is_skipped_and_named(photos: Path, command: Command) -> None:
     (photos / "photos/1/004.png").write_bytes(b"nothing")
     done = command(*WORDS)
-    assert_refused(done, "1 of 50 images are unreadable", "004.png", "--max-bad-fraction")
+    assert_refused(done, "1 bad of 50 samples", "004.png", "--max-bad-fraction")
     done = command(*WORDS, "--max-bad-fraction", "0.05")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["skipped"] == 1
@@ -105,7 +105,7 @@ def test_a_stricter_second_start_says_what_the_first_skipped(
         for name in missing:
             (photos / "out" / name).unlink()
         done = command(*WORDS, "--max-bad-fraction", "0.05")
-        assert_refused(done, "3 of 50 images are unreadable", "--max-bad-fraction")
+        assert_refused(done, "3 bad of 50 samples", "--max-bad-fraction")
     done = command(*WORDS, "--max-bad-fraction", "0.1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["skipped"] == 3
@@ -130,7 +130,7 @@ def test_bad_images_are_a_share_of_those_of_all_ranks(photos: Path, world_size: 
 
     work("enough", 0.08)
     assert len(read_embeddings("enough")[0]) == 46
-    with pytest.raises(DataError, match="of 50 images are unreadable"):
+    with pytest.raises(DataError, match="bad of 50 samples"):
         work("little", 0.07)
 
 

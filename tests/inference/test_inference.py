@@ -281,19 +281,25 @@ def test_rank_both_ways(clip: leanclip.InferenceModel, folder: Path) -> None:
             clip.rank(*wrong)
 
 
-def test_urls_only_when_they_are_allowed(
-    clip: leanclip.InferenceModel, weights: Path, folder: Path
+def test_a_url_is_fetched_up_to_a_size(
+    clip: leanclip.InferenceModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(folder) as server:
+    (tmp_path / "camera.png").write_bytes((folder / "camera.png").read_bytes())
+    (tmp_path / "page.png").write_text("<html>")
+    with serving(tmp_path) as server:
         url = f"{server.url}/camera.png"
-        with pytest.raises(DataError, match=r"camera\.png: is a URL; allow_urls=True"):
-            clip.embed_images(url)
-        assert server.asked == []
-        online = leanclip.load(weights, device="cpu", allow_urls="private")
         expected = clip.embed_images([folder / "camera.png"])
-        np.testing.assert_array_equal(online.embed_images(url), expected)
-        with pytest.raises(DataError, match=r"image 1: http.*/none.png: cannot be fetched: .*404"):
-            online.embed_images([url, f"{server.url}/none.png"])
+        np.testing.assert_array_equal(clip.embed_images(url), expected)
+        for other, words in {
+            f"{server.url}/none.png": r"image 1: http.*/none\.png: cannot be fetched: .*404",
+            f"{server.url}/page.png": r"^http.*/page\.png: cannot be read as an image: it is none",
+            "ftp://127.0.0.1/a.png": r"image 1: ftp.*: is not an http or https address",
+        }.items():
+            with pytest.raises(DataError, match=words):
+                clip.embed_images([url, other])
+        monkeypatch.setattr("leanclip.inference.inputs.MAX_URL_BYTES", 1000)
+        with pytest.raises(DataError, match="over the limit of 1000 bytes"):
+            clip.embed_images(url)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +308,7 @@ def test_urls_only_when_they_are_allowed(
         ("nothing.jpg", "nothing.jpg: no such image"),
         (["chelsea.png", "chelsea.txt"], "chelsea.txt: cannot be read as an image: it is none of"),
         ([b"", b""], "image 0: <bytes>: cannot be read as an image: it is empty"),
-        (["chelsea.png", 5], "image 1: found an int; give a path, a folder, bytes"),
+        (["chelsea.png", 5], "image 1: found an int; give a path, a folder, a URL, bytes"),
         (["chelsea.png", None], "image 1: found None"),
         (5, "images: found an int"),
         (None, "images: found None"),

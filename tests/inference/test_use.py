@@ -19,6 +19,7 @@ from sklearn.decomposition import PCA
 from test_inference import save_tiny
 from torch import nn
 from torch.nn import functional as F
+from web import serving
 
 import leanclip
 from leanclip.evaluation.classification import Prediction
@@ -105,6 +106,28 @@ def test_standard_input_is_an_image_or_paths_or_words(
     assert [one["text"] for one in found] == ["a cat", "a dog"]
 
 
+def test_urls_are_fetched_when_named_as_arguments_and_not_from_standard_input(
+    photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(photos / "photos") as server:
+        url = f"{server.url}/1.png"
+        words = ("--labels", "cat, dog", "--model", "tiny")
+        (expected,) = lines_of(command("classify", "photos/1.png", *words).stdout)
+        done = command("classify", url, *words, "--plot", "bars.png")
+        assert lines_of(done.stdout) == [expected | {"image": url}]
+        done = command(
+            *("similarity", "--images", url, "--texts", "a", "--model", "tiny"),
+            *("--plot", "matrix.png"),
+        )
+        assert [one["image"] for one in lines_of(done.stdout)] == [url]
+        assert server.asked == [("/1.png", None)] * 2  # once by each, drawings included
+        for line in (url, "s3://bucket/1.png"):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line.encode())))
+            done = command("classify", "-", *words)
+            assert_refused(done, f"standard input: {line} is a URL", "img2dataset", "argument")
+        assert len(server.asked) == 2
+
+
 def test_a_terminal_gets_a_table_and_a_bar(photos: Path) -> None:
     code = """
 import leanclip
@@ -132,7 +155,7 @@ main(["classify", "photos/0.png", "--labels", "[cat], dog", "--model", "tiny"])
         ("classify photos --labels cat", ["give two or more"]),
         ("classify photos --labels cat,,dog", ["label 1 is empty"]),
         ("classify - --labels -", ["for one thing only"]),
-        ("classify http://x/a.png --labels a,b", ["allow_urls"]),
+        ("classify ftp://x/a.png --labels a,b", ["ftp://x/a.png", "not an http or https address"]),
         ("similarity --images photos --texts " + "word-" * 20, ["tokens", "truncate"]),
     ],
 )

@@ -2,18 +2,19 @@
 
 import errno
 import hashlib
-import multiprocessing
 import os
+import socket
+import threading
 from collections.abc import Iterator
 from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from web import Server, serving
 
 from leanclip.errors import DataError
-from leanclip.io.download import FetchError, _strong_tag, fetch
-from leanclip.io.files import lock_file
+from leanclip.io.download import FetchError, _strong_tag, fetch, fetch_bytes
 
 CONTENT = bytes(range(256)) * 4000
 CHANGED = len(CONTENT) * 3 // 4  # a file that is shorter by this is shorter than half of it
@@ -178,6 +179,8 @@ def test_checksums(server: Server, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "pipe:true", "/etc/passwd"])
 def test_other_addresses_are_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError, match="is not an http or https address"):
+        fetch_bytes(url, limit=100)
+    with pytest.raises(DataError, match="is not an http or https address"):
         fetch(url, tmp_path / "file")
     assert not list(tmp_path.iterdir())
 
@@ -199,21 +202,64 @@ def test_a_full_disk_is_said_at_once(
     assert len(server.asked) == 1
 
 
-def _add_one(path: Path) -> None:
-    for _ in range(50):
-        with lock_file(path.with_suffix(".lock")):
-            path.write_text(str(int(path.read_text()) + 1))
+def test_bytes_in_memory_have_a_limit(server: Server) -> None:
+    url = f"{server.url}/file"
+    assert fetch_bytes(url, limit=len(CONTENT)) == CONTENT
+    with pytest.raises(FetchError, match=f"over the limit of {len(CONTENT) - 1} bytes"):
+        fetch_bytes(url, limit=len(CONTENT) - 1)
+    server.breaks = 1
+    with pytest.raises(FetchError, match="cannot be fetched"):
+        fetch_bytes(url, limit=len(CONTENT))
+    with pytest.raises(FetchError, match="404") as caught:
+        fetch_bytes(f"{server.url}/nothing", limit=1)
+    assert caught.value.status == 404
 
 
-def test_a_lock_holds_between_processes_and_is_not_inherited(tmp_path: Path) -> None:
-    path = tmp_path / "count"
-    path.write_text("0")
-    context = multiprocessing.get_context("fork")
-    with lock_file(path.with_suffix(".lock")):
-        started = [context.Process(target=_add_one, args=(path,)) for _ in range(3)]
-        for process in started:
-            process.start()
-        assert path.read_text() == "0"
-    for process in started:
-        process.join(30)
-    assert path.read_text() == "150"
+class _Redirecting(BaseHTTPRequestHandler):
+    target = ""
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", self.target)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("target", ["file:///etc/hostname", "data:,x", "gopher://x/"])
+def test_a_redirect_leads_to_no_file(target: str, tmp_path: Path) -> None:
+    handler = type("Handler", (_Redirecting,), {"target": target})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        with pytest.raises(FetchError, match="cannot be fetched"):
+            fetch_bytes(url, limit=100)
+        with pytest.raises(FetchError, match="cannot be fetched"):
+            fetch(url, tmp_path / "file", tries=1)
+        server.shutdown()
+
+
+def test_a_server_that_never_ends_is_left() -> None:
+    """A byte now and then keeps every timeout of a socket from coming."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+            try:
+                while True:
+                    connection.sendall(b"x")
+                    threading.Event().wait(0.05)
+            except OSError:
+                pass
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    with pytest.raises(FetchError, match="it takes longer than 1 s"):
+        fetch_bytes(url, limit=1 << 30, seconds=1)
+    thread.join(10)
+    assert not thread.is_alive()
+    listener.close()

@@ -387,7 +387,7 @@ def test_what_cannot_be_read_is_left_out(index: Index, place: Path, command: Com
     for number in range(20):
         (place / f"photos/{number}.jpg").write_bytes(b"<html>")
     done = command("search", "update", "index")
-    assert_refused(done, "of 89 images are unreadable, allowed are 10.0%", "--max-bad-fraction")
+    assert_refused(done, "bad of 89 samples", "over --max-bad-fraction=0.1")
     assert len(index) == 67
     page = index.search(place / "photos/page.png", k=1)[0]
     (place / "photos/page.png").unlink()
@@ -411,8 +411,8 @@ def test_a_source_that_is_gone_drops_nothing(index: Index, place: Path) -> None:
 def test_two_at_once_are_refused_and_searches_go_on(index: Index, place: Path) -> None:
     ready, done = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:  # another process holds the lock
-        with try_lock(place / "index/lock") as is_ours:
-            os.write(ready[1], b"1" if is_ours else b"0")
+        with try_lock(place / "index/lock") as is_acquired:
+            os.write(ready[1], b"1" if is_acquired else b"0")
             os.read(done[0], 1)
         os._exit(0)
     assert os.read(ready[0], 1) == b"1"

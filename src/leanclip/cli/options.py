@@ -76,12 +76,6 @@ Decoders = Annotated[
 MaxBadFraction = Annotated[
     float, typer.Option(min=0, max=1, help="Share of images that may be unreadable.")
 ]
-AllowUrls = Annotated[
-    bool, typer.Option("--allow-urls", help="Images may be http or https addresses.")
-]
-AllowPrivateUrls = Annotated[
-    bool, typer.Option("--allow-private-urls", help="And addresses of your own network too.")
-]
 Tf32 = Annotated[
     bool, typer.Option("--tf32", help="Let a GPU compute float32 in TF32: faster, less exact.")
 ]
@@ -97,10 +91,8 @@ def load_model(
     device: "str | torch.device",
     *,
     arch: str | None = None,
-    allow_urls: bool = False,
-    allow_private_urls: bool = False,
 ) -> "InferenceModel":
-    """The model that is meant, loaded; the private ones of URLs are allowed with the others.
+    """The model that is meant, loaded.
 
     Raises:
         ConfigError: none is named, and there is none.
@@ -108,8 +100,7 @@ def load_model(
     """
     from leanclip.inference.model import load
 
-    allowed = "private" if allow_private_urls else allow_urls
-    return load(find_model(model), arch=arch, device=device, allow_urls=allowed)
+    return load(find_model(model), arch=arch, device=device)
 
 
 def has_quickstart() -> bool:

@@ -116,7 +116,7 @@ def find(
         list[str] | None, typer.Argument(help="Words; several are searched for together.")
     ] = None,
     images: Annotated[
-        list[Path] | None, typer.Option("--image", help="A picture; may be repeated.")
+        list[str] | None, typer.Option("--image", help="A picture or its URL; may be repeated.")
     ] = None,
     without: Annotated[
         list[str] | None, typer.Option("--not", help="Words that shall not fit; may be repeated.")

@@ -13,8 +13,6 @@ import typer
 from typer.core import TyperCommand
 
 from leanclip.cli.options import (
-    AllowPrivateUrls,
-    AllowUrls,
     Arch,
     AsJson,
     BatchSize,
@@ -62,7 +60,9 @@ class SeveralValues(TyperCommand):
 def classify(
     images: Annotated[
         list[str],
-        typer.Argument(help="Files or folders; - reads an image, or paths a line, from stdin."),
+        typer.Argument(
+            help="Files, folders or URLs; - reads an image, or one path per line, from stdin."
+        ),
     ],
     labels: Annotated[
         str, typer.Option(help='"cat, dog, fox", or a file with a label a line; - reads stdin.')
@@ -86,8 +86,6 @@ def classify(
     plot: Plot = None,
     device: Device = "auto",
     truncate: Truncate = False,
-    allow_urls: AllowUrls = False,
-    allow_private_urls: AllowPrivateUrls = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which of your words fits an image best, without training."""
@@ -95,23 +93,17 @@ def classify(
     from leanclip.inference.classifier import predictions
 
     _only_one_reads_stdin([*images, labels])
-    clip = load_model(
-        model,
-        device,
-        arch=arch,
-        allow_urls=allow_urls,
-        allow_private_urls=allow_private_urls,
-    )
+    clip = load_model(model, device, arch=arch)
     classifier = clip.classifier(
         _labels(labels), templates or TEMPLATES, calibration=calibration, truncate=truncate
     )
-    sources = _sources(images)
+    sources, names = _sources(images)
     drawn: list[tuple[Source, Sequence[Prediction]]] = []
     rows = Rows("image", "label", "probability", "similarity", numbers=(2, 3), as_json=as_json)
     at = 0
     for features in clip.image_batches(sources):
         for found in predictions(classifier, features, top):
-            _add_guesses(rows, _name(sources[at]), found)
+            _add_guesses(rows, names[at], found)
             if plot and len(drawn) < MAX_DRAWN:
                 drawn.append((sources[at], found))
             at += 1
@@ -148,7 +140,9 @@ def _add_guesses(rows: Rows, name: str, found: "Sequence[Prediction]") -> None:
 def similarity(
     images: Annotated[
         list[str],
-        typer.Option(help="Files or folders; - reads an image, or paths a line, from stdin."),
+        typer.Option(
+            help="Files, folders or URLs; - reads an image, or one path per line, from stdin."
+        ),
     ],
     texts: Annotated[
         list[str], typer.Option(help="Texts, or files with a text a line; - reads stdin.")
@@ -158,22 +152,14 @@ def similarity(
     plot: Plot = None,
     device: Device = "auto",
     truncate: Truncate = False,
-    allow_urls: AllowUrls = False,
-    allow_private_urls: AllowPrivateUrls = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare images with texts: the cosine of every image with every text."""
     _only_one_reads_stdin([*images, *texts])
-    clip = load_model(
-        model,
-        device,
-        arch=arch,
-        allow_urls=allow_urls,
-        allow_private_urls=allow_private_urls,
-    )
-    sources, captions = _sources(images), [text for given in texts for text in _texts(given)]
+    clip = load_model(model, device, arch=arch)
+    sources, names = _sources(images)
+    captions = [text for given in texts for text in _texts(given)]
     cosines = clip.similarity(sources, captions, truncate=truncate)  # (M, N)
-    names = [_name(source) for source in sources]
     is_wide = len(names) > 4  # columns of a table
     headings = ("text", "image", "similarity") if is_wide else ("text", *names)
     numbers = range(2 if is_wide else 1, len(headings))
@@ -284,26 +270,38 @@ def _say_embedded(out: Path) -> None:
     )
 
 
-def _sources(given: Iterable[str]) -> "list[Source]":
-    """The images that words of the command line mean."""
-    from leanclip.inference.inputs import expand_inputs
+def _sources(given: Iterable[str]) -> "tuple[list[Source], list[str]]":
+    """The images that words of the command line mean, and a name for each; URLs are fetched."""
+    from leanclip.inference.inputs import expand_inputs, to_source
 
     sources: list[Any] = []
+    names: list[str] = []
     for word in given:
-        sources += (
+        found = (
             expand_inputs([word]).sources if word != "-" else _images_of(sys.stdin.buffer.read())
         )
-    return sources
+        for image in found:
+            sources.append(to_source(image))
+            names.append("-" if isinstance(image, bytes) else str(image))
+    return sources, names
 
 
 def _images_of(content: bytes) -> "list[Source]":
-    """Standard input: an image, or a path a line."""
-    from leanclip.io.files import is_lfs_pointer
+    """Standard input: an image, or one path per line.
+
+    Raises:
+        DataError: a line is a URL.
+    """
+    from leanclip.errors import DataError
+    from leanclip.io.files import URL_IN_DATA, is_lfs_pointer, is_url
     from leanclip.preprocess.decoding import is_image
 
     if is_image(content) or b"\0" in content or is_lfs_pointer(content):
         return [content]
-    return list(_paths_in(content))
+    paths = _paths_in(content)
+    if url := next(filter(is_url, paths), None):
+        raise DataError(f"standard input: {url[:200]} {URL_IN_DATA}, or name it as an argument")
+    return list(paths)
 
 
 def _paths_in(content: bytes) -> list[str]:
@@ -350,10 +348,6 @@ def _is_file(name: str) -> bool:
         return Path(name).is_file()
     except (OSError, ValueError):  # too long for a name, as a sentence may be
         return False
-
-
-def _name(source: object) -> str:
-    return "-" if isinstance(source, bytes) else str(source)
 
 
 def _only_one_reads_stdin(words: Sequence[str]) -> None:

@@ -27,7 +27,8 @@ class SourceConfig(Section):
 
     format: Format = Field(description="how the data is arranged")
     root: str = Field(
-        default="", description="its folder, file, pattern of shards, or id on the hub"
+        default="",
+        description="its folder, file, pattern of shards (paths or URLs), or id on the hub",
     )
     split: str | None = Field(default=None, description="a part of it; null: the format's own")
     templates: tuple[str, ...] | None = Field(
@@ -49,7 +50,6 @@ class SourceConfig(Section):
         default=None, description="names the class, in place of captions; an index or a name"
     )
     streaming: bool = Field(default=False, description="read a hub data set without storing it")
-    allow_urls: bool = Field(default=False, description="root may name shards by http(s) URLs")
 
 
 class MixedSource(SourceConfig):

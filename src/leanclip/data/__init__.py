@@ -33,7 +33,7 @@ TAKEN_BY = {
     "label_column": ("table", "hub"),
     "streaming": ("hub",),
 }
-INHERITED = (*TAKEN_BY, "split", "allow_urls")  # of a mixture, by sources that do not set them
+INHERITED = (*TAKEN_BY, "split")  # of a mixture, by sources that do not set them
 
 
 def open_dataset(config: DataConfig) -> Dataset:

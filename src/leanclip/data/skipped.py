@@ -33,14 +33,17 @@ def short_id(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
 
 
-class BadSamples:
-    """The samples of a data set that were skipped.
+class SkipTracker:
+    """The samples of a data set that were skipped, over all ranks, and the limit on them.
+
+    A sample counts once, by its id. What ranks have skipped is brought together by the caller.
 
     Args:
         dataset_size: of how many samples.
-        max_share: the share of them that may be skipped.
+        max_share: the fraction of them that may be skipped; one more raises an error.
         path: a file of JSON lines to add each to; what it holds was skipped before.
         must_write: whether to add to that file; of several ranks one does.
+        option: the setting that is `max_share`, for the error message.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class BadSamples:
         path: Path | None = None,
         *,
         must_write: bool = True,
+        option: str = "data.max_bad_fraction",
     ) -> None:
+        self.option = option
         self.size, self.share, self.path = dataset_size, max_share, path
         self.must_write = must_write
         lines = read_json_lines(path) if path else []
@@ -67,14 +72,18 @@ class BadSamples:
         if new and self.path is not None and self.must_write:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(one._asdict()) + "\n" for one in new)
-        if new and len(self.found) > self.share * self.size:
+        if new and self.is_over(len(self.found)):
             where = f"; all are in {self.path}" if self.path else ""
             raise DataError(
                 f"{new[-1].reason} (that makes {len(self.found)} bad of {self.size} samples: "
-                f"{self.summary()}; over data.max_bad_fraction={self.share:g}; mend them or raise "
+                f"{self.summary()}; over {self.option}={self.share:g}; mend them or raise "
                 f"the share{where})"
             )
         return [one.reason for one in new]
+
+    def is_over(self, count: int) -> bool:
+        """Whether so many are more than the limit."""
+        return count > self.share * self.size
 
     def summary(self) -> str:
         """Counts by kind: "2 missing file, 1 damaged image"."""

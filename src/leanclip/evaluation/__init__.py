@@ -19,7 +19,6 @@ from leanclip.evaluation.tasks import METRICS, Task, open_retention, open_tasks
 from leanclip.evaluation.zero_shot import (
     ZeroShotResult,
     build_classifier,
-    cached_classifier,
     zero_shot,
 )
 
@@ -37,7 +36,6 @@ __all__ = [
     "ZeroShotResult",
     "bootstrap",
     "build_classifier",
-    "cached_classifier",
     "calibration_error",
     "encode_dataset",
     "encode_texts",

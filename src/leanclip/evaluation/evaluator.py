@@ -33,7 +33,6 @@ from leanclip.evaluation.tasks import Part, Task
 from leanclip.evaluation.zero_shot import (
     ZeroShotResult,
     build_classifier,
-    cached_classifier,
     zero_shot,
 )
 from leanclip.model import CLIP
@@ -53,7 +52,6 @@ def evaluate(
     *,
     retention: Task | None = None,
     before: Mapping[str, float] | None = None,
-    use_cache: bool = False,
 ) -> Report:
     """Measure every task; the retention benchmark's figures are under `retention/`.
 
@@ -62,8 +60,7 @@ def evaluate(
         tasks: what to measure, on which data.
         preprocess: of the model.
         retention: the task that is not to be forgotten.
-        before: the figures before fine-tuning.
-        use_cache: take zero-shot classifiers from the cache folder, and keep them there.
+        before: the metrics before fine-tuning.
 
     Raises:
         DataError: more than the allowed share of a data set is unreadable.
@@ -72,7 +69,7 @@ def evaluate(
     with _as_in_use(model):
         share_buffers(model)
         report.weights = fingerprint(merged_state(model))
-        measuring = Evaluator(model, preprocess, report.weights if use_cache else None)
+        measuring = Evaluator(model, preprocess)
         for task in tasks:
             measuring.add(task, report)
         if retention is not None:
@@ -101,14 +98,13 @@ class Evaluator:
     Args:
         model: in evaluation mode.
         preprocess: of the model.
-        weights: their fingerprint, for a classifier from the cache; None: it is built.
 
     Attributes:
         encoded: images by `key_of`; what is put there is not encoded.
     """
 
-    def __init__(self, model: CLIP, preprocess: Preprocess, weights: str | None) -> None:
-        self.model, self.preprocess, self.weights = model, preprocess, weights
+    def __init__(self, model: CLIP, preprocess: Preprocess) -> None:
+        self.model, self.preprocess = model, preprocess
         self.device = model.logit_scale.device
         self.encoded: dict[str, Encoded] = {}
 
@@ -157,19 +153,9 @@ class Evaluator:
 
     def _zero_shot(self, task: Task, images: Encoded) -> ZeroShotResult | None:
         classes, templates = task.dataset.classes, task.dataset.templates
-        if self.weights is None:
-            classifier = build_classifier(
-                self.model, classes, templates, batch_size=task.batch_size, shared=True
-            )
-        else:
-            classifier = cached_classifier(
-                self.model,
-                classes,
-                templates,
-                weights=self.weights,
-                batch_size=task.batch_size,
-                shared=True,
-            )
+        classifier = build_classifier(
+            self.model, classes, templates, batch_size=task.batch_size, shared=True
+        )
         if rank_and_world_size()[0] > 0:
             return None
         return zero_shot(

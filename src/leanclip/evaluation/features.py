@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from leanclip.config.data import DataConfig
 from leanclip.data import Dataset
 from leanclip.data.loader import Batch, evaluation_batches
-from leanclip.data.skipped import Bad, BadSamples, short_id
+from leanclip.data.skipped import Bad, SkipTracker, short_id
 from leanclip.distributed.collectives import all_gather_object, gather_rows, rank_and_world_size
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.evaluation.distinct import DistinctImages, distinct_images
@@ -120,7 +120,7 @@ def encode_each(
     images, distinct = dataset, None
     if limit is not None or not dataset.classes:  # all of class data is measured row by row
         images = distinct = distinct_images(dataset, limit, workers=data.workers)
-    tried = distinct.names if distinct else len(dataset)
+    tracker = SkipTracker(distinct.names if distinct else len(dataset), data.max_bad_fraction)
     facts, captions, bad = [torch.empty(0, 3).long()], [], []
     features = [[torch.empty(0, model.config.embed_dim)] for model, _ in models]
     batches = _own_batches(next(iter(models)), images, data, batch_size)
@@ -128,7 +128,7 @@ def encode_each(
         done = 0
         for batch in batches:
             bad += batch.bad
-            if len(bad) > data.max_bad_fraction * tried:  # enough to say so
+            if tracker.is_over(len(bad)):  # reported below, over all ranks
                 break
             if len(batch):
                 for parts, (model, preprocess) in zip(features, models, strict=True):
@@ -139,11 +139,10 @@ def encode_each(
             bar.update(min(done * world_size, len(images)))
     numbers = gather_rows(torch.cat(facts))[0]
     bad = sorted(one for part in all_gather_object(bad) for one in part)
-    counted = BadSamples(tried, data.max_bad_fraction)
-    counted.add(bad)  # ends here where a rank has stopped early
+    tracker.add(bad)  # ends here where a rank has stopped early
     if distinct:
         bad = _bad_rows(distinct, numbers[:, 0], bad)
-    reasons = _report_bad(dataset, counted, bad)
+    reasons = _report_bad(dataset, tracker, bad)
     if not len(numbers):
         raise DataError(f"{data.root}: none of the images is readable")
     captions = [several for part in all_gather_object(captions) for several in part]
@@ -186,13 +185,13 @@ def _bad_rows(images: DistinctImages, good: torch.Tensor, bad: Sequence[Bad]) ->
     return sorted(found.values())
 
 
-def _report_bad(dataset: Dataset, counted: BadSamples, bad: Sequence[Bad]) -> dict[str, str]:
+def _report_bad(dataset: Dataset, tracker: SkipTracker, bad: Sequence[Bad]) -> dict[str, str]:
     """What could not be read: id -> reason. A warning names each, once for a data set.
 
     Raises:
         DataError: it is too much.
     """
-    counted.add(bad)
+    tracker.add(bad)
     named = _NAMED.setdefault(dataset, set())
     for one in {one.id: one for one in bad}.values():
         if one.id not in named:

@@ -30,7 +30,7 @@ def evaluate_each(
     if len({replace(one, mean=CLIP_MEAN, std=CLIP_STD) for _, one in models}) > 1:
         return [evaluate(model, tasks, preprocess) for model, preprocess in models]
     reports = [Report(weights=fingerprint(model.state_dict())) for model, _ in models]
-    measuring = [Evaluator(model, preprocess, None) for model, preprocess in models]
+    measuring = [Evaluator(model, preprocess) for model, preprocess in models]
     for task in tasks:
         _encode(models, task, measuring)
         for _, one, report in zip(models, measuring, reports, strict=True):  # their turns

@@ -30,6 +30,7 @@ import torch
 
 from leanclip.data.dataset import StringArray
 from leanclip.data.readers.image_files import find_images
+from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import ConfigError, DataError, SampleError, escaped
 from leanclip.inference.model import InferenceModel
 from leanclip.io.files import atomic_write, try_lock, write_array, write_text
@@ -133,8 +134,8 @@ def embed(
     index = _index(clip, source, shard_size, format, dtype)
     _open(out, index)
     lock = out / f".{rank}-of-{world_size}.lock"
-    with try_lock(lock) as is_ours:
-        if not is_ours:
+    with try_lock(lock) as is_acquired:
+        if not is_acquired:
             raise ConfigError(f"{out}: another process embeds there; choose another --out")
         try:
             _make_shards(
@@ -166,8 +167,9 @@ def _make_shards(
     done = sum(sizes.values()) - sum(sizes[number] for number in pending)
     if done:
         log.info("%d of %d shards are there", len(sizes) - len(pending), len(sizes))
-    counted: dict[int, int] = {}
-    _check_skipped(out, index, max_bad_fraction, counted, {})
+    tracker = SkipTracker(index.images, max_bad_fraction, option="--max-bad-fraction")
+    known: set[int] = set()
+    _add_skipped(tracker, out, index, known, {})
     numbers = (number for shard in pending for number in _part(index, shard))
     decoded = in_threads(_reader(source, clip.preprocess), numbers, workers, batch_size)
     with ProgressBar("embedding", sum(sizes.values()), completed=done, is_silent=rank > 0) as bar:
@@ -184,32 +186,28 @@ def _make_shards(
                 bar.update(done)
             for name, reason in skipped.items():
                 log.warning("skipped: %s: %s", escaped(name), escaped(reason))
-            _check_skipped(out, index, max_bad_fraction, counted, skipped)
+            _add_skipped(tracker, out, index, known, skipped)
             _write(out, shard, index, ids, rows, skipped)
-            _check_skipped(out, index, max_bad_fraction, counted, {})  # two ranks may end at once
+            _add_skipped(tracker, out, index, known, {})  # two ranks may end at once
 
 
-def _check_skipped(
-    out: Path, index: Index, max_bad_fraction: float, counted: dict[int, int], new: dict[str, str]
+def _add_skipped(
+    tracker: SkipTracker, out: Path, index: Index, known: set[int], new: dict[str, str]
 ) -> None:
-    """See how many images the finished shards of all ranks lack, and a new one.
+    """Count the skipped images of a new shard, and of the finished shards of all ranks.
 
-    `counted` keeps what each finished shard lacks.
+    `known` holds the finished shards that are counted already.
 
     Raises:
         DataError: they are too many.
     """
+    bad = dict(new)
     for path in out.glob("*.skipped.json"):
         shard = int(path.name.partition(".")[0].lstrip("_"))
-        if shard not in counted and _last_file(out, shard, index.format).exists():
-            counted[shard] = len(_skipped(out, shard))
-    bad = sum(counted.values()) + len(new)
-    if bad > max_bad_fraction * index.images:
-        example = list((new or _skipped(out, max(counted))).values())[-1]
-        raise DataError(
-            f"{bad} of {index.images} images are unreadable, allowed are {max_bad_fraction:.1%} "
-            f"(--max-bad-fraction); one of them: {example}"
-        )
+        if shard not in known and _last_file(out, shard, index.format).exists():
+            known.add(shard)
+            bad |= _skipped(out, shard)
+    tracker.add([Bad.of(name, SampleError("unreadable image", bad[name])) for name in bad])
 
 
 def read_embeddings(folder: str | Path) -> tuple[list[str], np.ndarray]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,18 +20,18 @@ from PIL import Image
 
 from leanclip.data.readers.image_files import find_images, suffix_of
 from leanclip.errors import DataError, SampleError
-from leanclip.io.download import fetch_bytes, is_url
+from leanclip.io.download import fetch_bytes
+from leanclip.io.files import is_url
 from leanclip.io.threads import in_threads
-from leanclip.preprocess.images import SUFFIXES, Preprocess, Source, evaluation_pixels
+from leanclip.preprocess.images import SUFFIXES, Preprocess, Source, evaluation_pixels, open_image
 
 log = logging.getLogger("leanclip")
 
 ImageInput = Source | np.ndarray
-AllowUrls = bool | Literal["private"]
 ImageInputs = ImageInput | Iterable[ImageInput]
 
-MAX_URL_BYTES = 64 << 20
-_KNOWN = "a path, a folder, bytes, a PIL image or an array"
+MAX_URL_BYTES = 64 << 20  # of one image
+_KNOWN = "a path, a folder, a URL, bytes, a PIL image or an array"
 
 
 class Images(NamedTuple):
@@ -72,7 +72,6 @@ def pixel_batches(
     *,
     batch_size: int,
     workers: int | None = None,
-    allow_urls: AllowUrls = False,
 ) -> Iterator[torch.Tensor]:
     """Batches of evaluation pixels (B, 3, R, R) uint8, in order; one batch is read ahead.
 
@@ -82,8 +81,6 @@ def pixel_batches(
         batch_size: the most of a batch.
         workers: threads that decode; 0: this one; None: one per CPU core, eight at most, among the
             processes of this machine.
-        allow_urls: fetch what is named by an http or https address; "private": even from this
-            machine and local networks.
 
     Raises:
         SampleError: an image cannot be read; it says which one.
@@ -92,7 +89,7 @@ def pixel_batches(
 
     def read(number: int, source: ImageInput) -> np.ndarray:
         try:
-            return evaluation_pixels(to_source(source, allow_urls=allow_urls), preprocess)
+            return evaluation_pixels(to_source(source), preprocess)
         except SampleError as error:
             where = "" if isinstance(source, str | Path) else f"image {number}: "
             raise SampleError(error.kind, f"{where}{error}") from None
@@ -104,16 +101,15 @@ def pixel_batches(
         yield torch.from_numpy(np.stack(part))
 
 
-def to_source(image: ImageInput, *, allow_urls: AllowUrls = False) -> Source:
-    """An image that can be opened: arrays become PIL images, URLs bytes.
+def to_source(image: ImageInput) -> Source:
+    """An image that can be opened: arrays become PIL images, and so do URLs, which are fetched.
 
     Raises:
-        DataError: it is no image, or a URL and those are not allowed.
+        DataError: it is no image, or a URL that cannot be fetched.
+        SampleError: what is at the URL cannot be read as an image.
     """
     if isinstance(image, str) and is_url(image):
-        if not allow_urls:
-            raise DataError(f"{image}: is a URL; allow_urls=True has it fetched")
-        return fetch_bytes(image, limit=MAX_URL_BYTES, private=allow_urls == "private")
+        return _fetched_image(image)
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, bytearray):
@@ -121,6 +117,14 @@ def to_source(image: ImageInput, *, allow_urls: AllowUrls = False) -> Source:
     if not isinstance(image, Source):
         raise DataError(f"found {_kind(image)}; give {_KNOWN}")
     return image
+
+
+def _fetched_image(url: str) -> Image.Image:
+    content = fetch_bytes(url, limit=MAX_URL_BYTES)
+    try:
+        return open_image(content)
+    except SampleError as error:
+        raise SampleError(error.kind, str(error).replace("<bytes>", url, 1)) from None
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

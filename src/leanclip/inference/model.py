@@ -41,13 +41,7 @@ from leanclip.inference.classifier import (
     read_labels,
 )
 from leanclip.inference.exported import is_exported, read_exported
-from leanclip.inference.inputs import (
-    AllowUrls,
-    ImageInput,
-    ImageInputs,
-    expand_inputs,
-    pixel_batches,
-)
+from leanclip.inference.inputs import ImageInput, ImageInputs, expand_inputs, pixel_batches
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.model.skip_init import SkipInit
@@ -68,13 +62,13 @@ class InferenceModel:
     """A model with what belongs to it: how its images are prepared and its texts tokenised.
 
     `images` are everywhere one or several of: a path, a folder, bytes, a PIL image, an array
-    (height, width, 3), and a URL where `allow_urls` is set; several are a list, an iterator, or
-    an array of four dimensions. What cannot be read raises a SampleError that names it.
+    (height, width, 3), or a string that is an http or https URL, which is fetched; several are a
+    list, an iterator, or an array of four dimensions. What cannot be read raises a SampleError that
+    names it.
     """
 
     model: CLIP = field(repr=False)
     preprocess: Preprocess  # an image -> (3, R, R) float32
-    allow_urls: AllowUrls = False
 
     @property
     def device(self) -> torch.device:
@@ -337,7 +331,6 @@ class InferenceModel:
             self.preprocess,
             batch_size=batch_size,
             workers=workers,
-            allow_urls=self.allow_urls,
         ):
             yield self.embed_pixels(pixels)
 
@@ -374,7 +367,6 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     partial: bool = False,
-    allow_urls: AllowUrls = False,
     backend: str | None = None,
     tf32: bool = False,
 ) -> InferenceModel:
@@ -386,8 +378,6 @@ def load(
         device: "auto" (CUDA where there is one), "cpu", "cuda", or another of torch's.
         dtype: what the towers compute in: "float32", "bfloat16" or "float16".
         partial: keep a new model's values for missing keys; drop left-over ones.
-        allow_urls: images may be http or https addresses, which are then fetched; "private": from
-            this machine and local networks too.
         backend: of an exported folder, which runs on the CPU: "onnx", or "torch", whose programs
             are to be trusted: PyTorch runs pickles that are in them; None: onnx.
         tf32: let a GPU round the factors of float32 products and convolutions to TF32, which is
@@ -405,7 +395,7 @@ def load(
         if arch is not None:
             raise ConfigError(f"{source}: was exported with its architecture; leave arch out")
         model, preprocess = read_exported(Path(source), backend)
-        return InferenceModel(cast(CLIP, model), preprocess, allow_urls)
+        return InferenceModel(cast(CLIP, model), preprocess)
     if backend is not None:
         raise ConfigError(f"{source}: backend={backend!r} is for a folder that was exported")
     allow_tf32(tf32)
@@ -427,7 +417,7 @@ def load(
         raise WeightsError(
             f"{weights.source}: images of {most} pixels a side, at most {MAX_RESOLUTION} are made"
         )
-    return InferenceModel(model.to(DTYPES[name]).eval(), weights.preprocess, allow_urls)
+    return InferenceModel(model.to(DTYPES[name]).eval(), weights.preprocess)
 
 
 def _device(name: str | torch.device) -> torch.device:

@@ -9,7 +9,6 @@ Last-Modified is kept in path.part.tag, and sent as If-Range (RFC 9110, section 
 import errno
 import logging
 import os
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +19,6 @@ from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from leanclip.errors import DataError
-from leanclip.io.addresses import Guard, PrivateAddressError, Resolve
 from leanclip.io.files import digest, write_text
 
 log = logging.getLogger("leanclip")
@@ -56,9 +54,6 @@ def fetch(
 ) -> Path:
     """Fetch a URL into a file, whole or not at all; a broken transfer is taken up where it broke.
 
-    The URL is one that the user named, and may be of a private network; one of the internet must
-    not redirect there.
-
     Args:
         url: http or https.
         path: where it shall be; `path` with `.part` holds what came so far, and with `.part.tag`
@@ -73,8 +68,7 @@ def fetch(
         FetchError: it cannot be fetched.
         DataError: it differs from its checksum, or there is no space for it.
     """
-    if not url.startswith(("http://", "https://")):
-        raise DataError(f"{url}: is not an http or https address")
+    _check_scheme(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     failures, most = 0, _size(part)
@@ -91,7 +85,6 @@ def fetch(
             most = max(most, _size(part))
             status = error.code if isinstance(error, urllib.error.HTTPError) else None
             refused = status is not None and 400 <= status < 500 and status not in _BUSY
-            refused = refused or _is_private(error)
             if refused or failures >= tries or isinstance(error, InvalidURL | ValueError):
                 raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
             log.warning("%s: %s; trying again", url, error)
@@ -104,52 +97,39 @@ def fetch(
     return path
 
 
-def fetch_bytes(
-    url: str,
-    *,
-    limit: int,
-    seconds: float = 60,
-    private: bool = False,
-    resolve: Resolve = socket.getaddrinfo,
-) -> bytes:
-    """What is at a URL, which may be a stranger's, in memory.
+def fetch_bytes(url: str, *, limit: int, seconds: float = 60) -> bytes:
+    """Fetch a URL that the user named into memory.
 
     Args:
         url: http or https.
-        limit: bytes.
-        seconds: for all of it.
-        private: whether it may lead to this machine or a local network.
-        resolve: looks names up.
+        limit: the most bytes it may have.
+        seconds: the most that the whole transfer may take.
 
     Raises:
-        FetchError: it cannot be fetched, is larger than `limit` bytes, takes too long, or leads to
-            an address that is not public.
+        FetchError: it cannot be fetched, is larger than `limit`, or takes longer than `seconds`.
     """
-    if not is_url(url):
-        raise FetchError(f"{url}: is not an http or https address")
-    guard = Guard(private=private, resolve=resolve)
+    _check_scheme(url)
+    deadline = time.monotonic() + seconds
+    content = bytearray()
     try:
-        with guard.within(seconds), guard.open(url, timeout=seconds) as response:
-            content = response.read(limit + 1)
-        if guard.is_late or (response.length and len(content) <= limit):
-            raise OSError("the connection ended before all was there")
+        with urllib.request.urlopen(url, timeout=seconds) as response:
+            while chunk := response.read1(min(PIECE, limit + 1 - len(content))):
+                content += chunk
+                if len(content) > limit:
+                    raise FetchError(f"{url}: is over the limit of {limit} bytes")
+                if time.monotonic() > deadline:  # a server that dribbles meets every timeout
+                    raise OSError(f"it takes longer than {seconds:g} s")
+            if response.length:
+                raise OSError("the connection ended before all was there")
     except (OSError, HTTPException, ValueError) as error:
         status = error.code if isinstance(error, urllib.error.HTTPError) else None
-        words = f"over the time of {seconds:g} s" if guard.is_late else str(error)
-        words += "; allow_urls='private' has those fetched too" if _is_private(error) else ""
-        raise FetchError(f"{url}: cannot be fetched: {words}", status) from None
-    if len(content) > limit:
-        raise FetchError(f"{url}: is over the limit of {limit} bytes")
-    return content
+        raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
+    return bytes(content)
 
 
-def is_url(text: str) -> bool:
-    """Whether this is an address and no path."""
-    return text.lower().startswith(("http://", "https://"))
-
-
-def _is_private(error: Exception) -> bool:
-    return isinstance(getattr(error, "reason", error), PrivateAddressError)
+def _check_scheme(url: str) -> None:
+    if not url.lower().startswith(("http://", "https://")):
+        raise FetchError(f"{url}: is not an http or https address")
 
 
 def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
@@ -159,7 +139,7 @@ def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> Non
     asked = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
     request = urllib.request.Request(url, headers=asked)
     try:
-        response = Guard(private=None).open(request, timeout=60)
+        response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing is left to send: it was all there, or of another file
             raise

@@ -1,12 +1,10 @@
 """Files that are there whole or not at all, locks among processes, and what a file's hash is."""
 
-import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
-import time
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,8 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 LFS_POINTER = "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+URL_IN_DATA = (
+    "is a URL, and URLs in data are not fetched; download the images first, for example with "
+    "img2dataset"
+)
+_URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+
+def is_url(text: str) -> bool:
+    """Whether this is the URL of something that is not on this machine, and no path."""
+    return _URL.match(text) is not None
 
 
 def is_lfs_pointer(content: bytes) -> bool:
@@ -116,39 +125,29 @@ def digests(paths: Iterable[Path]) -> Iterator[str]:
         yield from pool.map(digest, paths)
 
 
-def last_use(seconds: float) -> float:
-    """A kept file's time, to sort by; 0 where it is yet to come: the clock has gone back since."""
-    return seconds if seconds < time.time() + 60 else 0.0
-
-
 @contextmanager
 def lock_file(path: Path) -> Iterator[None]:
     """Hold the lock that a file is, among all processes and threads of this machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # closing would not do: a process forked meanwhile holds the file open too
-            fcntl.flock(file, fcntl.LOCK_UN)
+    with FileLock(path, poll_interval=0.01):
+        yield
 
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Try to hold the lock that a file is, until the end of this process at the latest.
+    """Try to hold the lock that a file is; gives whether it was acquired.
 
-    Gives whether it does, or another process has it. Processes that are forked off do not share it.
+    It is released with the block, or by the system when the process ends in any way. Forked
+    processes do not share it: filelock closes its file in them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            yield False
-        else:
-            yield True
+    lock = FileLock(path, blocking=False)
+    with suppress(Timeout):
+        lock.acquire()
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()  # does nothing where it was not acquired
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -31,7 +31,7 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from leanclip.errors import SampleError, is_shortage
-from leanclip.io.files import LFS_POINTER, is_lfs_pointer
+from leanclip.io.files import LFS_POINTER, URL_IN_DATA, is_lfs_pointer, is_url
 from leanclip.preprocess.image_formats import FORMATS, RAW_SUFFIXES, other_format
 
 Source = str | Path | bytes | Image.Image
@@ -122,7 +122,9 @@ def refusing(name: str = "") -> Iterator[None]:
             yield
     except SampleError as error:
         raise SampleError(error.kind, f"{name}{error}") from None
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if is_url(str(error.filename).replace(":/", "://", 1)):  # a Path has one slash of the two
+            raise SampleError("image at a URL", f"{name}{URL_IN_DATA}") from None
         raise SampleError("missing file", f"{name}no such image") from None
     except Exception as error:  # decoders raise many kinds on damaged files
         if is_shortage(error):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leanclip.data.skipped import BadSamples
+from leanclip.data.skipped import SkipTracker
 from leanclip.evaluation.results import Report
 from leanclip.io.files import read_metrics
 from leanclip.report.page import svg, tile, write_page
@@ -29,7 +29,7 @@ FILE = "report.html"
 MAX_SKIPPED = 20  # samples named on the page; report.json names all
 
 
-def write_report_page(folder: Path, report: Report, skipped: BadSamples | None = None) -> Path:
+def write_report_page(folder: Path, report: Report, skipped: SkipTracker | None = None) -> Path:
     """Write `report.html` into an existing folder, which may be a run's.
 
     `skipped` are the samples that training skipped.

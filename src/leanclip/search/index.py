@@ -167,8 +167,8 @@ class Index:
             DataError: a source is missing or empty, or too much of it is unreadable.
         """
         clip = self._clip()
-        with try_lock(self.path / "lock") as is_ours:
-            if not is_ours:
+        with try_lock(self.path / "lock") as is_acquired:
+            if not is_acquired:
                 raise ConfigError(f"{self.path}: another process is building or updating it")
             if sources is not None:
                 chosen = [s if isinstance(s, Source) else Source.of(s) for s in sources]

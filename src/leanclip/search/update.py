@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import DataError, SampleError, escaped
 from leanclip.inference.model import InferenceModel
 from leanclip.io.progress import ProgressBar
@@ -74,6 +75,7 @@ class Update:
         """Bring the index to what is there."""
         listings = [source.entries() for source in sources]
         total = sum(count for count, _ in listings)
+        tracker = SkipTracker(total, self.max_bad_fraction, option="--max-bad-fraction")
         preprocess = self.clip.preprocess
 
         def work(_: int, one: tuple[Entry, np.ndarray | None]) -> Found | tuple[str, SampleError]:
@@ -89,7 +91,7 @@ class Update:
                 if isinstance(one, Found):
                     batch.append(one)
                 else:
-                    self._skip(*one, total)
+                    self._skip(*one, tracker)
                 if len(batch) == self.batch_size:
                     self._embed(batch)
                     batch = []
@@ -122,16 +124,15 @@ class Update:
     def _is_known(self, digest: bytes) -> bool:
         return self.items.number_of(digest) is not None
 
-    def _skip(self, path: str, error: SampleError, total: int) -> None:
+    def _skip(self, path: str, error: SampleError, tracker: SkipTracker) -> None:
         self.changes.skipped += 1
         if self.changes.skipped <= MAX_NAMED:
-            log.warning("skipped: %s: %s", escaped(str(path)), escaped(str(error)))
-        if self.changes.skipped > self.max_bad_fraction * total:
+            log.warning("skipped: %s: %s", escaped(path), escaped(str(error)))
+        try:
+            tracker.add([Bad.of(path, error)])
+        except DataError:
             self._commit()
-            raise DataError(
-                f"{self.changes.skipped} of {total} images are unreadable, allowed are "
-                f"{self.max_bad_fraction:.1%} (--max-bad-fraction); the last: {path}: {error}"
-            )
+            raise
 
     def _embed(self, batch: Sequence[Found]) -> None:
         """Features of those that have none; of the same content once."""

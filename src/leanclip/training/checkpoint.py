@@ -73,7 +73,7 @@ class Progress:
     new: list[str] = field(default_factory=list)  # parameters that the loaded weights had not
     before: dict[str, float] = field(default_factory=dict)  # metrics before the first step
     best: Best | None = None
-    loss_scale: list[float] | None = None  # of precision fp16
+    loss_scale: dict[str, float] | None = None  # state of precision fp16's GradScaler
     loaded: str | None = None  # digest of the weights that the run began with; "": of none
     run: str = ""  # drawn when the run began; "": by an older leanclip
 

@@ -17,13 +17,14 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
 from leanclip.config.data import DataConfig
 from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data.loader import Batch, Position, training_batches
-from leanclip.data.skipped import Bad, BadSamples
+from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.distributed.collectives import (
     all_gather_object,
     all_reduce_sum,
@@ -46,7 +47,6 @@ from leanclip.training.determinism import allow_tf32, only_deterministic
 from leanclip.training.early_stopping import by_evaluation, improved, should_stop, update_best
 from leanclip.training.feature_cache import FeatureCache, build_feature_cache
 from leanclip.training.finetune import Tuning
-from leanclip.training.loss_scale import LossScale
 from leanclip.training.monitor import (
     Clock,
     LogLines,
@@ -89,9 +89,9 @@ def train(plan: Plan, write_report: WriteReport[T], *, must_resume: bool = False
     if rank_and_world_size()[0] > 0:
         raise_if_any(problem="")
         return _train(plan, write_report, must_resume)
-    with try_lock(plan.folder / "lock") as is_ours:
+    with try_lock(plan.folder / "lock") as is_acquired:
         problem = f"{plan.folder}: another process trains there; choose another --output-dir"
-        raise_if_any(problem="" if is_ours else problem)
+        raise_if_any(problem="" if is_acquired else problem)
         with suppress(OSError):  # the first checkpoint will say what is wrong there
             checkpoint.sweep(plan.folder / "checkpoints")
         return _train(plan, write_report, must_resume)
@@ -172,14 +172,15 @@ def _fit(
     config, report = plan.config, None
     rank = rank_and_world_size()[0]
     path = plan.folder / SKIPPED
-    bad = BadSamples(
+    bad = SkipTracker(
         plan.dataset.distinct, config.data.max_bad_fraction, path, must_write=rank == 0
     )
     bad.found = from_first(lambda: bad.found)
     troubles, result = NonFiniteTracker(plan), None
     stream = _stream(plan, done, frozen)
-    is_fp16 = config.train.precision == "fp16"
-    loss_scale = LossScale(plan.device, done.loss_scale) if is_fp16 else None
+    scaler = GradScaler(plan.device.type) if config.train.precision == "fp16" else None
+    if scaler and done.loss_scale:
+        scaler.load_state_dict(done.loss_scale)
     often = config.checkpoint.every_epochs, config.checkpoint.every_steps
     clock = Clock(plan, done.samples)
     began = time.perf_counter() - done.seconds
@@ -210,7 +211,7 @@ def _fit(
                     max_gradient_norm=config.optimizer.max_gradient_norm,
                     towers=towers,
                     must_measure=must_log,
-                    loss_scale=loss_scale,
+                    scaler=scaler,
                 )
                 tuning.after_step(result.is_finite)
                 if not frozen.is_used:
@@ -219,7 +220,7 @@ def _fit(
             done = _after_step(done, plan, seen, position, time.perf_counter() - began)
             if must_log:
                 troubles.raise_if_many()  # waits for the device
-                line = _line(plan, done, result, rate, model.logit_scale, loss_scale)
+                line = _line(plan, done, result, rate, model.logit_scale, scaler)
                 line |= {"train/skipped": len(bad.found), "train/skipped_steps": troubles.count}
                 line |= clock.rates(done.samples)
                 if metrics is not None:
@@ -235,7 +236,7 @@ def _fit(
                 done = replace(done, best=update_best(plan, done.best, report.metrics, done.step))
                 must_save = must_save or improved(plan, done.best)
             if must_save:
-                state = loss_scale.state() if loss_scale else None
+                state = scaler.state_dict() if scaler else None
                 _save(plan, replace(done, loss_scale=state), model, optimizer, tuning)
             if seen.stop:
                 raise Preempted(seen.stop)
@@ -272,7 +273,7 @@ def _line(
     result: StepResult | None,
     rate: float,
     logit_scale: torch.Tensor,
-    loss_scale: LossScale | None,
+    scaler: GradScaler | None,
 ) -> dict[str, float]:
     """What metrics.jsonl says of a step; this waits for the device."""
     line = {
@@ -287,8 +288,8 @@ def _line(
     }
     for name, norm in (result.norms if result else {}).items():
         line[f"train/{name}"] = norm.item()
-    if loss_scale is not None:
-        line["train/loss_scale"] = loss_scale.factor.item()
+    if scaler:
+        line["train/loss_scale"] = scaler.get_scale()
     return line
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.nn import functional as F
 
 from leanclip.config.training import TrainConfig
@@ -27,7 +28,6 @@ from leanclip.model.parameters import SCALARS
 from leanclip.preprocess.images import Preprocess, normalize
 from leanclip.preprocess.tokenizer import END
 from leanclip.training.gradients import StepNorms, clip_, total_norm
-from leanclip.training.loss_scale import LossScale
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of others: none
 
@@ -53,7 +53,7 @@ def train_step(
     max_gradient_norm: float | None = None,
     towers: nn.Module | None = None,
     must_measure: bool = False,
-    loss_scale: LossScale | None = None,
+    scaler: GradScaler | None = None,
 ) -> StepResult:
     """One step of the optimiser on this rank's part of a batch.
 
@@ -69,7 +69,7 @@ def train_step(
         kind: which loss.
         max_gradient_norm: the global norm to clip to.
         towers: the model as `wrap_model` gives it; the model itself by default.
-        loss_scale: of precision fp16; changed by the step.
+        scaler: of precision fp16; updated by the step.
         must_measure: give the towers' norms, which takes a copy of the parameters.
     """
     device = model.logit_scale.device
@@ -102,8 +102,8 @@ def train_step(
             groups=groups,
             is_tiled=settings.tiled_loss,
         )
-        factor = world_size if loss_scale is None else world_size * loss_scale.factor
-        (loss * factor).backward()  # the loss is over all ranks, gradients are averaged
+        total = loss * world_size  # the loss is over all ranks, gradients are averaged
+        (scaler.scale(total) if scaler else total).backward()
         return loss.detach()
 
     if settings.micro_batches == 1:  # not by what is left of the batch: ranks must do the same
@@ -112,20 +112,22 @@ def train_step(
         loss = _cached_backward(towers, parts, forward, backward)
     mean_over_ranks_([p.grad for p in _scalars(model) if p.grad is not None])
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if loss_scale is not None:
-        loss_scale.unscale_(gradients)
+    if scaler:
+        scaler.unscale_(optimizer)
     norm = total_norm(gradients)
     norms = StepNorms(model) if must_measure else None
     if max_gradient_norm is not None:
         clip_(gradients, norm, max_gradient_norm)
     is_finite = torch.isfinite(loss + norm)
-    if loss_scale is not None:
-        loss_scale.update(is_finite)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("factor", 1.0)
-    # The fused AdamW leaves everything as it is where this is 1, without waiting for the device.
-    optimizer.found_inf = (~is_finite).float()  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer.step()
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        # The fused AdamW changes nothing where this is 1, without waiting for the device.
+        optimizer.found_inf = (~is_finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
     optimizer.zero_grad()
     model.clamp_logit_scale()
     return StepResult(loss, norm, is_finite, norms.after_step() if norms else {})

@@ -19,6 +19,7 @@ from leanclip.data.dataset import (
     sorted_names,
 )
 from leanclip.errors import DataError, SampleError
+from leanclip.io.files import URL_IN_DATA, is_url
 from leanclip.preprocess.image_formats import SUFFIXES
 
 # The names that are looked for, in this order and in any letter case, where a config has none.
@@ -86,7 +87,9 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
             raise missing(setting, f"has no column {name!r}")
     image, label = config.image_column or usual_column(found, IMAGES), config.label_column
     if image is None:
-        raise missing("image_column", "no column of images found")
+        at_urls = [name for name in found if "url" in name.lower()]
+        hint = f" ({at_urls[0]} {URL_IN_DATA})" if at_urls else ""
+        raise missing("image_column", f"no column of images found{hint}")
     if not captions and label is None:
         others = [name for name in found if name.lower() != image.lower()]
         caption = usual_column(others, CAPTIONS)
@@ -125,9 +128,7 @@ def _check_header(found: Sequence[str], where: str) -> None:
     usual = {*IMAGES, *CAPTIONS, *LABELS}
     if not usual.isdisjoint(names):
         return
-    if any(
-        name.startswith(("http://", "https://")) or Path(name).suffix in SUFFIXES for name in names
-    ):
+    if any(is_url(name) or Path(name).suffix in SUFFIXES for name in names):
         raise DataError(
             f"{where}: has no header line, but values in the first line ({', '.join(found)[:200]});"
             f" write the names of the columns above it, such as image and caption"
@@ -243,8 +244,8 @@ class RowMapper:
             raise SampleError("missing image", f"{name}: has no image")
         if not isinstance(value, str) or "\0" in value:
             raise SampleError("malformed row", f"{name}: its image is no path")
-        if value.startswith(("http://", "https://")):
-            raise SampleError("image at a URL", f"{name}: its image is at a URL; fetch it first")
+        if is_url(value):
+            raise SampleError("image at a URL", f"{name}: its image {value[:200]} {URL_IN_DATA}")
         if len(value) > MAX_PATH_LENGTH:
             raise SampleError(
                 "malformed row",

@@ -23,7 +23,7 @@ from leanclip.data.readers.shard_list import URLS, shard_name
 from leanclip.data.readers.tar_index import Remarks, is_indexed, shard_index
 from leanclip.errors import DataError, SampleError
 from leanclip.io.download import FetchError, cache_folder, fetch
-from leanclip.io.files import last_use, lock_file
+from leanclip.io.files import lock_file
 from leanclip.io.progress import ProgressBar
 
 log = logging.getLogger("leanclip")
@@ -150,7 +150,7 @@ def _make_room(limit: float, new: Path) -> None:
     with lock_file(_folder() / "lock"):
         stats = {path: path.stat() for path in _folder().glob("*/*.tar")}
         total = sum(stat.st_size for stat in stats.values())
-        for path, stat in sorted(stats.items(), key=lambda item: last_use(item[1].st_atime)):
+        for path, stat in sorted(stats.items(), key=lambda item: _last_use(item[1].st_atime)):
             if total <= limit:
                 break
             if path == new:
@@ -163,6 +163,11 @@ def _make_room(limit: float, new: Path) -> None:
                 )
             path.unlink(missing_ok=True)
             total -= stat.st_size
+
+
+def _last_use(seconds: float) -> float:
+    """A file's time, to sort by; 0 where it is in the future: the clock has gone back since."""
+    return seconds if seconds < time.time() + 60 else 0.0
 
 
 def _folder() -> Path:

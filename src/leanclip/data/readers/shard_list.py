@@ -120,8 +120,6 @@ def _check(shard: str, config: DataConfig) -> None:
             f"data.root: {shard}: {scheme} is not read; give paths, or http and https addresses "
             f"(leanclip runs no commands to get data)"
         )
-    if scheme is not None and not config.allow_urls:
-        raise DataError(f"data.root: {shard}: is an address; set data.allow_urls=true to fetch it")
     name = shard_name(shard)
     if name.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
         raise DataError(f"data.root: {shard}: a compressed tar cannot be read at any place; unpack")

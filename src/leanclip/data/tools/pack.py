@@ -31,7 +31,7 @@ from leanclip.data import open_dataset
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.order import shuffled
 from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, open_reduced
-from leanclip.data.skipped import Bad, BadSamples
+from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import DataError, SampleError
 from leanclip.io.files import atomic_write, read_json_object, split_lines, try_lock, write_text
@@ -88,8 +88,8 @@ def pack(
     }
     if _begin(destination, facts):
         return json.loads((destination / "index.json").read_text("utf-8"))
-    with try_lock(destination / "pack.json") as is_ours:
-        if not is_ours:
+    with try_lock(destination / "pack.json") as is_acquired:
+        if not is_acquired:
             raise DataError(f"{destination}: another process packs there; choose another folder")
         if (destination / "index.json").is_file():  # it has just ended
             _clear(destination)
@@ -114,7 +114,7 @@ def _pack(
     records = _read_records(destination)
     tasks = _tasks(dataset, config, facts, records)
     before = sum(record["samples"] + len(record["skipped"]) for record in records.values())
-    bad = BadSamples(len(dataset), config.max_bad_fraction, destination / "skipped.jsonl")
+    bad = SkipTracker(len(dataset), config.max_bad_fraction, destination / "skipped.jsonl")
     made = in_processes(
         maker,
         tasks,
