@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,7 @@ def leanclip_engine(folder: Path, build: bool = False) -> tuple[Search, Update]:
 
 
 def faiss_engine(folder: Path, build: bool = False, is_half: bool = True) -> tuple[Search, Update]:
-    import faiss
-
+    faiss: Any = import_module("faiss")  # Any: it is no dependency
     faiss.omp_set_num_threads(CORES)
     path = folder / ("half.faiss" if is_half else "float.faiss")
     if build:
@@ -197,21 +197,20 @@ def faiss_engine(folder: Path, build: bool = False, is_half: bool = True) -> tup
 
 
 def usearch_engine(folder: Path, build: bool = False) -> tuple[Search, Update]:
-    import usearch.index
-
+    usearch: Any = import_module("usearch.index")
     vectors = mapped(folder)
 
     def search(queries: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         rows = None if mask is None else np.flatnonzero(mask)
         among = vectors if rows is None else vectors[rows]
         halves = queries.astype(np.float16)
-        found = usearch.index.search(among, halves, K, "ip", exact=True, threads=CORES)
+        found = usearch.search(among, halves, K, "ip", exact=True, threads=CORES)
         keys = found.keys.reshape(len(queries), K).astype(np.int64)
         return keys if rows is None else rows[keys]
 
     def update(rows: np.ndarray, values: np.ndarray) -> None:
-        writable = np.memmap(folder / "00000.f16", np.float16, "r+").reshape(-1, WIDTH)
-        writable[rows] = values
+        writable = np.memmap(folder / "00000.f16", np.float16, "r+")
+        writable.reshape(-1, WIDTH)[rows] = values
         writable.flush()
 
     return search, update
@@ -285,10 +284,8 @@ def measure_memory(engine: str, folder: Path) -> dict[str, float]:
     queries = nearby(vectors, 32)
     del vectors
     with suppress(ImportError):  # the imports are of all engines, so that they are the same
-        import faiss  # noqa: F401
-        import usearch.index  # noqa: F401
-
-        import leanclip.search.vectors  # noqa: F401
+        for name in ("leanclip.search.vectors", "faiss", "usearch.index"):
+            import_module(name)
     before = {field: resident_bytes(field=field) for field in ("VmRSS", "RssAnon")}
     search, _ = ENGINES[engine](folder)
     for _ in range(2):
@@ -344,8 +341,7 @@ def measure_approximate(vectors: np.ndarray, rounds: int) -> dict[str, Any]:
 
 
 def faiss_hnsw(vectors: np.ndarray) -> Search:
-    import faiss
-
+    faiss: Any = import_module("faiss")  # Any: it is no dependency
     faiss.omp_set_num_threads(CORES)
     half, metric = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
     graph = faiss.IndexHNSWSQ(WIDTH, half, 32, metric)
@@ -357,9 +353,8 @@ def faiss_hnsw(vectors: np.ndarray) -> Search:
 
 
 def usearch_hnsw(vectors: np.ndarray) -> Search:
-    from usearch.index import Index
-
-    graph = Index(
+    usearch: Any = import_module("usearch.index")
+    graph = usearch.Index(
         ndim=WIDTH,
         metric="ip",
         dtype="f16",

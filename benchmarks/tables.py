@@ -369,8 +369,7 @@ def search(records: Records) -> list[str]:
     results = merged(records)
     exact, memory = results.get("exact") or {}, results.get("memory") or {}
     rows = [
-        [f"{engine}, {what}", show(case, "seconds", engine, times=1000)]
-        + [show(case, "ratios", engine) if engine != "leanclip" else ""]
+        [f"{engine}, {what}", *_time_and_ratio(case, engine)]
         for what, case in exact.items()
         for engine in case["seconds"]
     ]
@@ -387,13 +386,16 @@ def search(records: Records) -> list[str]:
     kinds = ("build s", "recall@10, near", "recall@10, far")
     for what, times in timed.items():
         rows = [
-            [engine, show(times, "seconds", engine, times=1000)]
-            + [show(times, "ratios", engine) if engine != "leanclip" else ""]
-            + [show(case, engine, kind) for kind in kinds]
+            [engine, *_time_and_ratio(times, engine), *(show(case, engine, k) for k in kinds)]
             for engine in times["seconds"]
         ]
         lines += ["", *table([what, "ms", "over leanclip's", *kinds], rows)]
     return lines
+
+
+def _time_and_ratio(case: Any, engine: str) -> list[str]:
+    ratio = show(case, "ratios", engine) if engine != "leanclip" else ""
+    return [show(case, "seconds", engine, times=1000), ratio]
 
 
 def app(records: Records) -> list[str]:

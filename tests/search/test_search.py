@@ -349,7 +349,6 @@ def test_on_the_command_line(place: Path, command: Command) -> None:
     assert not command("search", "find", "index", "a cat", "--minimum", "1.1").stdout
     assert_refused(command("search", "find", "index"), "say what to look for")
     assert_refused(command("search", "find", "nowhere", "x"), "nowhere: no index", "search build")
-    assert_refused(command("search", "find", "index", "x", "--ann"), "nothing approximate", "--ann")
     assert_refused(command(*BUILD[:6], "photos"), "photos: holds something else")
     assert_refused(command("search", "build", "none", *BUILD[3:]), "none: no such folder")
     index.close()
@@ -502,25 +501,4 @@ def test_names_that_are_not_unicode(place: Path, command: Command) -> None:
     assert os.fsencode(json.loads(done.stdout)["path"]) == odd
     index = Index.open("index")
     assert index.item(json.loads(done.stdout)["number"]).path == os.fsdecode(odd)
-    index.close()
-
-
-def test_approximate_searches_are_kept_up_to_date(place: Path, command: Command) -> None:
-    pytest.importorskip("faiss", reason="the extra `search` is not installed")
-    done = command(*BUILD, "--ann", "hnsw")
-    facts = json.loads(done.stdout)["approximate"]
-    assert facts["recall_at_10"] > 0.9
-    assert facts["pictures"] == 68
-    find = ("search", "find", "index", "a cat")
-    assert command(*find, "--ann").stdout == command(*find).stdout
-    for seed in range(3):
-        noise_image(seed).save(place / f"photos/{seed}.png")
-    assert command("search", "update", "index").returncode == 0
-    index = Index.open("index", "tiny")
-    assert index.items.fact("approximate")["pictures"] == 68  # three more are searched exactly
-    assert index.search(noise_image(1), k=1, is_approximate=True)[0].path.endswith("/1.png")
-    for seed in range(3, 20):
-        noise_image(seed).save(place / f"photos/{seed}.png")
-    index.update()
-    assert index.items.fact("approximate")["pictures"] == 88
     index.close()

@@ -1,6 +1,5 @@
-"""The exact product over memory-mapped shards, and the approximate one beside it."""
+"""The exact product over memory-mapped shards."""
 
-import logging
 import os
 import threading
 from pathlib import Path
@@ -8,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from leanclip.errors import ConfigError, DataError
-from leanclip.search import approximate
-from leanclip.search.items import Entry, Items
+from leanclip.errors import DataError
 from leanclip.search.vectors import CHUNK, Vectors
 
 
@@ -126,80 +123,3 @@ def test_it_works_in_threads_and_after_a_fork(tmp_path: Path) -> None:
         rows = vectors.best(queries[5:6], 3, everything)[0][0]
         os._exit(0 if rows.tolist() == found[5] else 1)
     assert os.waitpid(child, 0)[1] == 0
-
-
-def catalogue(folder: Path, values: np.ndarray) -> tuple[Items, Vectors]:
-    """An index of made vectors, a picture for each."""
-    items, vectors = Items(folder, create=True), made(folder, values)
-    with items.transaction():
-        for row in range(len(values)):
-            add(items, row)
-    return items, vectors
-
-
-def add(items: Items, row: int) -> int:
-    number = items.add_picture(row, f"{row} {items.count()}".encode())
-    items.put(Entry(f"/{number}.png", "", 1, 1), number)
-    return number
-
-
-# FAISS takes 8 seconds to learn codes, two minutes where other work runs
-@pytest.mark.parametrize("kind", ["hnsw", pytest.param("ivfpq", marks=pytest.mark.slow)])
-def test_approximate_search_and_its_recall(
-    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    pytest.importorskip("faiss", reason="the extra `search` is not installed")
-    rng = np.random.default_rng(0)
-    centers = unit(rng, 60, 32).astype(np.float32)
-    spread = centers[rng.integers(60, size=10_000)] + 0.1 * rng.standard_normal((10_000, 32))
-    values = (spread / np.linalg.norm(spread, axis=1, keepdims=True)).astype(np.float16)
-    items, vectors = catalogue(tmp_path, values)
-    texts = unit(rng, 20, 32).astype(np.float32)
-    facts = approximate.build(tmp_path, items, vectors, kind, 0.9, texts)
-    assert items.fact(approximate.FACT) == facts
-    assert facts["recall_at_10"] == min(facts["recall_at_10_pictures"], facts["recall_at_10_texts"])
-    ours = approximate.Approximate(tmp_path, items, vectors)
-    everything = np.ones(len(values), bool)
-    shares = []
-    for query, (rows, scores) in zip(texts, ours.best(texts, 10), strict=True):
-        best, _ = vectors.best(query[None], 10, everything)[0]
-        shares.append(np.isin(best, rows).mean())
-        products = values[rows].astype(np.float64) @ query.astype(np.float64)
-        np.testing.assert_allclose(scores, products, atol=1e-12)
-    assert np.mean(shares) == pytest.approx(facts["recall_at_10_texts"], abs=1e-4)
-    assert facts["recall_at_10"] > 0.5
-    caplog.set_level(logging.WARNING, logger="leanclip")
-    logging.getLogger("leanclip").propagate = True
-    approximate.warn_if_low(tmp_path, facts | {"wanted": 1.01})
-    assert "less than the 101% that are wanted" in caplog.text
-
-
-def test_what_came_or_went_since_is_found_or_not(tmp_path: Path) -> None:
-    pytest.importorskip("faiss", reason="the extra `search` is not installed")
-    rng = np.random.default_rng(0)
-    values = unit(rng, 300, 32)
-    items, vectors = catalogue(tmp_path, values)
-    approximate.build(tmp_path, items, vectors, "hnsw", 0.9, np.empty((0, 32), np.float32))
-    ours = approximate.Approximate(tmp_path, items, vectors)
-    assert ours.share_outside() == 0
-    items.drop_all_but(range(1, 300))  # the last goes, and another takes its row
-    items.drop_pictures_without_items()
-    gone = values[299].astype(np.float32)
-    assert 299 not in ours.best(gone[None], 10)[0][0]
-    new = unit(rng, 2, 32)
-    vectors.write([299, 300], new)
-    add(items, 299)
-    add(items, 300)
-    for row, value in zip((299, 300), new, strict=True):
-        assert ours.best(value[None].astype(np.float32), 3)[0][0][0] == row
-    assert ours.share_outside() == pytest.approx(2 / 301)
-
-
-def test_approximate_search_that_cannot_be(tmp_path: Path) -> None:
-    pytest.importorskip("faiss", reason="the extra `search` is not installed")
-    items, vectors = catalogue(tmp_path, unit(np.random.default_rng(0), 30, 16))
-    none = np.empty((0, 16), np.float32)
-    with pytest.raises(ConfigError, match="wants 10,000 pictures or more, found 30"):
-        approximate.build(tmp_path, items, vectors, "ivfpq", 0.9, none)
-    with pytest.raises(ConfigError, match="known are hnsw, ivfpq"):
-        approximate.build(tmp_path, items, vectors, "annoy", 0.9, none)

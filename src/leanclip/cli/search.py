@@ -41,13 +41,6 @@ IndexModel = Annotated[
     str | None,
     typer.Option(help="The index's model, where it is not where it was when it was built."),
 ]
-Ann = Annotated[
-    str | None,
-    typer.Option(help="Build approximate search too: hnsw or ivfpq (the extra search)."),
-]
-Recall = Annotated[
-    float, typer.Option(min=0, max=1, help="Of --ann: warn below this recall@10 against exact.")
-]
 
 
 @app.command(epilog="Example: leanclip search build photos --model runs/quickstart --out index")
@@ -62,8 +55,6 @@ def build(
     root: Annotated[
         Path | None, typer.Option(help="The folder that leanclip embed was given; default: here.")
     ] = None,
-    ann: Ann = None,
-    recall: Recall = 0.95,
     batch_size: BatchSize = 64,
     workers: Decoders = None,
     max_bad_share: MaxBadShare = 0.1,
@@ -85,7 +76,7 @@ def build(
         workers=workers,
         max_bad_share=max_bad_share,
     )
-    _finish(index, ann, recall, as_json)
+    _print_changes(index, as_json)
 
 
 @app.command(epilog="Example: leanclip search update index")
@@ -93,8 +84,6 @@ def update(
     index: IndexFolder,
     model: IndexModel = None,
     arch: Arch = None,
-    ann: Ann = None,
-    recall: Recall = 0.95,
     batch_size: BatchSize = 64,
     workers: Decoders = None,
     max_bad_share: MaxBadShare = 0.1,
@@ -104,7 +93,7 @@ def update(
     """Add what is new in an index's folders, drop what is gone, embed again what has changed."""
     opened = _open(index, model, arch, device)
     opened.update(batch_size=batch_size, workers=workers, max_bad_share=max_bad_share)
-    _finish(opened, ann, recall, as_json)
+    _print_changes(opened, as_json)
 
 
 @app.command(
@@ -138,7 +127,6 @@ def find(
         str | None, typer.Option(help="Of files: 2024, 2024-05..2024-06-15, 2023.. .")
     ] = None,
     grid: Annotated[Path | None, typer.Option(help="Draw what is found: a .png or .svg.")] = None,
-    ann: Annotated[bool, typer.Option("--ann", help="Search approximately.")] = False,
     model: IndexModel = None,
     arch: Arch = None,
     device: Device = "auto",
@@ -157,7 +145,6 @@ def find(
         folder=folder,
         size=None if size is None else size_range(size),
         date=None if date is None else date_range(date),
-        is_approximate=ann,
     )
     _print(hits, as_json)
     if grid:
@@ -194,23 +181,16 @@ def _open(path: Path, model: str | None, arch: str | None, device: str) -> "Inde
     return opened
 
 
-def _finish(index: "Index", ann: str | None, recall: float, as_json: bool) -> None:
-    """Build what is approximate, and say what was done."""
+def _print_changes(index: "Index", as_json: bool) -> None:
     changes = index.changes
-    facts: dict[str, Any] = {"index": str(index.path), **asdict(changes)}
-    if ann:
-        facts["approximate"] = index.build_approximate(ann, wanted=recall)
     if is_json(as_json):
-        print(json.dumps(facts))
+        print(json.dumps({"index": str(index.path), **asdict(changes)}))
         return
     print(
         f"{changes.files:,} files in {index.path}, {changes.pictures:,} different pictures: "
         f"{changes.added:,} added, {changes.changed:,} changed, {changes.dropped:,} dropped, "
         f"{changes.skipped:,} unreadable"
     )
-    if ann:
-        found = facts["approximate"]
-        print(f"{found['kind']}: recall@10 {found['recall_at_10']:.1%} of exact search")
 
 
 def _print(hits: "list[Hit]", as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
     OUT/items.sqlite        pictures and their files; what the index is of
     OUT/00000.f16 ...       their features
-    OUT/approximate.*       where there are approximate searches too
 
     words, pictures, vectors -> queries (Q, E) -> rows and scores -> hits
 
@@ -22,8 +21,6 @@ from leanclip.errors import ConfigError, DataError
 from leanclip.inference.inputs import ImageInput
 from leanclip.inference.model import Clip, load
 from leanclip.io.files import held
-from leanclip.search import approximate
-from leanclip.search.approximate import FACT, MOST_OUTSIDE, QUERIES, RECALL, Approximate
 from leanclip.search.filters import Range, conditions
 from leanclip.search.identity import check_model, identity
 from leanclip.search.items import FILE, Item, Items
@@ -60,7 +57,6 @@ class Index:
         self.model: dict[str, Any] = items.fact("model")
         self.vectors = Vectors(path, self.model["embed_dim"], self.model["shard_rows"])
         self.changes = Changes()
-        self._graph: tuple[object, Approximate] | None = None
 
     @classmethod
     def build(
@@ -178,9 +174,6 @@ class Index:
             there = [Source(*pair) for pair in self.items.fact("sources") or ()]
             run = Update(self.items, self.vectors, clip, batch_size, workers, max_bad_share)
             self.changes = run.run(there)
-            facts = self.items.fact(FACT)
-            if facts and self._approximate().share_outside() > MOST_OUTSIDE:
-                self.build_approximate(facts["kind"], wanted=facts["wanted"])
             return self.changes
 
     def search(self, query: Query, **settings: Any) -> list[Hit]:
@@ -212,7 +205,6 @@ class Index:
         folder: str | Path | None = None,
         size: Range | None = None,
         date: Range | None = None,
-        is_approximate: bool = False,
     ) -> list[list[Hit]]:
         """The nearest pictures to each of several vectors (Q, E), which cost one pass together.
 
@@ -225,11 +217,10 @@ class Index:
                 a source.
             size: bytes from, and bytes below.
             date: from, and before: datetimes, or seconds since 1970.
-            is_approximate: use what `build_approximate` made, where nothing is filtered.
 
         Raises:
             DataError: they are not of the index's width.
-            ConfigError: a setting is wrong, or there is nothing approximate.
+            ConfigError: a setting is wrong.
         """
         vectors = np.asarray(queries, dtype=np.float32)
         width = self.model["embed_dim"]
@@ -241,13 +232,10 @@ class Index:
             raise DataError("query: holds values that are no numbers")
         numbers = self.items.numbers()
         condition, values = conditions(label=label, folder=folder, size=size, date=date)
-        if is_approximate and not values:
-            found = self._approximate().best(vectors, k)
-        else:
-            allowed = numbers > 0
-            if values:
-                allowed &= self.items.rows_where(condition, values, len(numbers))
-            found = self.vectors.best(vectors, k, allowed)
+        allowed = numbers > 0
+        if values:
+            allowed &= self.items.rows_where(condition, values, len(numbers))
+        found = self.vectors.best(vectors, k, allowed)
         return [list(self._hits(*one, numbers, minimum, condition, values)) for one in found]
 
     def query(
@@ -284,26 +272,6 @@ class Index:
         if without:
             vector -= clip.embed_texts(list(without)).mean(axis=0)
         return vector.astype(np.float32)
-
-    def build_approximate(self, kind: str = "hnsw", *, wanted: float = RECALL) -> dict[str, Any]:
-        """Have approximate searches too, with FAISS; `update` keeps them up to date.
-
-        Args:
-            kind: "hnsw" or "ivfpq"; see approximate.py.
-            wanted: the recall@10 against exact search below which it warns.
-
-        Returns:
-            Its kind, the recall@10 that was measured, of pictures and of captions, and times.
-
-        Raises:
-            ConfigError: faiss is missing, `kind` is none or wants more pictures, or the index
-                was opened without its model.
-        """
-        clip = self._clip()
-        texts = clip.embed_texts(self.items.captions(QUERIES), truncate=True)
-        facts = approximate.build(self.path, self.items, self.vectors, kind, wanted, texts)
-        self._graph = None
-        return facts
 
     def item(self, number: int) -> Item:
         """A picture by its number.
@@ -355,18 +323,6 @@ class Index:
             item = self.items.item(int(numbers[row]), condition, values)
             if item is not None:  # else it was dropped a moment ago
                 yield Hit(**vars(item), score=score)
-
-    def _approximate(self) -> Approximate:
-        facts = self.items.fact(FACT)
-        if facts is None:
-            raise ConfigError(
-                f"{self.path}: has nothing approximate; make it with: leanclip search update "
-                f"{self.path} --ann hnsw"
-            )
-        if self._graph is None or self._graph[0] != facts:
-            self._graph = (facts, Approximate(self.path, self.items, self.vectors))
-            approximate.warn_if_low(self.path, facts)
-        return self._graph[1]
 
     def _clip(self) -> Clip:
         if self.clip is None:

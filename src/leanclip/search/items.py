@@ -152,11 +152,6 @@ class Items:
         query = "SELECT label, count(*) FROM items WHERE label IS NOT NULL GROUP BY label"
         return dict(self._all(query))
 
-    def captions(self, count: int) -> list[str]:
-        """First lines of different captions, so many at most."""
-        query = "SELECT DISTINCT caption FROM items WHERE caption IS NOT NULL LIMIT ?"
-        return [text.split("\n")[0] for (text,) in self._all(query, count)]
-
     def numbers(self) -> np.ndarray:
         """The number of the picture in each row, (N,) int64; 0: the row is free. Do not change."""
         with self._lock:

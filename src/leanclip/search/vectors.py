@@ -101,10 +101,10 @@ class Vectors:
                 candidates = self._candidates_of(rows, part, k + SPARE)
             else:
                 candidates = self._candidates(part, k + SPARE, allowed)
-            found += [self.rescored(q, c, k) for q, c in zip(part, candidates, strict=True)]
+            found += [self._rescored(q, c, k) for q, c in zip(part, candidates, strict=True)]
         return found
 
-    def rescored(
+    def _rescored(
         self, query: np.ndarray, rows: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best k of some rows for a query (E,), and their products in float64."""
