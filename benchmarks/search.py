@@ -70,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    write_vectors(folder / "00000.f16", given.count)
+    write_vectors(folder / "features.f16", given.count)
     vectors = mapped(folder)
     queries = nearby(vectors, 32)
     results: dict[str, Any] = {"vectors": [given.count, WIDTH], "build s": {}}
@@ -118,7 +118,7 @@ def write_vectors(path: Path, count: int) -> None:
 
 
 def mapped(folder: Path) -> np.ndarray:
-    return np.memmap(folder / "00000.f16", np.float16, "r").reshape(-1, WIDTH)
+    return np.memmap(folder / "features.f16", np.float16, "r").reshape(-1, WIDTH)
 
 
 def selected(count: int, share: float) -> np.ndarray | None:
@@ -144,16 +144,16 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def leanclip_engine(folder: Path, build: bool = False) -> tuple[Search, Update]:
     from leanclip.search.vectors import Vectors
 
-    count = (folder / "00000.f16").stat().st_size // 2 // WIDTH
-    vectors = Vectors(folder, WIDTH, shard_rows=count)
+    count = (folder / "features.f16").stat().st_size // 2 // WIDTH
+    vectors = Vectors(folder, WIDTH)
     if build:  # its file has the format of the vectors: write them once more
-        copied = Vectors(folder / "copy", WIDTH, shard_rows=count)
-        copied.folder.mkdir()
+        (folder / "copy").mkdir()
+        copied = Vectors(folder / "copy", WIDTH)
         rows = mapped(folder)
         for first in range(0, count, PART):
             part = rows[first : first + PART]
             copied.write(range(first, first + len(part)), part)
-        (copied.folder / "00000.f16").unlink()
+        copied.path.unlink()
 
     def search(queries: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         allowed = np.ones(count, bool) if mask is None else mask
@@ -209,7 +209,7 @@ def usearch_engine(folder: Path, build: bool = False) -> tuple[Search, Update]:
         return keys if rows is None else rows[keys]
 
     def update(rows: np.ndarray, values: np.ndarray) -> None:
-        writable = np.memmap(folder / "00000.f16", np.float16, "r+")
+        writable = np.memmap(folder / "features.f16", np.float16, "r+")
         writable.reshape(-1, WIDTH)[rows] = values
         writable.flush()
 
@@ -322,7 +322,7 @@ def measure_approximate(vectors: np.ndarray, rounds: int) -> dict[str, Any]:
             start = time.perf_counter()
             built[name] = build(vectors), time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
-        vectors.tofile(Path(folder) / "00000.f16")
+        vectors.tofile(Path(folder) / "features.f16")
         built = {"leanclip": (leanclip_engine(Path(folder))[0], 0.0), **built}
         results: dict[str, Any] = {
             f"1 query, {len(vectors):,} rows": compared(

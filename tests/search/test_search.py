@@ -258,7 +258,7 @@ def test_killed_at_random_it_goes_on(place: Path) -> None:
     for attempt in range(12):
         run = Forked(*words, folder=place, environment=environment, before=eager)
         if attempt < 6:
-            file = place / "index/00000.f16"
+            file = place / "index/features.f16"
             before = file.stat().st_size if file.exists() else 0
             run.until(
                 lambda file=file, before=before: (

@@ -1,4 +1,4 @@
-"""The exact product over memory-mapped shards."""
+"""The exact product over a memory-mapped file."""
 
 import os
 import threading
@@ -16,8 +16,8 @@ def unit(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
 
 
-def made(folder: Path, values: np.ndarray, shard_rows: int = 1000) -> Vectors:
-    vectors = Vectors(folder, values.shape[1], shard_rows)
+def made(folder: Path, values: np.ndarray) -> Vectors:
+    vectors = Vectors(folder, values.shape[1])
     vectors.write(range(len(values)), values)
     return vectors
 
@@ -43,18 +43,19 @@ def assert_best(
     np.testing.assert_allclose(scores, products, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("count", "width", "shard_rows"), [(5000, 64, 1000), (70_000, 24, 60_000)])
-def test_it_is_brute_force_in_float64(
-    tmp_path: Path, count: int, width: int, shard_rows: int
-) -> None:
+@pytest.mark.parametrize(("count", "width"), [(5000, 64), (70_000, 24)])
+def test_it_is_brute_force_in_float64(tmp_path: Path, count: int, width: int) -> None:
     rng = np.random.default_rng(count)
     values = unit(rng, count, width)
-    vectors = made(tmp_path, values, shard_rows)
+    vectors = made(tmp_path, values)
     everything = np.ones(count, dtype=bool)
-    most, few = rng.random(count) < 0.9, rng.random(count) < 0.02
+    shares = (0.9, 0.49, 0.02)
+    masks = [everything, *(rng.random(count) < share for share in shares)]
+    masks.append(np.arange(count) % CHUNK == CHUNK // 9)  # one row of a chunk, at most
+    masks.append(np.arange(count) >= count - 7)  # in one chunk alone
     for queries, k in ((1, 1), (1, 10), (3, 100), (70, 5), (2, count + 5)):
         vectors_ = unit(rng, queries, width).astype(np.float32)
-        for allowed in (everything, most, few):
+        for allowed in masks:
             found = vectors.best(vectors_, k, allowed)
             assert len(found) == queries
             for query, one in zip(vectors_, found, strict=True):
@@ -74,7 +75,7 @@ def test_what_float32_cannot_tell_apart_is_in_order(tmp_path: Path) -> None:
         values[row, at] = np.nextafter(values[row, at], np.float16(9))
     products = values[near].astype(np.float64) @ query.astype(np.float64)
     assert len(set(products)) > len(set(products.astype(np.float32)))
-    found = made(tmp_path, values, 50_000).best(query[None], 12, np.ones(len(values), bool))[0]
+    found = made(tmp_path, values).best(query[None], 12, np.ones(len(values), bool))[0]
     assert_best(values, query, np.ones(len(values), bool), 12, found)
 
 
@@ -93,15 +94,15 @@ def test_none_allowed_and_none_there(tmp_path: Path) -> None:
 
 def test_it_grows_while_it_is_open_and_says_where_it_is_cut(tmp_path: Path) -> None:
     values = unit(np.random.default_rng(0), 90, 16)
-    vectors = made(tmp_path, values[:20], 50)
-    reader = Vectors(tmp_path, 16, 50)
+    vectors = made(tmp_path, values[:20])
+    reader = Vectors(tmp_path, 16)
     assert len(reader.best(values[:1].astype(np.float32), 99, np.ones(20, bool))[0][0]) == 20
     vectors.write(range(20, 90), values[20:])
     rows, _ = reader.best(values[70:71].astype(np.float32), 1, np.ones(90, bool))[0]
     assert rows.tolist() == [70]
-    os.truncate(tmp_path / "00001.f16", 100)
-    with pytest.raises(DataError, match=r"00001\.f16: was cut short"):
-        Vectors(tmp_path, 16, 50).best(values[:1].astype(np.float32), 1, np.ones(90, bool))
+    os.truncate(tmp_path / "features.f16", 89 * 32 + 5)
+    with pytest.raises(DataError, match=r"features\.f16: was cut short"):
+        Vectors(tmp_path, 16).best(values[:1].astype(np.float32), 1, np.ones(90, bool))
 
 
 def test_it_works_in_threads_and_after_a_fork(tmp_path: Path) -> None:

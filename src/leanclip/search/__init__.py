@@ -6,7 +6,7 @@ sources.py       folders, shards, embeddings -> what is there now
 items.py         pictures and their files, in SQLite
 filters.py       which of them count
 identity.py      which model an index is of
-vectors.py       their features in memory-mapped shards, and the exact product
+vectors.py       their features in a memory-mapped file, and the exact product
 """
 
 from leanclip.search.index import Hit, Index

@@ -1,7 +1,7 @@
 """An index of pictures: build it, keep it up to date, find pictures by words or pictures.
 
     OUT/items.sqlite        pictures and their files; what the index is of
-    OUT/00000.f16 ...       their features
+    OUT/features.f16        their features
 
     words, pictures, vectors -> queries (Q, E) -> rows and scores -> hits
 
@@ -26,7 +26,7 @@ from leanclip.search.identity import check_model, identity
 from leanclip.search.items import FILE, Item, Items
 from leanclip.search.sources import Source, read_bytes
 from leanclip.search.update import Changes, Update
-from leanclip.search.vectors import SHARD_ROWS, Vectors
+from leanclip.search.vectors import Vectors
 
 Query = str | np.ndarray | torch.Tensor | Path | Image.Image | bytes
 
@@ -55,7 +55,7 @@ class Index:
         self.path, self.items = path, items
         self.clip: Clip | None = None
         self.model: dict[str, Any] = items.fact("model")
-        self.vectors = Vectors(path, self.model["embed_dim"], self.model["shard_rows"])
+        self.vectors = Vectors(path, self.model["embed_dim"])
         self.changes = Changes()
 
     @classmethod
@@ -66,7 +66,6 @@ class Index:
         out: str | Path,
         *,
         root: str | Path | None = None,
-        shard_rows: int = SHARD_ROWS,
         source: str | Path | None = None,
         **settings: Any,
     ) -> "Index":
@@ -77,7 +76,6 @@ class Index:
             model: a loaded model, or what `leanclip.load` takes.
             out: the folder to write.
             root: where the paths begin that `leanclip embed` wrote; its FOLDER.
-            shard_rows: vectors of a file.
             source: where a loaded model is from, to be noted.
             settings: see `update`.
 
@@ -102,7 +100,7 @@ class Index:
         with items.transaction():
             if items.fact("model") is None:
                 name = None if source is None else _name(source)
-                items.note("model", facts | {"shard_rows": shard_rows, "source": name})
+                items.note("model", facts | {"source": name})
         index = cls(path, items)
         index.use(clip)
         index.update(wanted, **settings)

@@ -23,7 +23,7 @@ import numpy as np
 from leanclip.errors import ConfigError
 
 FILE = "items.sqlite"
-VERSION = 1
+VERSION = 2
 _SCHEMA = f"""
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE pictures (
