@@ -1,5 +1,6 @@
 """`leanclip search`: an index of pictures built, found in, kept up to date, killed, refused."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import pty
 import random
 import shutil
 import signal
+import sqlite3
 import tarfile
 import threading
 import time
@@ -21,12 +23,12 @@ from photographs import DESCRIPTIONS, write_photographs
 from test_inference import save_tiny
 
 import leanclip
+from leanclip.cli.search import date_range, size_range
 from leanclip.data.formats.shapes import draw_dataset
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.io.files import held
 from leanclip.preprocess.images import CLIP_MEAN, Preprocess
 from leanclip.search import Index
-from leanclip.search.filters import date_range, size_range
 from leanclip.weights import save_weights
 
 BUILD = ("search", "build", "photos", "--model", "tiny", "--out", "index", "--device", "cpu")
@@ -323,6 +325,15 @@ def test_another_model_is_refused(index: Index, place: Path, command: Command) -
     without = Index.open("index")
     with pytest.raises(ConfigError, match="was opened without a model"):
         without.search("a cat")
+
+
+def test_an_index_of_another_version_is_refused(place: Path, command: Command) -> None:
+    (place / "old").mkdir()
+    with contextlib.closing(sqlite3.connect(place / "old/items.sqlite")) as base:
+        base.execute("PRAGMA user_version = 1")
+    words = ("old: is an index of version 1", "build it again in another folder")
+    assert_refused(command("search", "find", "old", "x"), *words)
+    assert_refused(command(*BUILD[:-3], "old", "--device", "cpu"), *words)
 
 
 def test_on_the_command_line(place: Path, command: Command) -> None:

@@ -111,7 +111,8 @@ class Items:
             raise ConfigError(f"{self.path}: is no index: {error}") from None
         if version != VERSION:
             raise ConfigError(
-                f"{self.path}: is of version {version}, known is {VERSION}; build it again"
+                f"{folder}: is an index of version {version}, this leanclip reads {VERSION}; "
+                f"build it again in another folder"
             )
 
     def close(self) -> None:
