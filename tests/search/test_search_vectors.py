@@ -102,6 +102,8 @@ def test_it_grows_while_it_is_open_and_says_where_it_is_cut(tmp_path: Path) -> N
     assert rows.tolist() == [70]
     os.truncate(tmp_path / "features.f16", 89 * 32 + 5)
     with pytest.raises(DataError, match=r"features\.f16: was cut short"):
+        vectors.read([88, 89])
+    with pytest.raises(DataError, match=r"features\.f16: was cut short"):
         Vectors(tmp_path, 16).best(values[:1].astype(np.float32), 1, np.ones(90, bool))
 
 

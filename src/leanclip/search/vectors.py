@@ -62,10 +62,15 @@ class Vectors:
         Raises:
             DataError: the file is damaged.
         """
-        rows = np.asarray(rows, dtype=np.int64)
+        values = np.empty((len(rows), self.width), dtype="<f2")
         if not len(rows):
-            return np.empty((0, self.width), np.float16)
-        return self._map(int(rows.max()) + 1)[1].numpy()[rows]
+            return values
+        # Not from the map: it would keep up to a large page per row in the process's memory.
+        with self.path.open("rb", buffering=0) as file:
+            for row, value in zip(np.asarray(rows).tolist(), values, strict=True):
+                if os.preadv(file.fileno(), [value.data], row * value.nbytes) < value.nbytes:
+                    raise self._cut_short()
+        return values
 
     def best(
         self, queries: np.ndarray, k: int, allowed: np.ndarray
@@ -138,10 +143,13 @@ class Vectors:
             values = torch.frombuffer(content, dtype=torch.uint8)
             rows = len(values) // (2 * self.width)
             if rows < count:
-                raise DataError(f"{self.path}: was cut short; build the index again")
+                raise self._cut_short()
             values = values[: rows * 2 * self.width].view(torch.float16).view(rows, self.width)
             mapped = self._mapped = content, values
         return mapped
+
+    def _cut_short(self) -> DataError:
+        return DataError(f"{self.path}: was cut short; build the index again")
 
 
 def _write(file: int, content: bytes, place: int) -> None:
