@@ -28,7 +28,16 @@ from leanclip.training.monitor import peak_memory
 HERE = Path(__file__).parent
 ROUNDS = 5
 PRODUCTS = 8
-PEERS = ("transformers", "open_clip_torch", "numpy", "pillow", "simplejpeg", "faiss-cpu", "ftfy")
+PEERS = (
+    "transformers",
+    "open_clip_torch",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "faiss-cpu",
+    "usearch",
+    "ftfy",
+)
 STARTED = time.time()
 
 

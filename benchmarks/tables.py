@@ -367,15 +367,35 @@ def embed(records: Records) -> list[str]:
 
 def search(records: Records) -> list[str]:
     results = merged(records)
-    best, middle = (results.get(f"milliseconds, {which}") or {} for which in ("best", "median"))
-    rows = [[what, number(best[what]), number(middle.get(what))] for what in best]
-    lines = table(["what", "ms, best", "ms, median"], rows or [["1 query", *[NOT_MEASURED] * 2]])
-    rows = [[key, show(results, key)] for key in
-            ("GB/s of the pass", "1 query / pass", "32 queries / 32 passes",
-             "seconds to build from embeddings")]  # fmt: skip
-    rows += listed(results.get("resident MB"), "resident MB, ")
-    rows += listed(results.get("hnsw"), "HNSW, ")
-    return [*lines, "", *table(["", ""], rows)]
+    exact, memory = results.get("exact") or {}, results.get("memory") or {}
+    rows = [
+        [f"{engine}, {what}", *_time_and_ratio(case, engine)]
+        for what, case in exact.items()
+        for engine in case["seconds"]
+    ]
+    lines = table(["exact search", "ms", "over leanclip's"], rows)
+    head = ["engine", "s to build", "s to replace 1,000 rows", "MB resident, peak", "own"]
+    rows = [
+        [engine, show(results, "build s", engine), show(results, "update", engine)]
+        + [show(memory, engine, kind) for kind in ("peak", "own")]
+        for engine in memory
+    ]
+    lines += ["", *table(head, rows)]
+    case = dict(results.get("approximate") or {})
+    timed = {name: case.pop(name) for name in list(case) if "query" in name}
+    kinds = ("build s", "recall@10, near", "recall@10, far")
+    for what, times in timed.items():
+        rows = [
+            [engine, *_time_and_ratio(times, engine), *(show(case, engine, k) for k in kinds)]
+            for engine in times["seconds"]
+        ]
+        lines += ["", *table([what, "ms", "over leanclip's", *kinds], rows)]
+    return lines
+
+
+def _time_and_ratio(case: Any, engine: str) -> list[str]:
+    ratio = show(case, "ratios", engine) if engine != "leanclip" else ""
+    return [show(case, "seconds", engine, times=1000), ratio]
 
 
 def app(records: Records) -> list[str]:

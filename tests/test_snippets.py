@@ -77,7 +77,6 @@ NOT_RUN = {  # a part of a command: why it is not run here
     "python tools/train.py": "trains ViT-B/32",
     "quickstart exported": "takes seconds; tests/inference/test_export.py has them",
     "leanclip app": "serves until it is stopped; tests/app/test_app_server.py starts it",
-    "--ann": "needs FAISS; tests/search/test_search_vectors.py runs it",
     "classify - ": "reads from a pipe; tests/inference/test_use.py does",
 }
 

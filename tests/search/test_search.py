@@ -1,5 +1,6 @@
 """`leanclip search`: an index of pictures built, found in, kept up to date, killed, refused."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import pty
 import random
 import shutil
 import signal
+import sqlite3
 import tarfile
 import threading
 import time
@@ -21,12 +23,12 @@ from photographs import DESCRIPTIONS, write_photographs
 from test_inference import save_tiny
 
 import leanclip
+from leanclip.cli.search import date_range, size_range
 from leanclip.data.formats.shapes import draw_dataset
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.io.files import try_lock
 from leanclip.preprocess.images import CLIP_MEAN, Preprocess
 from leanclip.search import Index
-from leanclip.search.filters import date_range, size_range
 from leanclip.weights import save_weights
 
 BUILD = ("search", "build", "photos", "--model", "tiny", "--out", "index", "--device", "cpu")
@@ -258,7 +260,7 @@ def test_killed_at_random_it_goes_on(place: Path) -> None:
     for attempt in range(12):
         run = Forked(*words, folder=place, environment=environment, before=eager)
         if attempt < 6:
-            file = place / "index/00000.f16"
+            file = place / "index/features.f16"
             before = file.stat().st_size if file.exists() else 0
             run.until(
                 lambda file=file, before=before: (
@@ -325,6 +327,15 @@ def test_another_model_is_refused(index: Index, place: Path, command: Command) -
         without.search("a cat")
 
 
+def test_an_index_of_another_version_is_refused(place: Path, command: Command) -> None:
+    (place / "old").mkdir()
+    with contextlib.closing(sqlite3.connect(place / "old/items.sqlite")) as base:
+        base.execute("PRAGMA user_version = 1")
+    words = ("old: is an index of version 1", "build it again in another folder")
+    assert_refused(command("search", "find", "old", "x"), *words)
+    assert_refused(command(*BUILD[:-3], "old", "--device", "cpu"), *words)
+
+
 def test_on_the_command_line(place: Path, command: Command) -> None:
     done = command(*BUILD)
     assert done.returncode == 0, done.stderr
@@ -349,7 +360,6 @@ def test_on_the_command_line(place: Path, command: Command) -> None:
     assert not command("search", "find", "index", "a cat", "--minimum", "1.1").stdout
     assert_refused(command("search", "find", "index"), "say what to look for")
     assert_refused(command("search", "find", "nowhere", "x"), "nowhere: no index", "search build")
-    assert_refused(command("search", "find", "index", "x", "--ann"), "nothing approximate", "--ann")
     assert_refused(command(*BUILD[:6], "photos"), "photos: holds something else")
     assert_refused(command("search", "build", "none", *BUILD[3:]), "none: no such folder")
     index.close()
@@ -502,25 +512,4 @@ def test_names_that_are_not_unicode(place: Path, command: Command) -> None:
     assert os.fsencode(json.loads(done.stdout)["path"]) == odd
     index = Index.open("index")
     assert index.item(json.loads(done.stdout)["number"]).path == os.fsdecode(odd)
-    index.close()
-
-
-def test_approximate_searches_are_kept_up_to_date(place: Path, command: Command) -> None:
-    pytest.importorskip("faiss", reason="the extra `search` is not installed")
-    done = command(*BUILD, "--ann", "hnsw")
-    facts = json.loads(done.stdout)["approximate"]
-    assert facts["recall_at_10"] > 0.9
-    assert facts["pictures"] == 68
-    find = ("search", "find", "index", "a cat")
-    assert command(*find, "--ann").stdout == command(*find).stdout
-    for seed in range(3):
-        noise_image(seed).save(place / f"photos/{seed}.png")
-    assert command("search", "update", "index").returncode == 0
-    index = Index.open("index", "tiny")
-    assert index.items.fact("approximate")["pictures"] == 68  # three more are searched exactly
-    assert index.search(noise_image(1), k=1, is_approximate=True)[0].path.endswith("/1.png")
-    for seed in range(3, 20):
-        noise_image(seed).save(place / f"photos/{seed}.png")
-    index.update()
-    assert index.items.fact("approximate")["pictures"] == 88
     index.close()

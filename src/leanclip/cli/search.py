@@ -2,9 +2,10 @@
 
 import json
 import logging
+import re
 import sys
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from leanclip.search import Hit, Index
+    from leanclip.search.filters import Range
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(
@@ -40,13 +42,6 @@ IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder o
 IndexModel = Annotated[
     str | None,
     typer.Option(help="The index's model, where it is not where it was when it was built."),
-]
-Ann = Annotated[
-    str | None,
-    typer.Option(help="Build approximate search too: hnsw or ivfpq (the extra search)."),
-]
-Recall = Annotated[
-    float, typer.Option(min=0, max=1, help="Of --ann: warn below this recall@10 against exact.")
 ]
 
 
@@ -62,8 +57,6 @@ def build(
     root: Annotated[
         Path | None, typer.Option(help="The folder that leanclip embed was given; default: here.")
     ] = None,
-    ann: Ann = None,
-    recall: Recall = 0.95,
     batch_size: BatchSize = 64,
     workers: Decoders = None,
     max_bad_fraction: MaxBadFraction = 0.1,
@@ -85,7 +78,7 @@ def build(
         workers=workers,
         max_bad_fraction=max_bad_fraction,
     )
-    _finish(index, ann, recall, as_json)
+    _print_changes(index, as_json)
 
 
 @app.command(epilog="Example: leanclip search update index")
@@ -93,8 +86,6 @@ def update(
     index: IndexFolder,
     model: IndexModel = None,
     arch: Arch = None,
-    ann: Ann = None,
-    recall: Recall = 0.95,
     batch_size: BatchSize = 64,
     workers: Decoders = None,
     max_bad_fraction: MaxBadFraction = 0.1,
@@ -104,7 +95,7 @@ def update(
     """Add what is new in an index's folders, drop what is gone, embed again what has changed."""
     opened = _open(index, model, arch, device)
     opened.update(batch_size=batch_size, workers=workers, max_bad_fraction=max_bad_fraction)
-    _finish(opened, ann, recall, as_json)
+    _print_changes(opened, as_json)
 
 
 @app.command(
@@ -138,15 +129,12 @@ def find(
         str | None, typer.Option(help="Of files: 2024, 2024-05..2024-06-15, 2023.. .")
     ] = None,
     grid: Annotated[Path | None, typer.Option(help="Draw what is found: a .png or .svg.")] = None,
-    ann: Annotated[bool, typer.Option("--ann", help="Search approximately.")] = False,
     model: IndexModel = None,
     arch: Arch = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Find pictures by words, by pictures, or by both."""
-    from leanclip.search.filters import date_range, size_range
-
     opened = _open(index, model, arch, device)
     query = opened.query(texts or (), images or (), without or (), weights)
     hits = opened.search(
@@ -157,11 +145,60 @@ def find(
         folder=folder,
         size=None if size is None else size_range(size),
         date=None if date is None else date_range(date),
-        is_approximate=ann,
     )
     _print(hits, as_json)
     if grid:
         _draw(opened, hits, grid)
+
+
+def size_range(text: str) -> "Range":
+    """ "100k..2M" -> (100000, 2000000); either end may be missing.
+
+    Raises:
+        ConfigError: it is no such range.
+    """
+    from leanclip.errors import ConfigError
+
+    ends = re.fullmatch(r"(?:(\d+(?:\.\d+)?)([kMG]?))?\.\.(?:(\d+(?:\.\d+)?)([kMG]?))?", text)
+    if not ends:
+        raise ConfigError(f"--size {text}: should be as 100k..2M, ..2M or 100k.. (bytes, k, M, G)")
+    units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+    low, low_unit, high, high_unit = ends.groups()
+    return (
+        float(low) * units[low_unit] if low else None,
+        float(high) * units[high_unit] if high else None,
+    )
+
+
+def date_range(text: str) -> "Range":
+    """ "2024-05..2024-06-15" -> from the first of May to the end of 15 June, local time.
+
+    A year, a month or a day alone is all of it; either end may be missing.
+
+    Raises:
+        ConfigError: it is no such range.
+    """
+    from leanclip.errors import ConfigError
+
+    first, dots, last = text.partition("..")
+    last = last if dots else first
+    try:
+        return (_period(first)[0] if first else None, _period(last)[1] if last else None)
+    except ValueError:
+        raise ConfigError(
+            f"--date {text}: should be as 2024-05-31, 2024-05..2024-06-15, 2023.. or ..2023"
+        ) from None
+
+
+def _period(text: str) -> tuple[datetime, datetime]:
+    """When a year, a month or a day begins, and when the next does."""
+    year, *rest = (int(part) for part in text.split("-"))
+    if not rest:
+        return datetime(year, 1, 1), datetime(year + 1, 1, 1)
+    if len(rest) == 1:
+        return datetime(year, rest[0], 1), datetime(year + rest[0] // 12, rest[0] % 12 + 1, 1)
+    month, day = rest
+    return datetime(year, month, day), datetime(year, month, day) + timedelta(days=1)
 
 
 def _draw(index: "Index", hits: "list[Hit]", path: Path) -> None:
@@ -194,23 +231,16 @@ def _open(path: Path, model: str | None, arch: str | None, device: str) -> "Inde
     return opened
 
 
-def _finish(index: "Index", ann: str | None, recall: float, as_json: bool) -> None:
-    """Build what is approximate, and say what was done."""
+def _print_changes(index: "Index", as_json: bool) -> None:
     changes = index.changes
-    facts: dict[str, Any] = {"index": str(index.path), **asdict(changes)}
-    if ann:
-        facts["approximate"] = index.build_approximate(ann, wanted=recall)
     if is_json(as_json):
-        print(json.dumps(facts))
+        print(json.dumps({"index": str(index.path), **asdict(changes)}))
         return
     print(
         f"{changes.files:,} files in {index.path}, {changes.pictures:,} different pictures: "
         f"{changes.added:,} added, {changes.changed:,} changed, {changes.dropped:,} dropped, "
         f"{changes.skipped:,} unreadable"
     )
-    if ann:
-        found = facts["approximate"]
-        print(f"{found['kind']}: recall@10 {found['recall_at_10']:.1%} of exact search")
 
 
 def _print(hits: "list[Hit]", as_json: bool) -> None:

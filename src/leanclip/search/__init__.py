@@ -1,4 +1,4 @@
-"""Search pictures by words or by pictures: an index on disk, exact or approximate.
+"""Search pictures by words or by pictures: an index on disk.
 
 index.py         build, open, search
 update.py        what is new, changed or gone
@@ -6,8 +6,7 @@ sources.py       folders, shards, embeddings -> what is there now
 items.py         pictures and their files, in SQLite
 filters.py       which of them count
 identity.py      which model an index is of
-vectors.py       their features in memory-mapped shards, and the exact product
-approximate.py   the same faster and less exactly, with FAISS
+vectors.py       their features in a memory-mapped file, and the exact product
 """
 
 from leanclip.search.index import Hit, Index

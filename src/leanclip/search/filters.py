@@ -1,9 +1,8 @@
 """Which pictures of an index count: by label, folder, size and date, as a condition in SQL."""
 
 import os
-import re
 from collections.abc import Sequence
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,52 +42,6 @@ def conditions(
                 parts.append(f"{name} {sign} ?")
                 values.append(round(_number(limit) * factor))
     return " AND ".join(parts) or "1", values
-
-
-def size_range(text: str) -> Range:
-    """ "100k..2M" -> (100000, 2000000); either end may be missing.
-
-    Raises:
-        ConfigError: it is no such range.
-    """
-    ends = re.fullmatch(r"(?:(\d+(?:\.\d+)?)([kMG]?))?\.\.(?:(\d+(?:\.\d+)?)([kMG]?))?", text)
-    if not ends:
-        raise ConfigError(f"--size {text}: should be as 100k..2M, ..2M or 100k.. (bytes, k, M, G)")
-    units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-    low, low_unit, high, high_unit = ends.groups()
-    return (
-        float(low) * units[low_unit] if low else None,
-        float(high) * units[high_unit] if high else None,
-    )
-
-
-def date_range(text: str) -> Range:
-    """ "2024-05..2024-06-15" -> from the first of May to the end of 15 June, local time.
-
-    A year, a month or a day alone is all of it; either end may be missing.
-
-    Raises:
-        ConfigError: it is no such range.
-    """
-    first, dots, last = text.partition("..")
-    last = last if dots else first
-    try:
-        return (_period(first)[0] if first else None, _period(last)[1] if last else None)
-    except ValueError:
-        raise ConfigError(
-            f"--date {text}: should be as 2024-05-31, 2024-05..2024-06-15, 2023.. or ..2023"
-        ) from None
-
-
-def _period(text: str) -> tuple[datetime, datetime]:
-    """When a year, a month or a day begins, and when the next does."""
-    year, *rest = (int(part) for part in text.split("-"))
-    if not rest:
-        return datetime(year, 1, 1), datetime(year + 1, 1, 1)
-    if len(rest) == 1:
-        return datetime(year, rest[0], 1), datetime(year + rest[0] // 12, rest[0] % 12 + 1, 1)
-    month, day = rest
-    return datetime(year, month, day), datetime(year, month, day) + timedelta(days=1)
 
 
 def absolute(path: str | Path) -> str:

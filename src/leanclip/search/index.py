@@ -1,8 +1,7 @@
 """An index of pictures: build it, keep it up to date, find pictures by words or pictures.
 
     OUT/items.sqlite        pictures and their files; what the index is of
-    OUT/00000.f16 ...       their features
-    OUT/approximate.*       where there are approximate searches too
+    OUT/features.f16        their features
 
     words, pictures, vectors -> queries (Q, E) -> rows and scores -> hits
 
@@ -22,14 +21,12 @@ from leanclip.errors import ConfigError, DataError
 from leanclip.inference.inputs import ImageInput
 from leanclip.inference.model import InferenceModel, load
 from leanclip.io.files import try_lock
-from leanclip.search import approximate
-from leanclip.search.approximate import FACT, MAX_OUTSIDE, QUERIES, RECALL, Approximate
 from leanclip.search.filters import Range, conditions
 from leanclip.search.identity import check_model, identity
 from leanclip.search.items import FILE, Item, Items
 from leanclip.search.sources import Source, read_bytes
 from leanclip.search.update import Changes, Update
-from leanclip.search.vectors import SHARD_ROWS, Vectors
+from leanclip.search.vectors import Vectors
 
 Query = str | np.ndarray | torch.Tensor | Path | Image.Image | bytes
 
@@ -58,9 +55,8 @@ class Index:
         self.path, self.items = path, items
         self.clip: InferenceModel | None = None
         self.model: dict[str, Any] = items.fact("model")
-        self.vectors = Vectors(path, self.model["embed_dim"], self.model["shard_rows"])
+        self.vectors = Vectors(path, self.model["embed_dim"])
         self.changes = Changes()
-        self._graph: tuple[object, Approximate] | None = None
 
     @classmethod
     def build(
@@ -70,7 +66,6 @@ class Index:
         out: str | Path,
         *,
         root: str | Path | None = None,
-        shard_rows: int = SHARD_ROWS,
         source: str | Path | None = None,
         **settings: Any,
     ) -> "Index":
@@ -81,7 +76,6 @@ class Index:
             model: a loaded model, or what `leanclip.load` takes.
             out: the folder to write.
             root: where the paths begin that `leanclip embed` wrote; its FOLDER.
-            shard_rows: vectors of a file.
             source: where a loaded model is from, to be noted.
             settings: see `update`.
 
@@ -106,7 +100,7 @@ class Index:
         with items.transaction():
             if items.fact("model") is None:
                 name = None if source is None else _name(source)
-                items.note("model", facts | {"shard_rows": shard_rows, "source": name})
+                items.note("model", facts | {"source": name})
         index = cls(path, items)
         index.use(clip)
         index.update(wanted, **settings)
@@ -178,9 +172,6 @@ class Index:
             there = [Source(*pair) for pair in self.items.fact("sources") or ()]
             run = Update(self.items, self.vectors, clip, batch_size, workers, max_bad_fraction)
             self.changes = run.run(there)
-            facts = self.items.fact(FACT)
-            if facts and self._approximate().fraction_outside() > MAX_OUTSIDE:
-                self.build_approximate(facts["kind"], wanted=facts["wanted"])
             return self.changes
 
     def search(self, query: Query, **settings: Any) -> list[Hit]:
@@ -212,7 +203,6 @@ class Index:
         folder: str | Path | None = None,
         size: Range | None = None,
         date: Range | None = None,
-        is_approximate: bool = False,
     ) -> list[list[Hit]]:
         """The nearest pictures to each of several vectors (Q, E), which cost one pass together.
 
@@ -225,11 +215,10 @@ class Index:
                 a source.
             size: bytes from, and bytes below.
             date: from, and before: datetimes, or seconds since 1970.
-            is_approximate: use what `build_approximate` made, where nothing is filtered.
 
         Raises:
             DataError: they are not of the index's width.
-            ConfigError: a setting is wrong, or there is nothing approximate.
+            ConfigError: a setting is wrong.
         """
         vectors = np.asarray(queries, dtype=np.float32)
         width = self.model["embed_dim"]
@@ -241,13 +230,10 @@ class Index:
             raise DataError("query: holds values that are no numbers")
         numbers = self.items.numbers()
         condition, values = conditions(label=label, folder=folder, size=size, date=date)
-        if is_approximate and not values:
-            found = self._approximate().best(vectors, k)
-        else:
-            allowed = numbers > 0
-            if values:
-                allowed &= self.items.rows_where(condition, values, len(numbers))
-            found = self.vectors.best(vectors, k, allowed)
+        allowed = numbers > 0
+        if values:
+            allowed &= self.items.rows_where(condition, values, len(numbers))
+        found = self.vectors.best(vectors, k, allowed)
         return [list(self._hits(*one, numbers, minimum, condition, values)) for one in found]
 
     def query(
@@ -284,26 +270,6 @@ class Index:
         if without:
             vector -= clip.embed_texts(list(without)).mean(axis=0)
         return vector.astype(np.float32)
-
-    def build_approximate(self, kind: str = "hnsw", *, wanted: float = RECALL) -> dict[str, Any]:
-        """Have approximate searches too, with FAISS; `update` keeps them up to date.
-
-        Args:
-            kind: "hnsw" or "ivfpq"; see approximate.py.
-            wanted: the recall@10 against exact search below which it warns.
-
-        Returns:
-            Its kind, the recall@10 that was measured, of pictures and of captions, and times.
-
-        Raises:
-            ConfigError: faiss is missing, `kind` is none or wants more pictures, or the index
-                was opened without its model.
-        """
-        clip = self._clip()
-        texts = clip.embed_texts(self.items.captions(QUERIES), truncate=True)
-        facts = approximate.build(self.path, self.items, self.vectors, kind, wanted, texts)
-        self._graph = None
-        return facts
 
     def item(self, number: int) -> Item:
         """A picture by its number.
@@ -355,18 +321,6 @@ class Index:
             item = self.items.item(int(numbers[row]), condition, values)
             if item is not None:  # else it was dropped a moment ago
                 yield Hit(**vars(item), score=score)
-
-    def _approximate(self) -> Approximate:
-        facts = self.items.fact(FACT)
-        if facts is None:
-            raise ConfigError(
-                f"{self.path}: has nothing approximate; make it with: leanclip search update "
-                f"{self.path} --ann hnsw"
-            )
-        if self._graph is None or self._graph[0] != facts:
-            self._graph = (facts, Approximate(self.path, self.items, self.vectors))
-            approximate.warn_if_low(self.path, facts)
-        return self._graph[1]
 
     def _clip(self) -> InferenceModel:
         if self.clip is None:

@@ -23,7 +23,7 @@ import numpy as np
 from leanclip.errors import ConfigError
 
 FILE = "items.sqlite"
-VERSION = 1
+VERSION = 2
 _SCHEMA = f"""
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE pictures (
@@ -111,7 +111,8 @@ class Items:
             raise ConfigError(f"{self.path}: is no index: {error}") from None
         if version != VERSION:
             raise ConfigError(
-                f"{self.path}: is of version {version}, known is {VERSION}; build it again"
+                f"{folder}: is an index of version {version}, this leanclip reads {VERSION}; "
+                f"build it again in another folder"
             )
 
     def close(self) -> None:
@@ -151,11 +152,6 @@ class Items:
         """Labels, and how many files have each."""
         query = "SELECT label, count(*) FROM items WHERE label IS NOT NULL GROUP BY label"
         return dict(self._all(query))
-
-    def captions(self, count: int) -> list[str]:
-        """First lines of different captions, so many at most."""
-        query = "SELECT DISTINCT caption FROM items WHERE caption IS NOT NULL LIMIT ?"
-        return [text.split("\n")[0] for (text,) in self._all(query, count)]
 
     def numbers(self) -> np.ndarray:
         """The number of the picture in each row, (N,) int64; 0: the row is free. Do not change."""

@@ -1,7 +1,7 @@
 """Bring an index to what its sources are now.
 
     sources -> entries -> what is new or changed -> threads read and decode -> features
-            -> vectors (fp16 shards), then items (SQLite), committed together every so often
+            -> vectors (an fp16 file), then items (SQLite), committed together every so often
 
 A picture is in the index as soon as its row is committed, and its vector is on the disk before
 that: killed at any moment, it holds whole pictures, and the next run goes on.

@@ -1,13 +1,14 @@
-"""Vectors in memory-mapped fp16 shards, and the exact product with all of them.
+"""Feature vectors in one memory-mapped fp16 file, and the exact product with all of them.
 
-    FOLDER/00000.f16    rows of E values, two bytes each, nothing else; 00001.f16 ...
+    FOLDER/features.f16    rows of E values, two bytes each, nothing else
 
-A query is one pass over the map. Each thread turns a block of rows into float32, which stays in
-the processor's cache, multiplies it, and keeps the best of a chunk; what is best of all is
-computed once more in float64. Pages are given back as soon as they are read, so that the map
-takes hardly any of the process's memory (they stay in the system's page cache).
+A query is one pass over the mapped file. Each thread converts a block of rows to float32, which
+stays in the processor's cache, multiplies it, and keeps the best of a chunk; the best of all chunks
+are scored again in float64. Of chunks in which few rows are allowed, those alone are converted.
+Pages that were read through are released, so that the map takes little of the process's memory;
+they stay in the system's page cache.
 
-Shapes: N rows, E embedding, Q queries, k best.
+Shapes: N rows, E embedding, Q queries, k best, n rows of a chunk.
 """
 
 import mmap
@@ -23,56 +24,52 @@ import torch
 
 from leanclip.errors import DataError
 
-SHARD_ROWS = 262_144
-BLOCK = 1024  # rows that are float32 at a time: 2 MB of 512 values
+FILE = "features.f16"
+BLOCK = 1024  # rows converted to float32 at a time: 2 MB of 512 values
 CHUNK = 32 * BLOCK  # rows of which the best are kept
 MAX_QUERIES = 64  # of one pass
-SPARE = 16  # more than k go into float64: float32 may swap what is nearly equal
+SPARE = 16  # candidates beyond k that are scored in float64: float32 may swap near-equal ones
 
 
 class Vectors:
-    """Rows of unit features in files of a folder.
+    """Rows of unit features in a file.
 
     Args:
-        folder: where the shards are, or shall be.
+        folder: where the file is, or will be.
         width: E.
-        shard_rows: rows of a shard; the same as when they were written.
     """
 
-    def __init__(self, folder: Path, width: int, shard_rows: int = SHARD_ROWS) -> None:
-        self.folder, self.width, self.shard_rows = folder, width, shard_rows
-        self._maps: dict[int, tuple[mmap.mmap, torch.Tensor]] = {}
+    def __init__(self, folder: Path, width: int) -> None:
+        self.path, self.width = folder / FILE, width
+        self._mapped: tuple[mmap.mmap, torch.Tensor] | None = None
 
     def write(self, rows: Sequence[int], values: np.ndarray) -> None:
-        """Put values (n, E) where they belong; they are on the disk when this returns."""
+        """Write values (n, E) to their rows; they are on the disk when this returns."""
+        if not len(rows):
+            return
         values = np.ascontiguousarray(values, dtype="<f2")
-        files: dict[int, int] = {}
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             for row, value in zip(rows, values, strict=True):
-                shard, place = divmod(row, self.shard_rows)
-                if shard not in files:
-                    files[shard] = os.open(self._path(shard), os.O_WRONLY | os.O_CREAT, 0o666)
-                _write(files[shard], value.tobytes(), place * 2 * self.width)
-            for file in files.values():
-                os.fsync(file)
+                _write(file, value.tobytes(), row * 2 * self.width)
+            os.fsync(file)
         finally:
-            for file in files.values():
-                os.close(file)
+            os.close(file)
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The values of rows, (n, E) float16.
 
         Raises:
-            DataError: a shard is damaged.
+            DataError: the file is damaged.
         """
-        rows = np.asarray(rows, dtype=np.int64)
-        values = np.empty((len(rows), self.width), dtype=np.float16)
-        shards = rows // self.shard_rows
-        for shard in np.unique(shards):
-            mine = shards == shard
-            places = rows[mine] % self.shard_rows
-            _, tensor = self._map(int(shard), int(places.max()) + 1)
-            values[mine] = tensor.numpy()[places]
+        values = np.empty((len(rows), self.width), dtype="<f2")
+        if not len(rows):
+            return values
+        # Not from the map: it would keep up to a large page per row in the process's memory.
+        with self.path.open("rb", buffering=0) as file:
+            for row, value in zip(np.asarray(rows).tolist(), values, strict=True):
+                if os.preadv(file.fileno(), [value.data], row * value.nbytes) < value.nbytes:
+                    raise self._cut_short()
         return values
 
     def best(
@@ -82,29 +79,25 @@ class Vectors:
 
         Args:
             queries: (Q, E).
-            k: how many; fewer come where fewer are allowed.
-            allowed: (N,) bool: rows that count.
+            k: how many; fewer are returned where fewer are allowed.
+            allowed: (N,) bool: rows to search.
 
         Returns:
             For each query its rows, and their products in float64, the largest first; of equal
-            products the lower row.
+            products the lower row first.
         """
-        rows = np.flatnonzero(allowed)
-        k = min(k, len(rows))
+        k = min(k, int(allowed.sum()))
         if not k:
             empty = (np.empty(0, np.int64), np.empty(0))
             return [empty for _ in queries]
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for first in range(0, len(queries), MAX_QUERIES):
             part = queries[first : first + MAX_QUERIES]
-            if len(rows) * 8 < len(allowed):  # few: read those alone
-                candidates = self._candidates_of(rows, part, k + SPARE)
-            else:
-                candidates = self._candidates(part, k + SPARE, allowed)
-            found += [self.rescored(q, c, k) for q, c in zip(part, candidates, strict=True)]
+            candidates = self._candidates(part, k + SPARE, allowed)
+            found += [self._rescored(*pair, k) for pair in zip(part, candidates.T, strict=True)]
         return found
 
-    def rescored(
+    def _rescored(
         self, query: np.ndarray, rows: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best k of some rows for a query (E,), and their products in float64."""
@@ -113,95 +106,78 @@ class Vectors:
         order = np.argsort(-scores, kind="stable")[:k]
         return rows[order], scores[order]
 
-    def _candidates(self, queries: np.ndarray, k: int, allowed: np.ndarray) -> list[np.ndarray]:
-        """The best rows of a pass over all shards."""
+    def _candidates(self, queries: np.ndarray, k: int, allowed: np.ndarray) -> np.ndarray:
+        """The rows of the k largest products in float32, (k, Q), of a pass over the file."""
         matrix = torch.from_numpy(np.ascontiguousarray(queries.T, dtype=np.float32))  # (E, Q)
-        banned = None if allowed.all() else torch.from_numpy(~allowed)
-        chunks = [
-            (shard, first, min(first + CHUNK, count))
-            for shard, count in self._counts(len(allowed))
-            for first in range(0, count, CHUNK)
-        ]
+        content, values = self._map(len(allowed))
 
-        def best_of(chunk: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-            shard, first, last = chunk
-            start = shard * self.shard_rows
-            rows, tensor = self._map(shard, last)
-            scores = _products(tensor[first:last], matrix)  # (n, Q)
-            _give_back(rows, first * 2 * self.width, last * 2 * self.width)
-            if banned is not None:
-                scores[banned[start + first : start + last]] = -torch.inf
-            values, places = scores.topk(min(k, last - first), dim=0)
-            return values, places + (start + first)
+        def best_of(first: int) -> tuple[torch.Tensor, torch.Tensor]:
+            mask = allowed[first : first + CHUNK]
+            chunk = values[first : first + len(mask)]
+            places = torch.from_numpy(np.flatnonzero(mask))
+            is_sparse = 8 * len(places) < len(mask)
+            # For one query, converting all is faster than picking more than an eighth.
+            if is_sparse or (len(queries) > 1 and 2 * len(places) < len(mask)):
+                scores = _products(chunk, matrix, places)
+            else:
+                scores = _products(chunk, matrix)
+                if len(places) < len(mask):
+                    scores = scores.index_select(0, places)
+            if not is_sparse:  # mapping pages again costs more than few products
+                _release(content, first * 2 * self.width, (first + len(mask)) * 2 * self.width)
+            best, at = scores.topk(min(k, len(places)), dim=0)
+            return best, places[at] + first
 
-        return _merged(list(_pool().map(best_of, chunks)), k)
+        parts = list(_pool().map(best_of, range(0, len(allowed), CHUNK)))
+        best = torch.cat([scores for scores, _ in parts])  # (n, Q)
+        rows = torch.cat([rows for _, rows in parts])
+        return rows.gather(0, best.topk(min(k, len(best)), dim=0).indices).numpy()
 
-    def _candidates_of(self, rows: np.ndarray, queries: np.ndarray, k: int) -> list[np.ndarray]:
-        """The best of some rows, which are read part by part."""
-        matrix = torch.from_numpy(np.ascontiguousarray(queries.T, dtype=np.float32))
-        parts = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
-
-        def best_of(part: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-            scores = _products(torch.from_numpy(self.read(part)), matrix)
-            values, places = scores.topk(min(k, len(part)), dim=0)
-            return values, torch.from_numpy(part)[places]
-
-        return _merged(list(_pool().map(best_of, parts)), k)
-
-    def _counts(self, total: int) -> list[tuple[int, int]]:
-        """Each shard and its number of rows."""
-        size = self.shard_rows
-        return [(n, min(size, total - n * size)) for n in range(-(-total // size))]
-
-    def _map(self, shard: int, count: int) -> tuple[mmap.mmap, torch.Tensor]:
-        """A shard's map, and its values (rows, E); mapped anew where it has grown."""
-        there = self._maps.get(shard)
-        if there is None or len(there[1]) < count:
-            with self._path(shard).open("rb") as file:
+    def _map(self, count: int) -> tuple[mmap.mmap, torch.Tensor]:
+        """The mapped file, and its values (rows, E); mapped again where it has grown."""
+        mapped = self._mapped
+        if mapped is None or len(mapped[1]) < count:
+            with self.path.open("rb") as file:
                 # A private map that could be written, which torch wants; nothing writes to it.
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            tensor = torch.frombuffer(content, dtype=torch.float16)
-            rows = len(tensor) // self.width
+            values = torch.frombuffer(content, dtype=torch.uint8)
+            rows = len(values) // (2 * self.width)
             if rows < count:
-                raise DataError(f"{self._path(shard)}: was cut short; build the index again")
-            self._maps[shard] = (content, tensor[: rows * self.width].view(rows, self.width))
-        return self._maps[shard]
+                raise self._cut_short()
+            values = values[: rows * 2 * self.width].view(torch.float16).view(rows, self.width)
+            mapped = self._mapped = content, values
+        return mapped
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}.f16"
+    def _cut_short(self) -> DataError:
+        return DataError(f"{self.path}: was cut short; build the index again")
 
 
 def _write(file: int, content: bytes, place: int) -> None:
     done = os.pwrite(file, content, place)
     if done < len(content):  # a full disk may take a part
-        os.pwrite(file, content[done:], place + done)  # and then says so
+        os.pwrite(file, content[done:], place + done)  # and then raises
 
 
-def _products(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Rows (n, E) float16 times (E, Q) float32, in float32: (n, Q)."""
+def _products(
+    rows: torch.Tensor, matrix: torch.Tensor, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows (n, E) float16, or those at places, times (E, Q) float32, in float32: (n, Q)."""
+    count = len(rows) if places is None else len(places)
     block = torch.empty(BLOCK, rows.shape[1])
-    scores = torch.empty(len(rows), matrix.shape[1])
-    for first in range(0, len(rows), BLOCK):
-        part = rows[first : first + BLOCK]
+    scores = torch.empty(count, matrix.shape[1])
+    for first in range(0, count, BLOCK):
+        which = slice(first, first + BLOCK)
+        part = rows[which] if places is None else rows.index_select(0, places[which])
         block[: len(part)].copy_(part)
         if matrix.shape[1] == 1:  # twice as fast as a product of matrices
-            torch.mv(block[: len(part)], matrix[:, 0], out=scores[first : first + len(part), 0])
+            torch.mv(block[: len(part)], matrix[:, 0], out=scores[which, 0])
         else:
-            torch.mm(block[: len(part)], matrix, out=scores[first : first + len(part)])
+            torch.mm(block[: len(part)], matrix, out=scores[which])
     return scores
 
 
-def _merged(parts: list[tuple[torch.Tensor, torch.Tensor]], k: int) -> list[np.ndarray]:
-    """The rows of the k largest values of each query, of parts that each have their largest."""
-    values = torch.cat([part[0] for part in parts])  # (n, Q)
-    rows = torch.cat([part[1] for part in parts])
-    best, places = values.topk(min(k, len(values)), dim=0)
-    chosen = rows.gather(0, places)
-    return [chosen[best[:, q] > -torch.inf, q].numpy() for q in range(chosen.shape[1])]
-
-
-def _give_back(content: mmap.mmap, first: int, last: int) -> None:
-    """Let go of whole pages between two bytes of a map; they are read again when needed."""
+def _release(content: mmap.mmap, first: int, last: int) -> None:
+    """Release whole pages between two bytes of a map; they are read again when needed."""
     page = mmap.PAGESIZE
     start, end = -(-first // page) * page, last // page * page
     if end > start:
@@ -215,11 +191,11 @@ def _pool() -> ThreadPoolExecutor:
     threads, barrier = torch.get_num_threads(), threading.Barrier(count)
 
     def begin(_: int) -> None:
-        barrier.wait()  # so that each thread comes here
+        barrier.wait()  # so that every thread runs this
         torch.set_num_threads(1)
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="leanclip-search")
     list(pool.map(begin, range(count)))
-    torch.set_num_threads(threads)  # what threads begin with that are started later
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not go along
+    torch.set_num_threads(threads)  # the default of threads started later
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
     return pool
