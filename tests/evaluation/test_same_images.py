@@ -211,7 +211,10 @@ def test_settings_for_data_that_the_command_line_names(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(dump_yaml(config))
     spec = f"table:{tmp_path / 'c.csv'}"
     for path in (None, tmp_path / "c.yaml"):
-        for override in ("data.caption_column=comment", "evaluate.retrieval.caption_column=comment"):
+        for override in (
+            "data.caption_column=comment",
+            "evaluate.retrieval.caption_column=comment",
+        ):
             settings = evaluation_config(str(model), spec, config=path, overrides=[override])
             [task] = open_tasks(settings)
             assert task.dataset[0].captions == ["a cat"]
