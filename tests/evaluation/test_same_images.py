@@ -211,18 +211,16 @@ def test_settings_for_data_that_the_command_line_names(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(dump_yaml(config))
     spec = f"table:{tmp_path / 'c.csv'}"
     for path in (None, tmp_path / "c.yaml"):
-        for override in (
-            "data.caption_column=comment",
-            "evaluate.retrieval.caption_column=comment",
-        ):
-            settings = evaluation_config(str(model), spec, config=path, overrides=[override])
+        for section in ("data", "evaluate.retrieval"):
+            overrides = [f"{section}.caption_column=comment"]
+            settings = evaluation_config(str(model), spec, config=path, overrides=overrides)
             [task] = open_tasks(settings)
             assert task.dataset[0].captions == ["a cat"]
         wrong = ["data.label_column=kind", "evaluate.retrieval.limit=3"]
         with pytest.raises(ConfigError, match=r"evaluate\.retrieval: .* only zero_shot"):
             evaluation_config(str(model), spec, config=path, overrides=wrong)
+        overrides.append("evaluate.retrieval.limt=3")
         with pytest.raises(ConfigError, match=r"did you mean evaluate\.retrieval\.limit"):
-            overrides = ["data.caption_column=comment", "evaluate.retrieval.limt=3"]
             evaluation_config(str(model), spec, config=path, overrides=overrides)
 
 

@@ -153,7 +153,8 @@ def _overridden(overrides: Sequence[str], names: Sequence[str]) -> dict[str, dic
     for name in ORDER:
         if tasks.get(name) and name not in names:
             raise ConfigError(
-                f"-o evaluate.{name}: is of no use, only {', '.join(names)} is measured; leave it out"
+                f"-o evaluate.{name}: is of no use, only {', '.join(names)} is measured; leave it "
+                f"out"
             )
     shared = {key: data[key] for key in EvaluationData.model_fields if key in data}
     return {name: shared | (tasks.get(name) or {}) for name in names}
