@@ -124,13 +124,16 @@ class Update:
 
     def _skip(self, path: str, error: SampleError, total: int) -> None:
         self.changes.skipped += 1
+        name, reason = escaped(path), str(error)
+        for prefix in ("<bytes>: ", f"{name}: "):  # a message names its source, which may be bytes
+            reason = reason.removeprefix(prefix)
         if self.changes.skipped <= MAX_NAMED:
-            log.warning("skipped: %s: %s", escaped(str(path)), escaped(str(error)))
+            log.warning("skipped: %s: %s", name, reason)
         if self.changes.skipped > self.max_bad_fraction * total:
             self._commit()
             raise DataError(
                 f"{self.changes.skipped} of {total} images are unreadable, allowed are "
-                f"{self.max_bad_fraction:.1%} (--max-bad-fraction); the last: {path}: {error}"
+                f"{self.max_bad_fraction:.1%} (--max-bad-fraction); the last: {name}: {reason}"
             )
 
     def _embed(self, batch: Sequence[Found]) -> None:
