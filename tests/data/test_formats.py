@@ -14,12 +14,21 @@ from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.readers.image_files import list_images
 from leanclip.errors import LeanclipError, SampleError
+from leanclip.evaluation import Calibration
 from leanclip.preprocess.decoding import is_image, open_image
 from leanclip.preprocess.image_formats import SUFFIXES
 from leanclip.weights import read_weights
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(64)
+
+
+def encoded(suffix: str) -> bytes:
+    file = io.BytesIO()
+    noise_image(1).save(file, Image.registered_extensions()[f".{suffix}"])
+    return file.getvalue()
+
+
 OTHERS = {
     "a.heic": (HEIC, "HEIC"),
     "a.jxl": (b"\xff\x0a" + bytes(64), "JPEG XL"),
@@ -63,6 +72,16 @@ def test_sixteen_bits_of_a_pgm_are_those_of_a_png(tmp_path: Path) -> None:
     found, expected = (np.asarray(open_image(tmp_path / name)) for name in ("a.pgm", "a.png"))
     assert (found == expected).all()
     assert found.max() == 63  # not stretched to white
+
+
+OTHERS |= {  # what Pillow itself writes
+    f"b.{suffix}": (encoded(suffix), what)
+    for suffix, what in (
+        ("tga", "TGA"), ("dds", "DDS"), ("pcx", "PCX"), ("qoi", "QOI"), ("ico", "an icon"),
+        ("dib", "a bitmap"), ("icns", "an icon"), ("eps", "PostScript"),
+    )
+    if f".{suffix}" in Image.registered_extensions()
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -157,6 +176,7 @@ def write(path: Path, content: bytes = POINTER) -> Path:
         lambda p: read_weights(write(p / "a.pt")),
         lambda p: read_weights(write(p / "a.pdparams")),
         lambda p: read_weights(p, arch=write(p / "a.json")),
+        lambda p: Calibration.load(write(p / "calibration.json").parent),
     ],
 )  # fmt: skip
 def test_a_git_lfs_pointer_is_named(tmp_path: Path, read) -> None:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -324,7 +325,11 @@ def test_what_cannot_be_opened_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK")
     wide = datasets.Dataset.from_dict({"a": [1], "b": [2]})
     wide.save_to_disk(tmp_path / "wide")
+    latin = os.fsdecode(bytes(tmp_path) + b"/latin/caf\xe9")
+    Path(latin).mkdir(parents=True)
+    noise_image(1).save(f"{latin}/a.png")
     for root, words in (
+        (tmp_path / "latin", r"generating the dataset: 'utf-8' codec can't encode"),
         (tmp_path / "nowhere", "no such folder, and no id on the hub"),
         (tmp_path / "empty", "cannot be read: "),
         (tmp_path / "a.parquet", "cannot be read: "),

@@ -146,6 +146,12 @@ def test_names_and_keys_are_labels_too(
     assert names_by_sample(make(tmp_path, names, labels)) == expected
 
 
+def test_a_number_out_of_range_is_not_said_to_be_a_name(tmp_path: Path) -> None:
+    dataset = as_csv(tmp_path, ["1", "2", "3"], ["3"])
+    with pytest.raises(SampleError, match=r"'3' is no known class: .* 3 classes .* from 0"):
+        dataset[0]
+
+
 def test_a_file_of_names_goes_by_number_for_class_labels_that_are_numbers(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("".join(f"name {number}\n" for number in NUMBERS))

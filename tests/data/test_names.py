@@ -44,6 +44,8 @@ def test_an_index_of_pictures(photos: Path, command: Command) -> None:
     done = command("search", "build", "photos", *words, "--out", "i", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["files"] == 5
+    bad = f"{photos.resolve()}/blue/bad{LATIN}.png".encode("unicode_escape").decode()
+    assert f"skipped: {bad}: cannot be read as an image" in done.stderr
     assert command("search", "update", "i", "--max-bad-fraction", "0.5").returncode == 0
     for label, expected in (("café", 2), (LATIN, 2), ("blue", 3)):
         done = command("search", "find", "i", "x", "--label", label, "--grid", "grid.png")

@@ -114,6 +114,21 @@ def test_folders_that_are_no_splits(tmp_path: Path) -> None:
     assert len(open_dataset(config(tmp_path / "c", "pairs", split="."))) == 24
 
 
+@pytest.mark.parametrize("format", ["folder", "pairs"])
+@pytest.mark.parametrize("names", [("Train", "Val"), ("TRAIN", "test"), ("train", "Testing")])
+def test_splits_by_other_names_are_no_classes(
+    format: str, names: tuple[str, str], tmp_path: Path
+) -> None:
+    for name in names:
+        make_split(tmp_path / "d" / name, format)
+    for task in ("train", "zero_shot"):
+        with pytest.raises(DataError, match=r"has T\w+ and \w+, .*set data\.split"):
+            default_split(config(tmp_path / "d", format), task)
+    for name in names:
+        dataset = open_dataset(config(tmp_path / "d", format, split=name))
+        assert len(dataset) == (4 if format == "folder" else 12)
+
+
 def test_every_command_reads_the_same_splits(command: Command, workplace: Path) -> None:
     make_split(Path("d/train"), count=4)
     make_split(Path("d/val"), count=3, first=10)

@@ -23,8 +23,8 @@ from leanclip.config.schema import Config
 from leanclip.config.sections import parse
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import Dataset, Sample
-from leanclip.errors import DataError
-from leanclip.evaluation import RetrievalResult, evaluate, open_tasks
+from leanclip.errors import ConfigError, DataError
+from leanclip.evaluation import RetrievalResult, evaluate, evaluation_config, open_tasks
 from leanclip.evaluation.distinct import distinct_images
 from leanclip.evaluation.intervals import mean_by_group, median_by_group
 from leanclip.evaluation.significance import mcnemar
@@ -191,6 +191,38 @@ def test_two_ranks_give_the_same_as_one(command: Command, workplace: Path) -> No
         facts = [report["data"]["retrieval"] for report in reports]
         assert facts[0]["sha256"] == facts[1]["sha256"]
         assert facts[0]["samples"] == (9 if limit else 31)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_limit_of_data_that_the_command_line_names(form: str, tmp_path: Path) -> None:
+    """Weights without a config, `--data`, and settings by `-o`: those of `evaluate` and `data`."""
+    model = make_model(tmp_path / "m")
+    spec = FORMS[form](tmp_path / "other", pictures())
+    for overrides, limit in (((), None), (("evaluate.retrieval.limit=9",), 9)):
+        [task] = open_tasks(evaluation_config(str(model), spec, overrides=overrides))
+        assert (task.name, task.limit) == ("retrieval", limit)
+
+
+def test_settings_for_data_that_the_command_line_names(tmp_path: Path) -> None:
+    """With a run's config too, whose own data has no such columns."""
+    model = make_model(tmp_path / "m")
+    (tmp_path / "a.png").write_bytes(encoded_image(0))
+    (tmp_path / "c.csv").write_text("image,comment,kind\na.png,a cat,cat\na.png,a dog,dog\n")
+    config = {"model": TINY, "data": {"format": "shapes", "root": "s"}}
+    (tmp_path / "c.yaml").write_text(dump_yaml(config))
+    spec = f"table:{tmp_path / 'c.csv'}"
+    for path in (None, tmp_path / "c.yaml"):
+        for section in ("data", "evaluate.retrieval"):
+            overrides = [f"{section}.caption_column=comment"]
+            settings = evaluation_config(str(model), spec, config=path, overrides=overrides)
+            [task] = open_tasks(settings)
+            assert task.dataset[0].captions == ["a cat"]
+        wrong = ["data.label_column=kind", "evaluate.retrieval.limit=3"]
+        with pytest.raises(ConfigError, match=r"evaluate\.retrieval: .* only zero_shot"):
+            evaluation_config(str(model), spec, config=path, overrides=wrong)
+        overrides.append("evaluate.retrieval.limt=3")
+        with pytest.raises(ConfigError, match=r"did you mean evaluate\.retrieval\.limit"):
+            evaluation_config(str(model), spec, config=path, overrides=overrides)
 
 
 def test_a_sample_does_not_depend_on_the_seed_or_the_order(tmp_path: Path) -> None:

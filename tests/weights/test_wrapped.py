@@ -191,6 +191,27 @@ def test_what_is_missing_and_left_over_is_in_one_message(tensors: Tensors, tmp_p
     assert torch.equal(clip.model.logit_scale, tensors["logit_scale"])
 
 
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ("model.{}", "model.norm"),
+        ("model._orig_mod.{}", "model.norm"),
+        ("{}", "norm"),
+    ],
+)
+def test_what_is_left_over_within_the_model_is_named_in_full(
+    names: str, shown: str, tensors: Tensors, tmp_path: Path
+) -> None:
+    """A module that another trainer calls otherwise: both names are in the message."""
+    renamed = {name.replace("ln_final", "norm"): tensor for name, tensor in tensors.items()}
+    wrapped = {names.format(name): tensor for name, tensor in renamed.items()}
+    for values in (wrapped, {"state_dict": wrapped}, {"app": {"module": wrapped}}):
+        torch.save(values, tmp_path / "w.pt")
+        words = rf"missing: ln_final\.bias, ln_final\.weight; beside .*: {shown}\.\*$"
+        with pytest.raises(WeightsError, match=words):
+            leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu")
+
+
 def test_dicts_without_end_are_no_trap(tmp_path: Path) -> None:
     nested: dict[str, Any] = {"weight": torch.zeros(1)}
     for _ in range(40):  # 2^40 paths

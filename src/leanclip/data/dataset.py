@@ -299,12 +299,12 @@ def find_label(value: object, labels: Mapping[str, int], classes: Sequence[str],
     if (label := labels.get(text, labels.get(whole))) is not None:
         return label
     why = "is no known class"
-    if text in classes:
+    if _WHOLE_NUMBER.fullmatch(text):
+        why += f": the {len(classes)} classes are numbered from 0"
+    elif text in classes:
         why = "is the name of several classes; give its number, from 0, as the label"
     elif isinstance(value, list | tuple):
         why = "is a list, and data of several classes per image is not read"
-    elif _WHOLE_NUMBER.fullmatch(text):
-        why += f": the {len(classes)} classes are numbered from 0"
     raise SampleError("unknown class", f"{name}: {text[:60]!r} {why}")
 
 

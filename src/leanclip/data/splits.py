@@ -14,6 +14,7 @@ from leanclip.errors import DataError
 
 FIXED = {"shapes": ("train", "val", "unseen"), "food101": ("train", "test")}
 NAMES = ("train", "val", "valid", "validation", "dev", "test")  # of folders and files
+_OTHER_NAMES = (*NAMES, "training", "validate", "testing", "eval", "evaluation")  # any letter case
 HELD_OUT = ("val", "valid", "validation", "test", "dev")  # for evaluation, the first there is
 _IN_FOLDERS = ("folder", "pairs", "shards")  # whose splits are folders of the root
 
@@ -119,10 +120,21 @@ def _other_data(format: str, root: Path, splits: tuple[str, ...]) -> list[str]:
 
 
 def _check_clear(config: SourceConfig) -> None:
-    """Refuse a root where one folder is named like a split, and others are not."""
+    """Refuse a root where one folder is named like a split, and others are not.
+
+    And one of several splits by names that are not looked for, such as Train and Val.
+    """
     if config.format not in _IN_FOLDERS:
         return
     root = Path(config.root)
+    folders = [folder.name for folder in visible_folders(root)]
+    similar = [name for name in folders if name.lower() in _OTHER_NAMES]
+    similar = [name for name in similar if _has(config.format, root, name)]
+    if len(similar) > 1 and not set(similar) <= set(NAMES):
+        raise DataError(
+            f"data.split: {root} has {' and '.join(similar)}, named like splits (which are called "
+            f"{', '.join(NAMES)}); set data.split to the one to read, or to . to read all"
+        )
     named = tuple(name for name in NAMES if _has(config.format, root, name))
     if others := _other_data(config.format, root, named):
         more = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from leanclip.config.sections import Section, parse, to_plain
 from leanclip.errors import ConfigError, DataError
+from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.model import CLIP
 from leanclip.weights import fingerprint
 
@@ -102,6 +103,8 @@ class Calibration(Section):
         """
         path = Path(source)
         path = path / FILE if path.is_dir() else path
+        if is_lfs_file(path):
+            raise ConfigError(f"{path}: {LFS_POINTER}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from leanclip.config.data import DataConfig
 from leanclip.config.evaluation import EvaluationData
-from leanclip.config.schema import Config, load_config
+from leanclip.config.schema import Config, apply_override, load_config
 from leanclip.config.sections import parse, to_plain
 from leanclip.data import open_dataset, split_source
 from leanclip.data.dataset import read_class_names, read_templates
@@ -108,10 +108,15 @@ def evaluation_config(
     evaluate = to_plain(settings.evaluate)
     if data_spec is not None:
         format, root = split_source(data_spec, option="--data")
-        wanted = {"format": format, "root": root, "split": wishes.split}
-        names = _allowed(settings.data, format, task, EvaluationData.model_validate(wanted))
-        changes = wishes.settings(names)
-        evaluate |= {name: wanted | changes[name] for name in names}
+        place = {"format": format, "root": root}
+        place |= {} if wishes.split is None else {"split": wishes.split}
+        every = _overridden(overrides, TASKS[task] if task else ORDER)
+        common = {key: value for one in every.values() for key, value in one.items()}
+        common = {key: common[key] for key in EvaluationData.model_fields if key in common}
+        wanted = parse(EvaluationData, common | place, where="-o")
+        names = _allowed(settings.data, format, task, wanted)
+        changes, own = wishes.settings(names), _overridden(overrides, names)
+        evaluate |= {name: own[name] | place | changes[name] for name in names}
     else:
         names = tuple(name for name in TASKS[task or "all"] if evaluate[name] is not None)
         if not names:
@@ -126,6 +131,29 @@ def evaluation_config(
         evaluate["retention"] = None
     values = to_plain(settings) | {"evaluate": evaluate}
     return parse(Config, values, where="leanclip eval")
+
+
+def _overridden(overrides: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What overrides set for data that is named apart from the config, by task.
+
+    `data.KEY` is meant for all of them, `evaluate.TASK.KEY` for one. Of the tasks that are not in
+    `names` nothing may be set.
+
+    Raises:
+        ConfigError: something is.
+    """
+    values: dict[str, Any] = {"data": {}, "evaluate": {}}
+    for override in overrides:
+        apply_override(values, override)
+    data, tasks = values["data"] or {}, values["evaluate"] or {}
+    for name in ORDER:
+        if tasks.get(name) and name not in names:
+            raise ConfigError(
+                f"-o evaluate.{name}: is of no use, only {', '.join(names)} is measured; leave it "
+                f"out"
+            )
+    shared = {key: data[key] for key in EvaluationData.model_fields if key in data}
+    return {name: shared | (tasks.get(name) or {}) for name in names}
 
 
 def _settings(
@@ -144,9 +172,8 @@ def _settings(
         return load_config(config, overrides, load=model, load_arch=arch, output_dir=out)
     if data_spec is None:
         raise ConfigError("--data: say what to evaluate on, as FORMAT:ROOT, or give -c CONFIG")
-    if overrides:
-        raise ConfigError("-o: changes the settings of a config; give one with -c CONFIG")
-    return _stored_config(model, *split_source(data_spec, option="--data"), out, arch)
+    source = split_source(data_spec, option="--data")
+    return _stored_config(model, *source, out, arch, overrides)
 
 
 def _allowed(
@@ -172,7 +199,9 @@ def _task_of(data: DataConfig, wanted: EvaluationData) -> str:
     return "zero_shot" if dataset.classes else "retrieval"
 
 
-def _stored_config(model: str, format: str, root: str, out: str, arch: str | None) -> Config:
+def _stored_config(
+    model: str, format: str, root: str, out: str, arch: str | None, overrides: Sequence[str]
+) -> Config:
     """Settings for weights that carry their architecture with them, or have it named."""
     weights = read_weights(model, arch=arch)
     if weights.model is None or weights.preprocess is None:
@@ -184,4 +213,6 @@ def _stored_config(model: str, format: str, root: str, out: str, arch: str | Non
     data |= {"mean": weights.preprocess.mean, "std": weights.preprocess.std}
     values = {"model": to_plain(weights.model), "data": data, "load": model}
     values |= {"load_arch": arch, "output_dir": out}
+    for override in overrides:
+        apply_override(values, override)
     return parse(Config, values, where="leanclip eval")

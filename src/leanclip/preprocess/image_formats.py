@@ -43,6 +43,12 @@ _OTHER_FORMATS = (  # by the first bytes
     (b"%!PS", "PostScript"),
     (b"%PDF", "PDF"),
     (rb"\s*(<\?xml.*)?<svg", "SVG"),
+    (b"DDS ", "DDS"),
+    (b"qoif", "QOI"),
+    (b"icns", "an icon"),
+    (b"[(]\0\0\0.{8}\1\0", "a bitmap without its header"),
+    (b"\n[\0-\5]\1[\1\2\4\x08]", "PCX"),
+    (b".[\0\1][\1-\3\x09-\x0b].{13}[\x08\x0f\x10\x18 ]", "TGA"),  # it has no signature
 )
 
 

@@ -126,8 +126,11 @@ class Update:
 
     def _skip(self, path: str, error: SampleError, tracker: SkipTracker) -> None:
         self.changes.skipped += 1
+        name, reason = escaped(path), str(error)
+        for prefix in ("<bytes>: ", f"{name}: "):  # a message names its source, which may be bytes
+            reason = reason.removeprefix(prefix)
         if self.changes.skipped <= MAX_NAMED:
-            log.warning("skipped: %s: %s", escaped(path), escaped(str(error)))
+            log.warning("skipped: %s: %s", name, reason)
         try:
             tracker.add([Bad.of(path, error)])
         except DataError:

@@ -191,8 +191,11 @@ def _beside(values: dict, path: str, prefix: str) -> tuple[list[str], list[str]]
     for name, value in values.items():
         here = _WRAPPERS.sub("", f"{path}{name}")
         if isinstance(value, torch.Tensor):
-            first, _, rest = _WRAPPERS.sub("", str(name)).partition(".")
-            tensors += [] if _is_of(here, prefix) else [f"{first}.*" if rest else first]
+            dicts = _WRAPPERS.sub("", path)
+            inside = prefix.removeprefix(dicts) if here.startswith(prefix) else ""
+            first, _, rest = here.removeprefix(dicts + inside).partition(".")
+            name = f"{inside}{first}.*" if rest else inside + first
+            tensors += [] if _is_of(here, prefix) else [name]
         elif isinstance(value, dict) and prefix.startswith(_WRAPPERS.sub("", f"{path}{name}.")):
             inner = _beside(value, f"{path}{name}.", prefix)
             tensors, others = tensors + inner[0], others + inner[1]

@@ -257,4 +257,8 @@ def _in_one_line(root: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"data.root: {root}: cannot be read: {one_line(error)}") from None
+        causes = [error]  # "An error occurred while generating the dataset" is of another's making
+        while (cause := causes[-1].__cause__) is not None and cause not in causes:
+            causes.append(cause)
+        reasons = ": ".join(map(one_line, causes))
+        raise DataError(f"data.root: {root}: cannot be read: {reasons}") from None
