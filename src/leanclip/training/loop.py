@@ -9,8 +9,8 @@ The same command in the same folder goes on from the newest checkpoint.
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import zip_longest
 from typing import NamedTuple, TypeVar
@@ -21,7 +21,8 @@ from torch import nn
 from leanclip.config.schema import Config, DataConfig
 from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
-from leanclip.data.loader import Batch, Position, training_batches
+from leanclip.data.batch import Batch, Position
+from leanclip.data.loader import training_batches
 from leanclip.data.skipped import Bad, BadSamples
 from leanclip.distributed.collectives import (
     barrier,
@@ -174,7 +175,7 @@ def _fit(
     write_status(plan, "running", step=done.step)
     bar = ProgressBar("training", plan.last_step, completed=done.step, is_silent=rank > 0)
     lines = LogLines(plan, done=done.step, is_silent=rank > 0 or bar.is_shown)
-    with noting_signals() as signals, bar:
+    with noting_signals() as signals, closing(stream), bar:
         for step in range(done.step, plan.last_step):
             if has_stopped_gaining(plan, done.best):
                 log.info("ends at step %d: no gain after the best, %s", step, done.best)
@@ -236,7 +237,7 @@ def _fit(
 
 def _stream(
     plan: Plan, done: checkpoint.Progress, frozen: Frozen
-) -> Iterator[tuple[Batch, Position]]:
+) -> Generator[tuple[Batch, Position], None, None]:
     """This rank's part of the batches after `done`."""
     config, (rank, world_size) = plan.config, rank_and_world_size()
     return training_batches(
