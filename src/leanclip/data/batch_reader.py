@@ -183,8 +183,8 @@ class BatchReader:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """As `is_shortage`, and by the words of PyTorch's errors."""
-    words = ("allocate memory", "Too many open files", "shared memory")
+    """As `is_shortage`, and by the words of PyTorch's and multiprocessing's errors."""
+    words = ("allocate memory", "Too many open files", "shared memory", "items of ancdata")
     return is_shortage(error) or any(word in str(error) for word in words)
 
 

@@ -157,13 +157,15 @@ def _load(reader: BatchReader, visits: Iterator[list[Visit]], count: int | None)
                         batch = batch.unpack()
             except StopIteration:
                 return
-            except (RuntimeError, OSError, EOFError) as error:  # the latter two: cut-off messages
+            except (RuntimeError, OSError, EOFError) as error:
                 if names := _names_of_dead(reader, workers.dead(1)):
                     raise _death(names) from error
-                if not lacks_memory(error):
+                is_cut_off = isinstance(error, EOFError | ConnectionError)  # on its way from there
+                if not is_cut_off and not lacks_memory(error):
                     raise
                 raise shortage_error("data", error) from None
             if isinstance(batch, DataError):
+                workers.kill()  # what they would do at their end may lack the same
                 raise batch
             yield batch
     finally:
@@ -257,9 +259,11 @@ def _begin_worker(parent: int, _: int) -> None:
 
 def _names_of_dead(reader: BatchReader, dead: Sequence[BaseProcess]) -> list[str]:
     """Of the samples that dead workers were reading."""
+    if not dead:
+        return []
     ids = {process.pid for process in dead}
     slots = [index for pid, index in reader.reading.tolist() if pid in ids]
-    return [reader.name(index) for index in slots] or ["data"] * bool(dead)
+    return [reader.name(index) for index in slots] or ["data"]
 
 
 def _death(names: Sequence[str]) -> DataError:
