@@ -160,12 +160,13 @@ def _load(reader: BatchReader, visits: Iterator[list[Visit]], count: int | None)
             except (RuntimeError, OSError, EOFError) as error:
                 if names := _names_of_dead(reader, workers.dead(1)):
                     raise _death(names) from error
+                workers.kill()  # what they would do at their end may lack the same
                 is_cut_off = isinstance(error, EOFError | ConnectionError)  # on its way from there
                 if not is_cut_off and not lacks_memory(error):
                     raise
                 raise shortage_error("data", error) from None
             if isinstance(batch, DataError):
-                workers.kill()  # what they would do at their end may lack the same
+                workers.kill()
                 raise batch
             yield batch
     finally:
@@ -208,7 +209,10 @@ class _Workers(ForkContext):
     def dead(self, seconds: float = 0) -> list[BaseProcess]:
         """Those that ended other than by themselves, waiting so long for the first one."""
         begun = [process for process in self.started if process.pid is not None]
-        wait([process.sentinel for process in begun], seconds)
+        ended = wait([process.sentinel for process in begun], seconds)
+        for process in begun:
+            if process.sentinel in ended:
+                process.join()  # its files are closed, it may not be quite gone
         return [process for process in begun if process.exitcode]
 
     @contextmanager
