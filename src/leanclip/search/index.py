@@ -20,7 +20,8 @@ from PIL import Image
 
 from leanclip.errors import ConfigError, DataError
 from leanclip.inference.inputs import ImageInput
-from leanclip.inference.model import Clip, load
+from leanclip.inference.load import load
+from leanclip.inference.model import Clip
 from leanclip.io.files import held
 from leanclip.search import approximate
 from leanclip.search.approximate import FACT, MOST_OUTSIDE, QUERIES, RECALL, Approximate
