@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from leanclip import CLIP, ConfigError
 from leanclip.config.schema import ModelConfig, load_config
 from leanclip.config.sections import parse, to_plain
-from leanclip.data.loader import TEXT_LENGTHS, trim
+from leanclip.data.batch import TEXT_LENGTHS, trim
 from leanclip.model import MAX_LOGIT_SCALE
 from leanclip.model.skip_init import SkipInit, meta_device
 from leanclip.model.transformer import Block, Transformer

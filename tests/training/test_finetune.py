@@ -16,7 +16,7 @@ import leanclip
 from leanclip import CLIP, ConfigError, Preprocess
 from leanclip.config.schema import FinetuneConfig, OptimizerConfig, TrainConfig, load_config
 from leanclip.config.sections import to_plain
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.evaluation import evaluate
 from leanclip.io.files import read_metrics

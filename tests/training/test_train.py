@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from leanclip import CLIP, Preprocess
 from leanclip.config.schema import OptimizerConfig, TrainConfig, load_config
 from leanclip.config.strict_yaml import load_yaml
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.evaluation import retrieval_metrics
 from leanclip.io.files import read_metrics
 from leanclip.preprocess.images import normalize

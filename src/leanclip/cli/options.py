@@ -106,7 +106,7 @@ def load_model(
         ConfigError: none is named, and there is none.
         WeightsError: it cannot be loaded.
     """
-    from leanclip.inference.model import load
+    from leanclip.inference.load import load
 
     allowed = "private" if allow_private_urls else allow_urls
     return load(find_model(model), arch=arch, device=device, allow_urls=allowed)

@@ -20,7 +20,8 @@ from PIL import Image
 
 from leanclip.errors import ConfigError, DataError
 from leanclip.inference.inputs import ImageInput
-from leanclip.inference.model import InferenceModel, load
+from leanclip.inference.load import load
+from leanclip.inference.model import InferenceModel
 from leanclip.io.files import try_lock
 from leanclip.search import approximate
 from leanclip.search.approximate import FACT, MAX_OUTSIDE, QUERIES, RECALL, Approximate
