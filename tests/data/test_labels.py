@@ -147,7 +147,7 @@ def test_names_and_keys_are_labels_too(
 
 
 def test_a_number_out_of_range_is_not_said_to_be_a_name(tmp_path: Path) -> None:
-    dataset = as_csv(tmp_path, ["1", "2", "3"], ["3"])
+    dataset = as_csv(tmp_path, ["1", "2", "3"], [3])
     with pytest.raises(SampleError, match=r"'3' is no known class: .* 3 classes .* from 0"):
         dataset[0]
 

@@ -257,7 +257,9 @@ def _in_one_line(root: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        causes = [error]  # "An error occurred while generating the dataset" is of another's making
+        causes: list[BaseException] = [
+            error
+        ]  # "An error occurred while generating the dataset" is of another's making
         while (cause := causes[-1].__cause__) is not None and cause not in causes:
             causes.append(cause)
         reasons = ": ".join(map(one_line, causes))
