@@ -22,6 +22,7 @@ from leanclip.distributed.collectives import barrier, from_first, rank_and_world
 from leanclip.distributed.wrap_model import checkpoint_activations
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.evaluation import METRICS, Task, open_retention, open_tasks
+from leanclip.io.files import split_lines
 from leanclip.losses import MAX_LOGITS_KEPT, TILE, Kind
 from leanclip.model import CLIP
 from leanclip.model.skip_init import meta_device
@@ -283,7 +284,7 @@ def describe(plan: Plan) -> str:
         f"(captions as long as the context; shorter ones take less)"
     )
     warnings = [f"warning: {warning}" for warning in batch_warnings(plan)]
-    lines = (*headline(plan).splitlines(), *warnings, gigabytes)
+    lines = (*split_lines(headline(plan)), *warnings, gigabytes)
     comments = "".join(f"# {line}\n" for line in lines)
     return comments + dump_yaml(to_plain(plan.config)).rstrip()
 
