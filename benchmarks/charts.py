@@ -95,7 +95,7 @@ def _axes(height: float) -> tuple[Any, Any]:
     mpl.rcParams.update(STYLE)  # pyright: ignore[reportCallIssue, reportArgumentType]
     from matplotlib import pyplot as plt
 
-    return plt.subplots(figsize=(6.5, height), format="constrained")
+    return plt.subplots(figsize=(6.5, height), layout="constrained")
 
 
 def _save(figure: Any, axes: Any, path: Path) -> None:

@@ -71,6 +71,7 @@ NOT_RUN = {  # a part of a command: why it is not run here
     "runs/other": "needs another run",
     "runs/big": "needs a run in shards; tests/distributed/test_fsdp.py has one",
     "merged": "needs what leanclip merge writes",
+    "retrieval.limit=500": "needs more photos; tests/evaluation/test_same_images.py has a limit",
     "data/pets": "needs class data; tests/evaluation/test_evaluate.py has some",
     "-c configs/quickstart.yaml": "takes minutes; .ci/run runs it",
     "leanclip models": "counts the operations of large models; tests/model/test_presets.py runs it",

@@ -112,8 +112,8 @@ class _Tiled(torch.autograd.Function):
 
     A rank computes the rows of logits of its own images against the texts of all ranks. With a
     row's and a column's log-sum-exp the gradient of any tile can be computed again; the first
-    `KEPT` logits are kept instead. What matches is the same for whole groups, so it needs no
-    tiles: the positive logits of a row are those of its group's mean text.
+    `MAX_LOGITS_KEPT` logits are kept instead. What matches is the same for whole groups, and needs
+    no tiles: the positive logits of a row are those of its group's mean text.
 
         loss = mean of row_lse and column_lse - positive logits     d/dlogits = softmaxes - targets
         siglip: softplus(logits) - positive logits                              = sigmoid - targets

@@ -78,7 +78,7 @@ def test_a_probe_learns_from_its_train_split(command: Command, workplace: Path) 
     (workplace / "b/test").rename(root / "train")
     done = command("eval", "--model", "m", "--data", "wds:a", "--task", "all", "--out", "e")
     assert done.returncode == 0, done.stderr
-    assert "with 6 labelled images of a (the split train)" in done.stdout
+    assert "Trained on 6 labelled images of a, " in done.stdout
     assert report_of(workplace / "e")["data"]["knn"]["samples"] == 22
 
 

@@ -25,5 +25,5 @@ def test_eight_photographs_are_told_apart_both_ways(command: Command, workplace:
     metrics = report_of(workplace / "runs/config")["metrics"]
     assert metrics["image_to_text_R@1"] == 1.0
     assert metrics["text_to_image_R@1"] == 1.0
-    assert "for 100.0% of 8 images" in done.stdout
+    assert "(8 images, 8 captions): R@1 100.0% image→text" in done.stdout
     assert (workplace / "runs/config/similarity.png").is_file()

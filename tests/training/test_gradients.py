@@ -83,7 +83,7 @@ def test_attention_in_training_is_that_of_use(length: int) -> None:
 @pytest.mark.parametrize("kept", [0, 12, 2**27])  # of 25 logits: none, those of one tile, all
 def test_the_loss_in_tiles(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """`gradcheck` also wants the same gradient of a second backward pass, which keeps nothing."""
-    monkeypatch.setattr(loss, "KEPT", kept)
+    monkeypatch.setattr(loss, "MAX_LOGITS_KEPT", kept)
     for kind in KINDS:
 
         def of(*values: Any, kind=kind) -> torch.Tensor:

@@ -114,7 +114,7 @@ def test_a_run_leaves_its_folder(command: Command, workplace: Path) -> None:
     run = workplace / "runs" / "config"
     for word in ("runs/config", "similarity.png", "leanclip eval --model runs/config"):
         assert word in done.stdout
-    assert "Among 24 captions" in done.stdout
+    assert "Retrieval (12 images, 24 captions): R@1" in done.stdout
     assert "\x1b" not in done.stderr  # no progress bar without a terminal
     whole = (*words, "train.precision=fp32")
     assert load_config(run / "config.yaml") == load_config("config.yaml", whole)
@@ -148,7 +148,7 @@ def test_the_same_command_again_only_evaluates(command: Command, workplace: Path
     assert sorted(checkpoints.rglob("*")) == whole
     assert "going on from" in again.stderr
     assert weights_hash(workplace / "runs/config") == before
-    wanted = [line for line in first.stdout.splitlines() if line.startswith("Among")]
+    wanted = [line for line in first.stdout.splitlines() if line.startswith("Retrieval")]
     assert wanted[0] in again.stdout
 
 
@@ -227,7 +227,7 @@ def test_load_starts_from_weights_with_a_fresh_optimiser(command: Command, workp
 
 def test_evaluate_only_and_eval_agree_with_the_run(command: Command, workplace: Path) -> None:
     first = command("train", "-c", "config.yaml")
-    (sentence,) = [line for line in first.stdout.splitlines() if line.startswith("Among")]
+    (sentence,) = [line for line in first.stdout.splitlines() if line.startswith("Retrieval")]
     for arguments in (
         ("train", "-c", "config.yaml", "--evaluate-only"),
         ("eval", "--model", "runs/config"),
@@ -396,7 +396,7 @@ def test_tools_train_on_a_food101_shaped_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run/report.json").read_text())["metrics"]
     assert metrics["zeroshot_top1"] == 1.0  # every class is one picture here
-    assert "one of 6 classes" in done.stdout
+    assert "Zero-shot on 12 images of 6 classes: top-1" in done.stdout
 
 
 def test_tools_train_with_more_gpus_than_there_are() -> None:

@@ -193,7 +193,7 @@ def test_no_tracker_leaves_metrics_alone(command: Command) -> None:
         ("training.loop.train_step", MemoryError(), "MemoryError"),
         ("training.loop.train_step", RuntimeError("a bug\nof two lines"), "a bug of two lines"),
         ("training.checkpoint.save", OSError(28, "No space left on device"), "No space left"),
-        ("training.loop.freeze", OSError("no features"), "no features"),
+        ("training.loop.build_feature_cache", OSError("no features"), "no features"),
         ("training.loop.CLIP", MemoryError(), "MemoryError"),
         ("training.loop.MetricsLog", OSError("no metrics"), "no metrics"),
         ("api.finish", OSError("no report"), "no report"),
