@@ -12,7 +12,7 @@ from leanclip.errors import SampleError
 from leanclip.preprocess.decoding import Source, open_small
 
 CACHE_BYTES = 256 << 20  # bytes of pixels
-MAX_SIDE = 1 << 16  # pixels of an image
+MAX_IMAGE_PIXELS = 1 << 16  # pixels of an image
 
 
 class DecodedImageCache:
@@ -34,7 +34,7 @@ class DecodedImageCache:
         if self._room <= 0 or sample.error:
             return sample, sample.image
         try:
-            image = open_small(sample.image, MAX_SIDE, max_pixels=self._max_pixels)
+            image = open_small(sample.image, MAX_IMAGE_PIXELS, max_pixels=self._max_pixels)
         except SampleError:
             return sample, sample.image
         if image is None:  # nor will most of the others be small

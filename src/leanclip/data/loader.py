@@ -36,7 +36,7 @@ from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.decoded_image_cache import CACHE_BYTES, DecodedImageCache
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError, SampleError, is_shortage
-from leanclip.io.threads import is_main_thread
+from leanclip.io.threads import default_workers, is_main_thread
 from leanclip.preprocess.decoding import Source
 from leanclip.preprocess.images import Preprocess, evaluation_pixels, training_pixels
 from leanclip.preprocess.tokenizer import END, encode, tokenize
@@ -212,8 +212,7 @@ def _training_visits(
 def _load(reader: "_Reader", visits: Iterator[list[Visit]], workers: int | None) -> Iterator[Batch]:
     """Have the reader read each list of visits, in this process or in `workers` others."""
     if workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = min(8, max(1, len(os.sched_getaffinity(0)) // processes))
+        workers = default_workers()
     try:
         reader.reading = torch.full((max(workers, 1), 2), -1).share_memory_()
         sockets = _folder_of_sockets() if workers else ""

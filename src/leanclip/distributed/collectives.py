@@ -157,9 +157,9 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's value, on every rank."""
     if rank_and_world_size()[1] == 1:
         return value
-    all_reduce_sum = value.clone()
-    dist.all_reduce(all_reduce_sum)
-    return all_reduce_sum
+    total = value.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def mean_over_ranks_(values: Sequence[torch.Tensor]) -> None:

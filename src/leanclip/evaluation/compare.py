@@ -1,7 +1,7 @@
 """Two models on the same samples: figures of both, what differs, and whether it could be luck.
 
     A, B, data -> answers of both, sample by sample -> figures, differences with intervals,
-    McNemar's tests, what changed; compare_page.py writes them
+    McNemar's tests, what changed; report/compare_page.py writes them
 
 Each model prepares images as it was trained to; they are decoded once where both want one size.
 

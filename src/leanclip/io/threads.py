@@ -23,8 +23,7 @@ def in_threads(
         batch_size: how many will be taken at once.
     """
     if workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = min(8, max(1, len(os.sched_getaffinity(0)) // processes))
+        workers = default_workers()
     if workers == 0:
         yield from (read(place, source) for place, source in enumerate(sources))
         return
@@ -39,6 +38,12 @@ def in_threads(
             yield futures.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def default_workers() -> int:
+    """One per CPU core that this rank has, eight at most."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def is_main_thread() -> bool:

@@ -9,9 +9,9 @@
         shards/               with train.sharding fsdp: weights and moments, a file a rank
 
 A checkpoint is written to a temporary folder, synced, and renamed: a folder with the name of a
-step is complete. Nothing in it is a pickle, but one file of shards/ (shard_files.py). The folder is
-also a folder of weights that `leanclip.load` and `--load` take. `latest` names the last one, `best`
-the one of the best metric.
+step is complete. Nothing in it is a pickle, but one file of shards/ (sharded_checkpoint.py). The
+folder is also a folder of weights that `leanclip.load` and `--load` take. `latest` names the last
+one, `best` the one of the best metric.
 """
 
 import json
