@@ -31,7 +31,7 @@ from leanclip.cli.options import (
     launch_ranks,
 )
 from leanclip.distributed.launch import (
-    code_without_another,
+    end_lost_rank,
     end_rank,
     is_rank,
     join_launch,
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from leanclip.distributed.collectives import is_lost_rank
 
         if is_lost_rank(error) and "--debug" not in words:
-            end_rank(code_without_another())
+            end_lost_rank()
         traceback.print_exc()
         end_rank(1)
 
