@@ -49,7 +49,7 @@ def launch(arguments: Sequence[str], *, ranks: int, max_restarts: int = 0) -> in
 
     On the first SIGINT or SIGTERM the ranks save and stop; a second SIGINT kills them.
     """
-    from torch.distributed import TCPStore, run
+    from torch.distributed import TCPStore, run  # pyright: ignore[reportPrivateImportUsage]
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # ranks report their errors
@@ -130,6 +130,6 @@ def end_lost_rank() -> NoReturn:
 
 def _store():
     """The launcher's."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     return TCPStore("127.0.0.1", int(os.environ[_LAUNCHER].split()[1]), is_master=False)
