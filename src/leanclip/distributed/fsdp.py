@@ -1,11 +1,10 @@
-"""Parameters in shards, one of each per rank: FSDP2.
+"""Parameters sharded over the ranks, by PyTorch's FSDP2.
 
-    model -> shard_model -> each rank's part of parameters, gradients and moments -> whole
+    model -> shard_model -> each rank's part of parameters, gradients and optimizer state
 
-Imports wait until there are shards: those of DTensor alone take a second.
+PyTorch's modules for this are imported on use: DTensor alone takes a second.
 """
 
-import torch
 from torch import nn
 
 from leanclip.config.sections import to_plain
@@ -16,7 +15,7 @@ from leanclip.model.skip_init import meta_device
 
 
 def shard_model(model: CLIP, blocks: list[nn.Module]) -> None:
-    """Leave each rank its part of every parameter; a block's are brought together when it runs.
+    """Replace every parameter by this rank's part; those of a block are gathered when it runs.
 
     The scalars of the loss stay whole on every rank.
     """
@@ -32,32 +31,18 @@ def shard_model(model: CLIP, blocks: list[nn.Module]) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_model` has been here."""
+    """Whether `shard_model` was applied."""
     return any(is_shard(parameter) for parameter in model.parameters())
 
 
 def full_model(model: CLIP) -> CLIP:
-    """The model; of a sharded one a copy with every parameter, on each rank.
-
-    Every rank calls this.
-    """
+    """The model, or an unsharded copy of a sharded one on each rank; every rank calls this."""
     if not is_sharded(model):
         return model
-    tensors = {
-        name: tensor.full_tensor() if is_shard(tensor) else tensor.clone()
-        for name, tensor in model.state_dict().items()
-    }
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with meta_device():
         copy = CLIP(**to_plain(model.config))
     copy.load_state_dict(tensors, assign=True)
     return copy
-
-
-def placed_as(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, which every rank has, on the device and in the shards of another."""
-    tensor = tensor.to(own.device)
-    if not is_shard(own) or tensor.shape != own.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
