@@ -6,7 +6,6 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,7 +23,7 @@ class Server(ThreadingHTTPServer):
         self.statuses: list[int] = []  # answers to give first, in place of files
         self.knows_ranges = True
         self.knows_if_range = True
-        self.tags = "ETag"  # what tells that a file is the same; or "Last-Modified", "weak", ""
+        self.tags = "ETag"  # what tells that a file is the same; or "weak", ""
         self.says_length = True
         self.pause = 0.0  # seconds after each piece of an answer
         self.asked: list[tuple[str, str | None]] = []  # path, Range
@@ -94,8 +93,6 @@ class _Handler(BaseHTTPRequestHandler):
 def tags_of(content: bytes, kind: str = "ETag") -> dict[str, str]:
     """Headers that differ where the content does."""
     number = zlib.crc32(content)
-    if kind == "Last-Modified":
-        return {kind: formatdate(number % 10**9, usegmt=True)}
     return {"ETag": f'W/"{number}"' if kind == "weak" else f'"{number}"'} if kind else {}
 
 

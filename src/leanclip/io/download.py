@@ -1,37 +1,35 @@
-"""What comes from elsewhere, and where it is kept: one cache folder, one careful download.
+"""Downloads, resumed if interrupted, and the folder in which they are cached.
 
-URL -> path.part (goes on where it stopped) -> checksum -> path
+    URL -> path.part (resumed) -> checksum -> path
 
-A transfer goes on only where the server can tell that the file is still the same: its ETag or
-Last-Modified is kept in path.part.tag, and sent as If-Range (RFC 9110, section 13.1.5).
+A transfer is resumed only if the file on the server is certain to be the same: its strong ETag is
+stored in path.part.tag and sent as If-Range (RFC 9110, section 13.1.5).
 """
 
 import errno
 import logging
 import os
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from email.message import Message
-from email.utils import parsedate_to_datetime
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
+from urllib.error import HTTPError
 
 from leanclip.errors import DataError
 from leanclip.io.files import digest, write_text
 
 log = logging.getLogger("leanclip")
 
-TRIES = 5  # of a transfer that does not get on; the pause between two doubles from a second on
-PIECE = 1 << 20  # bytes that are asked for at once
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
-_BUSY = (408, 425, 429)  # answers of 4xx that another time may differ
+MAX_TRIES = 5  # without progress; the pause between two starts at a second and doubles
+CHUNK = 1 << 20  # bytes read at once
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_RETRIED = (408, 416, 425, 429)  # other answers of 4xx are final
 
 
 class FetchError(DataError):
-    """A URL cannot be fetched; `status` is the server's answer where it gave one."""
+    """A URL cannot be fetched; `status` is the server's answer, if it gave one."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -39,7 +37,7 @@ class FetchError(DataError):
 
 
 def cache_folder() -> Path:
-    """Where fetched files and indices are kept: $LEANCLIP_CACHE, or ~/.cache/leanclip."""
+    """The folder for downloads and indices: $LEANCLIP_CACHE, or ~/.cache/leanclip."""
     return Path(os.environ.get("LEANCLIP_CACHE", Path.home() / ".cache" / "leanclip"))
 
 
@@ -49,24 +47,22 @@ def fetch(
     *,
     checksum: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    tries: int = TRIES,
+    tries: int = MAX_TRIES,
     pause: float = 1.0,
 ) -> Path:
-    """Fetch a URL into a file, whole or not at all; a broken transfer is taken up where it broke.
+    """Download a URL to a file, whole or not at all; an interrupted transfer is resumed.
 
     Args:
         url: http or https.
-        path: where it shall be; `path` with `.part` holds what came so far, and with `.part.tag`
-            what tells whether the file has changed.
-        checksum: the file's MD5 or SHA-256 in hexadecimal, told apart by their length.
-        progress: is called with bytes that are there and bytes in all (0: unknown).
-        tries: attempts in a row that bring nothing before giving up; a refusal (an answer of
-            4xx) is not tried again.
-        pause: seconds after the first of them; doubled after each.
+        path: of the file; partial downloads are in `path`.part.
+        checksum: the file's MD5 or SHA-256 in hexadecimal, told apart by length.
+        progress: called with the bytes received and the total (0: unknown).
+        tries: consecutive attempts without progress; most answers of 4xx are not retried.
+        pause: seconds after the first of these attempts; doubled after each.
 
     Raises:
         FetchError: it cannot be fetched.
-        DataError: it differs from its checksum, or there is no space for it.
+        DataError: its checksum differs, or the file cannot be written.
     """
     _check_scheme(url)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,33 +73,31 @@ def fetch(
             _transfer(url, part, progress)
             break
         except (OSError, HTTPException, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                raise DataError(f"{part}: no space is left for {url}; make some") from None
-            if isinstance(error, OSError) and error.errno in _NOT_OURS:  # of the file alone
+            if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
                 raise DataError(f"{part}: cannot be written: {error.strerror}") from None
             failures = 1 if _size(part) > most else failures + 1
             most = max(most, _size(part))
-            status = error.code if isinstance(error, urllib.error.HTTPError) else None
-            refused = status is not None and 400 <= status < 500 and status not in _BUSY
-            if refused or failures >= tries or isinstance(error, InvalidURL | ValueError):
+            status = error.code if isinstance(error, HTTPError) else None
+            is_refused = status is not None and 400 <= status < 500 and status not in _RETRIED
+            if is_refused or failures >= tries or isinstance(error, InvalidURL | ValueError):
                 raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
             log.warning("%s: %s; trying again", url, error)
             time.sleep(pause * 2 ** (failures - 1))
     if checksum is not None and digest(part, len(checksum)) != checksum.lower():
-        _forget(part)
-        raise DataError(f"{url}: what was fetched differs from its checksum {checksum}")
+        _discard(part)
+        raise DataError(f"{url}: the downloaded file differs from its checksum {checksum}")
     part.rename(path)
-    _forget(part)
+    _discard(part)
     return path
 
 
 def fetch_bytes(url: str, *, limit: int, seconds: float = 60) -> bytes:
-    """Fetch a URL that the user named into memory.
+    """Download a URL into memory.
 
     Args:
         url: http or https.
-        limit: the most bytes it may have.
-        seconds: the most that the whole transfer may take.
+        limit: maximum size in bytes.
+        seconds: maximum duration of the whole transfer.
 
     Raises:
         FetchError: it cannot be fetched, is larger than `limit`, or takes longer than `seconds`.
@@ -113,16 +107,16 @@ def fetch_bytes(url: str, *, limit: int, seconds: float = 60) -> bytes:
     content = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=seconds) as response:
-            while chunk := response.read1(min(PIECE, limit + 1 - len(content))):
+            while chunk := response.read1(min(CHUNK, limit + 1 - len(content))):
                 content += chunk
                 if len(content) > limit:
                     raise FetchError(f"{url}: is over the limit of {limit} bytes")
-                if time.monotonic() > deadline:  # a server that dribbles meets every timeout
+                if time.monotonic() > deadline:  # the timeout is for each read alone
                     raise OSError(f"it takes longer than {seconds:g} s")
             if response.length:
-                raise OSError("the connection ended before all was there")
+                raise OSError("the connection ended before the end of the file")
     except (OSError, HTTPException, ValueError) as error:
-        status = error.code if isinstance(error, urllib.error.HTTPError) else None
+        status = error.code if isinstance(error, HTTPError) else None
         raise FetchError(f"{url}: cannot be fetched: {error}", status) from None
     return bytes(content)
 
@@ -133,67 +127,52 @@ def _check_scheme(url: str) -> None:
 
 
 def _transfer(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
-    """Add to `part` what it lacks, or begin it anew where it may be of another file."""
-    tag = _tag_of(part).read_text("utf-8") if _tag_of(part).is_file() else ""
-    have = _size(part) if tag else 0
-    asked = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
-    request = urllib.request.Request(url, headers=asked)
+    """Append the missing bytes to `part`, or download all if the file may have changed."""
+    tag = _tag_file(part).read_text("utf-8") if _tag_file(part).is_file() else ""
+    done = _size(part) if tag else 0
+    headers = {"Range": f"bytes={done}-", "If-Range": tag} if done else {}
+
+    def is_same(answer: Message) -> bool:
+        return answer.get("ETag", tag) == tag
+
     try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing is left to send: it was all there, or of another file
-            raise
-        if error.headers.get("Content-Range") == f"bytes */{have}" and _agrees(error.headers, tag):
-            return
-        _forget(part)
-        raise OSError(f"the server has no more than the {have} bytes that were there") from None
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+    except HTTPError as error:
+        if error.code == 416:  # no bytes after these: the file is complete, or another one
+            if error.headers.get("Content-Range") == f"bytes */{done}" and is_same(error.headers):
+                return
+            _discard(part)
+        raise
     with response:
-        if response.status != 206:  # the server sends it from the start
-            have = 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            _forget(part)
-            raise OSError(f"the server sent another part than the one from byte {have} on")
-        elif not _agrees(response.headers, tag):  # it does not know If-Range
-            _forget(part)
-            raise OSError(f"the file has changed since its first {have} bytes were fetched")
+        if response.status != 206:  # the server sends the file from its start
+            done = 0
+        elif not (
+            response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+            and is_same(response.headers)  # some servers ignore If-Range
+        ):
+            _discard(part)
+            raise OSError(f"the server did not resume the download at byte {done}")
         length = response.headers.get("Content-Length")
-        total = have + int(length) if length else 0
-        with part.open("ab" if have else "wb") as file:
-            if not have:
-                write_text(_tag_of(part), _strong_tag(response.headers))
-            # What has come is kept if this is ended; at the end nothing more is waited for.
-            while chunk := response.read1(min(PIECE, total - have) if total else PIECE):
+        total = done + int(length) if length else 0
+        with part.open("ab" if done else "wb") as file:
+            if not done:
+                tag = response.headers.get("ETag", "")
+                write_text(_tag_file(part), tag if tag.startswith('"') else "")  # W/"..." is weak
+            while chunk := response.read1(min(CHUNK, total - done) if total else CHUNK):
                 file.write(chunk)
-                have += len(chunk)
-                progress(have, total)
-        if total and have < total:
-            raise OSError(f"the connection ended after {have} of {total} bytes")
+                done += len(chunk)
+                progress(done, total)
+        if total and done < total:
+            raise OSError(f"the connection ended after {done} of {total} bytes")
 
 
-def _strong_tag(headers: Message) -> str:
-    """What tells for certain that a file is the same: its ETag or time of change; else nothing."""
-    if tag := headers.get("ETag"):
-        return tag if tag.startswith('"') else ""  # W/"...": another file may have the same
-    try:
-        modified = headers["Last-Modified"]
-        age = parsedate_to_datetime(headers["Date"]) - parsedate_to_datetime(modified)
-    except (TypeError, ValueError):
-        return ""
-    return modified if age.total_seconds() >= 1 else ""  # it may change again in this second
-
-
-def _agrees(headers: Message, tag: str) -> bool:
-    """Whether an answer is of the file with this tag, as far as it says."""
-    return headers.get("ETag" if tag.startswith('"') else "Last-Modified", tag) == tag
-
-
-def _tag_of(part: Path) -> Path:
+def _tag_file(part: Path) -> Path:
     return part.with_name(part.name + ".tag")
 
 
-def _forget(part: Path) -> None:
+def _discard(part: Path) -> None:
     part.unlink(missing_ok=True)
-    _tag_of(part).unlink(missing_ok=True)
+    _tag_file(part).unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
