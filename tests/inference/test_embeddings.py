@@ -200,7 +200,7 @@ def test_paths_from_standard_input(
     ids, features = read_embeddings("out")
     assert ids == ["photos/0/003.png", "photos/0/000.png"]
     np.testing.assert_allclose(features, leanclip.load("tiny").embed_images(ids), atol=1e-6)
-    assert_refused(command(*WORDS, "--num-gpus", "64"), "64 GPUs were asked for")
+    assert_refused(command(*WORDS, "--num-gpus", "64"), "64 GPU(s) requested, this machine has")
     refused = command("embed", "-", *WORDS[2:], "--num-procs", "2")
     assert_refused(refused, "cannot read standard input")
 

@@ -1,6 +1,6 @@
-"""Which devices a run uses, and what its processes tell each other.
+"""The device and process group of a rank, and collective operations over all ranks.
 
-One process and many are one code path: with one, everything here gives back what it got.
+Without a process group, each operation returns its input.
 
 Shapes: n rows of this rank, N rows of all ranks.
 """
@@ -19,78 +19,71 @@ from torch.distributed.rendezvous import rendezvous
 from leanclip.errors import ConfigError, LeanclipError
 
 T = TypeVar("T")
-BROADCAST_BYTES = 1 << 28  # at most at once
+_BROADCAST_BYTES = 1 << 28  # at once
 
 
 def choose_device(name: str = "auto", num_gpus: int | None = None) -> torch.device:
-    """The device of this process: "auto" is CUDA where there is a device, and the CPU elsewhere.
-
-    A rank takes the GPU of its number on this machine.
+    """The device of this process: on a GPU, that of its local rank.
 
     Args:
-        name: "auto", "cpu" or "cuda".
-        num_gpus: as `--num-gpus`; 0 is the CPU, None is one device.
+        name: "cpu", "cuda", or "auto": a GPU if there is one.
+        num_gpus: of --num-gpus: 0 is the CPU, None follows `name`.
 
     Raises:
-        ConfigError: more devices are asked for than the machine has.
+        ConfigError: the machine has fewer GPUs.
     """
     found = torch.cuda.device_count()
     wanted = num_gpus if num_gpus is not None else int(name == "cuda")
     if wanted > found:
-        has = f"has {found} CUDA device{'' if found == 1 else 's'}"
         instead = f"give --num-gpus {found}" if found else "leave --num-gpus out to use the CPU"
-        asked = f"{wanted} GPU{' was' if wanted == 1 else 's were'} asked for"
-        raise ConfigError(f"{asked}, this machine {has}; {instead}")
-    if not (wanted or (name == "auto" and num_gpus is None and found > 0)):
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        raise ConfigError(f"{wanted} GPU(s) requested, this machine has {found}; {instead}")
+    if wanted or (name == "auto" and num_gpus is None and found):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def join_group(device: torch.device) -> None:
-    """Join the other ranks, where a launcher started several; the end of the process leaves them.
+    """Join the process group of the other ranks, if a launcher started several.
 
-    PyTorch's `destroy_process_group` may wait for ever, holding Python's lock, for a thread of
-    gloo that waits for that lock to let go of its last tensor.
+    It is not destroyed at the end: `destroy_process_group` may deadlock with a thread of gloo,
+    which needs the GIL to release its last tensor.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(hours=1)  # others wait for rank 0's tests
+    timeout = timedelta(hours=1)  # other ranks wait while the first one writes its report
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    # The elastic launcher keeps its store over a restart; the addresses of then lead nowhere.
+    # The elastic launcher keeps its store over restarts, with addresses of ranks that are gone.
     store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def is_lost_rank(error: Exception) -> bool:
-    """Whether an error says no more than that another rank is gone."""
-    if not dist.is_initialized():
-        return False
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """Whether an error only says that another rank is gone."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number and how many there are: (0, 1) without a process group."""
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
-    if dist.is_initialized():
-        all_reduce_sum([0])
+    """Wait for every rank."""
+    all_reduce_sum([0])
 
 
 def all_reduce_sum(counts: Sequence[int]) -> list[int]:
-    """The sums over the ranks of a few numbers that are on the CPU."""
+    """The sums over ranks of a few numbers."""
     return sum_over_ranks(torch.tensor(counts)).tolist()
 
 
 def all_gather_object(value: T) -> list[T]:
-    """A small object of every rank, in the order of ranks."""
+    """The small objects of all ranks, by rank."""
     world_size = rank_and_world_size()[1]
     if world_size == 1:
         return [value]
@@ -100,10 +93,10 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def from_first(get: Callable[[], T]) -> T:
-    """What the first rank gets, a small object, on every rank.
+    """Call a function on the first rank and return its result, a small object, on all ranks.
 
     Raises:
-        LeanclipError, OSError: on every rank, where the first one gets none.
+        LeanclipError, OSError: on all ranks, if the function raises it.
     """
     rank, world_size = rank_and_world_size()
     if world_size == 1:
@@ -124,7 +117,7 @@ def from_first(get: Callable[[], T]) -> T:
 def tensors_from_first(
     get: Callable[[], Mapping[str, torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
-    """As `from_first`, of tensors on the CPU, which may be large."""
+    """As `from_first`, for CPU tensors of any size."""
     if rank_and_world_size()[1] == 1:
         return dict(get())
     found: dict[str, torch.Tensor] = {}
@@ -137,16 +130,16 @@ def tensors_from_first(
         if name not in found:
             found[name] = torch.empty(shape, dtype=dtype)
         if found[name].numel():
-            for part in found[name].reshape(-1).view(torch.uint8).split(BROADCAST_BYTES):
+            for part in found[name].reshape(-1).view(torch.uint8).split(_BROADCAST_BYTES):
                 dist.broadcast(part, 0)
     return found
 
 
 def raise_if_any(*, problem: str) -> None:
-    """Every rank says what went wrong, or nothing; all go on, or none.
+    """Raise the problem of any rank on all ranks; every rank calls this, "" is no problem.
 
     Raises:
-        OSError: one of them had a problem.
+        OSError: there is one.
     """
     for found in all_gather_object(problem):
         if found:
@@ -154,7 +147,7 @@ def raise_if_any(*, problem: str) -> None:
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The sum of every rank's value, on every rank."""
+    """The sum over ranks, as a new tensor."""
     if rank_and_world_size()[1] == 1:
         return value
     total = value.clone()
@@ -163,7 +156,7 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_ranks_(values: Sequence[torch.Tensor]) -> None:
-    """Put the mean of every rank's values in their place."""
+    """Replace each value by its mean over ranks."""
     world_size = rank_and_world_size()[1]
     for value in values if world_size > 1 else ():
         dist.all_reduce(value)
@@ -171,16 +164,16 @@ def mean_over_ranks_(values: Sequence[torch.Tensor]) -> None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every rank the first one's buffers: a BatchNorm's statistics are each rank's own."""
+    """Broadcast the buffers of the first rank: BatchNorm's statistics differ between ranks."""
     if rank_and_world_size()[1] > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """(n, ...) of each rank -> (N, ...) in the order of ranks, and each rank's n.
+    """Gather (n, ...) of each rank to (N, ...) by rank, and each rank's n.
 
-    Ranks may have different n, or none; no gradient flows.
+    Ranks may have different n, also 0. No gradient flows.
     """
     world_size = rank_and_world_size()[1]
     if world_size == 1:
@@ -195,7 +188,7 @@ def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
 
 
 def sum_rows_back(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """(N, ...) of each rank -> (n, ...): this rank's rows of the sum over all ranks."""
+    """Sum (N, ...) over ranks and return this rank's rows (n, ...)."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return rows
@@ -206,7 +199,7 @@ def sum_rows_back(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 
 def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
-    """Rows with zeros after them; collectives want the same shape of all."""
+    """Rows followed by zeros: all ranks must have the same shape."""
     if len(rows) == length:
         return rows.contiguous()
     padded = rows.new_zeros(length, *rows.shape[1:])

@@ -1,8 +1,8 @@
-"""Stop or save when a signal asks for it, at the edge of a step, on all ranks together.
+"""Signals: save or stop after the current step, on all ranks together.
 
-SIGTERM, SIGINT -> save and stop   SIGUSR1 -> save and go on   a second SIGINT -> end at once
+SIGTERM, SIGINT -> save and stop   SIGUSR1 -> save and continue   second SIGINT -> exit at once
 
-Before the first step there is nothing to save: SIGTERM and SIGINT end at once.
+Before the first step there is nothing to save: SIGTERM and SIGINT exit at once.
 """
 
 import os
@@ -17,14 +17,14 @@ from leanclip.io.threads import is_main_thread
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
-Answer = Callable[[int, FrameType | None], Any] | int  # an int: SIG_IGN or SIG_DFL
+Handler = Callable[[int, FrameType | None], Any] | int  # an int: SIG_IGN or SIG_DFL
 
 
 class Preempted(BaseException):
-    """Training stopped because a signal asked it to; the checkpoint is written.
+    """Training was stopped by a signal after it saved a checkpoint.
 
     Attributes:
-        code: 143 after SIGTERM, 130 after SIGINT.
+        code: the exit code: 143 for SIGTERM, 130 for SIGINT.
     """
 
     def __init__(self, number: int) -> None:
@@ -33,25 +33,22 @@ class Preempted(BaseException):
 
 
 @contextmanager
-def signal_handlers(answers: Mapping[signal.Signals, Answer]) -> Iterator[None]:
-    """Answer signals so, by their numbers; the previous handlers come back at the end.
-
-    Signals are the main thread's: in another one nothing changes.
-    """
+def signal_handlers(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """Set signal handlers within a block; outside the main thread this does nothing."""
     if not is_main_thread():
         yield
         return
-    before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def nothing_to_save() -> Iterator[None]:
-    """Until the loop begins: SIGTERM and SIGINT raise SystemExit, SIGUSR1 is ignored."""
+    """Within the block SIGTERM and SIGINT raise SystemExit, and SIGUSR1 is ignored."""
 
     def end(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -61,14 +58,14 @@ def nothing_to_save() -> Iterator[None]:
 
 
 class Signals:
-    """What signals have asked of this process."""
+    """The signals that this process received."""
 
     def __init__(self) -> None:
-        self.stop = 0  # the number of the signal that asked to stop
+        self.stop = 0  # number of the signal that asks to stop
         self.save = False
 
     def note(self, number: int, _: FrameType | None) -> None:
-        """Answer a signal; a second SIGINT ends the process here."""
+        """The signal handler; exits at a second SIGINT."""
         if number == signal.SIGUSR1:
             self.save = True
         elif number == signal.SIGINT and self.stop == signal.SIGINT:
@@ -79,7 +76,7 @@ class Signals:
 
 @contextmanager
 def catch_signals() -> Iterator[Signals]:
-    """What signals ask meanwhile."""
+    """Collect signals within the block."""
     signals = Signals()
     with signal_handlers(dict.fromkeys(HANDLED_SIGNALS, signals.note)):
         yield signals

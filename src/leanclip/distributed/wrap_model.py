@@ -1,8 +1,8 @@
-"""How the towers are run in training: less memory, compiled, and over the ranks.
+"""Activation checkpointing, compilation, and DDP or FSDP, around a model's towers.
 
-    model -> checkpointed blocks -> compiled towers -> DDP's or FSDP's module -> `train_step`
+    model -> checkpointed blocks -> compiled towers -> DDP or FSDP -> `train_step`
 
-Parameters keep their names all along.
+The names of parameters do not change.
 """
 
 import ctypes
@@ -23,17 +23,17 @@ from leanclip.model.parameters import SCALARS
 from leanclip.model.resnet import Bottleneck
 from leanclip.model.transformer import Block
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def wrap_model(model: CLIP, settings: TrainConfig) -> nn.Module:
-    """The module that is called with pixels and tokens; the model itself changes with it."""
+    """The module to call with pixels and tokens in training; changes the model in place."""
     if settings.checkpoint_activations:
         checkpoint_activations(model)
     if settings.compile:
         compile_towers(model)
     is_on_cpu = model.logit_scale.device.type == "cpu"
-    # A GPU would have to wait for the lengths of the texts, and compiled graphs want few shapes.
+    # On a GPU packing synchronizes for the lengths; compiled, it causes many recompilations.
     model.packs_texts = is_on_cpu and not settings.compile
     if is_on_cpu:
         keep_freed_memory()
@@ -41,10 +41,9 @@ def wrap_model(model: CLIP, settings: TrainConfig) -> nn.Module:
 
 
 def checkpoint_activations(model: CLIP) -> None:
-    """Keep each block's input alone for the backward pass, which computes the rest again.
+    """Store only each block's input for the backward pass, and recompute the rest there.
 
-    What is drawn at random is drawn the same again, and statistics of a BatchNorm are not
-    updated twice.
+    The random numbers are the same again; BatchNorm statistics are updated once.
     """
     for block in _blocks(model):
         run = partial(checkpoint, block.forward, use_reentrant=False)
@@ -52,23 +51,23 @@ def checkpoint_activations(model: CLIP) -> None:
             run = partial(
                 run, context_fn=lambda block=block: (nullcontext(), eval_mode_batch_norm(block))
             )
-        block.forward = run  # hooks around the block, FSDP's, stay outside
+        block.forward = run  # inside of FSDP's hooks
 
 
 def compile_towers(model: CLIP, backend: str = "inductor") -> None:
-    """Compile both towers in place, each when it first runs.
+    """Compile both towers in place, each on its first call.
 
-    Another length of texts compiles the text tower a second time, for any length.
+    A second text length recompiles the text tower, with a dynamic length.
     """
     model.visual.compile(backend=backend)
     model.encode_text = torch.compile(model.encode_text, backend=backend)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of a step's tensors for the next step.
+    """Make glibc reuse the memory of one step's tensors in the next step.
 
-    It would give it back to the system, and every page be cleared and mapped anew. Tensors over
-    32 MiB, the most that glibc keeps, are not changed by this, nor is another C library.
+    By default it returns the memory to the system, and every page is mapped and cleared again.
+    Tensors over 32 MiB, glibc's maximum, and other C libraries are not affected.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -78,27 +77,26 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def eval_mode_batch_norm(module: nn.Module) -> Iterator[None]:
-    """Normalise by the batch as in training, without a change to the running statistics."""
+    """Within the block BatchNorm does not update its running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    previous = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
+        for norm, (momentum, count) in zip(norms, previous, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def wrap_ddp(model: CLIP, sharding: str = "ddp") -> nn.Module:
-    """The towers with gradients averaged over the ranks; the model itself where there is one.
+    """A module that averages gradients over the ranks; the model itself on a single rank.
 
-    The scalars of the loss take no part: their gradients come from the loss, not from a forward
-    pass, and `train_step` averages them.
+    The scalars of the loss are excluded: their gradients come from the loss, not from a forward
+    pass of the towers, and `train_step` averages them.
 
     Args:
-        model: whole; with "fsdp" its parameters are replaced by shards, before an optimiser is
-            made of them.
+        model: with "fsdp" its parameters are replaced by shards; create the optimizer afterwards.
         sharding: "ddp" or "fsdp".
     """
     if rank_and_world_size()[1] == 1:
@@ -106,14 +104,14 @@ def wrap_ddp(model: CLIP, sharding: str = "ddp") -> nn.Module:
     if sharding == "fsdp":
         shard_model(model, _blocks(model))
         return model
-    # By both names that DDP has for a parameter at the top: with its module before the dot, or not.
+    # DDP has two names for parameters of the top module, with and without a leading dot.
     names = [prefix + name for name in SCALARS for prefix in ("", ".")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def gradient_sync(towers: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-    """Around forward and backward of a micro-batch: ranks sum their gradients with the last."""
+    """Average gradients over ranks only in the last micro-batch; for its forward and backward."""
     if isinstance(towers, DistributedDataParallel):
         return nullcontext() if is_last else towers.no_sync()
     if is_sharded(towers):
@@ -125,5 +123,5 @@ def gradient_sync(towers: nn.Module, *, is_last: bool) -> AbstractContextManager
 
 
 def _blocks(model: CLIP) -> list[nn.Module]:
-    """The parts that both towers repeat, in which most of the memory is."""
+    """The repeated blocks of both towers, which use most of the memory."""
     return [module for module in model.modules() if isinstance(module, Block | Bottleneck)]

@@ -1,1 +1,1 @@
-"""Files, locks, downloads, optional imports and the progress bar."""
+"""Atomic writes, locks, downloads, optional imports and the progress bar."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, locks among processes, and what a file's hash is."""
+"""Atomic writes, locks between processes, JSON and hashes of files."""
 
 import hashlib
 import io
@@ -23,17 +23,17 @@ _URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def is_url(text: str) -> bool:
-    """Whether this is the URL of something that is not on this machine, and no path."""
+    """Whether this is a URL, other than file://, and not a path."""
     return _URL.match(text) is not None
 
 
 def is_lfs_pointer(content: bytes) -> bool:
-    """Whether a file's content, or its start, is what Git LFS leaves in place of a large file."""
+    """Whether a file's content, or its start, is that of a Git LFS pointer."""
     return content.removeprefix(b"\xef\xbb\xbf").startswith(b"version https://git-lfs.")
 
 
 def is_lfs_file(path: str | Path) -> bool:
-    """Whether a file is a Git LFS pointer; false where it cannot be read."""
+    """Whether a file is a Git LFS pointer; false if it cannot be read."""
     try:
         if Path(path).stat().st_size > 1024 or not Path(path).is_file():
             return False
@@ -43,13 +43,13 @@ def is_lfs_file(path: str | Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a text file atomically, without flushing it to the disk."""
     with atomic_write(path, is_flushed=False) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """As `np.save`, which says nothing when a disk is full: an error then."""
+    """As `np.save`, but a full disk is an error."""
     content = io.BytesIO()
     np.save(content, array)
     path.write_bytes(content.getbuffer())
@@ -59,12 +59,12 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def atomic_write(
     path: Path, *, by_several: bool = False, is_flushed: bool = True
 ) -> Iterator[Path]:
-    """Where to write a file that takes its place when the block ends well.
+    """Yield a temporary path; what was written there replaces `path` if the block succeeds.
 
     Args:
-        path: its place.
-        by_several: other processes may write it at the same time.
-        is_flushed: it is on the disk before.
+        path: of the file.
+        by_several: other processes may write the file at the same time.
+        is_flushed: flush it to the disk first.
     """
     part = path.with_name(f".{path.name}.{f'{os.getpid()}.' if by_several else ''}part")
     try:
@@ -87,16 +87,16 @@ def sync(path: Path) -> None:
 
 
 def split_lines(text: str) -> list[str]:
-    r"""The lines of a text, each ended by `\n`, `\r\n` or `\r`, as a text file has them.
+    r"""Split a text at `\n`, `\r\n` and `\r` only.
 
-    `str.splitlines` ends one at form feeds, U+0085, U+2028 and others too.
+    `str.splitlines` also splits at form feeds, U+0085, U+2028 and others.
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """What each line holds, as JSON; none of no file. A line cut short by a crash is left out."""
+    """Parse each line as JSON; empty if there is no file. Damaged lines are skipped."""
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with suppress(ValueError, RecursionError):
@@ -105,7 +105,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is no such file, or it holds none."""
+    """Read an object from a JSON file; empty if there is no such file or object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -114,20 +114,20 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def digest(path: Path, length: int = 64) -> str:
-    """A file's SHA-256, or its MD5 for a `length` of 32 hexadecimal digits."""
+    """A file's SHA-256 in hexadecimal, or its MD5 for a `length` of 32."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5" if length == 32 else "sha256").hexdigest()
 
 
 def digests(paths: Iterable[Path]) -> Iterator[str]:
-    """The SHA-256 of several files, which are read side by side, in their order."""
+    """The SHA-256 of several files, in order, computed in threads."""
     with ThreadPoolExecutor() as pool:
         yield from pool.map(digest, paths)
 
 
 @contextmanager
 def lock_file(path: Path) -> Iterator[None]:
-    """Hold the lock that a file is, among all processes and threads of this machine."""
+    """Hold a lock between all processes and threads of this machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path, poll_interval=0.01):
         yield
@@ -135,10 +135,10 @@ def lock_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Try to hold the lock that a file is; gives whether it was acquired.
+    """Try to hold a lock; yields whether it was acquired.
 
-    It is released with the block, or by the system when the process ends in any way. Forked
-    processes do not share it: filelock closes its file in them.
+    It is released with the block, or by the system when the process ends. Forked processes do not
+    share it: filelock closes its file in them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, blocking=False)
@@ -147,10 +147,10 @@ def try_lock(path: Path) -> Iterator[bool]:
     try:
         yield lock.is_locked
     finally:
-        lock.release()  # does nothing where it was not acquired
+        lock.release()  # no effect if it was not acquired
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; one without a step is left out."""
+    """The lines of a run's metrics.jsonl that have a step."""
     lines = read_json_lines(folder / "metrics.jsonl")
     return [one for one in lines if isinstance(one, dict) and isinstance(one.get("step"), int)]

@@ -1,4 +1,4 @@
-"""Libraries that leanclip can do without: imported where they are needed, or how to get them."""
+"""Optional dependencies, imported when they are needed."""
 
 from importlib import import_module
 from typing import Any
@@ -7,16 +7,16 @@ from leanclip.errors import ConfigError, LeanclipError
 
 
 def need(library: str, what: str, *, extra: str, error: type[LeanclipError] = ConfigError) -> Any:
-    """The library's module.
+    """Import a module of an optional dependency.
 
     Args:
-        library: its name, or that of a module in it.
-        what: needs it.
-        extra: of leanclip, that brings it.
-        error: what is raised.
+        library: the module's name.
+        what: the feature that needs it.
+        extra: leanclip's extra that installs it.
+        error: raised if it is missing.
 
     Raises:
-        LeanclipError: it is missing; says how to get it.
+        LeanclipError: it is missing; the message tells how to install it.
     """
     try:
         return import_module(library)

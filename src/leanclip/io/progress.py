@@ -11,13 +11,13 @@ from rich.progress import (
 
 
 class ProgressBar:
-    """A bar on stderr: done of total, notes, rate and time left; silent without a terminal.
+    """A bar on stderr with steps, a note and the remaining time; hidden without a terminal.
 
     Args:
-        label: what is going on.
-        total: steps until the end.
+        label: what is done.
+        total: number of steps.
         completed: steps done before.
-        is_silent: show nothing, for all ranks but one.
+        is_silent: hide it, for example on all ranks but the first.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class ProgressBar:
         self._bar.stop()
 
     def update(self, done: int, *, total: int | None = None) -> None:
-        """Move the bar to `done` steps, of a new total where one is given."""
+        """Move the bar to `done` steps, of `total` if given."""
         self._bar.update(self._task, completed=done, total=total)
 
     def note(self, text: str) -> None:
-        """Show a few words beside the bar."""
+        """Show a note beside the bar."""
         self._bar.update(self._task, notes=text)
 
     def update_bytes(self, label: str, done: int, total: int) -> None:
-        """Move the bar by bytes, shown in millions; a total of 0 is unknown."""
+        """Move the bar to `done` bytes, shown in megabytes; a total of 0 is unknown."""
         self._bar.update(
             self._task,
             description=f"{label} (MB)",

@@ -1,4 +1,4 @@
-"""Work in threads, in order; and whether this is the main one."""
+"""Ordered work in threads."""
 
 import os
 import threading
@@ -14,24 +14,24 @@ R = TypeVar("R")
 def in_threads(
     read: Callable[[int, S], R], sources: Iterable[S], workers: int | None, batch_size: int
 ) -> Iterator[R]:
-    """`read(place, source)` of each source, in order; two batches are under way at once.
+    """Yield `read(index, source)` of each source, in order, reading two batches ahead.
 
     Args:
-        read: runs in a thread; what it raises is raised here.
-        sources: what to read; no further than needed.
-        workers: threads; 0: this one; None: one per CPU core, eight at most.
-        batch_size: how many will be taken at once.
+        read: called in a thread; its exceptions are raised here.
+        sources: consumed as needed.
+        workers: number of threads; 0: none; None: one per CPU core, at most eight.
+        batch_size: results that the caller takes at once.
     """
     if workers is None:
         workers = default_workers()
     if workers == 0:
-        yield from (read(place, source) for place, source in enumerate(sources))
+        yield from (read(index, source) for index, source in enumerate(sources))
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="leanclip-decode")
     try:
         futures: deque[Future[R]] = deque()
-        for place, source in enumerate(sources):
-            futures.append(pool.submit(read, place, source))
+        for index, source in enumerate(sources):
+            futures.append(pool.submit(read, index, source))
             if len(futures) >= 2 * batch_size:
                 yield futures.popleft().result()
         while futures:
@@ -41,7 +41,7 @@ def in_threads(
 
 
 def default_workers() -> int:
-    """One per CPU core that this rank has, eight at most."""
+    """One per CPU core of this rank, at most eight."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(8, max(1, len(os.sched_getaffinity(0)) // processes))
 
