@@ -1,10 +1,10 @@
 """Contrastive losses over the global batch, as functions of features.
 
-    zimg, ztxt (n, E) of this rank's pairs -> the texts of all ranks -> logits, in tiles -> loss ()
+    zimg, ztxt (n, E) of this rank -> texts of all ranks (N, E) -> logits, in tiles -> loss ()
 
-`clip_loss`, `multi_positive_loss` and `siglip_loss` are the equations, in one process.
-`contrastive_loss` is what training calls: any of the three over all ranks, either by those
-equations on gathered features ("dense") or tile by tile in O(N * tile) memory.
+`clip_loss`, `multi_positive_loss` and `siglip_loss` are the equations, for one process. Training
+calls `contrastive_loss`: any of the three over all ranks, tile by tile in O(N * tile) memory, or
+by those equations on gathered features.
 
 Shapes: n pairs of this rank, N pairs of all ranks, E embedding.
 """
@@ -23,15 +23,15 @@ from leanclip.distributed.collectives import (
 )
 
 Kind = Literal["clip", "multi-positive", "siglip"]
-TILE = 2048  # sides of a tile of logits
-MAX_LOGITS_KEPT = 2**27  # logits that backward need not compute again: half a gigabyte
+TILE = 2048  # rows and columns of a tile of logits
+MAX_LOGITS_KEPT = 2**27  # logits that backward need not recompute: 512 MB
 
 
 def clip_loss(zimg: torch.Tensor, ztxt: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Symmetric InfoNCE (arXiv 2103.00020, figure 3) of unit features (N, E), in float32.
 
-    The mean of the image-to-text and the text-to-image cross-entropy. PASSL adds the two, so
-    its loss and its gradients are twice these.
+    The mean of the image-to-text and the text-to-image cross-entropy. PASSL's loss is their sum,
+    so its gradients are twice these.
     """
     logits = scale * _float32(zimg) @ _float32(ztxt).T  # (N, N)
     matching = torch.arange(len(logits), device=logits.device)
@@ -41,9 +41,9 @@ def clip_loss(zimg: torch.Tensor, ztxt: torch.Tensor, scale: torch.Tensor) -> to
 def multi_positive_loss(
     zimg: torch.Tensor, ztxt: torch.Tensor, scale: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
-    """InfoNCE where the pairs of one group (the same caption or class) all match each other.
+    """InfoNCE in which all pairs of a group (the same caption or class) match each other.
 
-    The target of a row is spread evenly over its group, in both directions (the supervised
+    The target distribution of a row is uniform over its group, in both directions (the supervised
     contrastive loss of arXiv 2004.11362 between two towers). `groups` is (N,), any integers.
     """
     logits = scale * _float32(zimg) @ _float32(ztxt).T  # (N, N)
@@ -55,7 +55,7 @@ def multi_positive_loss(
 def siglip_loss(
     zimg: torch.Tensor, ztxt: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """Sigmoid loss (arXiv 2303.15343, algorithm 1): each of the N x N pairs on its own."""
+    """Sigmoid loss (arXiv 2303.15343, algorithm 1): each of the N x N pairs is independent."""
     logits = scale * _float32(zimg) @ _float32(ztxt).T + bias  # (N, N)
     signs = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
     return -F.logsigmoid(signs * logits).sum() / len(logits)
@@ -72,19 +72,19 @@ def contrastive_loss(
     is_tiled: bool = True,
     tile: int = TILE,
 ) -> torch.Tensor:
-    """The loss of the global batch, the same number on every rank.
+    """The loss of the global batch, the same on every rank.
 
-    Its gradients are this rank's share: those of the features are whole, those of `scale` and
-    `bias` are to be summed over the ranks. Ranks may have different numbers of pairs, or none.
+    The gradients of the features are complete; those of `scale` and `bias` are this rank's part,
+    to be summed over ranks. Ranks may have different numbers of pairs, also none.
 
     Args:
         zimg: unit image features (n, E) of this rank.
         ztxt: unit text features (n, E) of this rank.
-        scale: factor on the cosines, a scalar.
+        scale: factor of the cosines, ().
         kind: which of the three losses.
-        bias: added to the logits, for "siglip".
-        groups: (n,) integers, equal where pairs match each other, for "multi-positive".
-        is_tiled: compute tile by tile; else the equations above on gathered features.
+        bias: added to the logits, (), for "siglip".
+        groups: (n,) integers, equal for matching pairs, for "multi-positive".
+        is_tiled: compute tile by tile; else by the equations on gathered features.
         tile: rows and columns of a tile.
     """
     bias = torch.zeros_like(scale) if bias is None else bias
@@ -97,9 +97,9 @@ def contrastive_loss(
         assert isinstance(loss, torch.Tensor)
         return loss
     world_size = rank_and_world_size()[1]
-    images, texts = _with_others(zimg), _with_others(ztxt)  # (N, E)
-    # Every rank computes the whole loss here, and with it the whole gradient of the scalars.
-    scale, bias = _shared(scale, world_size), _shared(bias, world_size)
+    images, texts = _gather_with_gradient(zimg), _gather_with_gradient(ztxt)  # (N, E)
+    # Every rank computes the whole loss and the whole gradient of the scalars, but returns a part.
+    scale, bias = (_divide_gradient(scalar, world_size) for scalar in (scale, bias))
     if kind == "siglip":
         return siglip_loss(images, texts, scale, bias)
     if groups is not None:
@@ -110,10 +110,10 @@ def contrastive_loss(
 class _Tiled(torch.autograd.Function):
     """All three losses without a matrix of N x N.
 
-    A rank computes the rows of logits of its own images against the texts of all ranks. With a
-    row's and a column's log-sum-exp the gradient of any tile can be computed again; the first
-    `MAX_LOGITS_KEPT` logits are kept instead. What matches is the same for whole groups, and needs
-    no tiles: the positive logits of a row are those of its group's mean text.
+    Each rank computes the logits of its own images against the texts of all ranks, tile by tile.
+    Given the log-sum-exps of rows and columns, the gradient of a tile needs only that tile, which
+    is recomputed in backward, except for the first `MAX_LOGITS_KEPT` logits. The positive logits
+    need no tiles: averaged over its group, those of a row are its logit with the mean text.
 
         loss = mean of row_lse and column_lse - positive logits     d/dlogits = softmaxes - targets
         siglip: softplus(logits) - positive logits                              = sigmoid - targets
@@ -134,15 +134,15 @@ class _Tiled(torch.autograd.Function):
         rank = rank_and_world_size()[0]
         own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         matching = _Matching(groups, own, sizes)
-        mean_texts = matching.mean_over_groups(texts, whole=True)[own]  # (n, E)
+        mean_texts = matching.mean_over_groups(texts)[own]  # (n, E)
         positives = scale * (zimg * mean_texts).sum() + bias * len(zimg)
         rows = zimg.new_full((len(zimg),), -torch.inf, dtype=torch.float64)  # (n,) log-sum-exps
         columns = rows.new_full((len(texts),), -torch.inf)  # (N,)
         total = zimg.new_zeros(())
         kept: list[torch.Tensor] = []
-        room = MAX_LOGITS_KEPT if any(ctx.needs_input_grad) else 0
+        budget = MAX_LOGITS_KEPT if any(ctx.needs_input_grad) else 0
         for here, there, logits in _tiles(zimg, texts, scale, bias, tile):
-            if (room := room - logits.numel()) >= 0:
+            if (budget := budget - logits.numel()) >= 0:
                 kept.append(logits)
             if kind == "siglip":
                 total += F.softplus(logits).sum()
@@ -156,7 +156,7 @@ class _Tiled(torch.autograd.Function):
             loss = (rows.sum() + columns[own].sum()) / 2 - positives
         ctx.save_for_backward(zimg, texts, scale, bias, mean_texts, rows, columns)
         ctx.matching, ctx.kind, ctx.tile, ctx.sizes = matching, kind, tile, sizes
-        ctx.kept = kept  # backward writes over them, and takes them away
+        ctx.kept = kept  # backward overwrites and frees them
         return sum_over_ranks(loss).to(zimg.dtype) / max(1, len(texts))
 
     @staticmethod
@@ -168,19 +168,19 @@ class _Tiled(torch.autograd.Function):
         to_images = torch.zeros_like(zimg)  # (n, E), of logits / scale
         to_texts = torch.zeros_like(texts)  # (N, E)
         to_bias = zimg.new_zeros(())
-        rows, of_rows = _rounded(rows, zimg.dtype)
-        columns, of_columns = _rounded(columns, zimg.dtype)
+        rows, row_factors = _round(rows, zimg.dtype)
+        columns, column_factors = _round(columns, zimg.dtype)
         for here, there, logits in _tiles(zimg, texts, scale, bias, ctx.tile, ctx.kept):
             if ctx.kind == "siglip":
                 gradient = logits.sigmoid_()
                 to_bias += gradient.sum()
             else:
-                gradient = (logits - columns[there]).exp_().mul_(of_columns[there])
-                gradient.addcmul_(logits.sub_(rows[here, None]).exp_(), of_rows[here, None])
+                gradient = (logits - columns[there]).exp_().mul_(column_factors[there])
+                gradient.addcmul_(logits.sub_(rows[here, None]).exp_(), row_factors[here, None])
             to_images[here].addmm_(gradient, texts[there])
             to_texts[there].addmm_(gradient.T, zimg[here])
         to_images -= mean_texts
-        to_texts -= ctx.matching.mean_over_groups(zimg, whole=False)
+        to_texts -= ctx.matching.mean_over_groups(zimg, is_local=True)
         to_scale = (zimg * to_images).sum()
         factor = upstream / max(1, len(texts))
         return (
@@ -195,28 +195,28 @@ class _Tiled(torch.autograd.Function):
 
 
 class _Matching:
-    """Which pairs of the global batch match: those of a group, or each only its own."""
+    """Which pairs of the global batch match: those of a group, or only each pair itself."""
 
     def __init__(self, groups: torch.Tensor | None, own: slice, sizes: list[int]) -> None:
-        self.own, self.count, self.of = own, sum(sizes), None
+        self.own, self.count, self.group = own, sum(sizes), None
         if groups is not None:
-            self.of = gather_rows(groups)[0].unique(return_inverse=True)[1]  # (N,)
-            self.sizes = self.of.bincount()  # of each group
+            self.group = gather_rows(groups)[0].unique(return_inverse=True)[1]  # (N,)
+            self.sizes = self.group.bincount()  # of each group
 
-    def mean_over_groups(self, rows: torch.Tensor, *, whole: bool) -> torch.Tensor:
-        """(N, E): for each pair, its group's sum of `rows` over the group's size.
+    def mean_over_groups(self, rows: torch.Tensor, *, is_local: bool = False) -> torch.Tensor:
+        """(N, E): for each pair, its group's sum of `rows` divided by the group's size.
 
-        `rows` are of all ranks (`whole`), or of this rank: then others' count as zero.
+        `rows` are (N, E), or with `is_local` (n, E), in which case those of other ranks are zero.
         """
-        if self.of is None:
-            if whole:
+        if self.group is None:
+            if not is_local:
                 return rows
-            spread = rows.new_zeros(self.count, rows.shape[1])
-            spread[self.own] = rows
-            return spread
+            padded = rows.new_zeros(self.count, rows.shape[1])
+            padded[self.own] = rows
+            return padded
         sums = rows.new_zeros(len(self.sizes), rows.shape[1])
-        sums.index_add_(0, self.of if whole else self.of[self.own], rows)
-        return (sums / self.sizes[:, None])[self.of]
+        sums.index_add_(0, self.group[self.own] if is_local else self.group, rows)
+        return (sums / self.sizes[:, None])[self.group]
 
 
 def _tiles(
@@ -227,7 +227,7 @@ def _tiles(
     tile: int,
     kept: list[torch.Tensor] | None = None,
 ):
-    """The logits, tile by tile, each with its rows and columns; those `kept` are the first."""
+    """Yield rows, columns and logits of each tile; the first ones are taken from `kept`."""
     for top in range(0, len(zimg), tile):
         here = slice(top, min(top + tile, len(zimg)))
         scaled = zimg[here] * scale
@@ -238,26 +238,26 @@ def _tiles(
 
 
 def _logsumexp(logits: torch.Tensor, dim: int) -> torch.Tensor:
-    """Along `dim`, in float64: at a scale of 100 float32 would round it by one in 200,000."""
+    """Log-sum-exp along `dim`, in float64: float32 errs by 5e-6 at a scale of 100."""
     top = logits.amax(dim, keepdim=True)
     return (logits - top).exp_().sum(dim).double().log() + top.squeeze(dim)
 
 
-def _rounded(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exps as `dtype`, and half of exp(-what that left out), for a mean of two."""
+def _round(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exps as `dtype`, and exp(rounding error) / 2: the factor of a softmax in the mean."""
     rounded = values.to(dtype)
     return rounded, (rounded - values).exp().to(dtype) / 2
 
 
 def _logsumexp_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """(N,) of each rank -> (N,), the same on all."""
+    """(N,) of each rank -> (N,), the same on all ranks."""
     if rank_and_world_size()[1] == 1:
         return values
     return gather_rows(values[None])[0].logsumexp(dim=0)
 
 
-def _with_others(rows: torch.Tensor) -> torch.Tensor:
-    """(n, E) -> (N, E), with a gradient to this rank's own rows."""
+def _gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """(n, E) -> (N, E), with a gradient for this rank's rows."""
     everyone, sizes = gather_rows(rows.detach())
     rank, world_size = rank_and_world_size()
     if world_size == 1:
@@ -267,11 +267,11 @@ def _with_others(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _shared(scalar: torch.Tensor, world_size: int) -> torch.Tensor:
-    """The same value, with a gradient of one rank's share."""
+def _divide_gradient(scalar: torch.Tensor, world_size: int) -> torch.Tensor:
+    """The same value; its gradient is divided by the number of ranks."""
     return scalar / world_size + (scalar * (1 - 1 / world_size)).detach()
 
 
 def _float32(x: torch.Tensor) -> torch.Tensor:
-    """At least float32; float64 stays."""
+    """At least float32: float64 is not changed."""
     return x if x.dtype == torch.float64 else x.float()
