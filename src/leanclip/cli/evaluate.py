@@ -18,7 +18,8 @@ from leanclip.cli.options import (
     count_ranks,
     launch_ranks,
 )
-from leanclip.distributed.launch import is_rank, join_launch
+from leanclip.distributed import is_rank
+from leanclip.distributed.launch import join_launch
 
 if TYPE_CHECKING:
     import torch

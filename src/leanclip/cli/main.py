@@ -30,14 +30,8 @@ from leanclip.cli.options import (
     count_ranks,
     launch_ranks,
 )
-from leanclip.distributed.launch import (
-    end_lost_rank,
-    end_rank,
-    is_rank,
-    join_launch,
-    leave,
-    rank,
-)
+from leanclip.distributed import is_rank, rank
+from leanclip.distributed.launch import end_lost_rank, end_rank, join_launch, leave
 
 if TYPE_CHECKING:
     from leanclip.config.schema import Config

@@ -202,8 +202,9 @@ def embed(
 
     The same command goes on where an earlier one was interrupted or killed.
     """
+    from leanclip.distributed import is_rank, rank, world_size
     from leanclip.distributed.collectives import choose_device
-    from leanclip.distributed.launch import is_rank, join_launch, launch, rank, world_size
+    from leanclip.distributed.launch import join_launch, launch
 
     ranks = count_ranks(num_gpus, num_procs)
     device = choose_device("cpu" if num_procs > 1 else "auto", num_gpus)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from leanclip.distributed import is_rank
 from leanclip.errors import ConfigError, LeanclipError
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ def join_group(device: torch.device) -> None:
     It is not destroyed at the end: `destroy_process_group` may deadlock with a thread of gloo,
     which needs the GIL to release its last tensor.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not is_rank():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)

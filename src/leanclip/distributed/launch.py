@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from leanclip.distributed import rank
 from leanclip.distributed.preemption import HANDLED_SIGNALS, signal_handlers
 
 _LAUNCHER = "LEANCLIP_LAUNCHER"  # in the environment of ranks: process id and port of the store
@@ -27,21 +28,6 @@ os.environ["{name}"] = "{pid} {port}"
 from leanclip.cli.main import main
 main()
 """
-
-
-def world_size() -> int:
-    """The number of ranks, from the launcher's environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_rank() -> bool:
-    """Whether this process is one of several ranks."""
-    return world_size() > 1
-
-
-def rank() -> int:
-    """The rank of this process, from the launcher's environment; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def launch(arguments: Sequence[str], *, ranks: int, max_restarts: int = 0) -> int:
@@ -129,7 +115,6 @@ def end_lost_rank() -> NoReturn:
 
 
 def _store():
-    """The launcher's."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     return TCPStore("127.0.0.1", int(os.environ[_LAUNCHER].split()[1]), is_master=False)
