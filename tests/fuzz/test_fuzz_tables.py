@@ -162,7 +162,7 @@ def test_a_row_of_many_megabytes_is_a_bad_one(tmp_path: Path, name: str) -> None
     with bounded(b"", name, seconds=60, megabytes=200):
         dataset = open_dataset(DataConfig(format="table", root=str(path)))
         assert dataset[0].captions == ["a"]
-        with pytest.raises(SampleError, match=r"row 2: \d+ bytes, at most 16777216"):
+        with pytest.raises(SampleError, match="row 2: over 16777216 bytes"):
             dataset[1]
         read_all(DataConfig(format="table", root=str(path), label_column="caption"))
 

@@ -3,7 +3,7 @@
 names of columns -> Columns;   a row, by column -> Sample
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,7 +181,7 @@ def sorted_values(values: Iterable[str]) -> list[str]:
     return sorted_names(set(values) - {""})
 
 
-def check_count(values: set[str], column: str, where: str) -> None:
+def check_count(values: Sized, column: str, where: str) -> None:
     """That a column can be one of labels.
 
     Raises:
