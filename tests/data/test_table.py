@@ -439,7 +439,7 @@ def test_splits_are_files_of_a_folder(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
     path = write(tmp_path / "a.csv", "image,caption\nx.jpg,one\n")
-    with pytest.raises(DataError, match=r"a\.csv: cannot keep .*set LEANCLIP_CACHE"):
+    with pytest.raises(DataError, match=r"a\.csv: cannot write to the cache .*set LEANCLIP_CACHE"):
         open_dataset(config(path))
 
 
