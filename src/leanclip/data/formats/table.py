@@ -3,8 +3,9 @@
     root                      a file
     root/<split>.csv          or .tsv, .jsonl, .parquet; train-00000-of-00002.parquet and so on
 
-A column has the image (a path relative to the table, or in Parquet its bytes); others have
-captions, or the class. Paths are looked for when they are read, not before.
+Settings: split, templates, class_names, image_column, caption_column, label_column.
+One column is the image (a path relative to the table, or in Parquet its bytes), others are captions
+or the class: readers/columns.py. Image files are not looked for until they are read.
 """
 
 from pathlib import Path
@@ -73,12 +74,12 @@ class Table(Dataset):
         return self.mapper.sample(self.name(index), self.rows[index])
 
     def name(self, index: int) -> str:
-        """The table and the row, counted from 1 below the header."""
+        """The table and the number of the row, from 1 below the header."""
         return self.rows.row_name(index)
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The tables of a split in a folder: one file, or Parquet in parts."""
+    """The tables of a split in a folder: one file, or parts of Parquet."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -91,10 +92,10 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _files(root: Path, split: str | None) -> list[Path]:
-    """The file, or the Parquet files, of a split.
+    """The file or the parts of Parquet of a split.
 
     Raises:
-        DataError: there is none, or it is of another kind.
+        DataError: there is none, several, or it is of another kind.
     """
     if root.is_file():
         if split is not None:
