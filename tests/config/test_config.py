@@ -65,7 +65,7 @@ def test_what_is_written_reads_back_the_same() -> None:
         ("a: [1, 2", "line 1"),
         ("a: b: c", "line 1: mapping values are not allowed here"),
         ("[" * 30 + "]" * 30, "line 1: nested over 20 levels"),
-        ("? [a, b]\n: 1", "line 1: a key must be a word"),
+        ("? [a, b]\n: 1", "line 1: a key must be a string"),
         ("a: \x00", "special characters are not allowed"),
     ],
 )

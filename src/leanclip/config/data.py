@@ -10,13 +10,13 @@ from pydantic import (
     model_validator,
 )
 
-from leanclip.config.sections import Section
-from leanclip.config.types import (
+from leanclip.config.sections import (
     Fraction,
     Positive,
     PositiveFloat,
     PositiveFraction,
     Ratio,
+    Section,
 )
 
 Format = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "wds", "hub", "mixture"]
