@@ -1,4 +1,4 @@
-"""The table format: rows read where they lie, what is malformed in them, and their stream."""
+"""The table format: rows of each kind of file, malformed ones, and the stream."""
 
 import csv
 import itertools
@@ -163,6 +163,14 @@ def test_several_caption_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "image,en,de\nx.jpg,dog,Hund\ny.jpg,cat,\n")
     assert captions(path, caption_column=("en", "de")) == [["dog", "Hund"], ["cat"]]
     assert captions(path, caption_column="de") == [["Hund"], "empty caption"]
+
+
+def test_values_of_csv_are_text(tmp_path: Path) -> None:
+    values = ["007", "NA", "null", "1e3", "true", "2020-01-01", '"NaN"', "N/A"]
+    path = write(tmp_path / "a.csv", "image,label\n" + "".join(f"0.png,{v}\n" for v in values))
+    texts = [value.strip('"') for value in values]
+    assert open_dataset(config(path)).classes == sorted(texts)
+    assert captions(path, caption_column="label") == [[text] for text in texts]
 
 
 def test_a_row_that_is_changed_is_read_anew_and_its_index_made_anew(

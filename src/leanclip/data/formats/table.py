@@ -45,17 +45,21 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def _open(paths: list[Path]) -> "TableFile":
-    from leanclip.data.readers.csv_rows import open_csv
-    from leanclip.data.readers.json_lines import open_json_lines
-    from leanclip.data.readers.parquet import open_parquet
-
     for path in filter(is_lfs_file, paths):
         raise DataError(f"{path}: {LFS_POINTER}")
     suffix = paths[0].suffix.lower()
     try:
         if suffix == ".parquet":
+            from leanclip.data.readers.parquet import open_parquet
+
             return open_parquet(paths)
-        return open_json_lines(paths[0]) if suffix in _JSON_SUFFIXES else open_csv(paths[0])
+        if suffix in _JSON_SUFFIXES:
+            from leanclip.data.readers.json_lines import open_json_lines
+
+            return open_json_lines(paths[0])
+        from leanclip.data.readers.csv_rows import open_csv
+
+        return open_csv(paths[0])
     except OSError as error:
         raise DataError(f"{paths[0]}: cannot be read: {error.strerror}") from None
 
