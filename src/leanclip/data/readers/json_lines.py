@@ -48,12 +48,10 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
             values: list[list[str | None]] = [[] for _ in names]
             size = 0
             for row in islice(rows, _BATCH_ROWS):
-                error = f"{row.kind}: {row}" if isinstance(row, SampleError) else None
-                found = {} if isinstance(row, SampleError) else row
-                texts = [json.dumps(found[name]) if name in found else None for name in columns]
-                for column, text in zip(values, (*texts, error), strict=True):
+                texts = _texts(row, columns)
+                for column, text in zip(values, texts, strict=True):
                     column.append(text)
-                size += sum(map(len, filter(None, texts)))
+                size += sum(len(text) for text in texts if text)
                 if size > _BATCH_BYTES:
                     break
             if not values[-1]:
@@ -63,8 +61,15 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
             bar.update(done >> 20)
 
 
+def _texts(row: dict[str, Any] | SampleError, columns: Sequence[str]) -> list[str | None]:
+    """The value of each column as JSON, and of ERROR."""
+    if isinstance(row, SampleError):
+        return [*(None for _ in columns), f"{row.kind}: {row}"]
+    return [*(json.dumps(row[name]) if name in row else None for name in columns), None]
+
+
 def _rows(path: Path) -> Iterator[dict[str, Any] | SampleError]:
-    """The object in each line that is not blank, or why there is none."""
+    """The object of each line that is not blank, or what is wrong with the line."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         while line := file.readline(MAX_ROW_BYTES + 1):
             if len(line) > MAX_ROW_BYTES and not line.endswith("\n"):
