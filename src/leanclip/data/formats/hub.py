@@ -22,6 +22,7 @@ from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.order import shuffled
 from leanclip.data.readers.columns import (
     IMAGES,
+    RowDataset,
     RowMapper,
     check_count,
     choose_columns,
@@ -76,33 +77,11 @@ def open_dataset(config: DataConfig) -> Dataset:
         classes = class_names(config, config.root, names, distinct)
     root = Path(config.root)
     mapper = RowMapper(config, columns, root.parent if root.is_file() else root, classes)
-    return Stream(rows, mapper, config) if streaming else Hub(rows, mapper, config.root)
-
-
-class Hub(Dataset):
-    """Rows on the disk, memory-mapped by `datasets`."""
-
-    def __init__(self, rows: Any, mapper: RowMapper, root: str) -> None:
-        self.rows, self.mapper, self.root = rows, mapper, root
-        self.classes, self.templates = mapper.classes, mapper.templates
-        if not len(rows):
-            raise DataError(f"data.root: {root}: has no rows")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            row = self.rows[index]
-        except UnicodeDecodeError:
-            raise SampleError(
-                "caption not UTF-8", f"{self.name(index)}: is not UTF-8 text"
-            ) from None
-        return self.mapper.sample(self.name(index), row)
-
-    def name(self, index: int) -> str:
-        """The data set and the row, counted from 1."""
-        return f"{self.root} row {index + 1}"
+    if streaming:
+        return Stream(rows, mapper, config)
+    if not len(rows):
+        raise DataError(f"data.root: {config.root}: has no rows")
+    return RowDataset(rows, mapper, config.root)
 
 
 class Stream(Dataset):

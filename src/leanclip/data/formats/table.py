@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanclip.config.data import DataConfig
-from leanclip.data.dataset import Dataset, Sample
-from leanclip.data.readers.columns import RowMapper, choose_columns, class_names
+from leanclip.data.dataset import Dataset
+from leanclip.data.readers.columns import RowDataset, RowMapper, choose_columns, class_names
 from leanclip.errors import DataError
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 
 if TYPE_CHECKING:
-    from leanclip.data.readers.arrow_table import ArrowTable, TableFile
+    from leanclip.data.readers.arrow_table import TableFile
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 _SUFFIXES = (".csv", ".tsv", *_JSON_SUFFIXES, ".parquet")
@@ -41,7 +41,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     if label := columns.label:
         names = rows.label_names(label)
         classes = class_names(config, where, names, lambda: rows.distinct(label))
-    return Table(rows, RowMapper(config, columns, paths[0].parent, classes))
+    return RowDataset(rows, RowMapper(config, columns, paths[0].parent, classes), where)
 
 
 def _open(paths: list[Path]) -> "TableFile":
@@ -62,24 +62,6 @@ def _open(paths: list[Path]) -> "TableFile":
         return open_csv(paths[0])
     except OSError as error:
         raise DataError(f"{paths[0]}: cannot be read: {error.strerror}") from None
-
-
-class Table(Dataset):
-    """Rows of a table as samples."""
-
-    def __init__(self, rows: "ArrowTable", mapper: RowMapper) -> None:
-        self.rows, self.mapper = rows, mapper
-        self.classes, self.templates = mapper.classes, mapper.templates
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.mapper.sample(self.name(index), self.rows[index])
-
-    def name(self, index: int) -> str:
-        """The table and the number of the row, from 1 below the header."""
-        return self.rows.row_name(index)
 
 
 def split_files(folder: Path, split: str) -> list[Path]:

@@ -71,21 +71,12 @@ class ArrowTable:
     def __len__(self) -> int:
         return self.size
 
-    def row_name(self, index: int) -> str:
-        """A row in messages: its number from 1; of several files, counted from the first one's."""
-        return f"{self.name} row {index + 1}"
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, offset = divmod(index, self.batch_rows)
-        try:
-            (row,) = self._arrow.get_batch(number).slice(offset, 1).to_pylist()
-        except UnicodeDecodeError:
-            raise SampleError(
-                "caption not UTF-8", f"{self.row_name(index)}: is not UTF-8 text"
-            ) from None
+        (row,) = self._arrow.get_batch(number).slice(offset, 1).to_pylist()
         if error := row.pop(ERROR, None):
             kind, _, reason = error.partition(": ")
-            raise SampleError(kind, f"{self.row_name(index)}: {reason}")
+            raise SampleError(kind, f"{self.name} row {index + 1}: {reason}")
         return {name: self._value(value) for name, value in row.items()}
 
     def distinct(self, column: str) -> list[str]:

@@ -6,9 +6,11 @@ names of columns -> Columns;   a row as {column: value} -> Sample
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from leanclip.config.data import DataConfig
 from leanclip.data.dataset import (
+    Dataset,
     Sample,
     check_unicode,
     choose_templates,
@@ -250,6 +252,35 @@ class RowMapper:
                 f"{name}: its image is a path of {len(value)} characters (base64 is not supported)",
             )
         return self.folder / value
+
+
+class RowDataset(Dataset):
+    """Rows by index as samples; a row's number in messages counts from 1.
+
+    Args:
+        rows: each a mapping from column to value.
+        mapper: turns a row into a sample.
+        where: the file or data set, for messages.
+    """
+
+    def __init__(self, rows: Any, mapper: RowMapper, where: str) -> None:
+        self.rows, self.mapper, self.where = rows, mapper, where
+        self.classes, self.templates = mapper.classes, mapper.templates
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        name = self.name(index)
+        try:
+            row = self.rows[index]
+        except UnicodeDecodeError:
+            raise SampleError("caption not UTF-8", f"{name}: is not UTF-8 text") from None
+        return self.mapper.sample(name, row)
+
+    def name(self, index: int) -> str:
+        """The data set and the row."""
+        return f"{self.where} row {index + 1}"
 
 
 def _captions(name: str, values: Iterable[object]) -> list[str]:
