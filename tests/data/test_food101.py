@@ -7,7 +7,6 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import assert_refused, noise_image
@@ -197,28 +196,6 @@ def test_an_archive_of_something_else(tmp_path: Path) -> None:
         tar.addfile(member("food-101/readme"), io.BytesIO(b"abc"))
     with pytest.raises(DataError, match=r"has no food-101/meta/train\.txt"):
         get_food101(tmp_path / "food", archive=tmp_path / "a.tar.gz", checksum=None)
-
-
-def test_disk_space_is_checked_first(
-    server: Server, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = archive.stat().st_size
-    free = SimpleNamespace(free=size)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
-    url, checksum = f"{server.url}/food-101.tar.gz", md5(archive)
-    with pytest.raises(DataError, match="are needed to download and unpack it"):
-        get_food101(tmp_path / "food", url=url, checksum=checksum)
-    (tmp_path / "food-101.tar.gz.part").unlink()
-    server.says_length = False  # then the official archive's is supposed
-    with pytest.raises(DataError, match=r"10\.\d GB are needed to download"):
-        get_food101(tmp_path / "food", url=url, checksum=checksum)
-    with pytest.raises(DataError, match=r"are needed to unpack it, .* are free; make space"):
-        get_food101(tmp_path / "food", archive=archive, checksum=None)
-    assert not (tmp_path / "food").exists()
-    server.says_length = True
-    free.free = 3 * size
-    assert get_food101(tmp_path / "food", url=url, checksum=checksum)
-    assert_whole(tmp_path / "food")
 
 
 def test_what_is_left_of_an_interrupted_unpacking_is_removed(archive: Path, tmp_path: Path) -> None:

@@ -10,61 +10,110 @@ from pydantic import (
     model_validator,
 )
 
-from leanclip.config.sections import Section
-from leanclip.config.types import (
+from leanclip.config.sections import (
     Fraction,
     Positive,
     PositiveFloat,
     PositiveFraction,
     Ratio,
+    Section,
 )
 
 Format = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "wds", "hub", "mixture"]
 
+CaptionColumn = Annotated[
+    str | tuple[str, ...] | None,
+    Field(description="one or several, of a table, a hub data set or shards' .json"),
+]
 
-class SourceConfig(Section):
-    """Where images and captions are, and how they are arranged: docs/data.md."""
 
-    format: Format = Field(description="how the data is arranged")
+class Source(Section):
+    """What every format has: docs/data.md."""
+
+    format: Format = Field(description="the format of the data")
     root: str = Field(
         default="",
         description="its folder, file, pattern of shards (paths or URLs), or id on the hub",
     )
-    split: str | None = Field(default=None, description="a part of it; null: the format's own")
+    split: str | None = Field(default=None, description="one split; null: the format's own")
+
+
+class ClassSource(Source):
+    """The formats `shapes`, `food101` and `folder`."""
+
     templates: tuple[str, ...] | None = Field(
         default=None, description="captions of class data, {} for the name; null: the format's own"
     )
     class_names: str | None = Field(
-        default=None, description="a text file, a class's name a line, in the order of the labels"
+        default=None, description="a text file, one class name per line, in the order of the labels"
     )
-    image_column: str | None = Field(
-        default=None, description="of a table or hub data set; null: the first usual name there is"
-    )
-    caption_column: str | tuple[str, ...] | None = Field(
-        default=None, description="one or several, of a table, a hub data set or shards' .json"
-    )
+
+
+class PairsSource(Source):
+    """The format `pairs`."""
+
     one_caption_per_line: bool = Field(
         default=True, description="of a .txt file; false: the whole file is one caption"
     )
-    label_column: str | None = Field(
-        default=None, description="names the class, in place of captions; an index or a name"
+
+
+class TableSource(ClassSource):
+    """The format `table`."""
+
+    image_column: str | None = Field(
+        default=None, description="of a table or hub data set; null: the first usual name there is"
     )
+    caption_column: CaptionColumn = None
+    label_column: str | None = Field(
+        default=None, description="the class, in place of captions; an index or a name"
+    )
+
+
+class HubSource(TableSource):
+    """The format `hub`."""
+
     streaming: bool = Field(default=False, description="read a hub data set without storing it")
 
 
+class WdsSource(ClassSource, PairsSource):
+    """The format `wds`."""
+
+
+class ShardsSource(WdsSource):
+    """The format `shards`."""
+
+    caption_column: CaptionColumn = None
+
+
+SOURCES: dict[str, type[Source]] = {
+    "shapes": ClassSource,
+    "food101": ClassSource,
+    "folder": ClassSource,
+    "pairs": PairsSource,
+    "table": TableSource,
+    "shards": ShardsSource,
+    "wds": WdsSource,
+    "hub": HubSource,
+}
+
+
+class SourceConfig(HubSource, ShardsSource):
+    """The settings of all formats; those that a format lacks must not be set."""
+
+
 class MixedSource(SourceConfig):
-    """One source of a mixture; what it does not set may be inherited from the mixture."""
+    """One source of a mixture; settings of its format that it does not set are the mixture's."""
 
     weight: PositiveFloat | None = Field(
-        default=None, description="its part of the samples, to the others'; null: its size"
+        default=None, description="sampling weight relative to the other sources; null: its size"
     )
     epoch_size: Positive | None = Field(
         default=None, description="of a stream: samples that count as its size"
     )
 
     @model_serializer(mode="wrap")
-    def _what_is_set(self, to_plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is not set: read back, that would not be inherited any more."""
+    def _only_set(self, to_plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what is set: a default that is written out would not be inherited when read back."""
         values: dict[str, Any] = to_plain(self)
         return {name: value for name, value in values.items() if name in self.model_fields_set}
 
@@ -76,27 +125,28 @@ class MixedSource(SourceConfig):
 
 
 class DataConfig(SourceConfig):
-    """What training reads, and how it looks at it."""
+    """The training data, and how it is read and preprocessed."""
 
     sources: tuple[MixedSource, ...] = Field(default=(), description="of format mixture")
     epoch_size: Positive | None = Field(
-        default=None, description="samples that count as an epoch; null: as many as there are"
+        default=None, description="samples per epoch; null: the size of the data"
     )
     shuffle_buffer: Positive = Field(
-        default=10_000, description="shards and streams are shuffled among so many samples"
+        default=10_000, description="shards and streams are shuffled in blocks of this many samples"
     )
     augment: bool = Field(
         default=True,
-        description="false: training sees an image as evaluation does, without random crops",
+        description="false: training preprocesses images as evaluation does, without random crops",
     )
     crop_scale: tuple[PositiveFraction, PositiveFraction] = Field(
-        default=(0.9, 1.0), description="share of the image's area that a training crop keeps"
+        default=(0.9, 1.0),
+        description="range of the fraction of the image's area that a training crop covers",
     )
     crop_ratio: tuple[Ratio, Ratio] = Field(
-        default=(0.75, 1.3333333333333333), description="width over height of a training crop"
+        default=(0.75, 1.3333333333333333), description="range of width / height of a training crop"
     )
     scaled_decoding: bool = Field(
-        default=True, description="training may decode large JPEGs at a half, a quarter, an eighth"
+        default=True, description="training may decode large JPEGs at 1/2, 1/4 or 1/8 of their size"
     )
     mean: tuple[Fraction, Fraction, Fraction] = Field(
         default=(0.48145466, 0.4578275, 0.40821073), description="of RGB in [0, 1]"
@@ -106,14 +156,14 @@ class DataConfig(SourceConfig):
     )
     resize: Literal["shortest", "longest", "squash"] | None = Field(
         default=None,
-        description="how evaluation makes an image a square: by its short side and a crop, by its "
-        "long side and a border, or regardless of its proportions; null: as the weights that are "
-        "loaded, else shortest",
+        description="how evaluation makes an image square: resize the short side and crop, resize "
+        "the long side and pad, or resize both sides (squash); null: as the loaded weights, "
+        "else shortest",
     )
     interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = (
         Field(
             default=None,
-            description="of evaluation's resize; null: as loaded weights', else bicubic",
+            description="of evaluation's resize; null: as the loaded weights, else bicubic",
         )
     )
     workers: Annotated[int, Field(ge=0)] | None = Field(
@@ -123,22 +173,23 @@ class DataConfig(SourceConfig):
     )
     cache_gigabytes: PositiveFloat = Field(
         default=50,
-        description="disk for shards fetched by URL, 1e9 bytes each; the least used make room",
+        description="disk cache of shards fetched by URL, in units of 1e9 bytes; the least "
+        "recently used are evicted",
     )
     max_bad_fraction: Fraction = Field(
         default=0.01,
-        description="share of the data set that may be unusable before the run stops",
+        description="fraction of bad samples above which a run ends with an error",
     )
     max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = Field(
         default=178_956_970,
-        description="an image of more is not decoded; Pillow decodes no larger ones",
+        description="larger images are not decoded; Pillow decodes none above the default",
     )
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
     def _in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[0] > value[1]:
-            raise ValueError(f"should be the least and the greatest, found {list(value)}")
+            raise ValueError(f"should be in ascending order, found {list(value)}")
         return value
 
     @model_validator(mode="after")

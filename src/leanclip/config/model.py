@@ -3,21 +3,13 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-from leanclip.config.sections import Section
-from leanclip.config.types import (
-    Ratio,
-    Size,
-)
+from leanclip.config.sections import Ratio, Section, Size
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
-_VIT_ONLY = (  # a ResNet takes none of these, or only their defaults
+_VIT_ONLY = (  # of a ResNet they must have their defaults
     "vision_patch_size",
     "vision_mlp_ratio",
     "vision_pool",
@@ -50,10 +42,10 @@ class ModelConfig(Section):
         default=4.0, description="hidden width of a ViT's perceptrons / vision_width, rounded down"
     )
     vision_pool: Literal["tok", "avg"] = Field(
-        default="tok", description="what a ViT is read at: its class token, or its patches' mean"
+        default="tok", description="pooling of a ViT: the class token, or the mean of the patches"
     )
     vision_norm_after_pool: bool = Field(
-        default=False, description="with vision_pool avg: the last LayerNorm comes after the mean"
+        default=False, description="with vision_pool avg: the last LayerNorm follows the mean"
     )
     context_length: Size = Field(default=77, description="tokens of a caption, with start and end")
     vocab_size: Size = Field(default=49408, description="number of token ids")
@@ -68,17 +60,15 @@ class ModelConfig(Section):
     )
     transformer_pool: Literal["argmax", "first", "last", "eos"] = Field(
         default="argmax",
-        description="the token that the text is read at: the highest id (the end token), the "
+        description="pooling of the text: the token with the highest id (the end token), the "
         "first, the last of the padded context, or the first that is transformer_eos_id",
     )
     transformer_eos_id: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="with transformer_pool eos: the id; a text without it is read at its first "
-        "token, as in transformers and open_clip",
+        description="with transformer_pool eos: the end token's id; a text without it is pooled at "
+        "its first token, as in transformers and open_clip",
     )
-    transformer_causal: bool = Field(
-        default=True, description="a token of the text sees only those before it"
-    )
+    transformer_causal: bool = Field(default=True, description="causal attention in the text tower")
     activation: Activation = Field(
         default="quick_gelu",
         description="of both towers' perceptrons; OpenAI's: quick_gelu",
@@ -91,18 +81,18 @@ class ModelConfig(Section):
 
     @property
     def attention_heads(self) -> int:
-        """Heads of the vision tower: `vision_heads`, or OpenAI's."""
+        """Heads of the vision tower: `vision_heads`, else 64 channels each."""
         return self.vision_heads or self._attention_width // 64
 
     @property
     def _attention_width(self) -> int:
-        """Channels that the vision tower's attention sees; a ResNet's last stage has 32 W."""
+        """Width of the vision tower's attention; a ResNet's last stage has 32 W channels."""
         return self.vision_width * (1 if isinstance(self.vision_layers, int) else 32)
 
     @model_validator(mode="before")
     @classmethod
     def _from_passl(cls, values: Any) -> Any:
-        """Take PASSL's `model:` block or `arch` dict: unwrap it, drop what is always so here."""
+        """Accept PASSL's `model:` block or `arch` dict, without the keys that are constant here."""
         if not isinstance(values, dict):
             return values
         if isinstance(values.get("architecture"), dict):
@@ -121,7 +111,7 @@ class ModelConfig(Section):
     @field_validator("vision_layers", mode="before")
     @classmethod
     def _one_or_four(cls, value: Any) -> Any:
-        """Turn JSON's list into a tuple; one message in place of one for each kind."""
+        """Turn a list into a tuple; one message in place of one per type of the union."""
         is_list = isinstance(value, list | tuple)
         numbers = tuple(value) if is_list else (value,)
         are_counts = all(type(number) is int and 0 < number <= 1000 for number in numbers)

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from leanclip.config.data import DataConfig
 from leanclip.config.evaluation import EvaluateConfig
@@ -37,24 +34,24 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
-        default=0, description="of weights, order and crops"
+        default=0, description="random seed of initial weights, data order and crops"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: cuda where there is"
+        default="auto", description="auto: cuda if available"
     )
     tf32: bool = Field(
         default=False,
-        description="on a GPU: float32 products and convolutions may round their factors to TF32 "
-        "(10 bits of mantissa in place of 23), in training and evaluation; faster",
+        description="on a GPU: float32 matrix products and convolutions in TF32 (10 bits of "
+        "mantissa instead of 23), in training and evaluation; faster",
     )
     load: str | None = Field(
         default=None, description="weights to start from, with a fresh optimiser"
     )
     load_arch: str | None = Field(
-        default=None, description="with load: what the weights are, a preset's name or a file"
+        default=None, description="with load: the weights' architecture, a preset's name or a file"
     )
     load_partial: bool = Field(
-        default=False, description="with load: keys that are missing or left over are listed"
+        default=False, description="with load: allow missing and unexpected keys, which are logged"
     )
     output_dir: str = Field(default="runs/run", description="the run's folder")
 
@@ -71,8 +68,8 @@ class Config(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> Config:
     """Read a YAML file, apply `key.path=value` overrides, then `settings` that are not None.
 
-    Where neither sets `output_dir`, it is `runs/` and the file's name, with the weights' name where
-    `load` is not the file's own: a run from weights is another one than that from scratch.
+    The default `output_dir` is `runs/` and the file's name, followed by the weights' name where
+    `load` is not from the file: a run from weights must not share a folder with one from scratch.
 
     Raises:
         ConfigError: the file or an override cannot be read, or a setting is wrong.
@@ -101,10 +98,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any
 
 
 def weights_name(source: str) -> str:
-    """What weights are called in the name of a folder.
+    """A folder name for weights.
 
-    A file's or folder's name, a published name (ViT-B-32), a hub id's last part; of what lies in a
-    checkpoint's folder the run's name and the step.
+    The name of a file or folder, a published name (ViT-B-32), the last part of a hub id; of a
+    run's checkpoint the run's name and the step.
     """
     if re.fullmatch(r"ViT-\w+/\d+(@\d+px)?", source):
         return source.replace("/", "-")

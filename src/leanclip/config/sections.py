@@ -1,20 +1,28 @@
-"""Groups of settings: strict about types and names, read from plain values and written to them.
+"""Sections of settings, validated strictly from plain values (as of YAML or JSON), and dumped.
 
-Unknown settings fail with the nearest known name.
+The error for an unknown setting suggests the nearest known name.
 """
 
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leanclip.errors import ConfigError
 
+Positive = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, le=100_000_000)]  # of a model
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
+Ratio = Annotated[float, Field(gt=0, le=100)]
+
 
 class Section(BaseModel):
-    """A group of settings: frozen, and strict about types and names."""
+    """A group of settings: frozen, strict types, no unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -23,37 +31,39 @@ S = TypeVar("S", bound=Section)
 
 
 def parse(section: type[S], values: Mapping[str, Any], *, where: str) -> S:
-    """Check plain values (as from YAML or JSON) against a section.
+    """Validate plain values (as from YAML or JSON) as a section.
 
     Raises:
-        ConfigError: names the first setting that is wrong, what was found and what is known.
+        ConfigError: names the first invalid setting, what was found and what is valid.
     """
     try:
         text = json.dumps(values)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {error}") from None
     for key, value in _flatten(values):
-        if isinstance(value, str) and not _is_unicode(value):
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
             raise ConfigError(
-                f"{where}: {key}: {value!r} is not UTF-8, which settings are; rename it, or give "
-                f"a link to it"
-            )
+                f"{where}: {key}: {value!r} is not UTF-8, which settings must be; rename it, or "
+                f"give a link to it"
+            ) from None
     try:
-        # JSON mode takes lists for tuples and nothing else; Python mode has no such strictness.
+        # Strict JSON mode accepts lists as tuples; strict Python mode does not.
         return section.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first_problem(section, error)}") from None
 
 
 def to_plain(section: Section) -> dict[str, Any]:
-    """A section as plain values that YAML and JSON can hold."""
+    """A section as plain values for YAML and JSON."""
     return section.model_dump(mode="json")
 
 
 def differences(old: Section, new: Section, *, ignore: Sequence[str] = ()) -> list[str]:
     """One `key.path: old there, new here` per setting that differs.
 
-    Settings in `ignore`, and in the groups of settings it names, are passed over.
+    `ignore` names settings, or whole sections, that may differ.
     """
     before, after = (dict(_flatten(to_plain(section))) for section in (old, new))
     return [
@@ -65,7 +75,7 @@ def differences(old: Section, new: Section, *, ignore: Sequence[str] = ()) -> li
 
 
 def _first_problem(section: type[Section], error: ValidationError) -> str:
-    """The first thing wrong, as `key.path: what is wrong; what to do`."""
+    """The first problem as `key.path: what is wrong; what to do`."""
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = ".".join(str(part) for part in problem["loc"])
@@ -84,7 +94,7 @@ def _first_problem(section: type[Section], error: ValidationError) -> str:
 
 
 def _suggestion(section: type[Section], path: str) -> str:
-    """`; did you mean x?` by the whole path, or by the last name alone."""
+    """`; did you mean x?` for the nearest path, or the nearest last name; may be empty."""
     known = list(paths(section))
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     if not close:
@@ -95,7 +105,7 @@ def _suggestion(section: type[Section], path: str) -> str:
 
 
 def paths(section: type[Section], prefix: str = "") -> list[str]:
-    """The names of all settings, `group.name` for those within groups."""
+    """The paths of all settings, such as `train.epochs`."""
     found = []
     for name, field in section.model_fields.items():
         found.append(prefix + name)
@@ -103,14 +113,6 @@ def paths(section: type[Section], prefix: str = "") -> list[str]:
             if isinstance(part, type) and issubclass(part, Section):
                 found += paths(part, f"{prefix}{name}.")
     return found
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a name in another encoding
-        return False
-    return True
 
 
 def _flatten(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -124,6 +126,6 @@ def _flatten(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def kind(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value as shown in messages."""
     names = {dict: "a group of settings", list: "a list", type(None): "null"}
     return names.get(type(value)) or json.dumps(value, ensure_ascii=False)[:60]

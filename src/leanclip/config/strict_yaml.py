@@ -1,7 +1,7 @@
-"""YAML as settings want it: a text -> plain values, and back.
+"""YAML by the core schema of version 1.2: a text -> plain values, and back.
 
-It is read by the 1.2 core rules: `5e-4` is a number, `no` and `12:30` are words; duplicate keys,
-aliases, tags and deep nesting are refused with their line.
+`5e-4` is a number, `no` and `12:30` are strings. Duplicate keys, aliases, tags and deep nesting are
+errors that name the line.
 """
 
 import re
@@ -17,7 +17,7 @@ Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
 
 
 def load_yaml(text: str, *, where: str) -> Any:
-    """Plain values of a YAML text, by the core rules of YAML 1.2.
+    """Plain values of a YAML text, by the core schema of YAML 1.2.
 
     Raises:
         ConfigError: not YAML; or a duplicate key, an alias, a tag or nesting over 20 levels.
@@ -41,7 +41,7 @@ _MAX_DEPTH = 20
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases, duplicates, and YAML 1.1's surprises."""
+    """SafeLoader without aliases, tags, duplicate keys, and the implicit types of YAML 1.1."""
 
     yaml_implicit_resolvers: Resolvers = {}  # noqa: RUF012, as PyYAML declares it
     depth = 0
@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name is None or name in seen:
-                what = "a key must be a word" if name is None else f"{name}: set twice"
+                what = "a key must be a string" if name is None else f"{name}: set twice"
                 raise ConstructorError(None, None, what, key.start_mark)
             seen.add(name)
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
@@ -95,7 +95,7 @@ for _tag, _pattern, _first in (
         _class.add_implicit_resolver(
             f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first
         )
-# YAML 1.1's constructor would read 0123 as octal; the core rules say decimal.
+# YAML 1.1's constructor reads 0123 as octal; in the core schema it is decimal.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 _Loader.add_constructor(
     "tag:yaml.org,2002:float",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from leanclip.config.data import DataConfig, MixedSource, SourceConfig
+from leanclip.config.data import SOURCES, DataConfig, MixedSource, SourceConfig
 from leanclip.config.schema import apply_override
 from leanclip.config.sections import parse
 from leanclip.data.dataset import Dataset, Sample
@@ -23,27 +23,12 @@ FORMATS = {
 }
 
 
-# Settings that only some formats have a use for; elsewhere they are refused.
-TAKEN_BY = {
-    "templates": ("shapes", "food101", "folder", "table", "shards", "wds", "hub"),
-    "class_names": ("shapes", "food101", "folder", "table", "shards", "wds", "hub"),
-    "image_column": ("table", "hub"),
-    "caption_column": ("table", "shards", "hub"),
-    "one_caption_per_line": ("pairs", "shards", "wds"),
-    "label_column": ("table", "hub"),
-    "streaming": ("hub",),
-}
-INHERITED = (*TAKEN_BY, "split")  # of a mixture, by sources that do not set them
-
-
 def open_dataset(config: DataConfig) -> Dataset:
-    """The data set that a `data` section describes.
-
-    Where it names no split, that of training is read: `leanclip.data.splits`.
+    """The data set of a `data` section; without a split, that of training (splits.py).
 
     Raises:
         DataError: it is missing, empty or not of its format.
-        ConfigError: it sets what its format has no use for.
+        ConfigError: a setting that its format does not have is set.
     """
     if config.format == "mixture":
         _check_settings(config, [source.format for source in config.sources])
@@ -61,18 +46,18 @@ def source_configs(config: DataConfig) -> list[DataConfig]:
     """The sources of a mixture, each as a `data` section; none of another format.
 
     Raises:
-        ConfigError: a source that is no stream has an epoch_size.
+        ConfigError: a source that is not a stream has an epoch_size.
     """
     return [_source_config(config, source) for source in config.sources]
 
 
 def _source_config(mixture: DataConfig, source: MixedSource) -> DataConfig:
-    """The `data` section of one source of a mixture."""
     own = {name: getattr(source, name) for name in SourceConfig.model_fields}
-    for name in INHERITED:
-        if name not in source.model_fields_set and source.format in TAKEN_BY.get(name, FORMATS):
+    for name in SOURCES[source.format].model_fields:
+        if name not in ("format", "root", *source.model_fields_set):
             own[name] = getattr(mixture, name)
-    if source.caption_column is not None:  # which of the two there is says what the data is
+    # One of these two columns says whether the source is captions or class data.
+    if source.caption_column is not None:
         own["label_column"] = source.label_column
     if source.label_column is not None:
         own["caption_column"] = None
@@ -83,13 +68,14 @@ def _source_config(mixture: DataConfig, source: MixedSource) -> DataConfig:
 
 
 def _check_settings(config: DataConfig, formats: Sequence[str]) -> None:
-    """Refuse settings that none of the formats has a use for."""
-    for name, takers in TAKEN_BY.items():
-        is_set = getattr(config, name) != SourceConfig.model_fields[name].default
-        if is_set and not set(takers) & set(formats):
+    """Refuse settings that none of the formats has."""
+    known = {name for format in formats for name in SOURCES[format].model_fields}
+    for name, field in SourceConfig.model_fields.items():
+        if name not in known and getattr(config, name) != field.default:
+            others = [format for format, source in SOURCES.items() if name in source.model_fields]
             raise ConfigError(
                 f"data.{name}: is of no use with format {' or '.join(dict.fromkeys(formats))}, "
-                f"only with {', '.join(takers)}; remove it"
+                f"only with {', '.join(others)}; remove it"
             )
 
 

@@ -114,7 +114,7 @@ def _other_data(format: str, root: Path, splits: tuple[str, ...]) -> list[str]:
         return sorted(path.name for path in root.glob("*.tar"))
     others = [folder for folder in visible_folders(root) if folder.name not in splits]
     found = [folder.name for folder in others if has_images(folder)]
-    if format == "pairs" and has_images(root, deep=False):
+    if format == "pairs" and has_images(root, recursive=False):
         found.append("images beside them")
     return found
 

@@ -1,13 +1,13 @@
 """The `folder` format: images in one folder per class (ImageFolder).
 
     root[/split]/<class>/*.jpg
-    root/classes.txt, or data.class_names   (optional: `folder<TAB>name` or `name` a line)
-    root/templates.txt, or data.templates   (optional: a caption a line, {} for the name)
+    root/classes.txt, or data.class_names   (optional: `folder<TAB>name` or `name` per line)
+    root/templates.txt, or data.templates   (optional: one caption per line, {} for the name)
 
-Classes are in the order of their folders' names; where all of these are whole numbers, in theirs.
-Without names a class is called as its folder, with spaces for underscores. A folder without
-images is a class all the same; names that begin with a dot, and `__MACOSX` and the like, are
-passed over.
+Settings: split, templates, class_names.
+Classes are sorted by folder name, as numbers where all names are whole numbers. A class without a
+name is called like its folder, with spaces for underscores. A folder without images is a class too;
+hidden folders and those of the system (`__MACOSX`) are not.
 """
 
 from pathlib import Path
@@ -55,8 +55,8 @@ def open_dataset(config: DataConfig) -> Dataset:
 def _named(path: Path, folders: list[str], others: list[str]) -> tuple[list[str], list[str]]:
     """Class folders and their names, from a file of names.
 
-    The file may name classes that only other splits have a folder of: they are classes without
-    images then, so that all splits have the same.
+    A class of the file that has a folder in another split only is a class without images, so that
+    all splits have the same classes.
     """
     given = read_class_file(path)
     union = sorted_names([*folders, *others])

@@ -1,7 +1,9 @@
 """The `food101` format: Food-101's official archive, unpacked (Bossard et al., 2014).
 
-root/images/<class>/<id>.jpg
-root/meta/{train,test}.txt   (`class/id` a line)   root/meta/{classes,labels}.txt
+    root/images/<class>/<id>.jpg
+    root/meta/{train,test}.txt   (`class/id` per line)   root/meta/{classes,labels}.txt
+
+Settings: split, templates, class_names.
 """
 
 from pathlib import Path
@@ -15,7 +17,7 @@ ROOT = "data/food-101"  # where `leanclip data food101` puts it
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """The images that meta/<split>.txt lists, by class.
+    """The images that meta/<split>.txt lists, with their classes.
 
     Raises:
         DataError: no folder, a list is missing, empty or names an unknown class.

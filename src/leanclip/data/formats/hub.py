@@ -1,11 +1,11 @@
 """The `hub` format: a data set of Hugging Face's `datasets`, by id or from the disk.
 
     user/name   user/name:config        on the hub
-    a folder of save_to_disk, or what load_dataset reads: Parquet, CSV, a folder of images
+    a folder of save_to_disk, or anything that load_dataset reads: Parquet, CSV, folders of images
 
-Its rows mean what a table's do: leanclip.data.readers.columns. Images are not decoded by
-`datasets`. A stream is read in order, its files shuffled, and shuffled in blocks of
-`shuffle_buffer` samples.
+Settings: split, templates, class_names, image_column, caption_column, label_column, streaming.
+Rows become samples as those of a table (readers/columns.py); `datasets` does not decode images. A
+stream is read file by file in shuffled order, and shuffled in blocks of `shuffle_buffer` rows.
 """
 
 import os
@@ -22,6 +22,7 @@ from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.order import shuffled
 from leanclip.data.readers.columns import (
     IMAGES,
+    RowDataset,
     RowMapper,
     check_count,
     choose_columns,
@@ -41,22 +42,22 @@ _SUFFIXES = {
     ".arrow": "arrow",
 }
 
-# Usual names that go before columns of images of other names, whatever they have; the path or name
-# of a file beside images is more often a note about them.
+# Usual names that precede columns of type Image with other names, whatever their own type; a path
+# or file name beside a column of images is usually metadata.
 _IMAGES = ("image", "image_path", "img", "jpg", "jpeg", "png", "webp")
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """Open it, and find what its columns mean.
+    """Open a split, and find the columns of images, captions and labels.
 
     Raises:
         DataError: `datasets` is missing, it cannot be opened, or lacks columns.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     datasets = need("datasets", "data.format: hub", extra="hub", error=DataError)
-    with _in_one_line(config.root):
+    with _errors_of(config.root):
         rows = _load(config)
-        # A stream of text files has no features yet; its first row has the columns.
+        # A stream of text files has no features; its first row has the columns.
         features: dict[str, Any] = rows.features or dict.fromkeys(next(iter(rows), ()))
     streaming = isinstance(rows, datasets.IterableDataset)
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
@@ -75,53 +76,31 @@ def open_dataset(config: DataConfig) -> Dataset:
         distinct = None if streaming else lambda: _distinct(rows, label, config.root)
         classes = class_names(config, config.root, names, distinct)
     root = Path(config.root)
-    meaning = RowMapper(config, columns, root.parent if root.is_file() else root, classes)
-    return Stream(rows, meaning, config) if streaming else Hub(rows, meaning, config.root)
-
-
-class Hub(Dataset):
-    """Rows that lie on the disk, mapped into memory by `datasets`."""
-
-    def __init__(self, rows: Any, meaning: RowMapper, root: str) -> None:
-        self.rows, self.meaning, self.root = rows, meaning, root
-        self.classes, self.templates = meaning.classes, meaning.templates
-        if not len(rows):
-            raise DataError(f"data.root: {root}: has no rows")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            row = self.rows[index]
-        except UnicodeDecodeError:
-            raise SampleError(
-                "caption not UTF-8", f"{self.name(index)}: is not UTF-8 text"
-            ) from None
-        return self.meaning.sample(self.name(index), row)
-
-    def name(self, index: int) -> str:
-        """The data set and the row, counted from 1."""
-        return f"{self.root} row {index + 1}"
+    mapper = RowMapper(config, columns, root.parent if root.is_file() else root, classes)
+    if streaming:
+        return Stream(rows, mapper, config)
+    if not len(rows):
+        raise DataError(f"data.root: {config.root}: has no rows")
+    return RowDataset(rows, mapper, config.root)
 
 
 class Stream(Dataset):
-    """Rows that are read in order and not stored; `visits` gives samples, not indices."""
+    """Rows that are read in order and not stored; `visits` yields samples, not indices."""
 
     is_stream = True
 
-    def __init__(self, rows: Any, meaning: RowMapper, config: DataConfig) -> None:
-        self.rows, self.meaning, self.root = rows, meaning, config.root
-        self.classes, self.templates = meaning.classes, meaning.templates
+    def __init__(self, rows: Any, mapper: RowMapper, config: DataConfig) -> None:
+        self.rows, self.mapper, self.root = rows, mapper, config.root
+        self.classes, self.templates = mapper.classes, mapper.templates
         self.block = config.shuffle_buffer
-        # Rows may name files of their own repository, and have no other fetched.
+        # Rows may refer to files of their own repository; no others are fetched.
         name = re.escape(config.root.partition(":")[0])
         self._own_file = re.compile(rf"((zip|tar)://[^:]*::)?hf://datasets/{name}[@/][^:]*")
         split = (rows.info.splits or {}).get(str(rows.split))
         size = (split.num_examples if split else None) or config.epoch_size
         if not size:
             raise DataError(
-                f"data.root: {config.root}: does not say how many rows its stream has; set "
+                f"data.root: {config.root}: the number of rows of its stream is unknown; set "
                 f"data.epoch_size"
             )
         self.size: int = size
@@ -136,39 +115,37 @@ class Stream(Dataset):
         )
 
     def visits(self, key: Sequence[int], start: int = 0) -> Iterator[int | Sample]:
-        """Samples, from position `start` on: what is before it is read over."""
+        """Samples from position `start` on; the rows before it are read and skipped."""
         left = len(self) - start
-        for times in count():
-            came = 0
-            for sample in islice(self._once([*key, times], start), left):
-                came += 1
+        for epoch in count():
+            found = 0
+            for sample in islice(self._once([*key, epoch], start), left):
+                found += 1
                 yield sample
-            left -= came
+            left -= found
             if not left:
                 return
-            if came or not start:
-                self._check_rows(came)
+            if found or not start:
+                rows = found
                 start = 0
-            else:  # it has fewer rows than that
-                start -= self._check_rows(sum(1 for _ in self.rows))
-
-    def _check_rows(self, rows: int) -> int:
-        if not rows:
-            raise DataError(f"data.root: {self.root}: has no rows")
-        return rows
+            else:  # `start` is beyond the last row
+                rows = sum(1 for _ in self.rows)
+                start -= rows
+            if not rows:
+                raise DataError(f"data.root: {self.root}: has no rows")
 
     def _once(self, key: Sequence[int], start: int) -> Iterator[Sample]:
         """Every row once."""
         first, skip = divmod(start, self.block)
-        # Not by `datasets`' own shuffle: it reads files in threads, in whatever order they come.
+        # Not by `datasets`' own shuffle: it reads files in threads, in no fixed order.
         files = self.rows.num_shards
         rows = chain.from_iterable(
             self.rows.shard(files, file) for file in shuffled(files, [*key, 0])
         )
-        with _in_one_line(self.root):
+        with _errors_of(self.root):
             next(islice(rows, first * self.block, first * self.block), None)
         for number in count(first):
-            with _in_one_line(self.root):
+            with _errors_of(self.root):
                 block = list(islice(rows, self.block))
             if not block:
                 return
@@ -177,27 +154,27 @@ class Stream(Dataset):
             skip = 0
 
     def _sample(self, row: Mapping[str, Any]) -> Sample:
-        """The sample of a row; one that cannot be used says why, and keeps its place."""
-        image = row[self.meaning.columns.image]
+        """The sample of a row; a bad row keeps its place as a sample with an error."""
+        image = row[self.mapper.columns.image]
         path, content = "row", None
         if isinstance(image, Mapping):
             path, content = image.get("path") or path, image.get("bytes")
             if content is None and self._own_file.fullmatch(path):
-                with _in_one_line(f"{self.root}: {path}"):
+                with _errors_of(f"{self.root}: {path}"):
                     content = _fetched(path)
-                row = {**row, self.meaning.columns.image: content}
+                row = {**row, self.mapper.columns.image: content}
         elif isinstance(image, bytes):
             content = image
-        # A stream's rows have no numbers that stay; the content tells them apart.
+        # The rows of a shuffled stream have no fixed numbers; their content identifies them.
         name = f"{self.root}/{path}#{zlib.crc32(content or repr(row).encode()):08x}"
         try:
-            return self.meaning.sample(name, row)
+            return self.mapper.sample(name, row)
         except SampleError as error:
             return Sample(name, b"", (), error=error)
 
 
 def _load(config: DataConfig) -> Any:
-    """One split, as `datasets` has it."""
+    """One split, as a data set of `datasets`."""
     import datasets
 
     root, split = Path(config.root), config.split or "train"
@@ -236,7 +213,7 @@ def _load(config: DataConfig) -> Any:
 
 
 def _fetched(path: str) -> bytes:
-    """A file of a data set on the hub that its rows only name."""
+    """A file of a data set on the hub that a row refers to."""
     from fsspec.core import url_to_fs
 
     files, place = url_to_fs(path)
@@ -250,16 +227,14 @@ def _distinct(rows: Any, column: str, where: str) -> set[str]:
 
 
 @contextmanager
-def _in_one_line(root: str) -> Iterator[None]:
-    """`datasets` raises errors of many libraries: of the network, the hub and the files."""
+def _errors_of(root: str) -> Iterator[None]:
+    """Errors of `datasets`, of any library below it, as a DataError of one line."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
-        causes: list[BaseException] = [
-            error
-        ]  # "An error occurred while generating the dataset" is of another's making
+        causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__) is not None and cause not in causes:
             causes.append(cause)
         reasons = ": ".join(map(one_line, causes))

@@ -1,9 +1,9 @@
-"""The `mixture` format: several sources in one stream, each with its part of the samples.
+"""The `mixture` format: several sources in one stream, sampled by weight.
 
     data: {format: mixture, sources: [{format: ..., root: ..., weight: 3}, {...}]}
 
-Each sample of the stream is drawn from a source by its weight, and is the next one in that
-source's own shuffled order, which starts anew when it ends.
+Each sample is drawn from a source with a probability proportional to its weight, and is the next
+one in that source's own shuffled order, which is shuffled again when it ends.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,16 @@ import numpy as np
 
 from leanclip.data.dataset import Dataset, Sample
 
-_BLOCK = 1 << 14  # draws of sources that are made at once
+_BLOCK = 1 << 14  # sources drawn at once
 
 
 class Mixture(Dataset):
-    """Sources with weights; as many samples of each epoch as `epoch_size` says.
+    """Samples of several sources; an index counts through the sources in order.
 
-    An index names a sample by its place among all samples of all sources.
+    Args:
+        sources: the data sets.
+        weights: of their samples in the stream; None: their sizes.
+        epoch_size: samples of an epoch; None: the sum of the sizes.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Mixture(Dataset):
 
     @property
     def distinct(self) -> int:
-        """The samples of all sources."""
+        """The number of samples of all sources."""
         return int(self.firsts[-1])
 
     def name(self, index: int) -> str:
@@ -61,7 +64,7 @@ class Mixture(Dataset):
         return [line for source in self.sources for line in source.remarks()]
 
     def visits(self, key: Sequence[int], start: int = 0) -> Iterator[int | Sample]:
-        """Draws of sources, and each source's next sample, from position `start`."""
+        """Sources drawn by weight, and each one's next sample, from position `start` on."""
         before = np.zeros(len(self.sources), int)  # samples of each source before `start`
         block, skip = divmod(start, _BLOCK)
         for earlier in range(block):
@@ -83,7 +86,7 @@ class Mixture(Dataset):
                 yield visit + int(self.firsts[source])
 
     def _draws(self, key: Sequence[int], block: int) -> np.ndarray:
-        """The sources of a block of positions."""
+        """The source of each position of a block."""
         rng = np.random.default_rng([*key, block])
         return rng.choice(len(self.shares), _BLOCK, p=self.shares)
 
@@ -92,8 +95,8 @@ class Mixture(Dataset):
 
 
 def _endless(source: Dataset, key: Sequence[int], start: int) -> Iterator[int | Sample]:
-    """A source's samples from the `start`-th on, in a new order each time it begins anew."""
+    """A source's samples from the `start`-th on, in a new order each epoch of the source."""
     done, start = divmod(start, len(source))
-    for times in count(done):
-        yield from source.visits([*key, times], start)
+    for epoch in count(done):
+        yield from source.visits([*key, epoch], start)
         start = 0

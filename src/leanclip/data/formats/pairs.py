@@ -1,9 +1,10 @@
 """The `pairs` format: a folder tree of images, each with a text file of the same name.
 
-    root[/split]/any/where/dog.jpg   root[/split]/any/where/dog.txt   (a caption a line)
+    root[/split]/any/where/dog.jpg   root[/split]/any/where/dog.txt   (one caption per line)
 
-Pairs are keyed by path: a/1.jpg belongs to a/1.txt and never to b/1.txt. PASSL's
-`data/FOOD101/captions/` is such a tree. Captions are read with their image.
+Settings: split, one_caption_per_line.
+An image and its captions have the same path but for the suffix: a/1.jpg and a/1.txt. Captions are
+read together with their image. PASSL's `data/FOOD101/captions/` is such a tree.
 """
 
 from pathlib import Path
@@ -24,12 +25,12 @@ def open_dataset(config: DataConfig) -> Dataset:
     paths = find_images(split_folder(config.root, config.split))
     missing = [path for path in paths if not _has_captions(path)]
     if len(missing) > config.max_bad_fraction * len(paths):
-        Pairs(missing)[0]  # raises what is wrong with it
+        Pairs(missing)[0]  # raises the error of the first one
     return Pairs(paths, one_caption_per_line=config.one_caption_per_line)
 
 
 class Pairs(Dataset):
-    """Images with a caption file beside each."""
+    """Images, each with a caption file beside it."""
 
     def __init__(self, paths: list[Path], *, one_caption_per_line: bool = True) -> None:
         self.paths = StringArray(map(str, paths))
@@ -51,7 +52,7 @@ class Pairs(Dataset):
         if not lines:
             raise SampleError(
                 "empty caption",
-                f"{file}: an empty caption file; write a caption a line, or remove the pair",
+                f"{file}: an empty caption file; write one caption per line, or remove the pair",
             )
         captions = lines if self.one_caption_per_line else ["\n".join(lines)]
         return Sample(str(path), path, captions)

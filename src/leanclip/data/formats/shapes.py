@@ -1,11 +1,12 @@
-"""The built-in data set: drawings of coloured, textured, sized figures, alone and in relation.
+"""The `shapes` format: the built-in data set of drawn figures, alone and in pairs.
 
     seed -> scenes -> Pillow -> root/train, root/val (images with .txt captions: the pairs format)
                                 root/unseen/<class>  (images by class: the folder format)
 
+Settings: split, templates, class_names.
 A class is a texture, a colour and a figure: "striped red circle". Of the 192 classes, the 24 in
-UNSEEN never occur in train or val, alone or in relation: naming them is the zero-shot test.
-The unseen classes differ from each other, and from the seen ones, in as little as one word.
+UNSEEN never occur in train or val and are the zero-shot test. They differ from each other, and from
+the seen ones, in as little as one word.
 """
 
 import itertools
@@ -36,7 +37,7 @@ COLORS = {
 }
 TEXTURES = ("plain", "striped", "dotted", "hollow")
 FIGURES = ("circle", "square", "triangle", "star", "heart", "cross")
-SIZES = {"small": (0.25, 0.3), "large": (0.38, 0.43)}  # range of the radius, in sides
+SIZES = {"small": (0.25, 0.3), "large": (0.38, 0.43)}  # range of the radius / side
 RELATIONS = {  # phrase -> (x, y) of the first figure's centre relative to the second's
     "above": (0, -1),
     "below": (0, 1),
@@ -48,13 +49,13 @@ CLASSES = tuple(itertools.product(TEXTURES, COLORS, FIGURES))
 UNSEEN = frozenset(random.Random(2021).sample(CLASSES, 24))
 
 SIDE = 72  # of a drawing, in pixels
-_FINE = 3  # drawn this many times larger, then reduced, for smooth edges
+_FINE = 3  # antialiasing: drawn this many times larger, then reduced
 _COUNTS = {"train": 10_000, "val": 100, "unseen": 24 * 25}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a scene: what it is and where, in units of the drawing's side."""
+    """One figure of a scene, in units of the drawing's side."""
 
     texture: str
     color: str
@@ -98,11 +99,11 @@ def open_dataset(config: DataConfig) -> Dataset:
 def draw_dataset(root: Path, *, seed: int = 0) -> Iterator[tuple[int, int]]:
     """Draw the data set into `root`, yielding (drawn, total) as it goes.
 
-    Finished drawings of the same seed are left as they are; `shapes.json`, written last, marks
-    them. Drawings are the same for the same seed and version of Pillow.
+    A complete data set of the same seed is not drawn again; `shapes.json`, written last, marks it.
+    Drawings are the same for the same seed and version of Pillow.
 
     Raises:
-        DataError: `root` holds something else.
+        DataError: `root` has other content.
     """
     mark = root / "shapes.json"
     facts = {"seed": seed, "side": SIDE, **_COUNTS}
@@ -141,12 +142,12 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Captions of a scene in four wordings, which leave a word or two out at times."""
+    """Four captions of a scene, which may leave attributes out."""
     return [_caption(scene, rng, full=False) for _ in range(4)]
 
 
 def full_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption that says everything: "a large striped red circle above a small blue star"."""
+    """A caption with all attributes: "a large striped red circle above a small blue star"."""
     return _caption(scene, rng, full=True)
 
 
@@ -156,9 +157,9 @@ def class_name(texture: str, color: str, shape: str) -> str:
 
 
 def _seen_scenes(rng: random.Random, split: str) -> Iterator[tuple[Path, Scene]]:
-    """Scenes without unseen classes: in train a fifth with two figures, in val all.
+    """Scenes without unseen classes; a fifth of train and all of val have two figures.
 
-    No two scenes of val have the same two classes, so that no caption fits two drawings.
+    No two scenes of val have the same pair of classes, so that no caption fits two drawings.
     """
     seen = [c for c in CLASSES if c not in UNSEEN]
     pairs = rng.sample(list(itertools.combinations(seen, 2)), _COUNTS["val"])
@@ -171,7 +172,7 @@ def _seen_scenes(rng: random.Random, split: str) -> Iterator[tuple[Path, Scene]]
 
 
 def _unseen_scenes(rng: random.Random) -> Iterator[tuple[Path, Scene]]:
-    """Scenes of one figure of an unseen class, as many of each."""
+    """Scenes of one figure of an unseen class, equally many per class."""
     classes = sorted(UNSEEN)
     for i in range(_COUNTS["unseen"]):
         chosen = classes[i % len(classes)]
@@ -203,7 +204,7 @@ def _caption(scene: Scene, rng: random.Random, *, full: bool) -> str:
         return start + phrases[0]
     first, second = phrases
     relation = scene.relation
-    if rng.random() < 0.5:  # the same scene, told from the second figure
+    if rng.random() < 0.5:  # the same scene, described from the second figure
         dx, dy = RELATIONS[relation]
         relation = next(name for name, d in RELATIONS.items() if d == (-dx, -dy))
         first, second = second, first
@@ -211,7 +212,7 @@ def _caption(scene: Scene, rng: random.Random, *, full: bool) -> str:
 
 
 def _phrase(figure: Figure, rng: random.Random, *, full: bool) -> str:
-    """The figure as words: "a large striped red circle", "a red circle", "a striped figure"."""
+    """The figure in a caption: "a large striped red circle", "a red circle"."""
     words = {"size": figure.size, "texture": figure.texture, "color": figure.color}
     for attribute, chance in (("size", 0.5), ("texture", 0.4), ("color", 0.4)):
         if not full and rng.random() < chance:
@@ -222,7 +223,7 @@ def _phrase(figure: Figure, rng: random.Random, *, full: bool) -> str:
 
 
 def _mask(figure: Figure, side: int) -> Image.Image:
-    """Where the figure's ink goes: its outline, filled by its texture."""
+    """The figure's mask: its outline, filled with its texture."""
     mask = Image.new("L", (side, side), 0)
     _fill_outline(ImageDraw.Draw(mask), figure, side)
     if figure.texture == "hollow":
@@ -234,7 +235,7 @@ def _mask(figure: Figure, side: int) -> Image.Image:
 
 
 def _pattern(figure: Figure, side: int) -> Image.Image:
-    """Stripes or dots all over, on a paler ground, so that the outline stays visible."""
+    """Stripes or dots on a paler ground, so that the outline stays visible."""
     pattern = Image.new("L", (side, side), 70)
     pen = ImageDraw.Draw(pattern)
     step = side // 11
@@ -261,7 +262,7 @@ def _fill_outline(pen: ImageDraw.ImageDraw, figure: Figure, side: int) -> None:
 
 
 def _corners(radii: Sequence[float], start: float) -> tuple[tuple[float, float], ...]:
-    """Corners at equal angles from `start`, in turns from twelve o'clock, and at given radii."""
+    """Corners at equal angles from `start` (in turns, from twelve o'clock), at given radii."""
     turns = [2 * math.pi * (start + i / len(radii)) for i in range(len(radii))]
     return tuple((r * math.sin(t), -r * math.cos(t)) for r, t in zip(radii, turns, strict=True))
 

@@ -1,14 +1,16 @@
-"""What the columns of a table mean: which one is the image, which hold captions or the class.
+"""The columns of a table: which one is the image, which are captions or the class.
 
-names of columns -> Columns;   a row, by column -> Sample
+names of columns -> Columns;   a row as {column: value} -> Sample
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from leanclip.config.data import DataConfig
 from leanclip.data.dataset import (
+    Dataset,
     Sample,
     check_unicode,
     choose_templates,
@@ -22,7 +24,7 @@ from leanclip.errors import DataError, SampleError
 from leanclip.io.files import URL_IN_DATA, is_url
 from leanclip.preprocess.image_formats import SUFFIXES
 
-# The names that are looked for, in this order and in any letter case, where a config has none.
+# Names that are looked for in this order, in any letter case, where the config names no column.
 IMAGES = (
     "image",
     "image_path",
@@ -49,7 +51,7 @@ class Columns:
     """The columns that are used."""
 
     image: str
-    captions: tuple[str, ...]  # none in class data
+    captions: tuple[str, ...]  # empty in class data
     label: str | None = None
 
     @property
@@ -59,7 +61,7 @@ class Columns:
 
 
 def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Columns:
-    """The columns that the config names, or the first usual ones among those found.
+    """The columns that the config names, else the first usual ones among those found.
 
     Raises:
         DataError: there are no such columns.
@@ -105,13 +107,13 @@ def choose_columns(config: DataConfig, found: Sequence[str], where: str) -> Colu
 
 
 def usual_column(found: Iterable[str], names: Iterable[str]) -> str | None:
-    """The first of the usual names that is among those found, in any letter case."""
+    """The first of some usual names that is found, in any letter case."""
     usual = {name.lower(): name for name in reversed(list(found))}
     return next((usual[name] for name in names if name in usual), None)
 
 
 def several_labels(column: str, where: str) -> DataError:
-    """What to raise where a column has lists of labels."""
+    """The error for a column of lists of labels."""
     return DataError(
         f"{where}: the column {column!r} has lists of labels; one label per image is read: name "
         f"such a column in data.label_column, or one of captions in data.caption_column"
@@ -119,10 +121,10 @@ def several_labels(column: str, where: str) -> DataError:
 
 
 def _check_header(found: Sequence[str], where: str) -> None:
-    """Refuse what is no header, where no usual name is found in it.
+    """Refuse a header of values, or of names with another delimiter.
 
     Raises:
-        DataError: it has values, or names that another sign separates.
+        DataError: none of the names is a usual one, and it looks like such a header.
     """
     names = [name.lower() for name in found]
     usual = {*IMAGES, *CAPTIONS, *LABELS}
@@ -145,29 +147,27 @@ def class_names(
     names: Sequence[str] | None,
     values: Callable[[], Iterable[str]] | None,
 ) -> tuple[list[str], dict[str, int]]:
-    """The names of the classes, and the label of each value that a row may have.
+    """The names of the classes, and the label of each value in the data.
 
     Args:
-        config: its `class_names` is a file of names, which comes before the others.
+        config: its `class_names` is a file of names, which takes precedence.
         where: the data set, for messages.
         names: by label, where the data has them.
-        values: looks through the data for the different values; None: that cannot be done.
+        values: finds the distinct values in the data; None: not possible.
 
     Raises:
         DataError: no file, no names, or not as many as the data has classes.
     """
     if config.class_names is not None:
         given = read_class_file(Path(config.class_names))
-        if names is not None:
-            named = given.names_of(names, config.class_names)
-            return named, index_labels(named)
-        return list(given.names), index_labels(given.names, given.keys)
-    if names is not None:
-        if not names:
-            raise DataError(f"{where}: its classes have no names; set data.class_names to a file")
+        if names is None:
+            return list(given.names), index_labels(given.names, given.keys)
+        named = given.names_of(names, config.class_names)
+        return named, index_labels(named)
+    if names:
         named = [name.replace("_", " ") for name in names]
         return named, index_labels(named)
-    if values is None:
+    if names is not None or values is None:
         raise DataError(f"{where}: its classes have no names; set data.class_names to a file")
     found = sorted_values(values())
     if not found:
@@ -177,30 +177,30 @@ def class_names(
 
 
 def sorted_values(values: Iterable[str]) -> list[str]:
-    """In the order of numbers if all are whole numbers; else of letters."""
+    """Distinct values but empty ones; as numbers if all are whole numbers, else as text."""
     return sorted_names(set(values) - {""})
 
 
-def check_count(values: set[str], column: str, where: str) -> None:
-    """That a column can be one of labels.
+def check_count(values: Sized, column: str, where: str) -> None:
+    """Check that the distinct values of a column can be classes.
 
     Raises:
-        DataError: it has too many different values.
+        DataError: there are too many.
     """
     if len(values) > MAX_CLASSES:
         raise DataError(
-            f"{where}: the label column {column!r} has over {MAX_CLASSES} different values; "
+            f"{where}: the label column {column!r} has over {MAX_CLASSES} distinct values; "
             f"if these are captions, name it in data.caption_column"
         )
 
 
 class RowMapper:
-    """Makes samples of rows.
+    """Turns rows into samples.
 
     Args:
         config: for templates.
-        columns: what is where in a row.
-        folder: what paths of images are relative to.
+        columns: which are used.
+        folder: paths of images are relative to it.
         classes: of class data: the names, and the label of each value.
     """
 
@@ -218,7 +218,7 @@ class RowMapper:
             self.templates = choose_templates(config.templates, folder / "templates.txt")
 
     def sample(self, name: str, row: Mapping[str, object]) -> Sample:
-        """The sample of a row called `name`.
+        """The sample of a row; `name` is for messages.
 
         Raises:
             SampleError: it has no image, no caption or no known label.
@@ -236,26 +236,55 @@ class RowMapper:
         return Sample(id_, image, fill(self.templates, self.classes[label]), label)
 
     def _image(self, name: str, value: object) -> Path | bytes:
-        if isinstance(value, Mapping):  # as Hugging Face keeps images
+        if isinstance(value, Mapping):  # Hugging Face's images
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes) and value:
             return value
         if not value:
             raise SampleError("missing image", f"{name}: has no image")
         if not isinstance(value, str) or "\0" in value:
-            raise SampleError("malformed row", f"{name}: its image is no path")
+            raise SampleError("malformed row", f"{name}: its image is not a path")
         if is_url(value):
             raise SampleError("image at a URL", f"{name}: its image {value[:200]} {URL_IN_DATA}")
         if len(value) > MAX_PATH_LENGTH:
             raise SampleError(
                 "malformed row",
-                f"{name}: its image is a path of {len(value)} characters (base64 is not read)",
+                f"{name}: its image is a path of {len(value)} characters (base64 is not supported)",
             )
         return self.folder / value
 
 
+class RowDataset(Dataset):
+    """Rows by index as samples; a row's number in messages counts from 1.
+
+    Args:
+        rows: each a mapping from column to value.
+        mapper: turns a row into a sample.
+        where: the file or data set, for messages.
+    """
+
+    def __init__(self, rows: Any, mapper: RowMapper, where: str) -> None:
+        self.rows, self.mapper, self.where = rows, mapper, where
+        self.classes, self.templates = mapper.classes, mapper.templates
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        name = self.name(index)
+        try:
+            row = self.rows[index]
+        except UnicodeDecodeError:
+            raise SampleError("caption not UTF-8", f"{name}: is not UTF-8 text") from None
+        return self.mapper.sample(name, row)
+
+    def name(self, index: int) -> str:
+        """The data set and the row."""
+        return f"{self.where} row {index + 1}"
+
+
 def _captions(name: str, values: Iterable[object]) -> list[str]:
-    """Every text among the values, which are texts or lists of them."""
+    """The non-empty texts of a row, whose values are texts or lists of texts."""
     captions = []
     for value in values:
         for text in value if isinstance(value, list | tuple) else [value]:
@@ -263,7 +292,7 @@ def _captions(name: str, values: Iterable[object]) -> list[str]:
                 continue
             if not isinstance(text, str):
                 kind = type(text).__name__
-                raise SampleError("malformed row", f"{name}: a caption is no text but {kind}")
+                raise SampleError("malformed row", f"{name}: a caption is not text but {kind}")
             if text.strip():
                 captions.append(text)
     if not captions:
