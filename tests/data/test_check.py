@@ -296,9 +296,7 @@ def test_every_command_names_what_is_not_read_in_shards(command: Command) -> Non
     checked = command("data", "check", "shards:a.tar", "--workers", "0")
     assert checked.returncode == 1
     assert "all: 12 samples" in checked.stdout
-    assert "a.tar/011: there is no image of this name; members that are not read: .heic" in (
-        checked.stdout
-    )
+    assert "a.tar/011: no image with this key; members that are not read: .heic" in (checked.stdout)
     (skipped,) = Path("packed/skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["id"] == "a.tar/011"
 

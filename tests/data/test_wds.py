@@ -90,7 +90,7 @@ def test_a_probe_learns_from_its_train_split(command: Command, workplace: Path) 
         (lambda r: (r / "dataset_type.txt").write_text("multilabel"), ("is 'multilabel'",)),
         (lambda r: (r / "classnames.txt").write_text("ant\nbee\n"), ("'2' is no known class",)),
         (lambda r: (r / "classnames.txt").write_text(""), ("classnames.txt: is empty",)),
-        (lambda r: (r / "classnames.txt").unlink(), ("no caption of this name",)),
+        (lambda r: (r / "classnames.txt").unlink(), ("no caption with this key",)),
         (
             lambda r: (r / "zeroshot_classification_templates.txt").write_text("a photo"),
             ("the template 'a photo' has no {}",),
