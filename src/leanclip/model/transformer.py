@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip.model import short_attention as short
 from leanclip.model.packed import Packed, split_heads
 
 
@@ -120,8 +119,6 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3D)
         if packed is not None:
             return self.out_proj(packed.attend(qkv, self.heads))  # (T, D)
-        if self.training and not self.is_causal and short.is_faster(qkv):
-            return self.out_proj(short.attend(qkv, self.heads))  # (B, L, D)
         q, k, v = split_heads(qkv, 3, self.heads)  # each (B, H, L, D/H)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)  # (B, H, L, D/H)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, D)
