@@ -273,7 +273,7 @@ def models() -> None:
     """
     from rich.console import Console
 
-    from leanclip.model.presets import summaries
+    from leanclip.model.cost import summaries
 
     headings = ("model", "parameters (M)", "forward GFLOPs", "pixels", "activation")
     rows = Rows(*headings, numbers=range(1, 4), as_json=False)
