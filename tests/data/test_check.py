@@ -25,6 +25,7 @@ from leanclip.data.tools.duplicates import (
     near_pairs,
 )
 from leanclip.data.tools.findings import Findings, expected_pairs, find
+from leanclip.data.tools.text import problems
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -188,7 +189,7 @@ def test_unusable_samples_and_captions_are_counted(tmp_path: Path) -> None:
         assert captions["over_context"] == 1
         assert captions["most_common"] == [{"caption": "the same", "times": 2}]
         assert captions["captions"] - captions["distinct"] == 1
-        assert "5 of 20 samples are unusable" in findings.problems[0]
+        assert "5 of 20 samples (25.0%) are unusable" in problems(findings.values)[0]
 
 
 def test_leaks_are_found_and_decide(tmp_path: Path) -> None:
@@ -212,8 +213,8 @@ def test_leaks_are_found_and_decide(tmp_path: Path) -> None:
     assert names == [["rocket", "rocket"], ["page", "page"]]
     assert duplicates["within"]["train"]["exact"] == 1
     assert duplicates["within"]["train"]["near"] == 0
-    assert len(findings.problems) == 2  # exact and near
-    assert checked(f"pairs:{tmp_path / 'd'}", splits=("train",)).problems == []
+    assert len(problems(findings.values)) == 2  # exact and near
+    assert problems(checked(f"pairs:{tmp_path / 'd'}", splits=("train",)).values) == []
 
 
 def test_classes_are_counted(tmp_path: Path) -> None:

@@ -1,28 +1,58 @@
-"""Findings of a check as lines for a person."""
+"""Findings of a check in words: the summary, and what is over the thresholds."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from leanclip.data.tools.findings import EXAMPLES, Findings
-
 _SHOWN = 3  # examples of each kind; check.json has more
+NEAR_LEAKAGE = 0.01  # default fraction of a split's images with near-duplicates in another
 
 
-def check_text(findings: Findings) -> str:
+def problems(
+    values: Mapping[str, Any], *, max_problems: float = 0.01, max_leakage: float | None = None
+) -> list[str]:
+    """What is over the thresholds, one per line.
+
+    Args:
+        values: of `Findings`.
+        max_problems: the fraction of unusable samples that is allowed.
+        max_leakage: the fraction of a split's images that may be in another one, exactly or
+            nearly; None: no exact ones, and NEAR_LEAKAGE near ones.
+    """
+    lines = []
+    for name, part in values["parts"].items():
+        if part["unusable_share"] > max_problems:
+            count = sum(part["unusable"].values())
+            lines.append(
+                f"{name}: {count:,} of {part['samples']:,} samples ({part['unusable_share']:.1%}) "
+                f"are unusable; the limit is {max_problems:.1%} (--max-problems)"
+            )
+    limits = (0.0, NEAR_LEAKAGE) if max_leakage is None else (max_leakage, max_leakage)
+    for one in values["duplicates"]["across"]:
+        for kind, limit in zip(("exact", "near"), limits, strict=True):
+            if one[f"{kind}_share"] > limit:
+                names = " and ".join(one["parts"])
+                lines.append(
+                    f"{names}: {_leak(one, kind)}; the limit is {limit:.1%} (--max-leakage)"
+                )
+    return lines
+
+
+def check_text(values: Mapping[str, Any], problems: Sequence[str]) -> str:
     """The whole summary, the verdict last."""
     lines = []
-    for name, part in findings.values["parts"].items():
+    for name, part in values["parts"].items():
         lines += [f"{name}: {part['samples']:,} samples ({part['format']}:{part['root']})"]
         lines += [f"  {line}" for line in _part(part)] + [""]
     lines += ["duplicates"]
-    lines += [f"  {line}" for line in _duplicates(findings.values["duplicates"])] + [""]
-    if findings.problems:
-        lines += ["Problems:", *(f"  {problem}" for problem in findings.problems)]
+    lines += [f"  {line}" for line in _duplicates(values["duplicates"])] + [""]
+    if problems:
+        lines += ["Problems:", *(f"  {problem}" for problem in problems)]
     else:
         lines += ["No problems above the thresholds."]
     return "\n".join(lines)
 
 
-def _part(part: dict[str, Any]) -> list[str]:
+def _part(part: Mapping[str, Any]) -> list[str]:
     lines = []
     for kind, count in part["unusable"].items():
         lines.append(f"unusable: {count:,} {kind}")
@@ -30,85 +60,82 @@ def _part(part: dict[str, Any]) -> list[str]:
     if not part["unusable"]:
         lines.append("unusable: none")
     lines += part["remarks"]
-    if "short_side" in part:
-        side = part["short_side"]
+    if side := part.get("short_side"):
         lines.append(
             f"short sides: {side['smallest']} to {side['largest']} pixels, median {side['median']}"
         )
     if part["odd_images"]:
         odd = ", ".join(f"{count:,} {word}" for word, count in part["odd_images"].items())
-        lines.append(f"odd images, usable all the same: {odd}")
+        lines.append(f"unusual images, usable: {odd}")
     if "captions" in part:
         lines += _captions(part["captions"])
     if "classes" in part:
         lines += _classes(part["classes"])
-    return [*lines, *_false_negatives(part["false_negatives"], is_class="classes" in part)]
+    found = part["false_negatives"]
+    what = "of the same class" if "classes" in part else "with the same caption"
+    lines.append(
+        f"false negatives: {found['per_sample']:.2f} other samples {what} per sample of a batch of "
+        f"{found['batch_size']:,}, on average ({found['expected_pairs']:,.1f} ordered pairs)"
+    )
+    if found["per_sample"] >= 0.1:
+        lines += ["  the loss pushes these apart: use a multi-positive loss, captions that differ,"]
+        lines += ["  or smaller batches"]
+    return lines
 
 
-def _captions(found: dict[str, Any]) -> list[str]:
+def _captions(found: Mapping[str, Any]) -> list[str]:
     lines = [
         f"captions: {found['captions']:,}, {found['distinct']:,} distinct "
         f"({found['duplicate_share']:.1%} repeat another)",
-        f"over {found['context_length']} tokens, which training cuts: {found['over_context']:,} "
+        f"over {found['context_length']} tokens, cut in training: {found['over_context']:,} "
         f"({found['over_context_share']:.1%})",
     ]
-    if found["blank"]:
-        lines.append(f"blank captions: {found['blank']:,}")
-    if found["very_long"]:
-        lines.append(f"very long captions: {found['very_long']:,}")
     lines += [
-        f"  {one['times']:,} times: {one['caption']}" for one in found["most_common"][:_SHOWN]
+        f"{kind.replace('_', ' ')} captions: {found[kind]:,}"
+        for kind in ("blank", "very_long")
+        if found[kind]
     ]
+    common = found["most_common"][:_SHOWN]
+    return lines + [f"  {one['times']:,} times: {one['caption']}" for one in common]
+
+
+def _classes(found: Mapping[str, Any]) -> list[str]:
+    smallest, largest = (
+        ", ".join(f"{name} {count:,}" for name, count in found[kind].items())
+        for kind in ("smallest", "largest")
+    )
+    lines = [f"classes: {found['classes']:,}; smallest: {smallest}; largest: {largest}"]
+    if empty := found["empty"]:
+        more = ", ..." * (len(empty) > 10)
+        lines.append(f"classes without images: {len(empty):,} ({', '.join(empty[:10])}{more})")
     return lines
 
 
-def _classes(found: dict[str, Any]) -> list[str]:
-    def listed(counts: dict[str, int]) -> str:
-        return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-    lines = [
-        f"classes: {found['classes']:,}; smallest: {listed(found['smallest'])}; "
-        f"largest: {listed(found['largest'])}"
-    ]
-    if found["empty"]:
-        names = ", ".join(found["empty"][:EXAMPLES])
-        lines.append(f"classes without images: {len(found['empty']):,} ({names})")
-    return lines
-
-
-def _false_negatives(found: dict[str, Any], *, is_class: bool) -> list[str]:
-    what = "are of the same class" if is_class else "have the same caption"
-    lines = [
-        f"false negatives: in a batch of {found['batch_size']:,}, on average "
-        f"{found['per_sample']:.2f} others {what} as a sample ({found['expected_pairs']:,.1f} "
-        f"ordered pairs)"
-    ]
-    if found["per_sample"] >= 0.1:
-        lines.append("  training pushes these apart; a multi-positive loss helps, or captions that")
-        lines.append("  differ, or smaller batches")
-    return lines
-
-
-def _duplicates(found: dict[str, Any]) -> list[str]:
+def _duplicates(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for one in found["across"]:
-        lines.append(
-            f"{' and '.join(one['parts'])}: {one['exact']:,} images of the one are in the other "
-            f"({one['exact_share']:.2%}), {one['near']:,} more nearly ({one['near_share']:.2%})"
-        )
+        names = " and ".join(one["parts"])
+        lines.append(f"{names}: {_leak(one, 'exact')}, {_leak(one, 'near')}")
         lines += _examples(one["examples"])
     for name, one in found["within"].items():
         lines.append(
-            f"{name}: {one['exact']:,} exact copies of another, {one['near']:,} with a near one"
+            f"{name}: {one['exact']:,} exact copies of another image, {one['near']:,} images with "
+            f"near-duplicates"
         )
         lines += _examples(one["examples"])
     if found["crowded"]:
         lines.append(
             f"{found['crowded']:,} images look like too many others to be compared with them all; "
-            f"near copies among these may be missing"
+            f"near-duplicates among these may be missing"
         )
     return lines
 
 
-def _examples(pairs: list[dict[str, Any]]) -> list[str]:
+def _leak(one: Mapping[str, Any], kind: str) -> str:
+    """The images that two parts share."""
+    words = {"exact": "exact copies", "near": "near-duplicates"}[kind]
+    return f"{one[kind]:,} {words} ({one[f'{kind}_share']:.2%})"
+
+
+def _examples(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"  {(' = ' if one['exact'] else ' ~ ').join(one['images'])}" for one in pairs[:_SHOWN]]
