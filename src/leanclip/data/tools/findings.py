@@ -222,10 +222,10 @@ def _copies(
         return Pair((a, b), (int(images["index"][one]), int(images["index"][other])), is_exact)
 
     examples = [
-        pair(originals[np.searchsorted(groups, group[row])], row, is_exact=True)
-        for row in exact[:EXAMPLES]
+        pair(int(originals[np.searchsorted(groups, group[row])]), row, is_exact=True)
+        for row in exact[:EXAMPLES].tolist()
     ]
-    examples += [pair(*row, is_exact=False) for row in rows[:EXAMPLES]]
+    examples += [pair(one, other, is_exact=False) for one, other in rows[:EXAMPLES].tolist()]
     return {"exact": len(exact), "near": len(similar)}, examples
 
 
