@@ -9,6 +9,7 @@ import io
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted, 143 by SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _show_log()
+    warnings.filterwarnings("ignore", module="PIL")  # on damaged EXIF blocks, large images
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("leanclip", _encode_anyway)
         sys.stdout.reconfigure(errors="leanclip")
