@@ -25,7 +25,7 @@ from leanclip.data.tools.duplicates import (
     near_pairs,
 )
 from leanclip.data.tools.findings import Findings, expected_pairs, find
-from leanclip.data.tools.text import problems
+from leanclip.report.data_check import problems
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

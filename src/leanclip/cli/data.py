@@ -148,10 +148,10 @@ def check_(
 
     from leanclip.data.tools.check import examples, open_parts, read_parts
     from leanclip.data.tools.findings import find, paired_images
-    from leanclip.data.tools.text import check_text, problems
     from leanclip.evaluation.tasks import evaluation_data
     from leanclip.io.files import write_text
     from leanclip.io.progress import ProgressBar
+    from leanclip.report.data_check import check_text, problems
     from leanclip.report.plots import check_pictures
 
     settings, config = _data_settings(source, overrides or ())
