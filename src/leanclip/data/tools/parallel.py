@@ -19,6 +19,7 @@ R = TypeVar("R")
 Note = Callable[[int], None]  # called by a task with the index of each sample before reading it
 
 _INTERVAL = 0.25  # seconds between two updates of the progress
+_IDLE = -2  # in place of an index; -1 is a sample of a stream
 
 
 def in_processes(
@@ -41,7 +42,7 @@ def in_processes(
     Raises:
         DataError: a process died; the message names the samples that were being read.
     """
-    reading = multiprocessing.RawArray("q", [-1] * max(workers, 1))  # indices, by worker
+    reading = multiprocessing.RawArray("q", [_IDLE] * max(workers, 1))  # indices, by worker
     counts = multiprocessing.RawArray("q", max(workers, 1))
     if workers == 0:
         _start(work, reading, counts, None)
@@ -61,10 +62,11 @@ def in_processes(
             progress(sum(counts))
             futures.extend(pool.submit(_run, task) for task in islice(tasks, 1))
     except BrokenProcessPool:
-        names = [name(index) if index >= 0 else "a sample of a stream" for index in reading]
+        indices = sorted({index for index in reading if index != _IDLE})
+        names = [name(index) if index >= 0 else "a sample of a stream" for index in indices]
         raise DataError(
-            f"{' or '.join(dict.fromkeys(names))}: the process that was reading it died; if it "
-            f"ran out of memory, use fewer --workers; else remove this sample"
+            f"{' or '.join(names) or 'data'}: the process that was reading it died; if it ran out "
+            f"of memory, use fewer --workers; else remove this sample"
         ) from None
     finally:
         for child in set(multiprocessing.active_children()) - before:
@@ -72,12 +74,12 @@ def in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_task: tuple[Callable[[Any, Note], Any], Note]  # of this process
+_run_task: Callable[[Any], Any]  # of this process
 
 
 def _start(work: Callable[[Any, Note], Any], reading: Any, counts: Any, started: Any) -> None:
     """Prepare a process; `started` counts the workers, None: this is the main process."""
-    global _task
+    global _run_task
     number = 0
     if started is not None:
         with started.get_lock():
@@ -90,7 +92,12 @@ def _start(work: Callable[[Any, Note], Any], reading: Any, counts: Any, started:
         reading[number] = index
         counts[number] += 1
 
-    _task = work, note
+    def run(task: Any) -> Any:
+        result = work(task, note)
+        reading[number] = _IDLE
+        return result
+
+    _run_task = run
 
 
 def _end_with_parent() -> None:
@@ -102,5 +109,4 @@ def _end_with_parent() -> None:
 
 
 def _run(task: Any) -> Any:
-    work, note = _task
-    return work(task, note)
+    return _run_task(task)
