@@ -282,6 +282,7 @@ def test_every_command_names_what_is_not_read_in_shards(command: Command) -> Non
             tar.add(path, f"{stem}.npy")
         tar.add(images[6].with_suffix(".txt"), "006.txt")
     data = ("-o", "data.format=shards", "-o", "data.root=a.tar", "-o", "data.max_bad_fraction=0.5")
+    results = []
     for words, where in (
         (("data", "check", "shards:a.tar", "--workers", "0"), "stdout"),
         (("data", "pack", "shards:a.tar", "packed", "-o", "max_bad_fraction=0.5"), "stderr"),
@@ -289,12 +290,13 @@ def test_every_command_names_what_is_not_read_in_shards(command: Command) -> Non
         (("search", "build", "a.tar", "--model", "tiny", "--out", "index"), "stderr"),
     ):
         done = command(*words)
+        results.append(done)
         printed = getattr(done, where)
         assert "members that are not read: 13 (12 .npy, 1 .heic)" in printed, (words, done.stderr)
         assert re.search(r"not next to each other in the tar: 1 \([^ ]*a\.tar/006\)", printed), (
             words
         )
-    checked = command("data", "check", "shards:a.tar", "--workers", "0")
+    checked = results[0]
     assert checked.returncode == 1
     assert "all: 12 samples" in checked.stdout
     assert "a.tar/011: no image with this key; members that are not read: .heic" in (checked.stdout)
