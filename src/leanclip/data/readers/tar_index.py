@@ -11,7 +11,7 @@ import logging
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -129,9 +129,24 @@ class _Member(NamedTuple):
     problem: str = ""
 
     @property
+    def stem(self) -> str:
+        """The name up to the last dot."""
+        return f"{self.key}.{self.rest}".rpartition(".")[0]
+
+    @property
     def suffix(self) -> str:
         """What follows the last dot."""
         return self.rest.rpartition(".")[2].lower()
+
+
+@dataclass
+class _Group:
+    """Members with the same key."""
+
+    key: str
+    members: list[_Member] = field(default_factory=list)
+    extensions: set[str] = field(default_factory=set)
+    is_apart: bool = False  # other members stand between them
 
 
 @dataclass
@@ -144,43 +159,38 @@ class _Sample:
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size
     unread: list[str] = field(default_factory=list)
 
-    @classmethod
-    def of(
-        cls, key: str, members: Sequence[_Member], extensions: Sequence[str], *, is_apart: bool
-    ) -> "_Sample":
-        """A sample of members, each with what its extension is under this key."""
-        sample = cls(key, is_apart=is_apart)
-        found = dict[str, tuple[int, int]]()
-        for member, extension in zip(members, extensions, strict=True):
-            if member.problem:
-                sample.problem = member.problem
-            elif extension not in _READ:
-                sample.unread.append("." + member.rest[-len(extension) :])
-            elif extension in found:
-                sample.problem = "duplicate member"
-            else:
-                found[extension] = member.offset, member.size
-        images = [name for name in IMAGES if name in found]
-        sample.parts = {name: found[name] for name in TEXTS if name in found}
-        if images:
-            sample.parts["image"] = found[images[0]]
-        return sample
-
     @property
     def is_complete(self) -> bool:
         """Whether it has an image, and a caption or a label."""
-        return "image" in self.parts and len(self.parts) > 1
+        return "image" in self.parts and not self.parts.keys().isdisjoint(TEXTS)
 
 
-def _samples(members: Iterable[_Member]) -> list[_Sample]:
+def _sample(group: _Group, key: str, extensions: Mapping[str, Sequence[_Member]]) -> _Sample:
+    """A sample of members of a group by their extensions under this key."""
+    sample = _Sample(key, is_apart=group.is_apart)
+    for extension, members in extensions.items():
+        problems = [member.problem for member in members if member.problem]
+        if problems or (extension in _READ and len(members) > 1):
+            sample.problem = problems[0] if problems else "duplicate member"
+        elif extension in _READ:
+            sample.parts[extension] = members[0].offset, members[0].size
+        else:
+            sample.unread += ["." + member.rest[-len(extension) :] for member in members]
+    for extension in reversed(IMAGES):
+        if extension in sample.parts:
+            sample.parts["image"] = sample.parts[extension]
+    return sample
+
+
+def _samples(members: Sequence[_Member]) -> list[_Sample]:
     """Samples in the order of their first members.
 
     What belongs to no sample (`README.md`, `a.npy` alone) is listed with one that lacks nothing.
     """
-    strays: list[str] = []
+    strays = [member.rest for member in members if not member.key]
     samples: list[_Sample] = []
-    for group, is_apart in _groups(members, strays):
-        for sample in _split(group, is_apart=is_apart):
+    for group in _groups(member for member in members if member.key):
+        for sample in _split(group):
             if sample.parts or sample.problem:
                 samples.append(sample)
             elif any(name.rpartition(".")[2].lower() in _IMAGE_LIKE for name in sample.unread):
@@ -195,55 +205,53 @@ def _samples(members: Iterable[_Member]) -> list[_Sample]:
     return samples
 
 
-def _groups(
-    members: Iterable[_Member], strays: list[str]
-) -> Iterator[tuple[Sequence[_Member], bool]]:
-    """Members of the same key, and whether other members stand between them.
+def _groups(members: Iterable[_Member]) -> list[_Group]:
+    """Members by key.
 
-    A key that returns continues its sample, unless it has that extension already: then it begins
-    another one. Names of members without a key are added to `strays`.
+    A key that returns continues its group, or begins another where that has the extension already.
     """
-    groups: list[dict[str, list[_Member]]] = []  # by extension
-    apart: list[bool] = []
-    latest: dict[str, int] = {}  # index into both, by key
-    previous = -1
+    groups: list[_Group] = []
+    latest: dict[str, _Group] = {}
+    previous = None
     for member in members:
-        if not member.key:
-            strays.append(member.rest)
-            continue
-        number, extension = latest.get(member.key, -1), member.rest.lower()
-        if number < 0 or (number != previous and extension in groups[number]):
-            number = latest[member.key] = len(groups)
-            groups.append({})
-            apart.append(False)
-        elif number != previous:
-            apart[number] = True
-        groups[number].setdefault(extension, []).append(member)
-        previous = number
-    for group, is_apart in zip(groups, apart, strict=True):
-        yield [member for some in group.values() for member in some], is_apart
+        group, extension = latest.get(member.key), member.rest.lower()
+        if group is None or (group is not previous and extension in group.extensions):
+            group = latest[member.key] = _Group(member.key)
+            groups.append(group)
+        group.is_apart |= bool(group.members) and group is not previous
+        group.members.append(member)
+        group.extensions.add(extension)
+        previous = group
+    return groups
 
 
-def _split(group: Sequence[_Member], *, is_apart: bool) -> list[_Sample]:
+def _split(group: _Group) -> list[_Sample]:
     """The samples of one key: one, as in WebDataset, unless names have more dots than one.
 
     `photo 1.5 of me.jpg` and `photo 1.5 of me.txt` have the key `photo 1` and no known extension
     there. Such members are grouped by their names up to the last dot.
     """
-    key = group[0].key
-    sample = _Sample.of(key, group, [one.rest.lower() for one in group], is_apart=is_apart)
-    if sample.is_complete or not any("." in one.rest and one.suffix in _READ for one in group):
+    members = group.members
+    sample = _sample(group, group.key, _by(members, lambda one: one.rest.lower()))
+    if sample.is_complete or not any("." in one.rest and one.suffix in _READ for one in members):
         return [sample]
-    by_stem: dict[str, list[_Member]] = {}
-    for member in group:
-        by_stem.setdefault(f"{key}.{member.rest}".rpartition(".")[0], []).append(member)
     samples = [
-        _Sample.of(stem, same, [one.suffix for one in same], is_apart=is_apart)
-        for stem, same in by_stem.items()
+        _sample(group, stem, _by(same, lambda one: one.suffix))
+        for stem, same in _by(members, lambda one: one.stem).items()
     ]
     # `a.in.png` and `a.out.txt` are parts of one sample that is not read.
-    is_one = len({one.suffix for one in group}) == len(group)
+    is_one = len({one.suffix for one in members}) == len(members)
     return [sample] if is_one and not any(one.is_complete for one in samples) else samples
+
+
+def _by(
+    members: Iterable[_Member], name: Callable[[_Member], str]
+) -> Mapping[str, Sequence[_Member]]:
+    """Members by name, in order."""
+    found: dict[str, list[_Member]] = {}
+    for member in members:
+        found.setdefault(name(member), []).append(member)
+    return found
 
 
 class _BoundedHeader(tarfile.TarInfo):
