@@ -15,7 +15,7 @@ from test_sweep import make_classes, make_model
 import leanclip
 from leanclip.evaluation import Classification, evaluate, evaluation_config, open_tasks
 from leanclip.evaluation.significance import mcnemar
-from leanclip.preprocess.decoding import open_image
+from leanclip.preprocess.images import open_image
 
 
 def outcomes(better: int, worse: int, both: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,8 +20,7 @@ from test_sweep import make_classes
 
 from leanclip.evaluation import evaluator as measure
 from leanclip.evaluation import multi_model as several
-from leanclip.preprocess.decoding import open_image
-from leanclip.preprocess.images import warn_not_shown
+from leanclip.preprocess.images import open_image, warn_not_shown
 
 
 def spoil(root: Path) -> None:

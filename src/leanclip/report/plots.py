@@ -17,8 +17,7 @@ import numpy as np
 from leanclip.evaluation import Report
 from leanclip.evaluation.retention import PREFIX
 from leanclip.io.files import read_metrics
-from leanclip.preprocess.decoding import Source
-from leanclip.preprocess.images import image_to_show
+from leanclip.preprocess.images import Source, image_to_show
 from leanclip.report.text import metric_label
 
 if TYPE_CHECKING:
