@@ -28,7 +28,7 @@ import torch
 from PIL import Image, ImageEnhance
 from skimage import data as pictures
 
-from leanclip.preprocess.decoding import open_part
+from leanclip.preprocess.decoding import open_image, open_part
 from leanclip.preprocess.images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -38,7 +38,6 @@ from leanclip.preprocess.images import (
     draw_box,
     evaluation_pixels,
     normalize,
-    open_image,
     resized,
     to_array,
     training_pixels,

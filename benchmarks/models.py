@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from captions import plain_caption
+from leanclip.config.presets import preset
 from leanclip.config.schema import load_config
 from leanclip.config.sections import to_plain
 from leanclip.data.loader import Batch, trim
 from leanclip.data.prompts import PROMPTS
 from leanclip.model import CLIP
-from leanclip.model.presets import preset
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import END, START, tokenize
 from leanclip.weights import Weights, save_weights, write_weights

@@ -31,7 +31,8 @@ from leanclip.data.loader import Batch, training_batches
 from leanclip.data.tools.check import open_parts, read_parts
 from leanclip.data.tools.findings import find
 from leanclip.data.tools.pack import pack
-from leanclip.preprocess.images import Preprocess, open_image
+from leanclip.preprocess.decoding import open_image
+from leanclip.preprocess.images import Preprocess
 from measuring import chosen, finish, in_turn, options, spread
 
 COUNT, SIZE, SIDE = 300, (2000, 1500), 256

@@ -31,7 +31,7 @@ import torch
 from leanclip.config.training import OptimizerConfig, TrainConfig
 from leanclip.distributed.collectives import join_group, rank_and_world_size
 from leanclip.distributed.wrap_model import wrap_model
-from leanclip.model.presets import forward_gflops
+from leanclip.model.cost import forward_gflops
 from leanclip.preprocess.images import Preprocess
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.step import train_step

@@ -25,7 +25,8 @@ from leanclip.model import CLIP
 from leanclip.openai import transforms
 from leanclip.openai.bpe import SimpleTokenizer
 from leanclip.openai.transforms import CenterCrop, Compose, Normalize, Resize
-from leanclip.preprocess.images import Source, center_crop, open_image, to_array
+from leanclip.preprocess.decoding import Source, open_image
+from leanclip.preprocess.images import center_crop, to_array
 from leanclip.weights import Weights, load_into
 from leanclip.weights.numpy_pickle import read_numpy_pickle
 from leanclip.weights.paddle import paddle_arrays

@@ -25,6 +25,7 @@ from leanclip.data.tools.duplicates import (
     near_pairs,
 )
 from leanclip.data.tools.findings import Findings, expected_pairs, find
+from leanclip.report.data_check import problems
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -188,7 +189,7 @@ def test_unusable_samples_and_captions_are_counted(tmp_path: Path) -> None:
         assert captions["over_context"] == 1
         assert captions["most_common"] == [{"caption": "the same", "times": 2}]
         assert captions["captions"] - captions["distinct"] == 1
-        assert "5 of 20 samples are unusable" in findings.problems[0]
+        assert "5 of 20 samples (25.0%) are unusable" in problems(findings.values)[0]
 
 
 def test_leaks_are_found_and_decide(tmp_path: Path) -> None:
@@ -212,8 +213,8 @@ def test_leaks_are_found_and_decide(tmp_path: Path) -> None:
     assert names == [["rocket", "rocket"], ["page", "page"]]
     assert duplicates["within"]["train"]["exact"] == 1
     assert duplicates["within"]["train"]["near"] == 0
-    assert len(findings.problems) == 2  # exact and near
-    assert checked(f"pairs:{tmp_path / 'd'}", splits=("train",)).problems == []
+    assert len(problems(findings.values)) == 2  # exact and near
+    assert problems(checked(f"pairs:{tmp_path / 'd'}", splits=("train",)).values) == []
 
 
 def test_classes_are_counted(tmp_path: Path) -> None:
@@ -281,6 +282,7 @@ def test_every_command_names_what_is_not_read_in_shards(command: Command) -> Non
             tar.add(path, f"{stem}.npy")
         tar.add(images[6].with_suffix(".txt"), "006.txt")
     data = ("-o", "data.format=shards", "-o", "data.root=a.tar", "-o", "data.max_bad_fraction=0.5")
+    results = []
     for words, where in (
         (("data", "check", "shards:a.tar", "--workers", "0"), "stdout"),
         (("data", "pack", "shards:a.tar", "packed", "-o", "max_bad_fraction=0.5"), "stderr"),
@@ -288,17 +290,16 @@ def test_every_command_names_what_is_not_read_in_shards(command: Command) -> Non
         (("search", "build", "a.tar", "--model", "tiny", "--out", "index"), "stderr"),
     ):
         done = command(*words)
+        results.append(done)
         printed = getattr(done, where)
         assert "members that are not read: 13 (12 .npy, 1 .heic)" in printed, (words, done.stderr)
         assert re.search(r"not next to each other in the tar: 1 \([^ ]*a\.tar/006\)", printed), (
             words
         )
-    checked = command("data", "check", "shards:a.tar", "--workers", "0")
+    checked = results[0]
     assert checked.returncode == 1
     assert "all: 12 samples" in checked.stdout
-    assert "a.tar/011: there is no image of this name; members that are not read: .heic" in (
-        checked.stdout
-    )
+    assert "a.tar/011: no image with this key; members that are not read: .heic" in (checked.stdout)
     (skipped,) = Path("packed/skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["id"] == "a.tar/011"
 

@@ -97,7 +97,7 @@ def test_other_formats_are_named(tmp_path: Path, name: str) -> None:
 
 def test_a_cameras_own_format_is_not_taken_for_the_preview_in_it(tmp_path: Path) -> None:
     noise_image(1).save(tmp_path / "a.nef", "TIFF")
-    with pytest.raises(SampleError, match=r"a\.nef: .*\.nef is a camera's own format"):
+    with pytest.raises(SampleError, match=r"a\.nef: .*\.nef is a raw format"):
         open_image(tmp_path / "a.nef")
     noise_image(1).save(tmp_path / "b.heic", "JPEG")  # what it is counts elsewhere
     assert open_image(tmp_path / "b.heic").size == (48, 40)

@@ -23,7 +23,7 @@ from leanclip.data.scaled_decode import open_header, open_reduced
 from leanclip.data.tools.pack import pack, packed_image
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import DataError, SampleError
-from leanclip.preprocess.images import open_image
+from leanclip.preprocess.decoding import open_image
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LIMIT = 10**8  # pixels

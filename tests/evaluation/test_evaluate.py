@@ -19,7 +19,7 @@ from leanclip.data import Dataset
 from leanclip.errors import DataError
 from leanclip.evaluation import evaluate, open_tasks, retrieval_metrics
 from leanclip.evaluation.features import encode_images, encode_texts, images_at_once
-from leanclip.preprocess.images import open_image
+from leanclip.preprocess.decoding import open_image
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.report.plots import image_grid, similarity_matrix
 from leanclip.report.text import sentences

@@ -15,7 +15,7 @@ from leanclip.data import Dataset, Sample
 from leanclip.evaluation import evaluation_config, open_tasks
 from leanclip.evaluation.multi_model import evaluate_each
 from leanclip.evaluation.sweep import Point, choose, parse_alphas
-from leanclip.preprocess.images import open_image
+from leanclip.preprocess.decoding import open_image
 from leanclip.report.plots import pareto_front
 from leanclip.weights import save_weights
 

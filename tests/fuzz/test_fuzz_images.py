@@ -19,6 +19,8 @@ from leanclip.preprocess.images import Preprocess, evaluation_pixels, training_p
 
 MANY = 4_000_000  # the most pixels in these tests
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow
+
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()

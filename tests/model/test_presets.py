@@ -12,8 +12,9 @@ from conftest import TINY
 
 from leanclip import CLIP, ConfigError
 from leanclip.config.model import ModelConfig
+from leanclip.config.presets import PRESETS, preset
 from leanclip.config.sections import parse
-from leanclip.model.presets import PRESETS, forward_gflops, preset
+from leanclip.model.cost import forward_gflops
 
 PUBLISHED = {  # millions of parameters; open_clip's docs/model_profile.csv
     "ViT-B-32": 151.28,
@@ -140,8 +141,8 @@ def test_models_prints_a_json_line_each_when_piped(command) -> None:
 
 def test_models_draws_a_table_on_a_terminal() -> None:
     code = (
-        "import leanclip.model.presets as presets; from leanclip.cli.main import main;"
-        "presets.PRESETS = {'ViT-B-32': presets.PRESETS['ViT-B-32']}; main(['models'])"
+        "import leanclip.model.cost as cost; from leanclip.cli.main import main;"
+        "cost.PRESETS = {'ViT-B-32': cost.PRESETS['ViT-B-32']}; main(['models'])"
     )
     reader, terminal = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}

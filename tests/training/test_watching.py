@@ -16,11 +16,12 @@ from test_step import batch_of
 
 from leanclip import CLIP, Preprocess
 from leanclip.config.model import ModelConfig
+from leanclip.config.presets import preset
 from leanclip.config.schema import load_config
 from leanclip.config.sections import parse
 from leanclip.config.training import OptimizerConfig
 from leanclip.io.files import read_metrics
-from leanclip.model.presets import forward_gflops, preset
+from leanclip.model.cost import forward_gflops
 from leanclip.training.monitor import peak_memory, write_status
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.plan import make_plan

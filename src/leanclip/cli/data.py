@@ -148,10 +148,10 @@ def check_(
 
     from leanclip.data.tools.check import examples, open_parts, read_parts
     from leanclip.data.tools.findings import find, paired_images
-    from leanclip.data.tools.text import check_text
     from leanclip.evaluation.tasks import evaluation_data
     from leanclip.io.files import write_text
     from leanclip.io.progress import ProgressBar
+    from leanclip.report.data_check import check_text, problems
     from leanclip.report.plots import check_pictures
 
     settings, config = _data_settings(source, overrides or ())
@@ -163,19 +163,20 @@ def check_(
         parts,
         batch_size=batch_size or (config.train.batch_size if config else 1024),
         context_length=config.model.context_length if config else 77,
-        max_problems=max_problems,
-        max_leakage=max_leakage,
     )
+    over = problems(findings.values, max_problems=max_problems, max_leakage=max_leakage)
     if out is None:
         out = Path("runs") / f"check-{Path(settings.root or source).stem}"
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(findings.to_plain(), indent=2)
+    text = json.dumps(findings.values | {"problems": over}, indent=2)
     write_text(out / "check.json", text + "\n")
     drawn = check_pictures(out, examples(parts), paired_images(parts, findings))
-    print(text if as_json else check_text(findings).encode("utf-8", "replace").decode())
+    print(
+        text if as_json else check_text(findings.values, over).encode("utf-8", "replace").decode()
+    )
     for path in (out / "check.json", *drawn):
         print(path, file=sys.stderr if as_json else sys.stdout)
-    if findings.problems:
+    if over:
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ import io
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted, 143 by SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _show_log()
+    warnings.filterwarnings("ignore", module="PIL")  # on damaged EXIF blocks, large images
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("leanclip", _encode_anyway)
         sys.stdout.reconfigure(errors="leanclip")
@@ -267,7 +269,7 @@ def models() -> None:
     """
     from rich.console import Console
 
-    from leanclip.model.presets import summaries
+    from leanclip.model.cost import summaries
 
     headings = ("model", "parameters (M)", "forward GFLOPs", "pixels", "activation")
     rows = Rows(*headings, numbers=range(1, 4), as_json=False)

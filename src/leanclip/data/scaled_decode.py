@@ -1,14 +1,20 @@
-"""Images read whole but decoded small, for what only needs them small: packing, checking."""
+"""Scaled decoding of whole images, for packing and checking."""
 
 import io
 
 from PIL import Image
 
 from leanclip.data.dataset import Sample
-from leanclip.preprocess.decoding import open_regular, orientation_of, read_header, refusing
-from leanclip.preprocess.images import decoding_factor, open_image
+from leanclip.preprocess.decoding import (
+    open_image,
+    open_regular,
+    orientation_of,
+    read_header,
+    refusing,
+)
+from leanclip.preprocess.images import decoding_factor
 
-MARGIN = 2  # a decoder's own reduction keeps this many times the wanted side; benchmarks/pack.py
+MARGIN = 2  # scaled decoding keeps at least this many times the wanted side; benchmarks/pack.py
 
 
 def image_bytes(sample: Sample) -> bytes:
@@ -24,7 +30,7 @@ def image_bytes(sample: Sample) -> bytes:
 
 
 def open_header(data: bytes, *, max_pixels: int) -> Image.Image:
-    """The image with its header read and its pixels not yet decoded.
+    """The image, its pixels not yet decoded.
 
     Raises:
         SampleError: it is no image, or over `max_pixels`.
@@ -34,10 +40,10 @@ def open_header(data: bytes, *, max_pixels: int) -> Image.Image:
 
 
 def open_reduced(image: Image.Image, side: int, *, max_pixels: int) -> Image.Image:
-    """An image of which the header is read -> RGB, its short side at least MARGIN x `side`.
+    """Decode the result of `open_header` into RGB, at a smaller size if it is a large JPEG.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves enough; others, and smaller
-    ones, come as they are. Every byte is read all the same: damage is found.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side is still MARGIN x `side`.
+    Every byte is read, so that damage is found.
 
     Raises:
         SampleError: it is damaged.
@@ -49,7 +55,7 @@ def open_reduced(image: Image.Image, side: int, *, max_pixels: int) -> Image.Ima
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether an image of which the header is read says that it lies on a side, or is mirrored."""
+    """Whether the header of an image has an orientation other than upright."""
     if image.format == "PNG" and "exif" not in image.info:
-        return False  # Pillow would decode it to look for more behind the pixels
+        return False  # Pillow would decode the pixels to look for EXIF behind them
     return orientation_of(image) != 1

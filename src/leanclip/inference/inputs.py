@@ -23,7 +23,9 @@ from leanclip.errors import DataError, SampleError
 from leanclip.io.download import fetch_bytes
 from leanclip.io.files import is_url
 from leanclip.io.threads import in_threads
-from leanclip.preprocess.images import SUFFIXES, Preprocess, Source, evaluation_pixels, open_image
+from leanclip.preprocess.decoding import Source, open_image
+from leanclip.preprocess.image_formats import SUFFIXES
+from leanclip.preprocess.images import Preprocess, evaluation_pixels
 
 log = logging.getLogger("leanclip")
 

@@ -3,8 +3,8 @@
     pixels (B, 3, R, R) -> visual -> image features (B, E)
     tokens (B, L) -> embedding, transformer, end token -> text features (B, E)
 
-Parameter names are OpenAI's. The text tower's stand at the top level there, without a prefix,
-so they are CLIP's own and not those of a module of its own.
+Parameter names are OpenAI's. Those of the text tower have no prefix there, so they belong to CLIP
+itself and not to a submodule.
 
 Shapes: B batch, L tokens, D text width, E embedding, R resolution.
 """
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
-from leanclip.model.packed import Packed, lay_out
+from leanclip.model.packed import Packed, packed_layout
 from leanclip.model.resnet import ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
@@ -27,7 +27,7 @@ MAX_LOGIT_SCALE = math.log(100)  # the paper's bound on the temperature
 
 
 class Features(NamedTuple):
-    """What a forward pass gives: unit features of both towers, and exp(logit_scale)."""
+    """The output of a forward pass: unit features of both towers, and exp(logit_scale)."""
 
     image: torch.Tensor  # (B, E)
     text: torch.Tensor  # (B, E)
@@ -48,7 +48,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config = parse(ModelConfig, arch, where="CLIP")
         self.context_length = config.context_length
-        self.packs_texts = False  # whether `forward` does
+        self.packs_texts = False  # whether `forward` uses `encode_packed`
         self.visual = _vision_tower(config)
         width = config.transformer_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
@@ -77,29 +77,28 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L), L up to the context length -> raw text features (B, E).
 
-        A causal tower that is read at the end token does not look
-        at what stands after it: those columns can be cut off without a change to the features.
-        Every other tower gets them back, as padding (id 0).
+        A causal tower pooled at the end token does not attend to what follows it, so these
+        columns may be cut off. For every other tower they are restored as padding (id 0).
         """
         tokens = self._restore_padding(tokens)
         return self._read_texts(tokens, self._text_position(tokens), None)
 
     def encode_packed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """As `encode_text`, within rounding, without a computation on padding.
+        """As `encode_text`, within rounding, without computing padding.
 
-        Where the tower has to look at padding, or there is no text, it is `encode_text`.
+        It is `encode_text` if the tower attends to padding, or there is no text.
         """
         config = self.config
         if not (config.transformer_causal and config.transformer_pool == "argmax" and len(tokens)):
             return self.encode_text(tokens)
-        packed = lay_out(tokens)
+        packed = packed_layout(tokens)
         return self._read_texts(tokens[:, : packed.mask.shape[1]], packed.end, packed)
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
-        """Unit features of images and texts, in float32, and the factor on their cosines.
+        """Unit features of images and texts in float32, and the scale of their cosines.
 
-        In place of pixels (B, 3, R, R) or of tokens (B, L) there may be their unit features
-        (B, E) already, of a tower that is locked.
+        Pixels (B, 3, R, R) or tokens (B, L) may be replaced by the unit features (B, E) of a
+        locked tower.
         """
         image, text = pixels, tokens
         if pixels.dim() != 2:
@@ -115,13 +114,13 @@ class CLIP(nn.Module):
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def parameter_count(self) -> int:
-        """The number of trained values."""
+        """The number of values in all parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _read_texts(
         self, tokens: torch.Tensor, position: torch.Tensor, packed: Packed | None
     ) -> torch.Tensor:
-        """Raw features (B, E) of tokens (B, L), read at `position` (B,) of each, or of the T."""
+        """Raw features (B, E) of tokens (B, L), pooled at `position` (B,)."""
         x = self.token_embedding(tokens)  # (B, L, D)
         x = x + self.positional_embedding[: tokens.shape[1]]
         if packed is not None:
@@ -130,13 +129,13 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection  # (B, E)
 
     def _restore_padding(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, L) up to the context, where the tower looks beyond the end token."""
+        """Tokens (B, L) padded to the context length, if the tower attends beyond the end token."""
         if self.config.transformer_causal and self.config.transformer_pool != "last":
             return tokens
         return F.pad(tokens, (0, max(0, self.context_length - tokens.shape[1])))  # (B, L)
 
     def _text_position(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Where the text tower is read in each row of tokens (B, L): (B,)."""
+        """The position that is pooled in each row of tokens (B, L): (B,)."""
         match self.config.transformer_pool:
             case "argmax":
                 return tokens.argmax(dim=-1)
@@ -148,7 +147,7 @@ class CLIP(nn.Module):
                 return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
 
     def _initialize_text(self) -> None:
-        """OpenAI's initialisation of the text tower; the vision towers do their own."""
+        """OpenAI's initialisation of the text tower; the vision towers initialise themselves."""
         width, layers = self.config.transformer_width, self.config.transformer_layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -162,7 +161,7 @@ class CLIP(nn.Module):
 
 
 def _vision_tower(config: ModelConfig) -> VisionTransformer | ModifiedResNet:
-    """One number of layers makes a ViT, four a ResNet."""
+    """A ViT if there is one number of layers, a ResNet if there are four."""
     if isinstance(config.vision_layers, tuple):
         return ModifiedResNet(
             input_resolution=config.image_resolution,

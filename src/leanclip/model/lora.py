@@ -1,8 +1,8 @@
-"""Low-rank updates of a CLIP's matrices (LoRA, arXiv 2106.09685), merged when they are written.
+"""Low-rank updates of a CLIP's matrices (LoRA, arXiv 2106.09685), merged when saved.
 
-    weight -> weight + alpha / rank * up @ down, with `up` zero at the start
+    weight -> weight + alpha / rank * up @ down, with `up` initialised to zero
 
-The updates are parametrizations: the model computes with the sum, under the parameter's own name.
+The updates are torch parametrizations: the model sees the sum under the parameter's own name.
 
 Shapes: O rows of a weight, I columns, r rank.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-ADAPTED = (  # attention in and out, the perceptrons, a ResNet's attention pool
+ADAPTED = (  # attention, MLPs, a ResNet's attention pool
     "attn.in_proj_weight",
     "attn.out_proj.weight",
     "mlp.c_fc.weight",
@@ -24,11 +24,11 @@ ADAPTED = (  # attention in and out, the perceptrons, a ResNet's attention pool
     "attnpool.v_proj.weight",
     "attnpool.c_proj.weight",
 )
-_MARK = "parametrizations."  # torch's, in the names of what is behind a parametrized weight
+_PARAMETRIZATIONS = "parametrizations."  # in the names of parametrized weights
 
 
 class LowRank(nn.Module):
-    """What is added to a weight of (O, I)."""
+    """A weight (O, I) with its update."""
 
     def __init__(self, weight: torch.Tensor, rank: int, alpha: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: nn.Module, rank: int, alpha: float) -> None:
-    """Give every adapted weight that is trained a low-rank update; all else is locked."""
+    """Add an update to every trained weight in ADAPTED, and lock all other parameters."""
     adapted = [
         name for name, p in model.named_parameters() if p.requires_grad and name.endswith(ADAPTED)
     ]
@@ -59,13 +59,13 @@ def _parametrize(module: nn.Module, updates: dict[str, nn.Module]) -> nn.Module:
     """Add updates to a module's weights, by the weights' names."""
     for weight, update in updates.items():
         parametrize.register_parametrization(module, weight, update)
-    # PyTorch gives each such module a class of its own, which refuses to be pickled.
+    # PyTorch gives each such module its own class, which cannot be pickled.
     type(module).__reduce_ex__ = _reduce
     return module
 
 
 def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
-    """A parametrized module for pickle: the plain module and its updates."""
+    """Pickle a parametrized module as the plain module and its updates."""
     lists = cast(nn.ModuleDict, module.parametrizations)
     state = module.__dict__.copy()
     parameters = {name: one.original for name, one in lists.items()}
@@ -83,13 +83,13 @@ def _restore(kind: type[nn.Module], state: dict[str, Any], updates: dict[str, An
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model by its plain names: every updated weight is one tensor, the sum."""
+    """The state dict of a model with the updates merged into their weights."""
     state = {}
     for name, tensor in model.state_dict().items():
-        if _MARK not in name:
+        if _PARAMETRIZATIONS not in name:
             state[name] = tensor
         elif name.endswith(".original"):
-            plain = name.removesuffix(".original").replace(_MARK, "")
+            plain = name.removesuffix(".original").replace(_PARAMETRIZATIONS, "")
             path, _, weight = plain.rpartition(".")
             state[plain] = getattr(model.get_submodule(path), weight).detach()
     return state

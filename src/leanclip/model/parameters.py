@@ -11,10 +11,10 @@ SCALARS = ("logit_scale", "logit_bias")  # of the loss, not of the towers
 
 
 def is_shard(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
-    """Whether this rank holds a part of it alone; without DTensor's import, which is slow."""
+    """Whether this is a DTensor, without its slow import."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of it, or all of it."""
+    """This rank's shard of a DTensor; other tensors unchanged."""
     return tensor.to_local() if is_shard(tensor) else tensor

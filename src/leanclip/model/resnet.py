@@ -2,8 +2,8 @@
 
     pixels -> three-convolution stem -> four stages of bottlenecks -> attention pool
 
-It is a ResNet-D (arXiv 1812.01187) that averages before it strides, and an attention pool in
-place of the global average (arXiv 2103.00020, section 2.4). Parameter names are OpenAI's.
+A ResNet-D (arXiv 1812.01187) that averages before it strides, with an attention pool in place of
+the global average (arXiv 2103.00020, section 2.4). Parameter names are OpenAI's.
 
 Shapes: B batch, R resolution, W stem width, C = 32 W channels, h = w = R / 32, E embedding,
 H heads.
@@ -67,9 +67,9 @@ class ModifiedResNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions with a residual; a stride is an average pool.
+    """1x1, 3x3 and 1x1 convolutions with a residual; strides are average pools.
 
-    The last BatchNorm starts at zero, so that every block starts as its shortcut.
+    The last BatchNorm starts at zero, so that a block starts as its shortcut.
     """
 
     def __init__(self, channels: int, inner: int, *, stride: int) -> None:
@@ -86,7 +86,7 @@ class Bottleneck(nn.Module):
         if stride > 1 or channels != 4 * inner:
             convolution = nn.Conv2d(channels, 4 * inner, 1, bias=False)
             parts = {"-1": nn.AvgPool2d(stride), "0": convolution, "1": nn.BatchNorm2d(4 * inner)}
-            self.downsample = nn.Sequential(OrderedDict(parts))  # numbered as in OpenAI's code
+            self.downsample = nn.Sequential(OrderedDict(parts))  # OpenAI's names
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, h, w) -> (B, 4 inner, h / stride, w / stride)."""
@@ -99,9 +99,9 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention over the image's places and their mean, asked by the mean alone.
+    """Attention over the positions and their mean, with the mean as the only query.
 
-    OpenAI's code computes the same through F.multi_head_attention_forward.
+    Equal to OpenAI's F.multi_head_attention_forward, which computes all queries.
     """
 
     def __init__(self, side: int, width: int, heads: int, output_dim: int) -> None:
@@ -133,7 +133,7 @@ class AttentionPool2d(nn.Module):
 
 
 def _stage(channels: int, inner: int, blocks: int, *, stride: int) -> nn.Sequential:
-    """`blocks` bottlenecks, of which the first strides: `channels` in, 4 * `inner` out."""
+    """`blocks` bottlenecks, the first with the stride: `channels` in, 4 * `inner` out."""
     return nn.Sequential(
         Bottleneck(channels, inner, stride=stride),
         *(Bottleneck(4 * inner, inner, stride=1) for _ in range(blocks - 1)),

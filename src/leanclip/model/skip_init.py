@@ -1,7 +1,7 @@
-"""A model made without drawing its values: zeros stand where others will take their place.
+"""Build a model without random initialisation, for weights that are loaded afterwards.
 
-Drawing takes most of the time of making a large one; and on the meta device, where there are no
-values, PyTorch would import its compiler for it, which takes longer than all else.
+Random numbers take most of the time of building a large model; on the meta device, which has no
+values, PyTorch would import its compiler for them, which takes longer still.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ import torch
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-# A function of nn.init is either overridden as a whole or reached by the method that it calls.
-_DRAWING = frozenset(
+# Functions of nn.init are overridden themselves, or through the method that they call.
+_RANDOM = frozenset(
     {
         torch.Tensor.normal_,
         torch.Tensor.uniform_,
@@ -25,7 +25,7 @@ _DRAWING = frozenset(
 
 
 class SkipInit(TorchFunctionMode):
-    """Within it, what a model draws its values with gives zeros."""
+    """A mode in which random initialisation writes zeros."""
 
     def __torch_function__(
         self,
@@ -35,7 +35,7 @@ class SkipInit(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _DRAWING:
+        if func in _RANDOM:
             tensor = args[0] if args else kwargs["tensor"]
             return tensor if tensor.is_meta else tensor.detach().zero_()
         return func(*args, **kwargs)
@@ -43,6 +43,6 @@ class SkipInit(TorchFunctionMode):
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """Within it, a model has shapes and types, and no values: it is on the meta device."""
+    """Models built within have shapes and types, but no values."""
     with torch.device("meta"), SkipInit():
         yield

@@ -1,9 +1,9 @@
 """The pre-norm transformer that both towers share, with OpenAI's parameter names.
 
-Every part takes rows side by side (B, L, D); or, with `packed`, the T tokens of all rows one after
-the other (T, D), as `model/packed.py` lays them out.
+Every module takes padded rows (B, L, D) or, with `packed`, the packed tokens of all rows (T, D):
+see `model/packed.py`.
 
-Shapes: B batch, L tokens, T tokens of all rows, D width, H heads.
+Shapes: B batch, L tokens, T packed tokens, D width, H heads.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip.model import short_attention as short
 from leanclip.model.packed import Packed, split_heads
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x), in a form that keeps one tensor of x's size for the backward pass."""
+    """x * sigmoid(1.702 x), in a form that saves one tensor of x's size for the backward pass."""
     return F.silu(1.702 * x) / 1.702
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU by its approximation with tanh."""
+    """GELU in the tanh approximation."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -34,10 +33,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # functions 
 
 
 class Transformer(nn.Module):
-    """A stack of residual attention blocks, read at one token or at all.
+    """A stack of residual attention blocks, pooled at one token or not.
 
-    Read at one, the last block computes its query and its perceptron for that token alone:
-    nothing else of what it would give is used.
+    With a position, the last block computes its query and its MLP for that token only.
     """
 
     def __init__(
@@ -63,7 +61,7 @@ class Transformer(nn.Module):
         position: torch.Tensor | None = None,
         packed: Packed | None = None,
     ) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,) alone."""
+        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,)."""
         *first, last = self.resblocks
         for block in first:
             x = block(x, None, packed)  # (B, L, D)
@@ -71,7 +69,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron, each with a residual."""
+    """Attention, then a two-layer MLP, each with a residual."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, *, activation: str, is_causal: bool
@@ -88,7 +86,7 @@ class Block(nn.Module):
         position: torch.Tensor | None = None,
         packed: Packed | None = None,
     ) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,) alone."""
+        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,)."""
         attended = self.attn(self.ln_1(x), position, packed)
         if position is not None:
             x = _pick(x, position)  # (B, D)
@@ -114,14 +112,12 @@ class Attention(nn.Module):
         position: torch.Tensor | None = None,
         packed: Packed | None = None,
     ) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,) alone."""
+        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,)."""
         if position is not None:
             return self._attend_at(x, position, packed)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3D)
         if packed is not None:
             return self.out_proj(packed.attend(qkv, self.heads))  # (T, D)
-        if self.training and not self.is_causal and short.is_faster(qkv):
-            return self.out_proj(short.attend(qkv, self.heads))  # (B, L, D)
         q, k, v = split_heads(qkv, 3, self.heads)  # each (B, H, L, D/H)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)  # (B, H, L, D/H)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, D)
@@ -138,9 +134,9 @@ class Attention(nn.Module):
         (q,) = split_heads(q, 1, self.heads)  # (B, H, 1, D/H)
         k, v = split_heads(kv, 2, self.heads)  # each (B, H, L, D/H)
         mask = None
-        if self.is_causal:  # the token sees itself and what stands before it
-            places = torch.arange(x.shape[1], device=x.device)
-            mask = (places <= position[:, None])[:, None, None]  # (B, 1, 1, L)
+        if self.is_causal:  # the token attends to itself and those before it
+            positions = torch.arange(x.shape[1], device=x.device)
+            mask = (positions <= position[:, None])[:, None, None]  # (B, 1, 1, L)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, 1, D/H)
         return self.out_proj(x.flatten(1))  # (B, D)
 
@@ -160,5 +156,5 @@ class MLP(nn.Module):
 
 
 def _pick(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """(B, L, D) at one position (B,) of each, or (T, D) at some of its rows -> (B, D)."""
+    """(B, L, D) at one position (B,) of each row, or (T, D) at B of its rows -> (B, D)."""
     return x[position] if x.dim() == 2 else x[torch.arange(x.shape[0], device=x.device), position]

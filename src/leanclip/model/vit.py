@@ -14,8 +14,8 @@ from leanclip.model.transformer import Transformer
 class VisionTransformer(nn.Module):
     """ViT with a class token, as in OpenAI's CLIP (arXiv 2103.00020, section 2.4).
 
-    `patch_dropout` is the share of patches that it leaves out in training (arXiv 2212.00794);
-    which ones is drawn anew for every image, from the default generator.
+    `patch_dropout` is the fraction of patches left out in training (arXiv 2212.00794), drawn for
+    each image from the default generator.
 
     Args:
         input_resolution: side of the square image, in pixels.
@@ -25,12 +25,11 @@ class VisionTransformer(nn.Module):
         heads: attention heads; OpenAI's models have width / 64.
         output_dim: E.
         activation: a name in `ACTIVATIONS`.
-        mlp_ratio: hidden width of the perceptrons over D, rounded down.
-        pre_norm: normalise before the first block; PASSL's `pre_norm: false` leaves it out.
-        patch_bias: a bias in the patch embedding, as PASSL's `patch_bias: true`.
-        pool: "tok" reads the class token; "avg" the mean of the patches, without it.
-        norm_after_pool: with "avg", `ln_post` comes after the mean and not before it; so
-            open_clip's `pool_type` and `final_ln_after_pool`.
+        mlp_ratio: hidden width of the MLPs over D, rounded down.
+        pre_norm: LayerNorm before the first block.
+        patch_bias: a bias in the patch embedding.
+        pool: "tok": the class token; "avg": the mean of the patches (open_clip's `pool_type`).
+        norm_after_pool: with "avg", `ln_post` comes after the mean (`final_ln_after_pool`).
     """
 
     def __init__(
@@ -69,27 +68,27 @@ class VisionTransformer(nn.Module):
         """Normalised pixels (B, 3, R, R) -> features (B, E), not normalised."""
         x = self.conv1(pixels)  # (B, D, R/p, R/p)
         x = x.flatten(2).transpose(1, 2)  # (B, P, D)
-        first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # (B, 1, D)
-        x = torch.cat([first, x], dim=1)  # (B, P+1, D)
+        class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # (B, 1, D)
+        x = torch.cat([class_token, x], dim=1)  # (B, P+1, D)
         x = x + self.positional_embedding
         if self.training and self.patch_dropout:
             x = self._drop_patches(x)  # (B, K+1, D)
         x = self.ln_pre(x)
-        return self._read(x) @ self.proj  # (B, E)
+        return self._encode(x) @ self.proj  # (B, E)
 
     def _drop_patches(self, x: torch.Tensor) -> torch.Tensor:
         """The class token and K patches drawn for each image: (B, P+1, D) -> (B, K+1, D)."""
         images, patches = len(x), x.shape[1] - 1
-        kept = max(1, round(patches * (1 - self.patch_dropout)))
-        drawn = torch.rand(images, patches, device=x.device).topk(kept).indices  # (B, K)
-        places = F.pad(drawn + 1, (1, 0))  # (B, K+1), the class token's 0 first
-        return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+        count = max(1, round(patches * (1 - self.patch_dropout)))
+        drawn = torch.rand(images, patches, device=x.device).topk(count).indices  # (B, K)
+        positions = F.pad(drawn + 1, (1, 0))  # (B, K+1), the class token's 0 first
+        return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
-    def _read(self, x: torch.Tensor) -> torch.Tensor:
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """The blocks, the last LayerNorm and the pool: (B, P+1, D) -> (B, D)."""
         if self.pool == "tok":
-            class_token = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # (B,)
-            return self.ln_post(self.transformer(x, class_token))  # (B, D)
+            position = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # (B,)
+            return self.ln_post(self.transformer(x, position))  # (B, D)
         x = self.transformer(x)[:, 1:]  # (B, P, D)
         if self.norm_after_pool:
             return self.ln_post(x.mean(dim=1))  # (B, D)

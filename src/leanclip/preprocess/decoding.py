@@ -1,17 +1,17 @@
-"""A path, bytes or a PIL image -> upright RGB pixels, or one line on why there are none.
+"""Decode a path, bytes or a PIL image into upright RGB, or raise a one-line SampleError.
 
     open_image: source -> header: format, size -> limit on pixels -> Pillow -> the whole image
     open_part:                                                    -> simplejpeg -> a part of it
 
-Pillow and simplejpeg both decode JPEG with libjpeg-turbo and give the same pixels; simplejpeg's
-are an array at once, and can be had at 1/2, 1/4 or 1/8 of the size for less. What it does not
-take (other formats, CMYK, damage of any kind) is Pillow's to decide. What an image becomes:
+Pillow and simplejpeg decode JPEG with libjpeg-turbo into the same pixels; simplejpeg writes an
+array and can decode at 1/2, 1/4 or 1/8 of the size. Pillow decodes all that simplejpeg refuses
+(other formats, CMYK, damaged files). The result of unusual images:
 
-    EXIF or XMP orientation    turned, as PIL.ImageOps.exif_transpose turns it
-    transparent parts          composited on white
+    EXIF or XMP orientation    transposed as by PIL.ImageOps.exif_transpose
+    transparency               composited on white
     16-bit greyscale           divided by 257, rounded
-    32-bit integers, floats    stretched: the least finite value is black, the greatest white
-    animations                 their first frame
+    32-bit integers, floats    stretched: the smallest finite value is black, the largest white
+    animations                 the first frame
 """
 
 import errno
@@ -19,11 +19,9 @@ import io
 import os
 import re
 import stat
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
@@ -35,35 +33,34 @@ from leanclip.io.files import LFS_POINTER, URL_IN_DATA, is_lfs_pointer, is_url
 from leanclip.preprocess.image_formats import FORMATS, RAW_SUFFIXES, other_format
 
 Source = str | Path | bytes | Image.Image
-File = BinaryIO | Image.Image  # an image that is opened already stands for its file
+File = BinaryIO | Image.Image  # a PIL image is its own file
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
-MAX_PIXELS = 178_956_970  # Pillow's own bound for "decompression bomb" errors
-MAX_SCANS = 100  # of a JPEG: each goes over all pixels; progressive ones have about ten
-_BAND = 1 << 22  # pixels that are converted at once
-_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # of a JPEG, but those without a length
+MAX_PIXELS = 178_956_970  # where Pillow raises DecompressionBombError
+MAX_SCANS = 100  # of a JPEG, each over all pixels; progressive ones have about ten
+_BAND = 1 << 22  # pixels converted at once
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # of a JPEG, except those without a length
 
-# EXIF's orientations: flip the stored image, then swap its axes where that is needed.
-MIRRORED = (2, 3, 7, 8)  # left for right
-UPSIDE_DOWN = (3, 4, 6, 7)
-SWAPPED = (5, 6, 7, 8)
+# EXIF orientations: flip the stored image, then swap its axes.
+_FLIPPED_X = (2, 3, 7, 8)
+_FLIPPED_Y = (3, 4, 6, 7)
+_SWAPPED = (5, 6, 7, 8)
 
 
 def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The whole image, upright and in RGB; the head of this file says what becomes of what.
+    """The whole image, upright and in RGB.
 
     Raises:
-        SampleError: there is no such file, it is no image, it is damaged, or its header
-            declares more than `max_pixels` pixels.
+        SampleError: the file is missing, no image, damaged, or over `max_pixels` by its header.
     """
     with _opened(source, max_pixels) as (image, _):
         return _upright_rgb(image)
 
 
 def open_small(source: Source, most: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
-    """As `open_image`, (height, width, 3); None of one with more than `most` pixels, and of a JPEG.
+    """As `open_image`, (height, width, 3); None for a JPEG, or more than `most` pixels.
 
-    Of a JPEG `open_part` may decode less than the whole.
+    `open_part` may decode a JPEG at a smaller size.
     """
     with _opened(source, max_pixels) as (image, _):
         if image.format in ("JPEG", "MPO") or image.width * image.height > most:
@@ -77,13 +74,14 @@ def open_part(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """A part of the upright image, (height, width, 3) uint8; it may be a view of a larger array.
+    """A part of the upright image, (height, width, 3) uint8; possibly a view of a larger array.
 
-    `choose` is given the width and height of the upright image and answers with a box and
-    with 1, 2, 4 or 8: by how much a JPEG may be decoded smaller, which then gives that part
-    smaller. The box's edges move to multiples of that number, by half of it at most.
-
-    An array is what `open_small` gave.
+    Args:
+        source: a result of `open_small`, or anything that `open_image` takes.
+        choose: takes the width and height of the upright image and returns a box and 1, 2, 4 or
+            8: a JPEG is decoded at this fraction of its size, and the part is as much smaller.
+            The box's edges move to multiples of that number, by half of it at most.
+        max_pixels: as of `open_image`.
 
     Raises:
         SampleError: as `open_image`.
@@ -98,7 +96,7 @@ def open_part(
             return np.array(image.crop(choose(*image.size)[0]))
         orientation = orientation_of(image)
         width, height = image.size
-        box, factor = choose(*((height, width) if orientation in SWAPPED else (width, height)))
+        box, factor = choose(*((height, width) if orientation in _SWAPPED else (width, height)))
         pixels = _decode_jpeg(file, image.size, factor)
         if pixels is None:
             return np.array(_upright_rgb(image).crop(box))
@@ -108,7 +106,7 @@ def open_part(
 
 @contextmanager
 def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, File]]:
-    """The image with only its header read, and its file; what fails within is a SampleError."""
+    """The image with only its header read, and its file; errors within become SampleErrors."""
     name = source if isinstance(source, str | Path) else f"<{type(source).__name__}>"
     with refusing(f"{name}: "), _file(source) as file:
         yield read_header(file, max_pixels), file
@@ -116,10 +114,9 @@ def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, File
 
 @contextmanager
 def refusing(name: str = "") -> Iterator[None]:
-    """Turn what goes wrong with an image into a SampleError that begins with `name`."""
+    """Turn the errors of reading an image into a SampleError that begins with `name`."""
     try:
-        with _quiet:  # Pillow warns of bombs; max_pixels refuses them
-            yield
+        yield
     except SampleError as error:
         raise SampleError(error.kind, f"{name}{error}") from None
     except FileNotFoundError as error:
@@ -134,17 +131,17 @@ def refusing(name: str = "") -> Iterator[None]:
 
 
 def read_header(file: File, max_pixels: int) -> Image.Image:
-    """The image, its pixels not yet decoded; within `refusing`.
+    """The image, its pixels not yet decoded; to be called within `refusing`.
 
     Raises:
-        SampleError: the file is empty, or its header declares more than `max_pixels` pixels.
-        Exception: one of those that `refusing` makes a SampleError.
+        SampleError: the file is empty, in another format, or over `max_pixels`.
+        Exception: another one that `refusing` turns into a SampleError.
     """
     if isinstance(file, Image.Image):
         image = file
     elif file.read(1):
         try:
-            image = Image.open(file, formats=FORMATS)  # from the start of the file
+            image = Image.open(file, formats=FORMATS)  # seeks to the start
         except UnidentifiedImageError:
             raise _unidentified(file) from None
     else:
@@ -161,7 +158,7 @@ def read_header(file: File, max_pixels: int) -> Image.Image:
 
 
 def _unidentified(file: BinaryIO) -> SampleError:
-    """What is to be said of a file that no decoder takes."""
+    """The error for a file that no decoder accepts."""
     file.seek(0)
     head = file.read(1024)
     if is_lfs_pointer(head):
@@ -174,29 +171,29 @@ def _unidentified(file: BinaryIO) -> SampleError:
 
 
 def is_image(content: bytes) -> bool:
-    """Whether content begins as an image does, in any format that is known here."""
+    """Whether content begins like an image, in a format that is read or another."""
     try:
-        with _quiet, Image.open(io.BytesIO(content), formats=FORMATS):
+        with Image.open(io.BytesIO(content), formats=FORMATS):
             return True
     except Exception:  # decoders raise many kinds
         return other_format(content) is not None
 
 
 def _may_have_many_scans(image: Image.Image, file: BinaryIO) -> bool:
-    """Whether more than a JPEG's first scan will be decoded."""
+    """Whether this is a JPEG of more than one scan."""
     if image.format != "JPEG" or "progressive" in image.info:
         return image.format in ("JPEG", "MPO")
-    # The header has been read up to the scan's length (two bytes) and its number of components.
+    # The file is at the first scan: its length (two bytes), its number of components.
     return file.read(3)[2:] != bytes([getattr(image, "layers", 0)])
 
 
 def check_scans(data: bytes) -> None:
-    """Refuse a JPEG of so many scans that a megabyte of them would be decoded for minutes.
+    """Refuse a JPEG of so many scans that a megabyte takes minutes to decode.
 
     Raises:
         ValueError: it has over MAX_SCANS.
     """
-    if data.count(b"\xff\xda") <= MAX_SCANS:  # as many as there can be
+    if data.count(b"\xff\xda") <= MAX_SCANS:  # an upper bound
         return
     scans, at = 0, 2
     while (found := _MARKER.search(data, at)) and found[0] != b"\xff\xd9":  # the image's end
@@ -206,46 +203,19 @@ def check_scans(data: bytes) -> None:
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
 
 
-class _Quiet:
-    """Silences warnings while any thread is within.
-
-    `warnings.catch_warnings` of two threads that overlap would leave them silenced for good.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.within, self.saved = Lock(), 0, ExitStack()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.within += 1
-            if self.within == 1:
-                self.saved.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.within -= 1
-            if self.within == 0:
-                self.saved.close()
-
-
-_quiet = _Quiet()
-
-
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading, and nothing else: a pipe would be waited for, a device not end.
+    """Open a regular file for reading; reading a pipe would block, a device might not end.
 
     Raises:
         OSError: it cannot be opened, or is no regular file.
-        SampleError: by its name it is of a camera's own format.
+        SampleError: it has the suffix of a camera's raw format.
     """
     if (suffix := Path(path).suffix.lower()) in RAW_SUFFIXES:
         raise SampleError(
             "unsupported format",
-            f"cannot be read as an image: {suffix} is a camera's own format; convert it to JPEG "
-            f"or PNG",
+            f"cannot be read as an image: {suffix} is a raw format; convert it to JPEG or PNG",
         )
-    # Without waiting for a pipe's other end.
+    # O_NONBLOCK: opening a pipe does not wait for its other end.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -260,7 +230,7 @@ def _file(source: Source) -> AbstractContextManager[File]:
 
 
 def _fault(error: Exception) -> tuple[str, str]:
-    """The kind of an error and what to say of it."""
+    """The kind of an error and its reason."""
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels", str(error)
     if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
@@ -269,10 +239,10 @@ def _fault(error: Exception) -> tuple[str, str]:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's (or XMP's) 1 to 8; 1 where there is none or it is broken."""
+    """EXIF's (or XMP's) orientation, 1 to 8; 1 where there is none or it is damaged."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises many kinds on broken blocks; the pixels are still good
+    except Exception:  # Pillow raises many kinds on damaged blocks; the pixels are still good
         return 1
     return int(orientation) if orientation in range(1, 9) else 1
 
@@ -282,11 +252,11 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
 
 
 def _decode_jpeg(file: BinaryIO, size: tuple[int, int], factor: int) -> np.ndarray | None:
-    """(height, width, 3) uint8 at 1/`factor` of the size; None where Pillow should decide."""
+    """(height, width, 3) uint8 at 1/`factor` of the size; None: leave it to Pillow."""
     file.seek(0)
     data = file.read()
     try:
-        if simplejpeg.decode_jpeg_header(data)[1::-1] != size:  # no bomb that Pillow cannot see
+        if simplejpeg.decode_jpeg_header(data)[1::-1] != size:  # Pillow checked the size
             return None
         width, height = (-(-side // factor) for side in size)
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=width, min_height=height)
@@ -296,13 +266,13 @@ def _decode_jpeg(file: BinaryIO, size: tuple[int, int], factor: int) -> np.ndarr
 
 
 def _stored(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Where a box of the upright image lies in the stored one, whose size is given."""
+    """A box of the upright image in coordinates of the stored one of this size."""
     left, top, right, bottom = box
-    if orientation in SWAPPED:
+    if orientation in _SWAPPED:
         left, top, right, bottom = top, left, bottom, right
-    if orientation in MIRRORED:
+    if orientation in _FLIPPED_X:
         left, right = size[0] - right, size[0] - left
-    if orientation in UPSIDE_DOWN:
+    if orientation in _FLIPPED_Y:
         top, bottom = size[1] - bottom, size[1] - top
     return left, top, right, bottom
 
@@ -313,18 +283,18 @@ def _shrunk(box: Box, factor: int) -> Box:
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """A view of stored pixels (H, W, 3) that is upright."""
-    if orientation in MIRRORED:
+    """An upright view of stored pixels (H, W, 3)."""
+    if orientation in _FLIPPED_X:
         pixels = pixels[:, ::-1]
-    if orientation in UPSIDE_DOWN:
+    if orientation in _FLIPPED_Y:
         pixels = pixels[::-1]
-    if orientation in SWAPPED:
+    if orientation in _SWAPPED:
         pixels = pixels.transpose(1, 0, 2)
     return pixels
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()  # TIFF turns itself while it loads, and then has no orientation any more
+    image.load()  # for a TIFF this applies and removes the orientation
     orientation = orientation_of(image)
     image = _rgb(image)
     return image if orientation == 1 else Image.fromarray(_turned(np.asarray(image), orientation))
@@ -342,7 +312,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Rows of an image with the number of their first, so that copies of all need no memory."""
+    """Bands of rows and the number of their first row: conversions copy one band at a time."""
     rows = max(1, _BAND // image.width)
     if rows >= image.height:
         yield 0, image
@@ -364,16 +334,16 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 bits -> 8; convert() would make all over 255 white."""
+    """16-bit greyscale -> RGB; convert() would clip at 255."""
     values = np.asarray(image).astype(np.uint32)
     grey = ((values + 128) // 257).astype(np.uint8)
-    if "transparency" in image.info:  # PNG's: one value that is not to be seen
+    if "transparency" in image.info:  # of PNG: one transparent value
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey).convert("RGB")
 
 
 def _range_of(image: Image.Image) -> tuple[float, float]:
-    """The least and the greatest finite value."""
+    """The smallest and the largest finite value."""
     low, high = np.inf, -np.inf
     for _, band in _bands(image):
         values = np.asarray(band).astype(np.float64)
@@ -384,7 +354,7 @@ def _range_of(image: Image.Image) -> tuple[float, float]:
 
 
 def _stretched(image: Image.Image, low: float, high: float) -> Image.Image:
-    """Values of any range -> 0 to 255, from `low` to `high`."""
+    """Values in [low, high] -> RGB."""
     values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=low, posinf=high, neginf=low)
     grey = np.round((values - low) * (255 / (high - low) if high > low else 0))
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -1,12 +1,12 @@
-"""Formats of images: those that are read, by suffix, and others, by suffix and first bytes."""
+"""Image formats that are read, and others, which are recognised by suffix or first bytes."""
 
 import re
 
 from PIL import features
 
-# Names the decoders that may run: Pillow would otherwise hand EPS files to Ghostscript.
+# The decoders that may run; Pillow would pass EPS files to Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
-SUFFIXES_OF = {  # the usual names of their files
+SUFFIXES_OF = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".jif"),
     "PNG": (".png", ".apng"),
     "BMP": (".bmp",),
@@ -15,15 +15,15 @@ SUFFIXES_OF = {  # the usual names of their files
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
 }
-if "avif" in features.modules and features.check("avif"):  # not before Pillow 11.2
+if "avif" in features.modules and features.check("avif"):  # since Pillow 11.2
     FORMATS += ("AVIF",)
     SUFFIXES_OF["AVIF"] = (".avif",)
 SUFFIXES = frozenset(suffix for some in SUFFIXES_OF.values() for suffix in some)
-# Cameras' own formats: Pillow would take some for TIFF, and give the small preview in them.
+# Raw formats: Pillow opens some as TIFF and decodes their small preview.
 RAW_SUFFIXES = frozenset(
     (".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
 )
-# Files that are images to people and that are not read: counted as skipped, not passed over.
+# Images in formats that are not read; they count as skipped samples.
 UNREAD_SUFFIXES = (
     RAW_SUFFIXES
     | {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".psd", ".svg"}
@@ -32,7 +32,7 @@ UNREAD_SUFFIXES = (
 _OTHER_FORMATS = (  # by the first bytes
     (b"....ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", "HEIC"),
     (b"....ftypavi[fs]", "AVIF"),
-    (b"....ftyp", "a video, or a camera's own format"),
+    (b"....ftyp", "a video, or a raw format"),
     (b"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL"),
     (b"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000"),
     (b"8BPS", "Photoshop's format"),
@@ -53,7 +53,7 @@ _OTHER_FORMATS = (  # by the first bytes
 
 
 def other_format(content: bytes) -> str | None:
-    """What an image is, by its first bytes, that is in a format which is not read."""
+    """The name of a format that is not read, by the first bytes of a file."""
     for start, what in _OTHER_FORMATS:
         if re.match(start, content[:1024], re.DOTALL):
             return what

@@ -1,9 +1,9 @@
 """Images: bytes, a path or a PIL image -> (3, R, R) uint8, for evaluation and for training.
 
     evaluation: source -> whole image -> resized and cropped as `Preprocess` has it -> uint8
-    training:   source -> random part -> R x R -> uint8
+    training:   source -> random resized crop -> uint8
 
-Pixels stay uint8 until they are on the device; `normalize` makes them what a model reads.
+Pixels stay uint8 until they are on the device, where `normalize` makes them a model's input.
 
 Shapes: B batch, R resolution.
 """
@@ -12,7 +12,7 @@ import io
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,42 +21,17 @@ from PIL import Image
 
 from leanclip.errors import SampleError, one_line
 from leanclip.preprocess.decoding import MAX_PIXELS, Box, Source, open_image, open_part
-from leanclip.preprocess.image_formats import FORMATS, SUFFIXES
-
-__all__ = [
-    "CLIP_MEAN",
-    "CLIP_STD",
-    "FILTERS",
-    "FORMATS",
-    "MAX_PIXELS",
-    "SUFFIXES",
-    "Preprocess",
-    "Source",
-    "as_jpeg",
-    "center_crop",
-    "evaluation_pixels",
-    "fit",
-    "image_to_show",
-    "middle_square",
-    "normalize",
-    "open_image",
-    "to_array",
-    "training_pixels",
-    "triple",
-    "view",
-    "warn_not_shown",
-]
 
 log = logging.getLogger("leanclip")
 
-MAX_LENGTH = 1 << 18  # of the long side when the short one is as the model wants it
-SPARE = 1.5  # a crop decoded smaller keeps at least this many times the wanted side
+MAX_LENGTH = 1 << 18  # pixels of the long side after the resize
+SPARE = 1.5  # scaled decoding keeps at least this many times the wanted side
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-FILTERS = {  # of Pillow, antialiased where an image shrinks; nearest takes one pixel
+FILTERS = {  # of Pillow, antialiased except for nearest
     "nearest": Image.Resampling.NEAREST,
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
@@ -78,8 +53,8 @@ class Preprocess:
         resolution: R.
         mean: of red, green and blue in [0, 1].
         std: likewise.
-        resize: shortest: the short side becomes `size`, longest: the long side, squash: both
-            sides, whatever the proportions; none: an image keeps its size.
+        resize: the side that becomes `size`: shortest, longest, or with squash both; none: an
+            image keeps its size.
         size: in pixels, or (height, width) of a squash; None: the resolution.
         interpolation: one of FILTERS.
         rounding: of the crop's offset where the difference of the sides is odd: even: half to
@@ -112,7 +87,7 @@ class Preprocess:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Height and width of a squash, or twice the side that is given."""
+        """Height and width of a squash; else `size` twice."""
         size = self.resolution if self.size is None else self.size
         return size if isinstance(size, tuple) else (size, size)
 
@@ -133,11 +108,11 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
-        """What `dataclasses.asdict` gave, from JSON; what is not there has its default.
+        """From the JSON of `dataclasses.asdict`; missing fields have their defaults.
 
         Raises:
-            KeyError: there is no resolution, mean or std.
-            TypeError: a value is of another kind.
+            KeyError: resolution, mean or std is missing.
+            TypeError: a value has another type.
             ValueError: likewise, or it is out of range.
         """
         rest = {name: values[name] for name in _LATER_FIELDS if name in values}
@@ -150,10 +125,10 @@ _LATER_FIELDS = ("resize", "size", "interpolation", "rounding", "fill")
 
 
 def triple(values: Any, name: str = "mean or std") -> tuple[float, float, float]:
-    """Three numbers of a JSON file, or one for all three of red, green and blue.
+    """Numbers for red, green and blue from JSON: three, or one for all.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are anything else.
     """
     try:
         several = [values] * 3 if isinstance(values, int | float) else values
@@ -168,13 +143,13 @@ def evaluation_pixels(
 ) -> np.ndarray:
     """The whole image, resized by Pillow and cropped: (3, R, R) uint8.
 
-    Equal to the bit to the transform of OpenAI's CLIP for upright 8-bit RGB and greyscale images
-    (other kinds become RGB before the resize here, after it there; see decoding.py). For that it
-    never decodes a smaller image, and does not use torch's resize, which is several times
-    faster and differs by one grey level in 0.1 to 0.9% of the values.
+    Bit-exact with the transform of OpenAI's CLIP for upright 8-bit RGB and greyscale images
+    (others become RGB before the resize here, after it there). Therefore no scaled decoding, and
+    not torch's resize, which is several times faster and differs by one grey level in 0.1 to
+    0.9% of the values.
 
     Raises:
-        SampleError: the image cannot be read, or is too long for its width.
+        SampleError: the image cannot be read, or its sides differ too much.
     """
     return to_array(fit(open_image(source, max_pixels=max_pixels), preprocess))
 
@@ -189,19 +164,22 @@ def training_pixels(
     scaled_decoding: bool = True,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """A random resized crop: a part of the image, of `scale` of its area and `ratio` of sides.
+    """A random resized crop, (3, R, R) uint8, by torch's antialiased bicubic.
 
-    (3, R, R) uint8, by torch's antialiased bicubic on uint8 of the part alone: within one grey
-    level of Pillow's crop and resize where it shrinks, two where it enlarges. The part is drawn
-    on the upright image's full size, whatever size is decoded.
+    Within one grey level of Pillow's crop and resize where it shrinks, two where it enlarges.
 
-    `source` may also be upright RGB already, (height, width, 3) uint8.
-
-    `scaled_decoding`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest at which
-    both sides of the part keep at least 1.5 R pixels; its edges then move by half a decoded
-    pixel at most, a third of a final one. Where they do not move, pixels of sharp photographs
-    differ from the full decode's by 0.3 to 0.8 grey levels on average at 1/2, 0.3 to 1.3 at 1/4
-    and 0.4 to 2.0 at 1/8; where they do, by 1 to 3.
+    Args:
+        source: an image, or upright RGB, (height, width, 3) uint8.
+        resolution: R.
+        rng: draws the crop, on the size of the whole upright image.
+        scale: the range of the crop's fraction of the area.
+        ratio: the range of its width over its height.
+        scaled_decoding: decode a JPEG at 1/2, 1/4 or 1/8 of its size, the smallest that leaves
+            the crop 1.5 R pixels a side. Its edges move by half a decoded pixel at most, a third
+            of a final one. The mean difference from the full decode of sharp photographs is 0.3
+            to 0.8 grey levels at 1/2, 0.3 to 1.3 at 1/4, 0.4 to 2.0 at 1/8, and 1 to 3 where
+            edges move.
+        max_pixels: an image of more is refused.
 
     Raises:
         SampleError: the image cannot be read.
@@ -216,8 +194,8 @@ def training_pixels(
 
 def resized(part: np.ndarray, resolution: int) -> np.ndarray:
     """(height, width, 3) uint8 -> (3, R, R) uint8 by torch's antialiased bicubic."""
-    part = np.ascontiguousarray(part)  # torch has no mirrored views, and would copy others slower
-    pixels = torch.from_numpy(part).permute(2, 0, 1)[None]  # channels last: the vectorised path
+    part = np.ascontiguousarray(part)  # torch has no negative strides, and copies others slowly
+    pixels = torch.from_numpy(part).permute(2, 0, 1)[None]  # channels last: vectorised
     pixels = torch.nn.functional.interpolate(
         pixels, size=(resolution, resolution), mode="bicubic", antialias=True
     )
@@ -225,9 +203,9 @@ def resized(part: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def decoding_factor(box: Box, resolution: int, spare: float = SPARE) -> int:
-    """By how much a JPEG may be decoded smaller for a part of it to be resized to R x R.
+    """The fraction of its size, 1 / factor, at which a JPEG is decoded for a crop resized to R x R.
 
-    Its short side then has at least `spare` times R pixels.
+    The crop's short side keeps at least `spare` times R pixels.
     """
     left, top, right, bottom = box
     short = min(right - left, bottom - top)
@@ -282,7 +260,7 @@ def _offset(side: int, crop: int, rounding: Rounding) -> int:
 
 
 def view(image: Image.Image, preprocess: Preprocess, side: int) -> Image.Image:
-    """What a model sees of an RGB image, for people, at another resolution."""
+    """The part of an RGB image that a model sees, at another resolution for display."""
     if preprocess.resize == "none":
         return fit(image, preprocess).resize((side, side), FILTERS["bicubic"])
     return fit(image, preprocess.at(side))
@@ -294,8 +272,8 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def image_to_show(source: Source) -> Image.Image | None:
-    """The image for a picture or a page; None, with a warning, where it cannot be read."""
-    if source == b"":  # a warning is logged already
+    """The image for a figure or a page; None, with a warning, where it cannot be read."""
+    if source == b"":  # was not readable before, and logged
         return None
     try:
         return open_image(source)
@@ -306,12 +284,12 @@ def image_to_show(source: Source) -> Image.Image | None:
 
 @lru_cache(1000)
 def warn_not_shown(reason: str) -> None:
-    """Log, once, why an image is left out of pictures."""
+    """Log once why an image is missing in figures."""
     log.warning("not shown: %s", reason)
 
 
 def middle_square(image: Image.Image) -> Box:
-    """Where the largest square in the middle of an image lies."""
+    """The box of the largest centred square."""
     short = min(image.size)
     left, top = ((side - short) // 2 for side in image.size)
     return left, top, left + short, top + short
@@ -325,15 +303,14 @@ def draw_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Box:
-    """Where a random resized crop lies, drawn as torchvision's RandomResizedCrop draws it.
+    """The box of a random resized crop, drawn as by torchvision's RandomResizedCrop.
 
-    Where ten draws do not fit, it is the largest centred part within the ratios.
+    After ten draws that do not fit, the largest centred box within the ratios.
     """
-    least, spread = scale[0], scale[1] - scale[0]
-    narrowest, span = _logarithms(ratio)
-    for _ in range(10):
-        area = width * height * (least + spread * rng.random())  # as `uniform`, which takes longer
-        aspect = float(np.exp(narrowest + span * rng.random()))
+    low, span = np.log(ratio[0]), np.log(ratio[1]) - np.log(ratio[0])
+    for _ in range(10):  # rng.uniform takes longer
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = float(np.exp(low + span * rng.random()))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
@@ -345,15 +322,8 @@ def draw_box(
     return left, top, left + w, top + h
 
 
-@cache
-def _logarithms(ratio: tuple[float, float]) -> tuple[float, float]:
-    """The lesser ratio's logarithm, and how much more the greater's is."""
-    least, most = np.log(ratio).tolist()
-    return least, most - least
-
-
 def as_jpeg(image: Image.Image, quality: int = 88) -> bytes:
-    """An RGB image as a JPEG with nothing in it but the pixels."""
+    """An RGB image as a JPEG without metadata."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding: text -> token ids, exactly as OpenAI's tokeniser gives them.
+"""CLIP's byte-pair encoding: text -> token ids, identical to OpenAI's tokeniser.
 
     text -> repaired, lower case -> chunks (white space) -> words (pattern) -> bytes -> ids
 
@@ -6,8 +6,8 @@
 start, ids, end, then zeros. The merge table is the one published with CLIP; see
 THIRD_PARTY_NOTICES.md.
 
-Two things make it fast. The ids of a chunk are cached, and found again without the pattern, which
-never crosses white space. And plain ASCII skips ftfy, the most costly step by far.
+For speed, the ids of a chunk are cached (the pattern never matches across white space), and plain
+ASCII skips ftfy, by far the slowest step.
 
 Shapes: B texts, L context length.
 """
@@ -39,14 +39,14 @@ WORDS = regex.compile(
     regex.IGNORECASE,
 )
 
-# ASCII of which neither ftfy nor html changes more than the kind of its white space.
+# ASCII that ftfy and html leave unchanged, except for the kind of white space.
 _PLAIN = re.compile(r"[\t\n\f\r -%'-~]*")
-_MAX_REPAIRED = 10_000  # characters; entities nested deeper would take ftfy minutes
+_MAX_REPAIRED = 10_000  # characters; ftfy takes minutes for deeply nested entities
 _LONG_NUMBER = re.compile("&#([0-9]{1000,})")
 
 _MAX_CACHED_CHUNKS = 1 << 16  # about 10 MB of English, and 30 MB of any text
 _MAX_CACHED_LENGTH = 32  # characters
-_GONE = -1  # in place of an id that was merged into the one at its left
+_MERGED = -1  # in place of an id that was merged into its left neighbour
 
 
 def tokenize(
@@ -83,8 +83,8 @@ def encode(text: str) -> list[int]:
 def decode(ids: Sequence[int] | np.ndarray | torch.Tensor) -> str:
     """The text of token ids: words as the tokeniser split them, with one space between.
 
-    Takes what `encode` gives, or a row of `tokenize`: start token, end token and padding are
-    left out then.
+    Takes a result of `encode` or a row of `tokenize`, of which start token, end token and
+    padding are left out.
     """
     tokens = [int(token) for token in ids]
     if tokens and tokens[0] == START and END in tokens:
@@ -97,19 +97,19 @@ def decode(ids: Sequence[int] | np.ndarray | torch.Tensor) -> str:
 
 
 def vocabulary() -> dict[str, int]:
-    """The ids of all symbols, in the form of the field's vocab.json files."""
+    """The ids of all symbols, as in vocab.json files."""
     table = _vocabulary()
     return {symbol: i for i, symbol in enumerate(table.symbols[:START])} | table.special
 
 
 def merges() -> list[str]:
-    """The merge rules, the most frequent pair first: "i n"."""
+    """The merge rules as in merges.txt files: "i n", the most frequent pair first."""
     symbols = _vocabulary().symbols
     return [f"{symbols[left]} {symbols[right]}" for left, right in _vocabulary().merged]
 
 
 def clean(text: str) -> str:
-    """Repaired, unescaped, with single spaces and in lower case: what the tokeniser reads."""
+    """The text that is encoded: repaired, unescaped, lower-cased, with single spaces."""
     return " ".join(_chunks(text))
 
 
@@ -118,12 +118,12 @@ def _packed_ids(text: str) -> bytes:
 
 
 def _packed(ids: Sequence[int]) -> bytes:
-    """Ids of two bytes each: they join and pad faster than lists."""
+    """Ids as two bytes each, which are joined and padded faster than lists."""
     return array("H", ids).tobytes()
 
 
 def _chunks(text: str) -> list[str]:
-    """The clean text at its white space.
+    """The clean text, split at white space.
 
     Python's white space is Unicode's and the four separators from \\x1c, which ftfy removes.
     """
@@ -133,19 +133,19 @@ def _chunks(text: str) -> list[str]:
 
 
 def _unescape(text: str) -> str:
-    """html.unescape, which takes no number of over 4300 digits; its first ones will do."""
+    """html.unescape; numbers, of which it takes at most 4300 digits, are cut to nine."""
     if len(text) > 1000:
         text = _LONG_NUMBER.sub(lambda found: f"&#{(found[1].lstrip('0') or '0')[:9]}", text)
     return html.unescape(text)
 
 
 def _repair(text: str) -> str:
-    """ftfy.fix_text, of the first 10,000 characters."""
+    """ftfy.fix_text on the first characters."""
     return ftfy.fix_text(text[:_MAX_REPAIRED]) + text[_MAX_REPAIRED:]
 
 
 class _IdsOfChunk(dict[str, bytes]):
-    """The ids of chunks and words, packed; those not seen yet are computed when asked for."""
+    """A cache of the packed ids of chunks and words."""
 
     def __missing__(self, chunk: str) -> bytes:
         letters = chunk.isascii() and chunk.isalpha()
@@ -169,12 +169,12 @@ def _ids_of_word(word: str) -> list[int]:
     if word in vocabulary.special:
         return [vocabulary.special[word]]
     if word.isascii() and (token := vocabulary.ids.get(word + "</w>")) is not None:
-        return [token]  # every symbol is what its own letters merge into
+        return [token]  # its letters merge into it
     return ids_of_bytes(word.encode("utf-8"))
 
 
 def ids_of_bytes(word: bytes) -> list[int]:
-    """Token ids of one word, which the pattern found."""
+    """Token ids of one match of the pattern, as UTF-8."""
     vocabulary = _vocabulary()
     ids = [vocabulary.byte_ids[byte] for byte in word]
     ids[-1] += 256  # the same byte at the end of a word
@@ -182,32 +182,32 @@ def ids_of_bytes(word: bytes) -> list[int]:
 
 
 def _merge(ids: list[int], merged: dict[tuple[int, int], int]) -> list[int]:
-    """The pairs merged one by one, first those learned first, from left to right.
+    """Merge pairs in the order in which they were learned, then from left to right.
 
-    A queue and links to the neighbours keep long words from taking quadratic time. No merge
-    gives rise to one that was learned before it, so the queue's order is that of whole sweeps.
+    A heap and a linked list avoid quadratic time for long words. No merge creates a pair that was
+    learned before it, so that the order is that of repeated sweeps over the word.
     """
     left, right = list(range(-1, len(ids))), list(range(1, len(ids) + 1))
     queue = [(merged[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in merged]
     heapify(queue)
-    ids.append(_GONE)  # beyond both ends, as ids[-1] is also left of the first
+    ids.append(_MERGED)  # right of the last; as ids[-1] also left of the first
     while queue:
         token, i = heappop(queue)
         j = right[i]
         if merged.get((ids[i], ids[j])) != token:
-            continue  # one of the two was merged since
-        ids[i], ids[j] = token, _GONE
+            continue  # one of the two has been merged
+        ids[i], ids[j] = token, _MERGED
         right[i] = right[j]
         left[right[i]] = i
         for a, b in ((left[i], i), (i, right[i])):
             new = merged.get((ids[a], ids[b]))
             if new is not None:
                 heappush(queue, (new, a))
-    return [token for token in ids if token != _GONE]
+    return [token for token in ids if token != _MERGED]
 
 
 class _Vocabulary:
-    """The merge table: `symbols` of ids and back, `merged` ids of pairs in the order learned."""
+    """The merge table: `symbols` by id, `ids` by symbol, `merged` ids of pairs in order."""
 
     def __init__(self) -> None:
         packed = (
@@ -227,7 +227,7 @@ class _Vocabulary:
             (self.ids[a], self.ids[b]): first + rank for rank, (a, b) in enumerate(pairs)
         }
         self.special = {"<|startoftext|>": START, "<|endoftext|>": END}
-        self.symbols += [f"{text}</w>" for text in self.special]  # so that decode spaces them
+        self.symbols += [f"{text}</w>" for text in self.special]  # decode puts spaces after them
         assert len(self.symbols) == VOCAB_SIZE
 
 
@@ -238,7 +238,7 @@ def _vocabulary() -> _Vocabulary:
 
 @cache
 def characters_of_bytes() -> dict[int, str]:
-    """A printable character for each byte, in the order that fixes the first 256 ids."""
+    """A printable character for each byte, in the order of the first 256 ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)
     table = {byte: chr(byte) for byte in printable}
@@ -248,5 +248,5 @@ def characters_of_bytes() -> dict[int, str]:
 
 @cache
 def byte_of_character() -> dict[str, int]:
-    """The bytes that the characters of symbols stand for."""
+    """The byte of each character of a symbol."""
     return {c: byte for byte, c in characters_of_bytes().items()} | {" ": ord(" ")}

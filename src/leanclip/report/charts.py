@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from leanclip.evaluation.classification import Prediction
-from leanclip.preprocess.images import Preprocess, Source, open_image, view
+from leanclip.preprocess.decoding import Source, open_image
+from leanclip.preprocess.images import Preprocess, view
 from leanclip.report.plots import new_figure, sanitize_label, saved
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from leanclip.io.files import write_text
-from leanclip.preprocess.images import Source, as_jpeg, image_to_show, middle_square
+from leanclip.preprocess.decoding import Source
+from leanclip.preprocess.images import as_jpeg, image_to_show, middle_square
 from leanclip.report.plots import COLORS, printable
 
 if TYPE_CHECKING:

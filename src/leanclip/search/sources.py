@@ -20,7 +20,8 @@ import numpy as np
 
 from leanclip.data.dataset import ClassFile, index_labels, read_class_file, read_lines, readable
 from leanclip.data.readers.image_files import list_images, no_images
-from leanclip.data.readers.tar_index import Remarks, shard_index
+from leanclip.data.readers.shard_cache import shard_index
+from leanclip.data.readers.tar_index import remarks
 from leanclip.data.splits import splits_in
 from leanclip.errors import ConfigError, DataError, SampleError, escaped
 from leanclip.inference.embeddings import index_file, read_index, shards_of
@@ -202,7 +203,7 @@ def _members(tar: Path, root: Path) -> Iterator[Entry]:
             return content.decode("utf-8-sig", "replace").strip() or None
 
         rows = shard_index(tar)
-        for line in Remarks.of(str(tar), rows).lines():
+        for line in remarks([(str(tar), rows)]):
             log.warning("%s: %s", escaped(str(tar)), line)
         is_usable = (rows["image"] > 0) & (rows["problem"] == 0)
         if count := len(rows) - int(is_usable.sum()):

@@ -8,7 +8,7 @@ import re
 import torch
 
 from leanclip.config.model import ModelConfig
-from leanclip.model.presets import forward_gflops
+from leanclip.model.cost import forward_gflops
 
 # 10^12 FLOPs a second of dense products: bf16 and fp16 on tensor cores with float32 sums, fp32 on
 # the other cores, fp32 as TF32 on tensor cores (None: it has none). From NVIDIA's data sheets of

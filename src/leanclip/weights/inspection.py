@@ -3,8 +3,8 @@
 from collections import Counter
 
 from leanclip.config.model import ModelConfig
+from leanclip.config.presets import PRESETS
 from leanclip.config.sections import parse, to_plain
-from leanclip.model.presets import PRESETS
 from leanclip.weights.weights import Weights
 
 

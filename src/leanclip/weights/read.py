@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from leanclip.config.model import ModelConfig
+from leanclip.config.presets import PRESETS, preset
 from leanclip.config.sections import parse
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
-from leanclip.model.presets import PRESETS, preset
 from leanclip.preprocess.images import Preprocess
 from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.formats import sniff

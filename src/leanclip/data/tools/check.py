@@ -1,8 +1,8 @@
-"""Looks at all of a data set before training does: what is unusable, odd, there twice or leaked.
+"""Read all of a data set before training, for what is unusable, unusual, duplicate or leaked.
 
     parts (splits) -> chunks -> processes: decode, hash, count tokens -> arrays -> findings
 
-All that is kept of an image is a row of RECORD, of a caption a row of CAPTION: 288 and 24 bytes.
+An image becomes a row of RECORD, a caption a row of CAPTION: 288 and 24 bytes.
 
 Shapes: N images, C captions.
 """
@@ -12,9 +12,9 @@ import os
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -33,9 +33,9 @@ from leanclip.preprocess.tokenizer import encode
 
 TINY = 32  # a short side below this, in pixels
 HUGE = 50_000_000  # more pixels than this
-VERY_LONG = 2000  # more characters than this; tokens are counted of so many
+VERY_LONG = 2000  # more characters than this; tokens are counted in the first ones
 
-# What may be odd about an image that can be read, by the bits of RECORD's `odd`.
+# Unusual properties of usable images, by the bits of RECORD's `odd`.
 ODD = ("tiny", "huge", "CMYK", "16-bit", "palette", "transparent", "greyscale", "turned",
        "animated", "misnamed")  # fmt: skip
 RECORD = np.dtype(
@@ -54,14 +54,14 @@ CAPTION = np.dtype(
     [("text", np.uint64), ("index", np.int64), ("tokens", np.int32), ("length", np.int32)]
 )
 
-DRAWN = 24  # images that are drawn, of all parts
-_CHUNK = 64  # samples that a process reads at a time
+DRAWN = 24  # images in samples.png, of all parts
+_CHUNK = 64  # samples of a task
 _SUFFIXES = SUFFIXES_OF | {"MPO": SUFFIXES_OF["JPEG"]}
 
 
 @dataclass
 class Part:
-    """A split, opened, and what reading it gave."""
+    """An opened split, and the results of reading it."""
 
     name: str
     config: DataConfig
@@ -71,14 +71,8 @@ class Part:
     bad: list[Bad]
 
 
-class _Read(NamedTuple):
-    images: np.ndarray
-    captions: np.ndarray
-    bad: list[Bad]
-
-
 def open_parts(configs: Sequence[DataConfig], splits: Sequence[str] = ()) -> list[Part]:
-    """The splits of sources, opened; without `splits` those that the format or folders name.
+    """Open the splits of sources; without `splits` all that `find_splits` finds.
 
     Raises:
         DataError: one is missing or empty.
@@ -88,14 +82,14 @@ def open_parts(configs: Sequence[DataConfig], splits: Sequence[str] = ()) -> lis
     for config in configs:
         if config.streaming or any(source.streaming for source in config.sources):
             raise ConfigError(f"{config.root}: streaming data is not checked; set streaming: false")
-        # What training refuses to open is to be reported here.
+        # What training refuses to open is reported here.
         config = config.model_copy(update={"epoch_size": None, "max_bad_fraction": 1.0})
-        for split in splits or _own_splits(config):
-            name = split or "all"
+        is_one = config.split is not None or config.format == "mixture"
+        own = (config.split,) if is_one else find_splits(config) or (None,)
+        for split in splits or own:
             part = config.model_copy(update={"split": split})
-            if any(_same_data(other, part) for other in wanted.values()):
-                continue
-            wanted[_free_name(name, config, wanted)] = part
+            if not any(_is_same(other, part) for other in wanted.values()):
+                wanted[_free_name(split or "all", config, wanted)] = part
     return [
         Part(name, config, open_dataset(config), np.empty(0, RECORD), np.empty(0, CAPTION), [])
         for name, config in wanted.items()
@@ -112,8 +106,8 @@ def read_parts(
 
     Args:
         parts: from `open_parts`.
-        workers: processes; 0: this one; null: one per CPU core.
-        progress: called now and then with samples done and of how many.
+        workers: processes; 0: this one; None: one per CPU core.
+        progress: called with the numbers of samples done and in all.
 
     Raises:
         DataError: a process died.
@@ -124,7 +118,7 @@ def read_parts(
     for number, part in enumerate(parts):
         size = len(part.dataset)
         results = in_processes(
-            _Reader(part.dataset, part.config.max_pixels),
+            partial(_read, dataset=part.dataset, max_pixels=part.config.max_pixels),
             (range(first, min(first + _CHUNK, size)) for first in range(0, size, _CHUNK)),
             workers,
             name=part.dataset.name,
@@ -139,12 +133,12 @@ def read_parts(
 
 
 def examples(parts: Sequence[Part]) -> list[tuple[Path | bytes, str]]:
-    """Images that can be read, drawn from all parts in turn, each with a caption."""
+    """A random sample of readable images from each part, each with a caption."""
     rng = np.random.default_rng(0)
-    share = -(-DRAWN // max(1, len(parts)))
+    count = -(-DRAWN // max(1, len(parts)))
     chosen = []
     for part in parts:
-        rows = rng.permutation(len(part.images))[:share]
+        rows = rng.permutation(len(part.images))[:count]
         for index in part.images["index"][np.sort(rows)].tolist():
             sample = part.dataset[index]
             chosen.append((sample.image, f"{part.name}: {_first_caption(part.dataset, sample)}"))
@@ -158,58 +152,48 @@ def _first_caption(dataset: Dataset, sample: Sample) -> str:
     return caption if len(caption) <= 80 else f"{caption[:79]}…"
 
 
-def _own_splits(config: DataConfig) -> Sequence[str | None]:
-    """The split that is set, or all that the format or the names of folders and files tell of."""
-    if config.split is not None or config.format == "mixture":
-        return (config.split,)
-    return find_splits(config) or (None,)
-
-
 def _free_name(name: str, config: DataConfig, taken: Container[str]) -> str:
-    """`name`, with the root's name before it and a number after it where it is taken."""
+    """`name`; where it is taken, with the root's name before it and a number after it."""
     longer = f"{Path(config.root).name}/{name}"
     numbered = (f"{longer} ({number})" for number in count(2))
     return next(one for one in chain([name, longer], numbered) if one not in taken)
 
 
-def _same_data(a: DataConfig, b: DataConfig) -> bool:
+def _is_same(a: DataConfig, b: DataConfig) -> bool:
     return (a.format, a.root, a.split, a.sources) == (b.format, b.root, b.split, b.sources)
 
 
-class _Reader:
-    """Reads a range of samples; runs in the workers."""
-
-    def __init__(self, dataset: Dataset, max_pixels: int) -> None:
-        self.dataset, self.max_pixels = dataset, max_pixels
-
-    def __call__(self, indices: range, note: Note) -> _Read:
-        images, captions, bad = np.zeros(len(indices), RECORD), [], []
-        done = 0
-        for index in indices:
-            note(index)
-            sample = None
-            try:
-                sample = self.dataset[index]
-                if not self.dataset.classes:
-                    captions += list(_caption_rows(sample, index))
-                _describe(sample, self.max_pixels, images[done])
-            except SampleError as error:
-                bad.append(Bad.of(sample.id if sample else self.dataset.name(index), error))
-                continue
-            images[done]["index"] = index
-            images[done]["label"] = -1 if sample.label is None else sample.label
-            done += 1
-        return _Read(images[:done], np.array(captions, CAPTION), bad)
+def _read(
+    indices: range, note: Note, *, dataset: Dataset, max_pixels: int
+) -> tuple[np.ndarray, np.ndarray, list[Bad]]:
+    """Images, captions and bad samples of a range; runs in the workers."""
+    images, captions, bad = np.zeros(len(indices), RECORD), [], []
+    done = 0
+    for index in indices:
+        note(index)
+        sample = None
+        try:
+            sample = dataset[index]
+            if not dataset.classes:
+                captions += list(_caption_rows(sample, index))
+            _describe(sample, max_pixels, images[done])
+        except SampleError as error:
+            bad.append(Bad.of(sample.id if sample else dataset.name(index), error))
+            continue
+        images[done]["index"] = index
+        images[done]["label"] = -1 if sample.label is None else sample.label
+        done += 1
+    return images[:done], np.array(captions, CAPTION), bad
 
 
 def _caption_rows(sample: Sample, index: int) -> Iterator[tuple[int, int, int, int]]:
-    """Rows of CAPTION: a hash that spaces do not change, and tokens with start and end."""
+    """Rows of CAPTION: a hash with white space collapsed, and tokens with start and end."""
     if not any(caption.strip() for caption in sample.captions):
         raise SampleError("empty caption", f"{sample.id}: an empty caption")
     for caption in sample.captions:
         text = " ".join(caption.split())
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        tokens = len(encode(text[:VERY_LONG])) + 2  # a book as a caption would take long
+        tokens = len(encode(text[:VERY_LONG])) + 2
         yield int.from_bytes(digest), index, tokens, len(text)
 
 
@@ -225,26 +209,24 @@ def _describe(sample: Sample, max_pixels: int, row: np.void) -> None:
     name = sample.image if isinstance(sample.image, Path) else Path(sample.id)
     image = open_reduced(header, 2 * 17, max_pixels=max_pixels)
     row["signs"], row["colors"] = fingerprint(image)
-    header = open_header(data, max_pixels=max_pixels)  # looking for frames moves among them
-    row["odd"] = sum(1 << ODD.index(word) for word in _oddities(header, name.suffix.lower()))
+    header = open_header(data, max_pixels=max_pixels)  # `is_animated` seeks among the frames
+    oddities = _oddities(header, name.suffix.lower())
+    row["odd"] = sum(is_odd << bit for bit, is_odd in enumerate(oddities))
     row["sha"] = np.frombuffer(hashlib.sha256(data).digest(), np.uint64)
 
 
-def _oddities(header: Image.Image, suffix: str) -> Iterator[str]:
-    """Which of ODD an image is, by its header."""
-    width, height = header.size
-    yield from ("tiny",) if min(width, height) < TINY else ()
-    yield from ("huge",) if width * height > HUGE else ()
-    mode = header.mode
-    if mode in ("CMYK", "P") or mode[0] in "IF":
-        yield {"CMYK": "CMYK", "P": "palette"}.get(mode, "16-bit")
-    if mode in ("L", "LA", "1"):
-        yield "greyscale"
-    if header.has_transparency_data:
-        yield "transparent"
-    if is_turned(header):
-        yield "turned"
-    if header.format != "MPO" and getattr(header, "is_animated", False):
-        yield "animated"
-    if suffix in SUFFIXES and suffix not in _SUFFIXES.get(header.format or "", SUFFIXES):
-        yield "misnamed"
+def _oddities(header: Image.Image, suffix: str) -> tuple[bool, ...]:
+    """Which of ODD an image is, by its header and the suffix of its name."""
+    mode, format = header.mode, header.format or ""
+    return (
+        min(header.size) < TINY,
+        header.width * header.height > HUGE,
+        mode == "CMYK",
+        mode[0] in "IF",
+        mode == "P",
+        header.has_transparency_data,
+        mode in ("L", "LA", "1"),
+        is_turned(header),
+        format != "MPO" and getattr(header, "is_animated", False),
+        suffix in SUFFIXES and suffix not in _SUFFIXES.get(format, SUFFIXES),
+    )

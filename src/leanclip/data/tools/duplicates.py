@@ -1,12 +1,12 @@
-"""Pictures that are there twice: the same bytes, or nearly the same to look at.
+"""Duplicate images: equal files, and near-duplicates by a perceptual hash.
 
-    RGB image -> fingerprint: 256 signs of grey slopes, and 8 x 8 colours -> candidates -> pairs
+    RGB image -> fingerprint: signs of 256 grey gradients, and 8 x 8 colours -> candidates -> pairs
 
-A near duplicate is the same picture scaled, compressed again, a little brighter, or with a
-narrow border cut off. Of 96 photographs and parts of photographs, these were found again: JPEG at
-quality 50 and half the size all, brightness +10% 99%, 2% cut off 96%, 4% cut off 58%; no two that
-differ were taken for the same. Of the 57 million pairs of the built-in drawings 30 were, nearly
-all the same figure in the same place; of those between train and val or unseen none.
+A near-duplicate is the same picture rescaled, recompressed, a little brighter, or with a narrow
+border cropped. Recall on 96 photographs and parts of photographs: JPEG at quality 50 and half the
+size 100%, brightness +10% 99%, 2% cropped 96%, 4% cropped 58%, without false positives. Of the 57
+million pairs of the built-in drawings 30 match, nearly all the same figure at the same place; none
+of those between train and val or unseen.
 
 Shapes: N images.
 """
@@ -16,19 +16,19 @@ from PIL import Image
 
 FINGERPRINT = [("signs", np.uint64, 4), ("colors", np.uint8, 192)]  # fields of a structured array
 
-MAX_DIFFERENT = 32  # signs of 256 that may differ
-MAX_SHARE = 0.5  # of the signs set in either
+MAX_DIFFERENT = 32  # of 256 signs
+MAX_SHARE = 0.5  # fraction of the signs set in either that may differ
 MAX_COLOR = 0.08  # mean difference of colours, at equal brightness, in units of the contrast
-ROUNDING = 0.5  # grey levels of that difference that say nothing
-MIN_SET = 8  # signs set; pictures of fewer are flat, and are not compared
-NEIGHBOURS = 32  # with how many of those that share 16 signs each picture is compared
+ROUNDING = 0.5  # grey levels of that difference that are tolerated
+MIN_SET = 8  # signs set; images with fewer are flat and not compared
+NEIGHBOURS = 32  # images with 16 equal signs that an image is compared with
 
-_SLOPE = 2  # grey levels from a cell to the next that count as rising
+_SLOPE = 2  # grey levels between cells that set a sign
 _BLOCK = 1 << 16  # pairs compared at once
 
 
 def fingerprint(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """(4,) uint64 and (192,) uint8 of an RGB image, whatever its size."""
+    """(4,) uint64 signs and (192,) uint8 colours of an RGB image of any size."""
     grey = image.convert("L").resize((17, 16), Image.Resampling.BOX)
     levels = np.asarray(grey).astype(np.int16)  # (16, 17)
     rising = levels[:, 1:] - levels[:, :-1] > _SLOPE  # (16, 16)
@@ -37,7 +37,7 @@ def fingerprint(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def exact_groups(hashes: np.ndarray) -> np.ndarray:
-    """(N, k) uint64 -> (N,) int64, the same number for equal rows."""
+    """(N, k) uint64 -> (N,) int64, equal for equal rows."""
     if not len(hashes):
         return np.empty(0, np.int64)
     rows = np.ascontiguousarray(hashes).view(f"V{hashes.shape[1] * 8}").ravel()
@@ -45,11 +45,11 @@ def exact_groups(hashes: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(fingerprints: np.ndarray) -> tuple[np.ndarray, int]:
-    """Pairs (first < second) of near duplicates: (P, 2) int64, in ascending order.
+    """Pairs (first < second) of near-duplicates, (P, 2) int64, and the number of crowded images.
 
-    Candidates share one of 16 rows of 16 signs. Where more than NEIGHBOURS share a row, each is
-    compared with those next to it when ordered by the other rows; the second result says how
-    many pictures of the (N,) this was so for at least once: pairs among them may be missing.
+    Candidates have one of 16 rows of 16 signs in common. Where more than NEIGHBOURS have the same
+    row, an image is compared with its neighbours in the order of the other rows; pairs among such
+    crowded images may be missing.
     """
     signs, colors = fingerprints["signs"], fingerprints["colors"]
     set_signs = np.bitwise_count(signs).sum(axis=1)  # (N,)
@@ -59,7 +59,7 @@ def near_pairs(fingerprints: np.ndarray) -> tuple[np.ndarray, int]:
     found: list[np.ndarray] = [np.empty((0, 2), np.int64)]
     for row in range(16):
         order = np.lexsort(np.roll(rows, -row, axis=1).T[::-1])
-        order = order[rows[order, row] != 0]  # a flat strip says nothing
+        order = order[rows[order, row] != 0]  # flat
         value, images = rows[order, row], usable[order]
         for step in range(1, NEIGHBOURS + 1):
             same = np.flatnonzero(value[step:] == value[:-step])
@@ -77,7 +77,7 @@ def near_pairs(fingerprints: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _alike(pairs: np.ndarray, signs: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Which of the pairs (P, 2) are near duplicates: (P,) bool."""
+    """Which of the pairs (P, 2) are near-duplicates: (P,) bool."""
     a, b = signs[pairs[:, 0]], signs[pairs[:, 1]]  # (P, 4)
     different = np.bitwise_count(a ^ b).sum(axis=1)
     either = np.bitwise_count(a | b).sum(axis=1)

@@ -1,4 +1,4 @@
-"""One function over many tasks in several processes: results in order, progress, named deaths."""
+"""A function over many tasks in several processes: results in order, progress, named deaths."""
 
 import multiprocessing
 import os
@@ -6,20 +6,20 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from leanclip.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
-Note = Callable[[int], None]  # what a task calls with the index of each sample before reading it
+Note = Callable[[int], None]  # called by a task with the index of each sample before reading it
 
-_SECONDS = 0.25  # between two looks at the progress
+_INTERVAL = 0.25  # seconds between two updates of the progress
+_IDLE = -2  # in place of an index; -1 is a sample of a stream
 
 
 def in_processes(
@@ -33,72 +33,75 @@ def in_processes(
     """`work(task, note)` of each task, in the tasks' order; close the generator to stop early.
 
     Args:
-        work: what to do; it and its results cross to other processes.
-        tasks: as many as twice the workers are drawn ahead.
+        work: a picklable function with picklable results.
+        tasks: consumed at most twice the workers ahead.
         workers: processes; 0: this one.
-        name: what the sample of an index is called.
-        progress: told a few times a second how many samples were noted.
+        name: names the sample of an index in messages.
+        progress: called a few times a second with the number of samples noted.
 
     Raises:
-        DataError: a process died; it names the sample that was being read.
+        DataError: a process died; the message names the samples that were being read.
     """
-    slots = multiprocessing.RawArray("q", 3 * max(workers, 1))  # process id, index, noted
-
-    def tick() -> None:
-        progress(sum(slots[2::3]))
-
+    reading = multiprocessing.RawArray("q", [_IDLE] * max(workers, 1))  # indices, by worker
+    counts = multiprocessing.RawArray("q", max(workers, 1))
     if workers == 0:
-        _start(work, slots, None)
+        _start(work, reading, counts, None)
         for task in tasks:
             yield _run(task)
-            tick()
+            progress(counts[0])
         return
-    tasks = iter(tasks)
-    pool = ProcessPoolExecutor(
-        workers, initializer=_start, initargs=(work, slots, multiprocessing.Value("i"))
-    )
-    before = set(multiprocessing.active_children())
-    children: set[BaseProcess] = set()
+    tasks, before = iter(tasks), set(multiprocessing.active_children())
+    arguments = (work, reading, counts, multiprocessing.Value("i"))
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=arguments)
     try:
         futures = deque(pool.submit(_run, task) for task in islice(tasks, 2 * workers))
         while futures:
-            children |= set(multiprocessing.active_children()) - before
-            yield _result(futures.popleft(), tick)
-            tick()
+            while not wait([futures[0]], _INTERVAL).done:
+                progress(sum(counts))
+            yield futures.popleft().result()
+            progress(sum(counts))
             futures.extend(pool.submit(_run, task) for task in islice(tasks, 1))
     except BrokenProcessPool:
-        pool.shutdown()
-        raise _death(slots, {child.pid: child.exitcode for child in children}, name) from None
+        indices = sorted({index for index in reading if index != _IDLE})
+        names = [name(index) if index >= 0 else "a sample of a stream" for index in indices]
+        raise DataError(
+            f"{' or '.join(names) or 'data'}: the process that was reading it died; if it ran out "
+            f"of memory, use fewer --workers; else remove this sample"
+        ) from None
     finally:
-        for child in children:
-            child.terminate()  # else a task that nobody waits for goes on for a while
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()  # shutdown alone waits for the running tasks
         pool.shutdown(cancel_futures=True)
 
 
-_task: tuple[Callable[[Any, Note], Any], Note]  # of a worker: the work, and how to note an index
+_run_task: Callable[[Any], Any]  # of this process
 
 
-def _start(work: Callable[[Any, Note], Any], slots: Any, counter: Any) -> None:
-    """Make a process ready; without a counter it is the main one."""
-    global _task
-    first = 0
-    if counter is not None:
-        with counter.get_lock():
-            first = 3 * counter.value
-            counter.value += 1
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+def _start(work: Callable[[Any, Note], Any], reading: Any, counts: Any, started: Any) -> None:
+    """Prepare a process; `started` counts the workers, None: this is the main process."""
+    global _run_task
+    number = 0
+    if started is not None:
+        with started.get_lock():
+            number = started.value
+            started.value += 1
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the main process
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    slots[first : first + 2] = [os.getpid(), -1]
 
     def note(index: int) -> None:
-        slots[first + 1] = index
-        slots[first + 2] += 1
+        reading[number] = index
+        counts[number] += 1
 
-    _task = work, note
+    def run(task: Any) -> Any:
+        result = work(task, note)
+        reading[number] = _IDLE
+        return result
+
+    _run_task = run
 
 
 def _end_with_parent() -> None:
-    """Workers of a killed main process would wait for tasks, or write files, for ever."""
+    """End this process when a SIGKILL has ended its parent; the pool would wait for tasks."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -106,29 +109,4 @@ def _end_with_parent() -> None:
 
 
 def _run(task: Any) -> Any:
-    work, note = _task
-    return work(task, note)
-
-
-def _result(future: Future[R], tick: Callable[[], None]) -> R:
-    while not wait([future], _SECONDS).done:
-        tick()
-    return future.result()
-
-
-def _death(
-    slots: Any, exits: dict[int | None, int | None], name: Callable[[int], str]
-) -> DataError:
-    """Which sample killed a process; when one dies, the pool terminates the others."""
-    reading = dict(zip(slots[::3], slots[1::3], strict=True))
-    ended = (0, None, -signal.SIGTERM)
-    dead = {pid for pid in reading if exits.get(pid) not in ended} or set(reading)
-    names = [
-        name(index) if index >= 0 else "a sample of a stream"
-        for pid, index in reading.items()
-        if pid in dead
-    ]
-    return DataError(
-        f"{' or '.join(names)}: the process that was reading it died; if it was the system that "
-        f"ended it for want of memory, use fewer --workers; else take this sample out"
-    )
+    return _run_task(task)

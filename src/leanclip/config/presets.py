@@ -1,27 +1,19 @@
-"""Named architectures, and what each costs: name -> keys of `ModelConfig` -> parameters, FLOPs.
+"""Named architectures: name -> keys of `ModelConfig`.
 
 The names and sizes are open_clip's. A plain name has exact GELU, as most LAION and DataComp
-weights; `-quickgelu` has OpenAI's activation. For a ResNet it is the text tower's alone.
+weights; `-quickgelu` has OpenAI's activation, for a ResNet in the text tower only.
 """
 
 import difflib
-from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from leanclip.config.model import ModelConfig
-from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError
-from leanclip.model.clip import CLIP
-from leanclip.model.skip_init import meta_device
 
 
 def _vit(
     patch_size: int, width: int, layers: int, embed_dim: int, text_layers: int = 12, **more: Any
 ) -> dict[str, Any]:
-    """A ViT on 224 pixels, beside a text tower as wide as the shared space."""
+    """A ViT at 224 pixels; the text tower is as wide as the embedding."""
     return {
         "embed_dim": embed_dim,
         "image_resolution": 224,
@@ -92,41 +84,3 @@ def preset(name: str) -> dict[str, Any]:
         meant = f"; did you mean {by_lower[close[0]]}?" if close else ""
         raise ConfigError(f"{name}: no such model{meant} (list them with: leanclip models)")
     return dict(PRESETS[name])
-
-
-def forward_gflops(config: ModelConfig, length: int | None = None) -> float:
-    """10⁹ FLOPs of one image and one caption of `length` tokens (None: the context), forward.
-
-    Matrix products, convolutions and attention are counted, a multiply-add as two, on the meta
-    device, where nothing is computed. What the last block is spared for the tokens that are not
-    read is not counted either; published counts include it.
-    """
-    return _cost(config, length)[1]
-
-
-def summaries() -> Iterator[dict[str, Any]]:
-    """The facts of each named model, in the order of the table; seconds for all."""
-    costs: dict[str, tuple[int, float]] = {}  # by the plain name: no activation is counted
-    for name, arch in PRESETS.items():
-        config, plain = parse(ModelConfig, arch, where=name), name.removesuffix("-quickgelu")
-        if plain not in costs:
-            costs[plain] = _cost(config)
-        parameters, gflops = costs[plain]
-        yield {
-            "name": name,
-            "parameters_millions": round(parameters / 1e6, 2),
-            "forward_gflops": round(gflops, 2),
-            "image_resolution": config.image_resolution,
-            "activation": config.activation,
-        }
-
-
-def _cost(config: ModelConfig, length: int | None = None) -> tuple[int, float]:
-    """The number of parameters, and the GFLOPs of a forward pass."""
-    with meta_device():
-        model = CLIP(**to_plain(config)).eval()
-        pixels = torch.empty(1, 3, config.image_resolution, config.image_resolution)
-        tokens = torch.empty(1, length or config.context_length, dtype=torch.int64)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(pixels, tokens)
-    return model.parameter_count(), counter.get_total_flops() / 1e9

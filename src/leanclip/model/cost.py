@@ -1,0 +1,51 @@
+"""The cost of a model: parameters and FLOPs of a forward pass."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from leanclip.config.model import ModelConfig
+from leanclip.config.presets import PRESETS
+from leanclip.config.sections import parse, to_plain
+from leanclip.model.clip import CLIP
+from leanclip.model.skip_init import meta_device
+
+
+def forward_gflops(config: ModelConfig, length: int | None = None) -> float:
+    """10⁹ FLOPs of a forward pass of one image and one caption of `length` tokens.
+
+    None: the context length. Matrix products, convolutions and attention are counted, a
+    multiply-add as two, on the meta device. The last block computes only the token that is read;
+    published counts include the others.
+    """
+    return _cost(config, length)[1]
+
+
+def summaries() -> Iterator[dict[str, Any]]:
+    """Parameters, GFLOPs, resolution and activation of each preset; takes seconds for all."""
+    costs: dict[str, tuple[int, float]] = {}  # by the plain name: activations are not counted
+    for name, arch in PRESETS.items():
+        config, plain = parse(ModelConfig, arch, where=name), name.removesuffix("-quickgelu")
+        if plain not in costs:
+            costs[plain] = _cost(config)
+        parameters, gflops = costs[plain]
+        yield {
+            "name": name,
+            "parameters_millions": round(parameters / 1e6, 2),
+            "forward_gflops": round(gflops, 2),
+            "image_resolution": config.image_resolution,
+            "activation": config.activation,
+        }
+
+
+def _cost(config: ModelConfig, length: int | None = None) -> tuple[int, float]:
+    """The number of parameters, and the GFLOPs of a forward pass."""
+    with meta_device():
+        model = CLIP(**to_plain(config)).eval()
+        pixels = torch.empty(1, 3, config.image_resolution, config.image_resolution)
+        tokens = torch.empty(1, length or config.context_length, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixels, tokens)
+    return model.parameter_count(), counter.get_total_flops() / 1e9
