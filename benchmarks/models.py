@@ -67,16 +67,16 @@ def random_model(name: str) -> CLIP:
     return CLIP(**architecture(name))
 
 
-def write_model(name: str, folder: Path, dialect: str = "leanclip") -> Path:
+def write_model(name: str, folder: Path, format: str = "leanclip") -> Path:
     """The random model's weights on disk."""
     model = random_model(name)
     state = {key: value.detach() for key, value in model.state_dict().items()}
     preprocess = Preprocess(model.config.image_resolution)
-    if dialect == "leanclip":
+    if format == "leanclip":
         folder.mkdir(parents=True)
         save_weights(folder, state, model.config, preprocess, provenance="a benchmark")
     else:
-        write_weights(Weights(folder, "leanclip", state, model.config, preprocess), folder, dialect)
+        write_weights(Weights(folder, "leanclip", state, model.config, preprocess), folder, format)
     return folder
 
 

@@ -106,16 +106,16 @@ def test_what_clip_model_has_alone_is_refused_by_name(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dialect", ["hf", "open_clip", "leanclip"])
+@pytest.mark.parametrize("format", ["hf", "open_clip", "leanclip"])
 @pytest.mark.parametrize("end", [2, END, END + 1, 5])
-def test_texts_are_read_where_eos_token_id_says(end: int, dialect: str, tmp_path: Path) -> None:
+def test_texts_are_read_where_eos_token_id_says(end: int, format: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     write_weights(weights(vocab_size=49412), tmp_path / "w", "hf")
     edit(tmp_path / "w/config.json", lambda v: v["text_config"].update(eos_token_id=end))
     model = transformers.CLIPModel.from_pretrained(tmp_path / "w").eval()
-    if dialect != "hf":
-        write_weights(read_weights(tmp_path / "w"), tmp_path / dialect, dialect)
-    clip = leanclip.load(tmp_path / ("w" if dialect == "hf" else dialect), device="cpu")
+    if format != "hf":
+        write_weights(read_weights(tmp_path / "w"), tmp_path / format, format)
+    clip = leanclip.load(tmp_path / ("w" if format == "hf" else format), device="cpu")
     tokens = torch.tensor(
         [
             [START, 320, 5, END, 7, 49411, 3, 0],

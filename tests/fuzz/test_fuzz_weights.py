@@ -1,4 +1,4 @@
-"""Weights of every dialect, edited: read, or refused in one line; never run, slow or large."""
+"""Weights of every format, edited: read, or refused in one line; never run, slow or large."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Weights of every dialect against the systems that wrote them, and from each into each."""
+"""Weights of every format against the systems that wrote them, and from each into each."""
 
 import hashlib
 import http.server
@@ -39,10 +39,10 @@ def tiny(**changes: object) -> Weights:
     return Weights(Path("tiny"), "leanclip", tensors, model.config, Preprocess(32))
 
 
-def rewrite(weights: Weights, folder: Path, dialect: str) -> Weights:
-    """Write in a dialect and read it back."""
-    write_weights(weights, folder / dialect / FILES[dialect], dialect)
-    return read_weights(folder / dialect / FILES[dialect], arch=weights.model)
+def rewrite(weights: Weights, folder: Path, format: str) -> Weights:
+    """Write in a format and read it back."""
+    write_weights(weights, folder / format / FILES[format], format)
+    return read_weights(folder / format / FILES[format], arch=weights.model)
 
 
 def assert_same(ours: Weights, theirs: Weights) -> None:
@@ -106,10 +106,10 @@ def test_a_vit_comes_back_to_the_bit(here: str, there: str, tmp_path: Path) -> N
     assert third.model == golden.model or here == "passl"
 
 
-@pytest.mark.parametrize("dialect", [d for d in WEIGHTS_FORMATS if d != "hf"])
-def test_a_resnet_comes_back_to_the_bit(dialect: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", [d for d in WEIGHTS_FORMATS if d != "hf"])
+def test_a_resnet_comes_back_to_the_bit(format: str, tmp_path: Path) -> None:
     golden = read_weights(DATA / "openai-resnet/torchscript.pt")
-    assert_same(golden, rewrite(golden, tmp_path, dialect))
+    assert_same(golden, rewrite(golden, tmp_path, format))
 
 
 def test_hugging_face_cannot_hold_a_resnet(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_square_matrices_are_transposed_for_paddle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "dialect", "words"),
+    ("changes", "format", "words"),
     [
         (WIDE | {"activation": "gelu"}, "openai", "implies activation quick_gelu, this model"),
         ({"activation": "gelu"}, "passl", "PASSL has activation quick_gelu, this model gelu"),
@@ -154,25 +154,25 @@ def test_square_matrices_are_transposed_for_paddle(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(
-    changes: dict, dialect: str, words: str, tmp_path: Path
+    changes: dict, format: str, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(WeightsError, match=words):
-        write_weights(tiny(**changes), tmp_path / FILES[dialect], dialect)
+        write_weights(tiny(**changes), tmp_path / FILES[format], format)
 
 
-@pytest.mark.parametrize("dialect", ["leanclip", "open_clip", "hf"])
+@pytest.mark.parametrize("format", ["leanclip", "open_clip", "hf"])
 @pytest.mark.parametrize(
     "changes", [{"activation": "gelu"}, {"transformer_mlp_ratio": 2.0, "vision_mlp_ratio": 3.0}]
 )
-def test_folders_keep_the_architecture(changes: dict, dialect: str, tmp_path: Path) -> None:
+def test_folders_keep_the_architecture(changes: dict, format: str, tmp_path: Path) -> None:
     weights = tiny(**changes)
-    rounding = "down" if dialect == "hf" else "even"
+    rounding = "down" if format == "hf" else "even"
     preprocess = Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), rounding=rounding)
     weights = replace(weights, preprocess=preprocess)
-    write_weights(weights, tmp_path / "w", dialect)
+    write_weights(weights, tmp_path / "w", format)
     back = read_weights(tmp_path / "w")
     assert back.model is not None
-    assert back.dialect == dialect
+    assert back.format == format
     assert to_plain(back.model) == to_plain(weights.model)  # pyright: ignore[reportArgumentType]
     assert back.preprocess == preprocess
 
@@ -236,7 +236,7 @@ def test_state_dicts_as_training_programs_leave_them(wrap: str, tmp_path: Path) 
     assert_same(weights, back)
     assert read_weights(path).model is None
     if wrap == "open_clip":
-        assert back.others == ("epoch", "name", "optimizer")
+        assert back.unexpected == ("epoch", "name", "optimizer")
     with pytest.raises(WeightsError, match=r"without its architecture.*arch='ViT-B-32'"):
         leanclip.load(path)
 
@@ -467,7 +467,7 @@ def test_a_published_name_is_fetched_checked_and_kept(
     assert not list((tmp_path / "cache").iterdir())
     monkeypatch.setenv("LEANCLIP_OPENAI_URL", f"{base}/good")
     for _ in range(2):
-        assert read_weights("ViT-B/32").dialect == "openai"
+        assert read_weights("ViT-B/32").format == "openai"
     assert asked == [f"/bad/{digest}/ViT-B-32.pt", f"/good/{digest}/ViT-B-32.pt"]
     (tmp_path / "cache" / "ViT-B-32.pt").write_bytes(b"spoilt")
     monkeypatch.setenv("LEANCLIP_OPENAI_URL", f"{base}/gone")  # another failure is tried again
@@ -521,12 +521,12 @@ def test_a_hub_id_is_taken_from_the_cache_offline(tmp_path: Path) -> None:
 
 def test_convert_and_inspect_on_the_command_line(command, tmp_path: Path) -> None:
     golden = str(DATA / "openai-vit/torchscript.pt")
-    for dialect, name in FILES.items():
-        destination = tmp_path / dialect / name
-        done = command("convert", golden, str(destination), "--to", dialect)
+    for format, name in FILES.items():
+        destination = tmp_path / format / name
+        done = command("convert", golden, str(destination), "--to", format)
         assert done.returncode == 0, done.stderr
         done = command("inspect", str(destination))
-        assert f"dialect          {dialect}" in done.stdout
+        assert f"format           {format}" in done.stdout
         assert "957,569" in done.stdout
         assert "activation       quick_gelu" in done.stdout
     assert_refused(

@@ -87,9 +87,9 @@ def test_any_nesting_of_prefixes(prefix: str, form: str, tensors: Tensors, tmp_p
     back = read_weights(path, arch=TINY)
     assert back.tensors.keys() == tensors.keys()
     assert all(torch.equal(back.tensors[name], tensor) for name, tensor in tensors.items())
-    assert {"criterion.*", "head.*"} <= set(back.others)
+    assert {"criterion.*", "head.*"} <= set(back.unexpected)
     if form == "ckpt":
-        assert {"epoch", "optimizer", "loops"} <= set(back.others)
+        assert {"epoch", "optimizer", "loops"} <= set(back.unexpected)
     if form == "shards":
         assert read_weights(tmp_path, arch=TINY).tensors.keys() == tensors.keys()
 

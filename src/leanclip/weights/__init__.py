@@ -1,4 +1,4 @@
-"""Weights on disk: read from any dialect, written in any, without running a byte of them.
+"""Weights on disk: read from any format, written in any, without running a byte of them.
 
 source -> read_weights -> Weights (tensors by OpenAI's names, architecture) -> load_into, write
 """

@@ -1,4 +1,4 @@
-"""Write weights in any dialect that can hold them: `leanclip convert SRC DST --to DIALECT`."""
+"""Write weights in any format that can hold them: `leanclip convert SRC DST --to FORMAT`."""
 
 import logging
 from dataclasses import replace
@@ -15,7 +15,7 @@ WEIGHTS_FORMATS = ("leanclip", "openai", "open_clip", "hf", "passl")
 
 
 def write_weights(
-    weights: Weights, destination: Path, dialect: str, *, provenance: str | None = None
+    weights: Weights, destination: Path, format: str, *, provenance: str | None = None
 ) -> None:
     """Write weights as they are, to the bit, under another system's names.
 
@@ -24,12 +24,12 @@ def write_weights(
     `provenance`; by default the source that was converted.
 
     Raises:
-        WeightsError: the dialect cannot hold the model, the architecture is not known, or there
+        WeightsError: the format cannot hold the model, the architecture is not known, or there
             is something at the destination.
     """
-    if dialect not in WEIGHTS_FORMATS:
-        raise WeightsError(f"--to {dialect}: no such format; known: {', '.join(WEIGHTS_FORMATS)}")
-    is_file = dialect in ("openai", "passl")
+    if format not in WEIGHTS_FORMATS:
+        raise WeightsError(f"--to {format}: no such format; known: {', '.join(WEIGHTS_FORMATS)}")
+    is_file = format in ("openai", "passl")
     if destination.exists() and (is_file or not destination.is_dir() or any(destination.iterdir())):
         raise WeightsError(f"{destination}: is there already; choose another name")
     model, preprocess = weights.model, weights.preprocess
@@ -43,16 +43,16 @@ def write_weights(
         log.warning(
             "%s: %s's files do not hold how images are prepared; whoever loads %s must know: %s",
             weights.source,
-            dialect,
+            format,
             destination,
             preprocess,
         )
     if is_file:
         destination.parent.mkdir(parents=True, exist_ok=True)
-    match dialect:
+    match format:
         case "leanclip":
             destination.mkdir(parents=True, exist_ok=True)
-            origin = provenance or f"converted from {weights.dialect}: {weights.source.name}"
+            origin = provenance or f"converted from {weights.format}: {weights.source.name}"
             native.save_weights(destination, weights.tensors, model, preprocess, provenance=origin)
         case "openai":
             openai.write(destination, weights, model)

@@ -10,7 +10,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over tensors in the order of their names: name, type, shape, and little-endian bytes.
 
     Of a model's `state_dict()`, which has OpenAI's names and one type whatever was read, it is
-    the same for the same weights in every dialect.
+    the same for the same weights in every format.
     """
     found = hashlib.sha256()
     for name in sorted(tensors):

@@ -62,7 +62,7 @@ def read_folder(folder: Path, facts: dict[str, Any], arch: ModelConfig | None) -
     file = find_file(folder, FILES)
     if file is None:
         raise WeightsError(f"{folder}: has config.json, but none of {', '.join(FILES)}")
-    theirs, others = read_state_dict(file)
+    theirs, unexpected = read_state_dict(file)
     check_tokenizer(folder)
     model = arch or _architecture(folder, facts)
     notes = ()
@@ -74,7 +74,7 @@ def read_folder(folder: Path, facts: dict[str, Any], arch: ModelConfig | None) -
     tensors = to_openai(folder, theirs)
     own = None if arch else model.image_resolution  # another one's images are fitted to it
     preprocess = read_processor(folder, own) or Preprocess(model.image_resolution, rounding="down")
-    return Weights(folder, "hf", tensors, model, preprocess, notes=notes, others=others)
+    return Weights(folder, "hf", tensors, model, preprocess, notes=notes, unexpected=unexpected)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:

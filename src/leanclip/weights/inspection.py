@@ -9,20 +9,20 @@ from leanclip.weights.weights import Weights
 
 
 def inspection(weights: Weights) -> str:
-    """Dialect, architecture, activation, parameters, types, temperature, and what else is held."""
+    """Format, architecture, activation, parameters, types, temperature, and what else is held."""
     tensors, model = weights.tensors, weights.model
     types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     scale = tensors.get("logit_scale")
     lines = {
         "source": str(weights.source),
-        "dialect": weights.dialect,
+        "format": weights.format,
         "architecture": _name(model) if model else "not said; name it with --arch",
         "activation": model.activation if model else "not said",
         "parameters": f"{sum(t.numel() for n, t in tensors.items() if 'running_' not in n):,}",
         "tensors": f"{len(tensors)} of " + ", ".join(f"{k} ({n})" for k, n in types.items()),
         "temperature": "none" if scale is None else f"cosines x {scale.float().exp().mean():.2f}",
         "preprocessing": str(weights.preprocess or "not said"),
-        "besides tensors": ", ".join(weights.others) or "nothing",
+        "besides tensors": ", ".join(weights.unexpected) or "nothing",
     }
     lines |= {f"note {i}": note for i, note in enumerate(weights.notes, 1)}
     if model:

@@ -42,7 +42,7 @@ def interpolate(first: Weights, second: Weights, alpha: float) -> Weights:
     states = _state(first, model), _state(second, model)
     return Weights(
         source=Path(f"{1 - alpha:g} * {first.source} + {alpha:g} * {second.source}"),
-        dialect="interpolation",
+        format="interpolation",
         tensors={name: between(states[0][name], states[1][name], alpha) for name in states[0]},
         model=model,
         preprocess=nearer.preprocess or next(iter(given), None),

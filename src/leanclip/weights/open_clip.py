@@ -118,9 +118,11 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     file = find_file(folder, FILES)
     if file is None:
         raise WeightsError(f"{folder}: has {CONFIG}, but none of {', '.join(FILES)}")
-    tensors, others = read_state_dict(file)
+    tensors, unexpected = read_state_dict(file)
     preprocess = _preprocess(folder / CONFIG, facts.get("preprocess_cfg"), model)
-    return Weights(folder, "open_clip", flat_text(tensors), model, preprocess, others=others)
+    return Weights(
+        folder, "open_clip", flat_text(tensors), model, preprocess, unexpected=unexpected
+    )
 
 
 def read_preprocess(folder: Path) -> Preprocess:

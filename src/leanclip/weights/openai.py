@@ -1,7 +1,7 @@
 """OpenAI's published weights: a TorchScript archive, or the state dict that was in it.
 
 The three numbers that OpenAI keeps beside the tensors (`input_resolution`, `context_length`,
-`vocab_size`) tell the dialect. It implies QuickGELU and heads of 64 channels.
+`vocab_size`) tell the format. It implies QuickGELU and heads of 64 channels.
 """
 
 from pathlib import Path

@@ -46,7 +46,7 @@ def from_arrays(
     source: Path,
     arrays: dict[str, np.ndarray],
     arch: ModelConfig | None,
-    others: tuple[str, ...] = (),
+    unexpected: tuple[str, ...] = (),
 ) -> Weights:
     """Tensors by OpenAI's names.
 
@@ -67,9 +67,9 @@ def from_arrays(
         "passl",
         tensors,
         model,
-        absent=(VISION_POSITIONS[1],) if lacks else (),
+        missing=(VISION_POSITIONS[1],) if lacks else (),
         notes=(_NO_POSITIONS,) if lacks else (),
-        others=others,
+        unexpected=unexpected,
     )
 
 

@@ -1,6 +1,6 @@
-"""Read weights of any dialect, recognised by content: a file, a folder, a run, a name, a hub id.
+"""Read weights of any format, recognised by content: a file, a folder, a run, a name, a hub id.
 
-source -> locate -> folder: its config says the dialect / file: its bytes, then its names
+source -> locate -> folder: its config says the format / file: its bytes, then its names
 """
 
 from dataclasses import replace
@@ -37,7 +37,7 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
     """Read weights; nothing in the source is ever executed.
 
     Args:
-        source: a file or folder of any dialect, a run's folder (its newest checkpoint), the name
+        source: a file or folder of any format, a run's folder (its newest checkpoint), the name
             of a file that OpenAI publishes ("ViT-B/32"), or a hub id ("hf-hub:owner/name"). Of a
             file that holds several models: FILE#KEY; "FILE#ema" is the moving average.
         arch: the architecture, which wins over what the source says: settings by name, a
@@ -45,7 +45,7 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
 
     Raises:
         WeightsError: there is no such source, it is damaged, holds more than data, or is of no
-            known dialect.
+            known format.
         ConfigError: `arch` is none.
     """
     given = read_architecture(arch) if arch is not None else None
@@ -180,14 +180,16 @@ def _read_file(path: Path, arch: ModelConfig | None, key: str | None) -> Weights
     if kind == "pickle":
         loaded = read_numpy_pickle(path)
         return passl.from_arrays(path, paddle_arrays(loaded, path), arch, _others(loaded))
-    tensors, others = read_state_dict(path, kind, key)
-    if others == TORCHSCRIPT or openai.MARKS[0] in tensors:
+    tensors, unexpected = read_state_dict(path, kind, key)
+    if unexpected == TORCHSCRIPT or openai.MARKS[0] in tensors:
         weights = openai.from_tensors(path, tensors, arch)
-        return replace(weights, others=others)
+        return replace(weights, unexpected=unexpected)
     # These do not say their activation: whoever uses them must know the architecture.
     if any(name.startswith("vision_model.") for name in tensors):
-        return Weights(path, "hf", huggingface.to_openai(path, tensors), arch, others=others)
-    return Weights(path, "state dict", open_clip.flat_text(tensors), arch, others=others)
+        return Weights(
+            path, "hf", huggingface.to_openai(path, tensors), arch, unexpected=unexpected
+        )
+    return Weights(path, "state dict", open_clip.flat_text(tensors), arch, unexpected=unexpected)
 
 
 def _others(loaded: object) -> tuple[str, ...]:

@@ -62,14 +62,14 @@ def read_state_dict(
         loaded: object = _read_shards(path)
     else:
         loaded = _read_values(path, kind or sniff(path))
-    others: tuple[str, ...] = TORCHSCRIPT
+    unexpected: tuple[str, ...] = TORCHSCRIPT
     if isinstance(loaded, Module):
         tensors = module_tensors(loaded)
     else:
-        tensors, others = unwrap(loaded, path, key)
+        tensors, unexpected = unwrap(loaded, path, key)
     with refusing(path, "file of PyTorch's"):
         check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
-    return tensors, others
+    return tensors, unexpected
 
 
 def find_file(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -122,10 +122,10 @@ def unwrap(
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in every.items() if _is_of(name, prefix)
     }
-    unused, others = (list(dict.fromkeys(names)) for names in _beside(loaded, "", prefix))
+    unused, unexpected = (list(dict.fromkeys(names)) for names in _beside(loaded, "", prefix))
     if unused:
         log.warning("%s: tensors that are not the model's are not used: %s", source, named(unused))
-    return tensors, (*unused, *others)
+    return tensors, (*unused, *unexpected)
 
 
 def named(keys: Sequence[str]) -> str:
@@ -187,7 +187,7 @@ def _is_of(name: str, prefix: str) -> bool:
 def _beside(values: dict, path: str, prefix: str) -> tuple[list[str], list[str]]:
     """What is no part of the model in the dicts that lead to it: tensors, and all else."""
     tensors: list[str] = []
-    others: list[str] = []
+    unexpected: list[str] = []
     for name, value in values.items():
         here = _WRAPPERS.sub("", f"{path}{name}")
         if isinstance(value, torch.Tensor):
@@ -198,10 +198,10 @@ def _beside(values: dict, path: str, prefix: str) -> tuple[list[str], list[str]]
             tensors += [] if _is_of(here, prefix) else [name]
         elif isinstance(value, dict) and prefix.startswith(_WRAPPERS.sub("", f"{path}{name}.")):
             inner = _beside(value, f"{path}{name}.", prefix)
-            tensors, others = tensors + inner[0], others + inner[1]
+            tensors, unexpected = tensors + inner[0], unexpected + inner[1]
         else:
-            others.append(str(name))
-    return tensors, others
+            unexpected.append(str(name))
+    return tensors, unexpected
 
 
 def read_json(path: Path) -> dict[str, Any]:

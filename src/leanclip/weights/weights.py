@@ -46,13 +46,13 @@ class Weights:
     """Tensors by OpenAI's names and, where the source says so, what they belong to."""
 
     source: Path
-    dialect: str  # "leanclip", "openai", "open_clip", "hf", "passl", or "state dict"
+    format: str  # "leanclip", "openai", "open_clip", "hf", "passl", or "state dict"
     tensors: dict[str, torch.Tensor]
     model: ModelConfig | None = None  # None: the source does not say enough
     preprocess: Preprocess | None = None  # where it is not given, OpenAI's at the model's size
-    absent: tuple[str, ...] = ()  # tensors that the dialect never holds; they become zeros
+    missing: tuple[str, ...] = ()  # tensors that the format never holds; they become zeros
     notes: tuple[str, ...] = ()  # what a person should know
-    others: tuple[str, ...] = ()  # what the source holds besides tensors of the model
+    unexpected: tuple[str, ...] = ()  # what the source holds besides tensors of the model
 
     def __post_init__(self) -> None:
         if self.model is not None and self.preprocess is None:
@@ -119,8 +119,8 @@ def _compare(
         name: _fit(name, tensor, own[name], weights.source) if fits and name in own else tensor
         for name, tensor in weights.tensors.items()
     }
-    given |= {name: torch.zeros_like(own[name]) for name in weights.absent if name in own}
-    for name, tensor in own.items():  # a counter of steps, which not every dialect holds
+    given |= {name: torch.zeros_like(own[name]) for name in weights.missing if name in own}
+    for name, tensor in own.items():  # a counter of steps, which not every format holds
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, tensor)
     differing = [
@@ -138,7 +138,9 @@ def _compare(
 def _refuse(weights: Weights, problems: Mapping[str, list[str]]) -> None:
     if any(problems.values()):
         found = [f"{what}: {named(keys)}" for what, keys in problems.items() if keys]
-        beside = f"; beside the model are: {named(weights.others)}" if weights.others else ""
+        beside = (
+            f"; beside the model are: {named(weights.unexpected)}" if weights.unexpected else ""
+        )
         raise WeightsError(f"{weights.source}: {'; '.join(found)}{beside}")
 
 
