@@ -21,10 +21,10 @@ from hostile import arguments, name, number, pickled, programs, tensor_program, 
 from safetensors.torch import save_file
 
 from leanclip.errors import WeightsError
-from leanclip.weights.archive import module_tensors, read_torch_legacy, read_torch_zip
-from leanclip.weights.formats import read_safetensors, sniff
+from leanclip.weights.files import read_safetensors, sniff
 from leanclip.weights.numpy_pickle import read_numpy_pickle
 from leanclip.weights.paddle import paddle_arrays
+from leanclip.weights.torch_file import module_tensors, read_torch_legacy, read_torch_zip
 
 PASSL = DATA / "passl-formats"
 PROGRAMS = sorted(programs(Path("mark")))

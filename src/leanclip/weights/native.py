@@ -17,7 +17,7 @@ from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.io.files import digest
 from leanclip.preprocess.images import Preprocess
-from leanclip.weights.formats import read_safetensors
+from leanclip.weights.files import read_safetensors
 from leanclip.weights.weights import Weights
 
 FORMAT = "leanclip"

@@ -15,7 +15,7 @@ from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.model.presets import PRESETS, preset
 from leanclip.preprocess.images import Preprocess
 from leanclip.weights import huggingface, native, open_clip, openai, passl
-from leanclip.weights.formats import sniff
+from leanclip.weights.files import sniff
 from leanclip.weights.hub import locate, locate_settings
 from leanclip.weights.numpy_pickle import read_numpy_pickle
 from leanclip.weights.paddle import paddle_arrays

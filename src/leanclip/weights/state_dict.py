@@ -18,9 +18,9 @@ import torch
 
 from leanclip.errors import WeightsError
 from leanclip.io.files import LFS_POINTER, is_lfs_file
-from leanclip.weights.archive import Module, module_tensors, read_torch_legacy, read_torch_zip
-from leanclip.weights.formats import read_safetensors, sniff
+from leanclip.weights.files import read_safetensors, sniff
 from leanclip.weights.numpy_pickle import check_sharing
+from leanclip.weights.torch_file import Module, module_tensors, read_torch_legacy, read_torch_zip
 from leanclip.weights.unpickle import refusing
 
 log = logging.getLogger("leanclip")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from leanclip.errors import WeightsError
-from leanclip.weights.formats import sniff
+from leanclip.weights.files import sniff
 from leanclip.weights.numpy_pickle import numpy_names
 from leanclip.weights.unpickle import Name, Unfinished, interpret, refusing
 
