@@ -110,9 +110,9 @@ def training_batch(side: int, tokens: torch.Tensor) -> Batch:
 
 def from_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of CLIPModel, its gradients for example, by our names."""
-    from leanclip.weights.huggingface import to_openai
+    from leanclip.weights.huggingface import from_state_dict
 
-    return to_openai(Path("transformers"), dict(tensors))
+    return from_state_dict(Path("transformers"), tensors, None).tensors
 
 
 def open_clip_model(arch: dict[str, Any]) -> Callable[[], torch.nn.Module] | None:

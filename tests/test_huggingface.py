@@ -66,7 +66,7 @@ def theirs(values: dict[str, Any]) -> Any:
 def test_older_sections_win_as_in_transformers(change: dict[str, Any]) -> None:
     values = {"projection_dim": 16, "text_config": TEXT, "vision_config": VISION} | change
     known = theirs(json.loads(json.dumps(values)))
-    ours = _architecture(Path("w"), values)
+    ours = _architecture(Path("w/config.json"), values)
     text, vision = known.text_config, known.vision_config
     assert ours.vision_layers == vision.num_hidden_layers
     assert ours.vision_heads == vision.num_attention_heads
@@ -102,7 +102,7 @@ def test_what_clip_model_has_alone_is_refused_by_name(
     values: dict[str, Any] = {"projection_dim": 16, "text_config": TEXT, "vision_config": VISION}
     values[section] = values[section] | {field: value}
     with pytest.raises(WeightsError, match=f"config.json.*{field}"):
-        _architecture(Path("w"), values)
+        _architecture(Path("w/config.json"), values)
 
 
 @torch.no_grad()

@@ -27,9 +27,8 @@ from leanclip.openai.bpe import SimpleTokenizer
 from leanclip.openai.transforms import CenterCrop, Compose, Normalize, Resize
 from leanclip.preprocess.images import Source, center_crop, open_image, to_array
 from leanclip.weights import Weights, load_into
-from leanclip.weights.numpy_pickle import read_numpy_pickle
-from leanclip.weights.paddle import paddle_arrays
-from leanclip.weights.passl import from_arrays
+from leanclip.weights.passl import from_state_dict, paddle_arrays
+from leanclip.weights.unpickle import read_numpy_pickle
 
 __all__ = [
     "CLIPWrapper",
@@ -120,7 +119,7 @@ class CLIPWrapper(nn.Module):
             tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
             weights = Weights(source, "state dict", tensors, self.model.config)
         else:
-            weights = from_arrays(source, paddle_arrays(tensors, source), self.model.config)
+            weights = from_state_dict(source, paddle_arrays(tensors, source), self.model.config)
         load_into(self.model, weights)
 
     def train_iter(self, image: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:

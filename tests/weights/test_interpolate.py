@@ -63,7 +63,7 @@ def test_between_is_the_formula_and_says_where_it_is_from(command: Command, tmp_
         torch.testing.assert_close(state[name], expected)
     facts = json.loads((tmp_path / "c/config.json").read_text())
     assert facts["provenance"] == "0.75 * a + 0.25 * b"
-    assert_refused(command("interpolate", "a", "b", "--out", "c"), "c: is there already")
+    assert_refused(command("interpolate", "a", "b", "--out", "c"), "c: already exists")
 
 
 def test_half_precision_is_interpolated_in_float32(command: Command, tmp_path: Path) -> None:

@@ -433,7 +433,7 @@ def test_formats_without_a_place_for_it_say_so(
     preprocess = Preprocess(R, resize="squash")
     weights = Weights(Path("tiny"), "leanclip", model.state_dict(), model.config, preprocess)
     write_weights(weights, tmp_path / "w.pt", "openai")
-    assert "do not hold how images are prepared" in caplog.text
+    assert "do not store the preprocessing" in caplog.text
     assert "squash" in caplog.text
 
 

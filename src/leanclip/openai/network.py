@@ -27,7 +27,7 @@ from leanclip.config.sections import to_plain
 from leanclip.errors import WeightsError
 from leanclip.model.skip_init import SkipInit
 from leanclip.openai.resnet import ModifiedResNet
-from leanclip.weights.openai import from_tensors
+from leanclip.weights.openai import from_state_dict
 
 
 class LayerNorm(nn.LayerNorm):
@@ -367,7 +367,7 @@ def build_model(state_dict: Mapping[str, torch.Tensor]) -> CLIP:
         RuntimeError: the tensors are not CLIP's, or do not fit each other.
     """
     try:
-        weights = from_tensors(Path("state_dict"), dict(state_dict), None)
+        weights = from_state_dict(Path("state_dict"), state_dict, None)
         if weights.model is None:
             raise WeightsError("state_dict: no heads of 64 channels fit its widths")
     except WeightsError as error:

@@ -1,10 +1,11 @@
 """Hugging Face's CLIPModel: config.json, safetensors or bin in one file or several, processor.
 
-Projections are transposed there, and queries, keys and values stand apart.
+Projections are transposed there, and queries, keys and values are separate.
 """
 
 import json
-import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +17,74 @@ from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
+from leanclip.weights.files import MALFORMED, find_file, read_json
+from leanclip.weights.names import Rule, to_ours, to_theirs
 from leanclip.weights.processor import read_processor, to_values
-from leanclip.weights.state_dict import find_file, read_json, read_state_dict
+from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights, mlp_ratio, square_side
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # or an index of shards of such a name
 
+_TOKENIZER_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast")
 _OTHER_TOKENIZERS = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
-_NAMES = {  # ours -> theirs; blocks apart
-    "logit_scale": "logit_scale",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre": "vision_model.pre_layrnorm",
-    "visual.ln_post": "vision_model.post_layernorm",
-    "visual.proj": "visual_projection.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final": "text_model.final_layer_norm",
-    "text_projection": "text_projection.weight",
-}
-_TRANSPOSED = ("visual.proj", "text_projection")
-_TOWERS = {"visual.transformer.resblocks": "vision_model", "transformer.resblocks": "text_model"}
-_PARTS = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
-_OUR_NAMES, _OUR_TOWERS, _OUR_PARTS = (
-    {theirs: ours for ours, theirs in table.items()} for table in (_NAMES, _TOWERS, _PARTS)
+_TOWERS = {"visual.transformer": "vision_model.encoder", "transformer": "text_model.encoder"}
+_BLOCK = (
+    ("ln_1.*", "layer_norm1.*"),
+    ("ln_2.*", "layer_norm2.*"),
+    ("mlp.c_fc.*", "mlp.fc1.*"),
+    ("mlp.c_proj.*", "mlp.fc2.*"),
+    ("attn.out_proj.*", "self_attn.out_proj.*"),
+    ("attn.in_proj_*", "self_attn.{q,k,v}_proj.*"),
+)
+RULES = (
+    Rule("logit_scale", "logit_scale"),
+    Rule("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    Rule("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    Rule("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    Rule("visual.ln_pre.*", "vision_model.pre_layrnorm.*"),
+    Rule("visual.ln_post.*", "vision_model.post_layernorm.*"),
+    Rule("visual.proj", "visual_projection.weight", transpose=True),
+    Rule("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    Rule("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    Rule("ln_final.*", "text_model.final_layer_norm.*"),
+    Rule("text_projection", "text_projection.weight", transpose=True),
+    *(
+        Rule(f"{tower}.resblocks.*.{ours}", f"{encoder}.layers.*.{theirs}")
+        for tower, encoder in _TOWERS.items()
+        for ours, theirs in _BLOCK
+    ),
 )
 
 
-def read_folder(folder: Path, facts: dict[str, Any], arch: ModelConfig | None) -> Weights:
-    """Read a folder whose config.json holds `facts`.
+def is_folder(folder: Path) -> bool:
+    """Whether a folder is in this format."""
+    file = folder / "config.json"
+    return file.is_file() and read_json(file).get("model_type") == "clip"
+
+
+def is_state_dict(names: Collection[str]) -> bool:
+    """Whether tensors have this format's names."""
+    return any(name.startswith("vision_model.") for name in names)
+
+
+def from_state_dict(
+    source: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig | None
+) -> Weights:
+    """Weights of tensors alone, which do not tell their activation.
+
+    Raises:
+        WeightsError: some of a block's queries, keys and values are missing.
+    """
+    counters = ".position_ids"  # from 0, stored by old versions
+    theirs = {name: tensor for name, tensor in tensors.items() if not name.endswith(counters)}
+    return Weights(source, "hf", to_ours(theirs, RULES), model)
+
+
+def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
+    """Read a folder in this format; `arch` takes the place of its config.json.
 
     Raises:
         WeightsError: a file is missing or damaged, or the architecture is not CLIPModel's.
@@ -62,19 +92,28 @@ def read_folder(folder: Path, facts: dict[str, Any], arch: ModelConfig | None) -
     file = find_file(folder, FILES)
     if file is None:
         raise WeightsError(f"{folder}: has config.json, but none of {', '.join(FILES)}")
-    theirs, unexpected = read_state_dict(file)
+    tensors, unexpected = read_state_dict(file)
     check_tokenizer(folder)
-    model = arch or _architecture(folder, facts)
+    model = arch or _architecture(folder / "config.json", read_json(folder / "config.json"))
     notes = ()
     if model.transformer_eos_id not in (None, END) and model.vocab_size >= VOCAB_SIZE:
         notes = (
             f"its eos_token_id is {model.transformer_eos_id}, CLIP's tokeniser ends texts with "
             f"{END}: they are all read at their first token, as in transformers",
         )
-    tensors = to_openai(folder, theirs)
-    own = None if arch else model.image_resolution  # another one's images are fitted to it
+    own = None if arch else model.image_resolution  # images are resized for another architecture
     preprocess = read_processor(folder, own) or Preprocess(model.image_resolution, rounding="down")
-    return Weights(folder, "hf", tensors, model, preprocess, notes=notes, unexpected=unexpected)
+    weights = from_state_dict(folder, tensors, model)
+    return replace(weights, preprocess=preprocess, notes=notes, unexpected=unexpected)
+
+
+def read_preprocess(folder: Path) -> Preprocess | None:
+    """The preprocessing of a folder in this format; None where it has none.
+
+    Raises:
+        WeightsError: it is damaged, or not supported.
+    """
+    return read_processor(folder, None)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
@@ -100,7 +139,7 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     except ValueError as error:
         raise WeightsError(f"{weights.source}: CLIPImageProcessor has no {error}") from None
     try:
-        tensors = _from_openai(weights.tensors)
+        tensors = to_theirs(weights.tensors, RULES)
     except KeyError as error:
         raise WeightsError(f"{weights.source}: CLIPModel has no place for {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,35 +163,37 @@ def check_tokenizer(folder: Path) -> None:
     Raises:
         WeightsError: it is another, whose texts would have other ids; names the file.
     """
-    refused = "is not CLIP's; leanclip has no other tokeniser yet"
+
+    def values_of(name: str) -> dict[str, Any]:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    def check(name: str, what: str, is_clips: bool) -> None:
+        if not is_clips:
+            raise WeightsError(
+                f"{folder / name}: {what} is not CLIP's; leanclip has no other tokeniser yet"
+            )
+
     for name in _OTHER_TOKENIZERS:
-        if (folder / name).is_file():
-            raise WeightsError(f"{folder / name}: this tokeniser {refused}")
-    path = folder / "tokenizer_config.json"
-    kind = read_json(path).get("tokenizer_class") if path.is_file() else None
-    if kind not in (None, "CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast"):
-        raise WeightsError(f"{path}: tokenizer_class {kind} {refused}")
-    known, path = vocabulary(), folder / "vocab.json"
-    if path.is_file() and read_json(path) != known:
-        raise WeightsError(f"{path}: this vocabulary {refused}")
-    path = folder / "tokenizer.json"
-    values = read_json(path) if path.is_file() else {}
-    model = values.get("model") or {}
-    if values and model.get("vocab") != known:
-        raise WeightsError(f"{path}: this vocabulary {refused}")
-    pairs = [" ".join(m) if isinstance(m, list) else m for m in model.get("merges") or ()]
-    if values and not _are_clips(pairs):
-        raise WeightsError(f"{path}: these merges are of a tokeniser that {refused}")
-    path = folder / "merges.txt"
-    if path.is_file() and not _are_clips(path.read_text(encoding="utf-8").split("\n")[1:]):
-        raise WeightsError(f"{path}: these merges are of a tokeniser that {refused}")
-    path = folder / "tokenizer.json"
-    added = {one.get("content"): one.get("id") for one in values.get("added_tokens") or ()}
-    path = path if added else folder / "added_tokens.json"
-    added |= read_json(path) if path.name == "added_tokens.json" and path.is_file() else {}
-    if more := [word for word, id_ in added.items() if known.get(word) != id_]:
-        raise WeightsError(f"{path}: it adds {', '.join(map(repr, more[:3]))}, so the tokeniser "
-                           f"{refused}")  # fmt: skip
+        check(name, "this tokeniser", not (folder / name).is_file())
+    kind = values_of("tokenizer_config.json").get("tokenizer_class")
+    check("tokenizer_config.json", f"tokenizer_class {kind}", kind in _TOKENIZER_CLASSES)
+    known = vocabulary()
+    check("vocab.json", "this vocabulary", values_of("vocab.json") in ({}, known))
+    if (folder / "merges.txt").is_file():
+        pairs = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+        check("merges.txt", "the tokeniser of these merges", _are_clips(pairs))
+    if fast := values_of("tokenizer.json"):
+        model = fast.get("model") or {}
+        check("tokenizer.json", "this vocabulary", model.get("vocab") == known)
+        pairs = [" ".join(m) if isinstance(m, list) else m for m in model.get("merges") or ()]
+        check("tokenizer.json", "the tokeniser of these merges", _are_clips(pairs))
+    added = {one.get("content"): one.get("id") for one in fast.get("added_tokens") or ()}
+    for name, ids in (
+        ("tokenizer.json", added),
+        ("added_tokens.json", values_of("added_tokens.json")),
+    ):
+        more = [word for word, id_ in ids.items() if known.get(word) != id_]
+        check(name, f"the tokeniser, to which it adds {', '.join(map(repr, more[:3]))},", not more)
 
 
 def _are_clips(found: list[str]) -> bool:
@@ -160,66 +201,7 @@ def _are_clips(found: list[str]) -> bool:
     return found[: len(merges())] == merges()
 
 
-def to_openai(source: Path, theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by OpenAI's names; what is unknown keeps its own."""
-    tensors, left = {}, dict(theirs)
-    for name in [n for n in left if n.endswith(".position_ids")]:
-        del left[name]  # a counter from 0, stored by old versions
-    for name in list(left):
-        ours = _our_name(name)
-        if ours is not None:
-            tensor = left.pop(name)
-            tensors[ours] = tensor.T if ours in _TRANSPOSED else tensor
-    pattern = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(\w+)")
-    for name in list(left):
-        if match := pattern.fullmatch(name):
-            tower, number, kind = match.groups()
-            block = f"{_OUR_TOWERS[f'{tower}_model']}.{number}.attn.in_proj_{kind}"
-            parts = [left.pop(name.replace("q_proj", f"{part}_proj"), None) for part in "qkv"]
-            present = [part for part in parts if part is not None]
-            if len(present) != 3:
-                raise WeightsError(f"{source}: keys are missing beside {name}")
-            tensors[block] = torch.cat(present)  # (3D, D) or (3D,)
-    return tensors | left  # what is left over is named when it is put into a model
-
-
-def _from_openai(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    theirs = {}
-    for name, tensor in tensors.items():
-        tower = next((t for t in _TOWERS if name.startswith(f"{t}.")), None)
-        if tower is None:
-            stem, _, kind = name.rpartition(".")
-            new = _NAMES.get(name) or f"{_NAMES[stem]}.{kind}"
-            theirs[new] = (tensor.T if name in _TRANSPOSED else tensor).contiguous()
-            continue
-        number, _, part = name.removeprefix(f"{tower}.").partition(".")
-        block = f"{_TOWERS[tower]}.encoder.layers.{number}"
-        if part.startswith("attn.in_proj_"):
-            kind = part.removeprefix("attn.in_proj_")
-            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                theirs[f"{block}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
-        else:
-            stem, _, kind = part.rpartition(".")
-            theirs[f"{block}.{_PARTS[stem]}.{kind}"] = tensor.contiguous()
-    return theirs
-
-
-def _our_name(name: str) -> str | None:
-    """OpenAI's name for one of theirs; None for queries, keys, values and what is unknown."""
-    if name in _OUR_NAMES:
-        return _OUR_NAMES[name]
-    stem, _, kind = name.rpartition(".")
-    if stem in _OUR_NAMES:
-        return f"{_OUR_NAMES[stem]}.{kind}"
-    if match := re.fullmatch(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.(.+)", stem):
-        tower, number, part = match.groups()
-        ours = _OUR_PARTS.get(part)
-        return f"{_OUR_TOWERS[tower]}.{number}.{ours}.{kind}" if ours else None
-    return None
-
-
-def _architecture(folder: Path, values: dict[str, Any]) -> ModelConfig:
-    where = folder / "config.json"
+def _architecture(where: Path, values: dict[str, Any]) -> ModelConfig:
     try:
         vision, text = (_section(values, name) for name in ("vision_config", "text_config"))
         activations = {vision.get("hidden_act", "quick_gelu"), text.get("hidden_act", "quick_gelu")}
@@ -249,9 +231,7 @@ def _architecture(folder: Path, values: dict[str, Any]) -> ModelConfig:
             **_text_pool(text),
         }
         return parse(ModelConfig, arch, where="model")
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise WeightsError(f"{where}: not CLIPModel's: {error}") from None
-    except ConfigError as error:
+    except (*MALFORMED, ConfigError) as error:
         raise WeightsError(f"{where}: not CLIPModel's: {error}") from None
 
 

@@ -4,6 +4,8 @@ A CustomTextCLIP puts the text tower's names under `text.`.
 """
 
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, triple
-from leanclip.weights.state_dict import find_file, read_json, read_state_dict
+from leanclip.weights.files import MALFORMED, find_file, read_json
+from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights, square_side
 
 CONFIG = "open_clip_config.json"
@@ -106,45 +109,54 @@ _UNUSED = {  # of training, of Python's side, or of a tower that is not there
 _PREPROCESS = {"resize": "resize_mode", "interpolation": "interpolation", "fill": "fill_color"}
 
 
-def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
-    """Read a folder that holds `open_clip_config.json`.
-
-    Raises:
-        WeightsError: a file is missing or damaged, or the architecture is not one that
-            leanclip has.
-    """
-    facts = read_json(folder / CONFIG)
-    model = arch or _architecture(folder / CONFIG, facts.get("model_cfg"))
-    file = find_file(folder, FILES)
-    if file is None:
-        raise WeightsError(f"{folder}: has {CONFIG}, but none of {', '.join(FILES)}")
-    tensors, unexpected = read_state_dict(file)
-    preprocess = _preprocess(folder / CONFIG, facts.get("preprocess_cfg"), model)
-    return Weights(
-        folder, "open_clip", flat_text(tensors), model, preprocess, unexpected=unexpected
-    )
+def is_folder(folder: Path) -> bool:
+    """Whether a folder is in this format."""
+    return (folder / CONFIG).is_file()
 
 
-def read_preprocess(folder: Path) -> Preprocess:
-    """The preprocessing of a folder that holds `open_clip_config.json`.
-
-    Raises:
-        WeightsError: it is damaged, or not open_clip's.
-    """
-    path = folder / CONFIG
-    facts = read_json(path)
-    return _preprocess(
-        path, facts.get("preprocess_cfg"), _architecture(path, facts.get("model_cfg"))
-    )
+def is_state_dict(names: Collection[str]) -> bool:
+    """Whether tensors may have this format's names, which are OpenAI's: always."""
+    return True
 
 
-def flat_text(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CustomTextCLIP's names without `text.`."""
-    return {
+def from_state_dict(
+    source: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig | None
+) -> Weights:
+    """Weights of tensors alone, which do not tell their activation."""
+    ours = {
         name.removeprefix("text."): tensor
         for name, tensor in tensors.items()
         if not name.endswith("attn_mask")  # a constant that old versions stored
     }
+    return Weights(source, "state dict", ours, model)
+
+
+def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
+    """Read a folder in this format; `arch` takes the place of its architecture.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or the architecture is not supported.
+    """
+    values = read_json(folder / CONFIG)
+    model = arch or _architecture(folder / CONFIG, values.get("model_cfg"))
+    file = find_file(folder, FILES)
+    if file is None:
+        raise WeightsError(f"{folder}: has {CONFIG}, but none of {', '.join(FILES)}")
+    tensors, unexpected = read_state_dict(file)
+    weights = from_state_dict(folder, tensors, model)
+    preprocess = _preprocess(folder / CONFIG, values.get("preprocess_cfg"), model)
+    return replace(weights, format="open_clip", preprocess=preprocess, unexpected=unexpected)
+
+
+def read_preprocess(folder: Path) -> Preprocess:
+    """The preprocessing of a folder in this format.
+
+    Raises:
+        WeightsError: it is damaged, or not supported.
+    """
+    values = read_json(folder / CONFIG)
+    model = _architecture(folder / CONFIG, values.get("model_cfg"))
+    return _preprocess(folder / CONFIG, values.get("preprocess_cfg"), model)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
@@ -225,7 +237,7 @@ def architecture(values: Any) -> ModelConfig:
         arch["transformer_eos_id"] = text["eos_id"] if text.get("pool_type") == "eos" else None
         arch["logit_bias"] = values.get("init_logit_bias") is not None
         return parse(ModelConfig, arch, where="model")
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"not an architecture that leanclip has: {error}") from None
 
 
@@ -285,7 +297,7 @@ def _preprocess(where: Path, values: Any, model: ModelConfig) -> Preprocess:
         if type(options.get("fill", 0)) is not int:
             raise ValueError(f"fill_color: {options['fill']!r} is not one grey level")
         return Preprocess(model.image_resolution, mean, std, **options)
-    except (TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise WeightsError(f"{where}: preprocess_cfg: {error}") from None
 
 

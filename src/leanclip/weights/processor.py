@@ -13,7 +13,7 @@ from typing import Any
 
 from leanclip.errors import WeightsError
 from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, FILTERS, Preprocess, Resize, triple
-from leanclip.weights.state_dict import read_json
+from leanclip.weights.files import read_json
 
 FILES = ("processor_config.json", "preprocessor_config.json")  # the first wins
 

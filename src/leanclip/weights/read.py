@@ -1,6 +1,10 @@
 """Read weights of any format, recognised by content: a file, a folder, a run, a name, a hub id.
 
-source -> locate -> folder: its config says the format / file: its bytes, then its names
+    source -> locate -> folder: the format whose is_folder is true -> its read_folder
+                     -> file: the format whose is_state_dict is true -> its from_state_dict
+
+To add a format, write a module with these functions and `write`, and list it here and in
+convert.py; where only names differ, a table of rules (names.py) is most of it.
 """
 
 from dataclasses import replace
@@ -15,20 +19,13 @@ from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.model.presets import PRESETS, preset
 from leanclip.preprocess.images import Preprocess
 from leanclip.weights import huggingface, native, open_clip, openai, passl
-from leanclip.weights.files import sniff
+from leanclip.weights.files import INDEX, find_file, read_json, sniff
 from leanclip.weights.hub import locate, locate_settings
-from leanclip.weights.numpy_pickle import read_numpy_pickle
-from leanclip.weights.paddle import paddle_arrays
-from leanclip.weights.processor import read_processor
-from leanclip.weights.state_dict import (
-    INDEX,
-    TORCHSCRIPT,
-    find_file,
-    read_json,
-    read_state_dict,
-)
+from leanclip.weights.state_dict import TORCHSCRIPT, read_state_dict
 from leanclip.weights.weights import Weights
 
+_FOLDERS = (open_clip, native, huggingface)
+_STATE_DICTS = (openai, huggingface, open_clip)  # the last takes any names
 _ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError)
 Architecture = ModelConfig | dict[str, Any] | str | Path
 
@@ -64,23 +61,17 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
 
 
 def read_preprocess(source: str | Path) -> Preprocess | None:
-    """How a folder of weights prepares images, without reading its tensors; None: it has no word.
+    """The preprocessing of a folder of weights, without reading its tensors; None: it has none.
 
     Raises:
-        WeightsError: what it has is damaged, or not done here.
+        WeightsError: it is damaged, or not supported.
     """
     path = locate_settings(source)
     if path is None:
         return None
     folder = _newest_checkpoint(path) or path
-    if (folder / open_clip.CONFIG).is_file():
-        return open_clip.read_preprocess(folder)
-    if not (folder / "config.json").is_file():
-        return None
-    facts = read_json(folder / "config.json")
-    if facts.get("format") == native.FORMAT:
-        return native.read_preprocess(folder, facts)
-    return read_processor(folder, None)
+    known = next((one for one in _FOLDERS if one.is_folder(folder)), None)
+    return known.read_preprocess(folder) if known else None
 
 
 def _fitted(weights: Weights, is_said: bool) -> Weights:
@@ -154,46 +145,29 @@ def _parse_architecture(values: dict[str, Any], name: str) -> ModelConfig:
 
 
 def _read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
-    if (folder / open_clip.CONFIG).is_file():
-        return open_clip.read_folder(folder, arch)
-    if not (folder / "config.json").is_file():
-        file = find_file(folder, (*huggingface.FILES, *open_clip.FILES))
-        if file is not None and arch is not None:
-            return _read_file(file, arch, None)
+    for known in _FOLDERS:
+        if known.is_folder(folder):
+            return known.read_folder(folder, arch)
+    if (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("model_type")
+        raise WeightsError(
+            f"{folder / 'config.json'}: neither leanclip's nor Hugging Face's CLIPModel "
+            f"(model_type: {kind})"
+        )
+    file = find_file(folder, (*huggingface.FILES, *open_clip.FILES))
+    if file is None or arch is None:
         raise WeightsError(
             f"{folder}: no config.json, {open_clip.CONFIG} or checkpoints in it; name a file, "
-            f"or say with --arch what is in it"
+            f"or name the architecture with --arch"
         )
-    facts = read_json(folder / "config.json")
-    if facts.get("format") == native.FORMAT:
-        return native.read_folder(folder, facts, arch)
-    if facts.get("model_type") == "clip":
-        return huggingface.read_folder(folder, facts, arch)
-    raise WeightsError(
-        f"{folder / 'config.json'}: neither leanclip's nor Hugging Face's CLIPModel "
-        f"(model_type: {facts.get('model_type')})"
-    )
+    return _read_file(file, arch, None)
 
 
 def _read_file(path: Path, arch: ModelConfig | None, key: str | None) -> Weights:
-    kind = "shards" if path.name.endswith(INDEX) else sniff(path)
-    if kind == "pickle":
-        loaded = read_numpy_pickle(path)
-        return passl.from_arrays(path, paddle_arrays(loaded, path), arch, _others(loaded))
-    tensors, unexpected = read_state_dict(path, kind, key)
-    if unexpected == TORCHSCRIPT or openai.MARKS[0] in tensors:
-        weights = openai.from_tensors(path, tensors, arch)
-        return replace(weights, unexpected=unexpected)
-    # These do not say their activation: whoever uses them must know the architecture.
-    if any(name.startswith("vision_model.") for name in tensors):
-        return Weights(
-            path, "hf", huggingface.to_openai(path, tensors), arch, unexpected=unexpected
-        )
-    return Weights(path, "state dict", open_clip.flat_text(tensors), arch, unexpected=unexpected)
-
-
-def _others(loaded: object) -> tuple[str, ...]:
-    """What a PASSL checkpoint holds beside its weights."""
-    if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
-        return ()
-    return tuple(str(key) for key in loaded if key != "state_dict")
+    if not path.name.endswith(INDEX) and sniff(path) == "pickle":
+        return passl.read_file(path, arch)
+    tensors, unexpected = read_state_dict(path, key)
+    known = next(one for one in _STATE_DICTS if one.is_state_dict(tensors))
+    if unexpected == TORCHSCRIPT:  # OpenAI's published form
+        known = openai
+    return replace(known.from_state_dict(path, tensors, arch), unexpected=unexpected)

@@ -5,6 +5,7 @@
 Shapes: n patches or places, D width, L context length.
 """
 
+import hashlib
 import logging
 import math
 import re
@@ -173,6 +174,20 @@ def infer_architecture(
         raise WeightsError(f"{source}: not CLIP's tensors: {error} is missing or odd") from None
     except ConfigError:
         return None
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over tensors in the order of their names: name, type, shape, and little-endian bytes.
+
+    Of a model's `state_dict()`, which has OpenAI's names and one type whatever was read, it is
+    the same for the same weights in every format.
+    """
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
