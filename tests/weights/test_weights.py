@@ -382,12 +382,12 @@ def test_partial_lists_what_does_not_match(caplog: pytest.LogCaptureFixture) -> 
     del tensors["ln_final.bias"]
     tensors["extra"] = torch.zeros(1)
     weights = replace(weights, tensors=tensors)
-    with pytest.raises(WeightsError, match=r"keys are missing: ln_final\.bias"):
+    with pytest.raises(WeightsError, match=r"missing keys: ln_final\.bias"):
         load_into(CLIP(**TINY), weights)
     model = CLIP(**TINY)
     load_into(model, weights, partial=True)
-    assert "keys are missing: ln_final.bias" in caplog.text
-    assert "keys are left over: extra" in caplog.text
+    assert "missing keys: ln_final.bias" in caplog.text
+    assert "unexpected keys: extra" in caplog.text
     assert torch.equal(model.text_projection, tensors["text_projection"].float())
 
 
@@ -410,7 +410,7 @@ def test_arch_wins_and_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ViT-B-33: no such model; did you mean ViT-B-32"):
         read_weights(source, arch="ViT-B-33")
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="holds no settings of a model"):
+    with pytest.raises(ConfigError, match="contains no settings of a model"):
         read_weights(source, arch=tmp_path / "list.json")
     with pytest.raises(ConfigError, match="proj: False is not supported"):
         read_weights(source, arch=json.loads(PASSL_ARCH.read_text()) | {"proj": False})

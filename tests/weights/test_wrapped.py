@@ -184,7 +184,7 @@ def test_what_is_missing_and_left_over_is_in_one_message(tensors: Tensors, tmp_p
     wrapped = under("net.", tensors) | LINEAR | {"net.visual.extra": torch.zeros(1)}
     del wrapped["net.ln_final.bias"]
     torch.save({"state_dict": wrapped, "epoch": 1}, tmp_path / "w.pt")
-    words = r"keys are missing: ln_final.bias; keys are left over: visual.extra; beside.*criterion"
+    words = r"missing keys: ln_final.bias; unexpected keys: visual.extra; besides.*criterion"
     with pytest.raises(WeightsError, match=words):
         leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu")
     clip = leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu", partial=True)
@@ -207,7 +207,7 @@ def test_what_is_left_over_within_the_model_is_named_in_full(
     wrapped = {names.format(name): tensor for name, tensor in renamed.items()}
     for values in (wrapped, {"state_dict": wrapped}, {"app": {"module": wrapped}}):
         torch.save(values, tmp_path / "w.pt")
-        words = rf"missing: ln_final\.bias, ln_final\.weight; beside .*: {shown}\.\*$"
+        words = rf"missing keys: ln_final\.bias, ln_final\.weight; besides .*: {shown}\.\*$"
         with pytest.raises(WeightsError, match=words):
             leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu")
 
@@ -363,7 +363,7 @@ def test_every_command_takes_an_architecture(
     (tmp_path / "deeper.json").write_text(json.dumps(deeper))
     refused = run("inspect", "w.pt", arch="deeper.json")
     assert refused.returncode == 2
-    assert "keys are missing: transformer.resblocks.2" in refused.stderr
+    assert "missing keys: transformer.resblocks.2" in refused.stderr
     larger = OPEN_CLIP | {"vision_cfg": OPEN_CLIP["vision_cfg"] | {"image_size": 64}}
     (tmp_path / "larger.json").write_text(json.dumps(larger))
     assert run("inspect", "w.pt", arch="larger.json").returncode == 0  # positions can be fitted

@@ -1,6 +1,7 @@
-"""Weights on disk: read from any format, written in any, without running a byte of them.
+"""Checkpoints of the field: read in any format without executing anything, and written in any.
 
-source -> read_weights -> Weights (tensors by OpenAI's names, architecture) -> load_into, write
+source -> read_weights -> Weights (tensors by OpenAI's names, architecture)
+       -> load_into a model, or write_weights
 """
 
 from leanclip.weights.convert import WEIGHTS_FORMATS, write_weights

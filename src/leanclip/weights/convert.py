@@ -56,5 +56,5 @@ def write_weights(
 
 
 def _is_openais(preprocess: Preprocess, resolution: int) -> bool:
-    """Whether images are prepared as OpenAI's are, but for a pixel of the crop's place."""
+    """Whether this is OpenAI's preprocessing, up to the rounding of the crop's offset."""
     return replace(preprocess, rounding="even") == Preprocess(resolution)

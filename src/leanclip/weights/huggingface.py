@@ -73,7 +73,7 @@ def is_state_dict(names: Collection[str]) -> bool:
 def from_state_dict(
     source: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig | None
 ) -> Weights:
-    """Weights of tensors alone, which do not tell their activation.
+    """Weights of tensors alone, which do not determine their activation.
 
     Raises:
         WeightsError: some of a block's queries, keys and values are missing.
@@ -117,10 +117,10 @@ def read_preprocess(folder: Path) -> Preprocess | None:
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
-    """A folder that transformers' CLIPModel and CLIPProcessor load.
+    """Write a folder for transformers' CLIPModel and CLIPProcessor.
 
     Raises:
-        WeightsError: CLIPModel has no place for something in the architecture.
+        WeightsError: CLIPModel has no equivalent of something in the architecture.
     """
     if not isinstance(model.vision_layers, int):
         raise WeightsError(f"{weights.source}: Hugging Face's CLIPModel cannot hold a ResNet")
@@ -158,10 +158,10 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
 
 
 def check_tokenizer(folder: Path) -> None:
-    """See that a folder's tokeniser, where it has one, is CLIP's.
+    """Check that a folder's tokeniser, if it has one, is CLIP's.
 
     Raises:
-        WeightsError: it is another, whose texts would have other ids; names the file.
+        WeightsError: it is another one, with other ids; names the file.
     """
 
     def values_of(name: str) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _are_clips(found: list[str]) -> bool:
-    """Whether these merges begin with CLIP's, which are all that its vocabulary can use."""
+    """Whether merges begin with CLIP's; its vocabulary cannot use others."""
     return found[: len(merges())] == merges()
 
 
@@ -236,17 +236,16 @@ def _architecture(where: Path, values: dict[str, Any]) -> ModelConfig:
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """A tower's settings: of `NAME_dict`, an older form, where it is there.
+    """A tower's settings: those of `NAME_dict`, an older form, if present.
 
-    As in transformers 5 even a field that it leaves out then has its default, whatever `NAME`
-    says.
+    As in transformers 5, the fields that it omits then have their defaults, whatever is in `NAME`.
     """
     older = values.get(f"{name}_dict")
     return dict((values.get(name) or {}) if older is None else older)
 
 
 def _text_pool(text: dict[str, Any]) -> dict[str, Any]:
-    """Where the text is read: at the first `eos_token_id`; 2 stands for the highest id."""
+    """Where the text is pooled: at the first `eos_token_id`; 2 means at the highest id."""
     end = text.get("eos_token_id", END)
     if type(end) is not int:
         raise ValueError(f"text_config.eos_token_id: {end!r} is not a token id")
@@ -293,7 +292,7 @@ def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _eos_token_id(model: ModelConfig) -> int:
-    """What makes CLIPModel read a text where the model does; 2: at the highest id."""
+    """The id that makes CLIPModel pool a text where the model does; 2: at the highest id."""
     if model.transformer_eos_id is not None:
         return model.transformer_eos_id
     return END if model.vocab_size == VOCAB_SIZE else 2

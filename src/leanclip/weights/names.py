@@ -61,7 +61,7 @@ def to_ours(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[
             found[name] = tensor
     for ours, parts in joined.items():
         if len(parts) != 3:
-            raise WeightsError(f"keys are missing: only {len(parts)} of 3 parts of {ours}")
+            raise WeightsError(f"missing keys: only {len(parts)} of 3 parts of {ours}")
         found[ours] = torch.cat([parts[place] for place in range(3)])  # (3D, D) or (3D,)
     return found
 

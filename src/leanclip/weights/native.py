@@ -1,4 +1,4 @@
-"""leanclip's own weights: a folder with `model.safetensors` and `config.json`.
+"""leanclip's own format: a folder with `model.safetensors` and `config.json`.
 
 The tensors have OpenAI's names; config.json holds the architecture with its activation, the
 preprocessing, the tokeniser, where the weights came from, and the SHA-256 of the tensors' file.
@@ -33,7 +33,7 @@ def save_weights(
     *,
     provenance: str = "trained with leanclip",
 ) -> str:
-    """Write `model.safetensors` and `config.json` into an existing folder; the former's SHA-256."""
+    """Write `model.safetensors` and `config.json`; return the SHA-256 of the former."""
     file = folder / "model.safetensors"
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
@@ -51,7 +51,7 @@ def describe_weights(
     provenance: str = "trained with leanclip",
     sha256: str | None = None,
 ) -> None:
-    """Write `config.json` alone; without a digest, of weights that are in shards beside it."""
+    """Write `config.json` alone; without a SHA-256, for weights in shards beside it."""
     values = {
         "format": FORMAT,
         "model": to_plain(model),

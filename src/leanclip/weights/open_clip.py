@@ -23,7 +23,7 @@ from leanclip.weights.weights import Weights, square_side
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-_VISION = {  # theirs -> ours
+_VISION = {  # theirs: ours
     "layers": "vision_layers",
     "width": "vision_width",
     "patch_size": "vision_patch_size",
@@ -73,7 +73,7 @@ _BLOCK = {  # of a tower's blocks, in later versions
     "ls_init_value": (None,),
     "norm_kwargs": (None, {}, {"eps": 1e-5}),
 }
-_ONLY: dict[str, dict[str, tuple]] = {  # what leanclip has no other choice for: no effect
+_ONLY: dict[str, dict[str, tuple]] = {  # fields with the only values that are supported
     "vision_cfg": _BLOCK
     | {
         "attentional_pool": (False,),
@@ -160,10 +160,10 @@ def read_preprocess(folder: Path) -> Preprocess:
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
-    """A folder that open_clip's `local-dir:` takes.
+    """Write a folder for open_clip's `local-dir:`.
 
     Raises:
-        WeightsError: open_clip has no place for something in the architecture.
+        WeightsError: open_clip has no equivalent of something in the architecture.
     """
     if model.patch_bias:
         raise WeightsError(f"{weights.source}: open_clip has no bias in its patch embedding")
@@ -214,10 +214,10 @@ def is_architecture(values: Any) -> bool:
 
 
 def architecture(values: Any) -> ModelConfig:
-    """What open_clip's settings of a model are here: embed_dim, vision_cfg, text_cfg, ...
+    """The architecture of open_clip's settings: embed_dim, vision_cfg, text_cfg, ...
 
     Raises:
-        ConfigError: they are none, or a field has a value that leanclip does not; names it.
+        ConfigError: they are not such settings, or a field's value is not supported; names it.
     """
     try:
         _check_fields("model_cfg", values)
@@ -238,14 +238,14 @@ def architecture(values: Any) -> ModelConfig:
         arch["logit_bias"] = values.get("init_logit_bias") is not None
         return parse(ModelConfig, arch, where="model")
     except MALFORMED as error:
-        raise ConfigError(f"not an architecture that leanclip has: {error}") from None
+        raise ConfigError(f"not a supported architecture: {error}") from None
 
 
 def _check_fields(name: str, values: Any) -> dict[str, Any]:
     """The fields of a section.
 
     Raises:
-        ValueError: one is unknown, or has a value that is not done here.
+        ValueError: a field is unknown, or its value is not supported.
     """
     values, used = dict(values), {"vision_cfg": _VISION, "text_cfg": _TEXT}.get(name, {})
     for field, value in values.items():
@@ -269,10 +269,10 @@ def _activation(values: dict[str, Any]) -> str:
 
 
 def _preprocess(where: Path, values: Any, model: ModelConfig) -> Preprocess:
-    """open_clip's `preprocess_cfg`; null is a default, and the size is the model's in any case.
+    """open_clip's `preprocess_cfg`; null is a default, and the size is always the model's.
 
     Raises:
-        WeightsError: a value that open_clip does not take, or a field that it does not have.
+        WeightsError: a value or a field is not one of open_clip's.
     """
     try:
         given = {name: value for name, value in dict(values or {}).items() if value is not None}
@@ -302,10 +302,10 @@ def _preprocess(where: Path, values: Any, model: ModelConfig) -> Preprocess:
 
 
 def _preprocess_cfg(source: Path, preprocess: Preprocess) -> dict[str, Any]:
-    """For `open_clip_config.json`.
+    """The `preprocess_cfg` of `open_clip_config.json`.
 
     Raises:
-        WeightsError: open_clip has no place for it.
+        WeightsError: open_clip has no equivalent.
     """
     if (
         preprocess.resize == "none"
@@ -313,7 +313,7 @@ def _preprocess_cfg(source: Path, preprocess: Preprocess) -> dict[str, Any]:
         or set(preprocess.sides) != {preprocess.resolution}
     ):
         raise WeightsError(
-            f"{source}: open_clip cannot prepare images with resize {preprocess.resize}, size "
+            f"{source}: open_clip has no preprocessing with resize {preprocess.resize}, size "
             f"{preprocess.size}, interpolation {preprocess.interpolation}"
         )
     options = {theirs: getattr(preprocess, ours) for ours, theirs in _PREPROCESS.items()}

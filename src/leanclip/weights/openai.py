@@ -1,7 +1,7 @@
 """OpenAI's published weights: a TorchScript archive, or the state dict that was in it.
 
-The three numbers that OpenAI keeps beside the tensors (`input_resolution`, `context_length`,
-`vocab_size`) tell the format. It implies QuickGELU and heads of 64 channels.
+Three numbers beside the tensors (`input_resolution`, `context_length`, `vocab_size`) identify the
+format. It implies QuickGELU and heads of 64 channels.
 """
 
 from collections.abc import Collection, Mapping
@@ -25,7 +25,7 @@ def is_state_dict(names: Collection[str]) -> bool:
 def from_state_dict(
     source: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig | None
 ) -> Weights:
-    """Weights without the three numbers and the causal mask; without `model`, its sizes theirs.
+    """Weights without the three numbers and the causal mask; `model` is inferred if not given.
 
     Raises:
         WeightsError: they are not CLIP's tensors.
@@ -40,10 +40,10 @@ def from_state_dict(
 
 
 def write(file: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
-    """A state dict for OpenAI's `build_model`, with the three numbers, by torch.save.
+    """Write a state dict for OpenAI's `build_model`, with the three numbers, by torch.save.
 
     Raises:
-        WeightsError: the format has no place for something in the architecture.
+        WeightsError: the format has no equivalent of something in the architecture.
     """
     implied = infer_architecture(weights.tensors, source=weights.source, activation="quick_gelu")
     if implied is None:

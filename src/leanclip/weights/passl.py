@@ -53,7 +53,7 @@ _SAME = Rule("**", "**")
 _LEADING = {"logit_scale": 1, "visual.class_embedding": 2, "visual.positional_embedding": 1}
 _NO_POSITIONS = (
     "PASSL's ResNets have no visual.attnpool.positional_embedding, and attend over the batch: "
-    "zeros stand for it here; the trunk's output is PASSL's, the image features are not"
+    "it is zero here; the trunk's output is PASSL's, the image features are not"
 )
 _NAME_TABLE = "StructuredToParameterName@@"
 _SLICE_TABLE = "UnpackBigParamInfor@@"
@@ -76,7 +76,7 @@ def read_file(file: Path, arch: ModelConfig | None) -> Weights:
 def from_state_dict(
     source: Path, arrays: Mapping[str, np.ndarray], model: ModelConfig | None
 ) -> Weights:
-    """Weights of the arrays of `paddle_arrays`; without `model`, its sizes are the arrays'.
+    """Weights of the arrays of `paddle_arrays`; `model` is inferred if not given.
 
     Raises:
         WeightsError: they are not CLIP's.
@@ -94,12 +94,12 @@ def from_state_dict(
 
 
 def write(file: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
-    """A checkpoint in the form of PASSL's: `{"state_dict": arrays}`, under CLIPWrapper's names.
+    """Write a checkpoint of PASSL's form: `{"state_dict": arrays}`, under CLIPWrapper's names.
 
-    PASSL's loaders and its document take it from there; they must know the architecture.
+    PASSL's loaders and its document must be given the architecture.
 
     Raises:
-        WeightsError: PASSL's model has no place for something in the architecture.
+        WeightsError: PASSL's model has no equivalent of something in the architecture.
     """
     known = {"activation": "quick_gelu", "vision_pool": "tok", "transformer_pool": "argmax"}
     for name, value in (known | {"transformer_causal": True}).items():

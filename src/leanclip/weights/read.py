@@ -35,15 +35,15 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
 
     Args:
         source: a file or folder of any format, a run's folder (its newest checkpoint), the name
-            of a file that OpenAI publishes ("ViT-B/32"), or a hub id ("hf-hub:owner/name"). Of a
-            file that holds several models: FILE#KEY; "FILE#ema" is the moving average.
-        arch: the architecture, which wins over what the source says: settings by name, a
-            preset's name, or a JSON or YAML file of settings.
+            of a file that OpenAI publishes ("ViT-B/32"), or a hub id ("hf-hub:owner/name"). In a
+            file with several models FILE#KEY names one; "FILE#ema" is the moving average.
+        arch: the architecture, in place of the source's own: settings by name, a preset's name,
+            or a JSON or YAML file of settings.
 
     Raises:
-        WeightsError: there is no such source, it is damaged, holds more than data, or is of no
-            known format.
-        ConfigError: `arch` is none.
+        WeightsError: there is no such source, it is damaged, holds more than data, or has an
+            unknown format.
+        ConfigError: `arch` is not an architecture.
     """
     given = read_architecture(arch) if arch is not None else None
     name, key = _split_key(str(source))
@@ -55,8 +55,8 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
             weights = _read_file(path, given, key)
         else:
             weights = _read_folder(_newest_checkpoint(path) or path, given)
-        return _fitted(weights, given is not None)
-    except _ODD as error:  # what no reader foresaw in a stranger's file is still its fault
+        return _normalized(weights, given is not None)
+    except _ODD as error:  # unforeseen values in an untrusted file
         raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
@@ -74,8 +74,8 @@ def read_preprocess(source: str | Path) -> Preprocess | None:
     return known.read_preprocess(folder) if known else None
 
 
-def _fitted(weights: Weights, is_said: bool) -> Weights:
-    """Scalars as such; the preprocessing at the model's resolution, where that was said."""
+def _normalized(weights: Weights, has_arch: bool) -> Weights:
+    """Scalars without dimensions; the preprocessing at the resolution of a given architecture."""
     scalars = {
         name: tensor.reshape(())  # FSDP makes vectors of them
         for name, tensor in weights.tensors.items()
@@ -85,9 +85,9 @@ def _fitted(weights: Weights, is_said: bool) -> Weights:
     model, preprocess = weights.model, weights.preprocess
     if model is None or preprocess is None or preprocess.resolution == model.image_resolution:
         return weights
-    if not is_said:
+    if not has_arch:
         raise WeightsError(
-            f"{weights.source}: prepares images of {preprocess.resolution} pixels a side, the "
+            f"{weights.source}: its preprocessing gives {preprocess.resolution} pixels a side, the "
             f"model takes {model.image_resolution}"
         )
     return replace(weights, preprocess=preprocess.at(model.image_resolution))
@@ -100,7 +100,7 @@ def _split_key(source: str) -> tuple[str, str | None]:
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of a run's folder that `latest` names, or the one of the most steps."""
+    """The checkpoint that a run's `latest` names, or the one with the most steps."""
     folder = run / "checkpoints"
     found = sorted(folder.glob("step-*"))
     latest = folder / "latest"
@@ -109,10 +109,10 @@ def _newest_checkpoint(run: Path) -> Path | None:
 
 
 def read_architecture(arch: Architecture) -> ModelConfig:
-    """Settings of a model, ours or open_clip's, from a dict, a file, or a preset's name.
+    """The architecture in leanclip's or open_clip's settings: a dict, a file, or a preset's name.
 
     Raises:
-        ConfigError: a setting is wrong, or there is neither such a preset nor such a file.
+        ConfigError: a setting is wrong, or there is no such preset or file.
     """
     if isinstance(arch, ModelConfig):
         return arch
@@ -131,7 +131,7 @@ def read_architecture(arch: Architecture) -> ModelConfig:
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]
     if not isinstance(values, dict):
-        raise ConfigError(f"{name}: holds no settings of a model")
+        raise ConfigError(f"{name}: contains no settings of a model")
     return _parse_architecture(values, name)
 
 
