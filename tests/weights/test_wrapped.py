@@ -304,7 +304,7 @@ def test_defaults_that_are_written_out_are_defaults() -> None:
         ("vision_cfg", "attentional_pool", True),
         ("vision_cfg", "timm_model_name", "vit_base"),
         ("vision_cfg", "image_size", [32, 48]),
-        ("vision_cfg", "no_causal_mask", False),
+        ("vision_cfg", "no_causal_mask", True),
         ("text_cfg", "final_ln_after_pool", True),
         ("text_cfg", "hf_tokenizer_name", "google/bert"),
         ("text_cfg", "tokenizer_kwargs", {"clean": "canonicalize"}),

@@ -58,6 +58,20 @@ RULES = (
     ),
 )
 
+_ONLY_DEFAULT = ("pre_norm", "patch_bias", "vision_pool", "transformer_causal")
+_SETTINGS = (  # ours, the section there, its field, its default
+    ("image_resolution", "vision_config", "image_size", 224),
+    ("vision_patch_size", "vision_config", "patch_size", 32),
+    ("vision_layers", "vision_config", "num_hidden_layers", 12),
+    ("vision_width", "vision_config", "hidden_size", 768),
+    ("vision_heads", "vision_config", "num_attention_heads", 12),
+    ("context_length", "text_config", "max_position_embeddings", 77),
+    ("vocab_size", "text_config", "vocab_size", VOCAB_SIZE),
+    ("transformer_layers", "text_config", "num_hidden_layers", 12),
+    ("transformer_width", "text_config", "hidden_size", 512),
+    ("transformer_heads", "text_config", "num_attention_heads", 8),
+)
+
 
 def is_folder(folder: Path) -> bool:
     """Whether a folder is in this format."""
@@ -124,13 +138,9 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     """
     if not isinstance(model.vision_layers, int):
         raise WeightsError(f"{weights.source}: Hugging Face's CLIPModel cannot hold a ResNet")
-    default = ModelConfig.model_fields
-    if model.transformer_pool not in ("argmax", "eos"):
-        raise WeightsError(
-            f"{weights.source}: CLIPModel cannot hold transformer_pool: {model.transformer_pool}"
-        )
-    for name in ("pre_norm", "patch_bias", "vision_pool", "transformer_causal"):
-        if getattr(model, name) != default[name].default:
+    known = {name: (ModelConfig.model_fields[name].default,) for name in _ONLY_DEFAULT}
+    for name, values in (known | {"transformer_pool": ("argmax", "eos")}).items():
+        if getattr(model, name) not in values:
             raise WeightsError(
                 f"{weights.source}: CLIPModel cannot hold {name}: {getattr(model, name)}"
             )
@@ -203,30 +213,29 @@ def _are_clips(found: list[str]) -> bool:
 
 def _architecture(where: Path, values: dict[str, Any]) -> ModelConfig:
     try:
-        vision, text = (_section(values, name) for name in ("vision_config", "text_config"))
-        activations = {vision.get("hidden_act", "quick_gelu"), text.get("hidden_act", "quick_gelu")}
+        sections = {name: _section(values, name) for name in ("vision_config", "text_config")}
+        vision, text = sections.values()
+        activations = {section.get("hidden_act", "quick_gelu") for section in (vision, text)}
         if len(activations) != 1 or not activations <= ACTIVATIONS.keys():
             raise ValueError(f"hidden_act: {sorted(activations)} is not supported")
-        for section in (vision, text):
-            if section.get("layer_norm_eps", 1e-5) != 1e-5:
-                raise ValueError("layer_norm_eps: must be 1e-5")
+        if any(section.get("layer_norm_eps", 1e-5) != 1e-5 for section in (vision, text)):
+            raise ValueError("layer_norm_eps: must be 1e-5")
         if vision.get("num_channels", 3) != 3:
             raise ValueError(f"num_channels: {vision['num_channels']} is not supported")
-        vision_width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
         arch = {
+            ours: sections[section].get(theirs, default)
+            for ours, section, theirs, default in _SETTINGS
+        }
+        arch |= {
             "embed_dim": values.get("projection_dim", 512),
-            "image_resolution": square_side("image_size", vision.get("image_size", 224)),
-            "vision_layers": vision.get("num_hidden_layers", 12),
-            "vision_width": vision_width,
-            "vision_heads": vision.get("num_attention_heads", 12),
-            "vision_patch_size": square_side("patch_size", vision.get("patch_size", 32)),
-            "vision_mlp_ratio": mlp_ratio(vision_width, vision.get("intermediate_size", 3072)),
-            "context_length": text.get("max_position_embeddings", 77),
-            "vocab_size": text.get("vocab_size", VOCAB_SIZE),
-            "transformer_width": text_width,
-            "transformer_heads": text.get("num_attention_heads", 8),
-            "transformer_layers": text.get("num_hidden_layers", 12),
-            "transformer_mlp_ratio": mlp_ratio(text_width, text.get("intermediate_size", 2048)),
+            "image_resolution": square_side("image_size", arch["image_resolution"]),
+            "vision_patch_size": square_side("patch_size", arch["vision_patch_size"]),
+            "vision_mlp_ratio": mlp_ratio(
+                arch["vision_width"], vision.get("intermediate_size", 3072)
+            ),
+            "transformer_mlp_ratio": mlp_ratio(
+                arch["transformer_width"], text.get("intermediate_size", 2048)
+            ),
             "activation": ACTIVATIONS[activations.pop()],
             **_text_pool(text),
         }
@@ -257,37 +266,26 @@ def _text_pool(text: dict[str, Any]) -> dict[str, Any]:
 def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[model.activation]
     both = {"hidden_act": activation, "layer_norm_eps": 1e-5, "projection_dim": model.embed_dim}
-    text_width, width = model.transformer_width, model.vision_width
+    vision_hidden = int(model.vision_width * model.vision_mlp_ratio)
+    text_hidden = int(model.transformer_width * model.transformer_mlp_ratio)
+    vision = {"model_type": "clip_vision_model", "intermediate_size": vision_hidden} | both
+    text = {"model_type": "clip_text_model", "intermediate_size": text_hidden} | both
+    sections: dict[str, dict[str, Any]] = {"vision_config": vision, "text_config": text}
+    for ours, section, theirs, _ in _SETTINGS:
+        sections[section][theirs] = getattr(model, ours)
+    vision |= {"num_attention_heads": model.attention_heads, "num_channels": 3}
+    text |= {
+        "bos_token_id": model.vocab_size - 2,
+        "eos_token_id": _eos_token_id(model),
+        "pad_token_id": 0,
+    }
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "dtype": str(dtype).removeprefix("torch."),
         "projection_dim": model.embed_dim,
         "logit_scale_init_value": 2.6592,
-        "text_config": both
-        | {
-            "model_type": "clip_text_model",
-            "vocab_size": model.vocab_size,
-            "hidden_size": text_width,
-            "intermediate_size": int(text_width * model.transformer_mlp_ratio),
-            "num_hidden_layers": model.transformer_layers,
-            "num_attention_heads": model.transformer_heads,
-            "max_position_embeddings": model.context_length,
-            "bos_token_id": model.vocab_size - 2,
-            "eos_token_id": _eos_token_id(model),
-            "pad_token_id": 0,
-        },
-        "vision_config": both
-        | {
-            "model_type": "clip_vision_model",
-            "hidden_size": width,
-            "intermediate_size": int(width * model.vision_mlp_ratio),
-            "num_hidden_layers": model.vision_layers,
-            "num_attention_heads": model.attention_heads,
-            "image_size": model.image_resolution,
-            "patch_size": model.vision_patch_size,
-            "num_channels": 3,
-        },
+        **sections,
     }
 
 

@@ -62,41 +62,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # open_clip's, of what a section leave
         "act_kwargs": None,
     },
 }
-_BLOCK = {  # of a tower's blocks, in later versions
-    "block_type": (None,),
-    "qk_norm": (False,),
-    "scaled_cosine_attn": (False,),
-    "scale_heads": (False,),
-    "scale_attn_inner": (False,),
-    "scale_attn": (False,),
-    "scale_fc": (False,),
-    "ls_init_value": (None,),
-    "norm_kwargs": (None, {}, {"eps": 1e-5}),
-}
-_ONLY: dict[str, dict[str, tuple]] = {  # fields with the only values that are supported
-    "vision_cfg": _BLOCK
-    | {
-        "attentional_pool": (False,),
-        "input_patchnorm": (False,),
-        "global_average_pool": (False,),
-        "pos_embed_type": (None, "learnable"),
-        "timm_model_name": (None, ""),
-    },
-    "text_cfg": _BLOCK
-    | {
-        "hf_model_name": (None, ""),
-        "hf_tokenizer_name": (None, ""),
-        "tokenizer_mode": (None, "clip"),
-        "tokenizer_kwargs": (None, {}, {"clean": "lower"}),
-        "embed_cls": (False,),
-        "pad_id": (0,),
-        "use_pad_mask": (False,),
-        "ln_post_emb": (False,),
-        "final_ln_after_pool": (False,),
-        "proj_bias": (False,),
-        "proj_type": (None, "linear"),
-    },
-    "model_cfg": {"multimodal_cfg": (None,)},
+_SUPPORTED: dict[str, tuple] = {  # values other than off of fields without an equivalent here
+    "norm_kwargs": ({"eps": 1e-5},),
+    "pos_embed_type": ("learnable",),
+    "tokenizer_mode": ("clip",),
+    "tokenizer_kwargs": ({"clean": "lower"},),
+    "proj_type": ("linear",),
 }
 _UNUSED = {  # of training, of Python's side, or of a tower that is not there
     "vision_cfg": "patch_dropout output_tokens attn_pooler_queries attn_pooler_heads n_queries "
@@ -242,15 +213,15 @@ def architecture(values: Any) -> ModelConfig:
 
 
 def _check_fields(name: str, values: Any) -> dict[str, Any]:
-    """The fields of a section.
+    """The fields of a section; one that leanclip does not have may be off: null, false, 0 or empty.
 
     Raises:
-        ValueError: a field is unknown, or its value is not supported.
+        ValueError: a field has a value that is not supported.
     """
     values, used = dict(values), {"vision_cfg": _VISION, "text_cfg": _TEXT}.get(name, {})
+    known = {*used, *_DEFAULTS.get(name, ()), *_UNUSED[name].split()}
     for field, value in values.items():
-        known = field in used or field in _DEFAULTS.get(name, ()) or field in _UNUSED[name].split()
-        if not known and value not in _ONLY[name].get(field, ()):
+        if field not in known and value and value not in _SUPPORTED.get(field, ()):
             raise ValueError(f"{name}.{field}: {value!r} is not supported")
     return values
 
