@@ -195,7 +195,7 @@ def fine_tune(model: Any, convert: Any) -> list[float]:
     """Losses of training in half precision, as is usual for OpenAI's package."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
     (image, text), truth, losses = inputs(), torch.arange(3), []
-    for _ in range(3):
+    for _ in range(2):
         optimizer.zero_grad()
         per_image, per_text = model(image, text)
         loss = (F.cross_entropy(per_image, truth) + F.cross_entropy(per_text, truth)) / 2
@@ -214,7 +214,7 @@ def test_fine_tuning_in_half_precision_has_openais_losses() -> None:
     expected = fine_tune(theirs, openais("model").convert_weights)
     losses = fine_tune(ours, clip.model.convert_weights)
     assert losses == pytest.approx(expected, abs=5e-3)
-    assert losses[2] < losses[0]
+    assert losses[1] < losses[0]
 
 
 def test_the_tokenizer_is_openais() -> None:
@@ -315,7 +315,7 @@ def test_a_bare_state_dict_is_of_openais_architecture(tmp_path: Path) -> None:
     torch.manual_seed(1)
     expected = CLIP(*VIT).eval()
     torch.save(expected.state_dict(), tmp_path / "mine.pt")
-    with pytest.warns(UserWarning, match="does not tell its activation; QuickGELU is used"):
+    with pytest.warns(UserWarning, match="its activation is unknown; QuickGELU is used"):
         model, _ = clip.load(str(tmp_path / "mine.pt"), device="cpu")
     assert torch.equal(model(*inputs())[0], expected(*inputs())[0])
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")
