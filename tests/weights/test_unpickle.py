@@ -629,7 +629,7 @@ def test_truncated_files_are_refused(
 ) -> None:
     read = READERS.get(kind, read_numpy_pickle)
     data = small_files[kind]
-    for length in {*range(0, len(data) - 1, max(1, len(data) // 150)), len(data) - 1}:
+    for length in {*range(0, len(data) - 1, max(1, len(data) // 80)), len(data) - 1}:
         refused(read, write(tmp_path / "cut", data[:length]))
         either(sniff, tmp_path / "cut")
 
