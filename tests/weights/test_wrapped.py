@@ -212,13 +212,21 @@ def test_what_is_left_over_within_the_model_is_named_in_full(
             leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu")
 
 
-def test_dicts_without_end_are_no_trap(tmp_path: Path) -> None:
+def test_dicts_without_end_are_no_trap(tensors: Tensors, tmp_path: Path) -> None:
     nested: dict[str, Any] = {"weight": torch.zeros(1)}
     for _ in range(40):  # 2^40 paths
         nested = {"a": nested, "b": nested}
     torch.save(nested, tmp_path / "w.pt")
     with pytest.raises(WeightsError):
         leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu")
+    wrapped: dict[str, Any] = {"epoch": 1}
+    for _ in range(40):
+        wrapped = {"module": wrapped, "_orig_mod": wrapped}
+    itself: dict[str, Any] = dict(tensors)
+    itself["module"] = itself
+    for endless in (tensors | wrapped, itself):
+        torch.save(endless, tmp_path / "w.pt")
+        assert read_weights(tmp_path / "w.pt", arch=TINY).tensors.keys() == tensors.keys()
 
 
 # --- architectures in open_clip's form

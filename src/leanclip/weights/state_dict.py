@@ -111,7 +111,9 @@ def _unwrap(
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in every.items() if _is_of(name, prefix)
     }
-    unused, unexpected = (list(dict.fromkeys(names)) for names in _beside(loaded, "", prefix))
+    unused, unexpected = (
+        list(dict.fromkeys(names)) for names in _beside(loaded, "", prefix, set())
+    )
     if unused:
         log.warning("%s: tensors that are not the model's are not used: %s", source, named(unused))
     return tensors, (*unused, *unexpected)
@@ -167,8 +169,9 @@ def _is_of(name: str, prefix: str) -> bool:
     return name.startswith(prefix) and name[len(prefix) :].partition(".")[0] in _ROOTS
 
 
-def _beside(values: dict, path: str, prefix: str) -> tuple[list[str], list[str]]:
+def _beside(values: dict, path: str, prefix: str, seen: set[int]) -> tuple[list[str], list[str]]:
     """Names of what is beside the model in the dicts that lead to it: tensors, and all else."""
+    seen.add(id(values))
     tensors: list[str] = []
     unexpected: list[str] = []
     for name, value in values.items():
@@ -179,8 +182,10 @@ def _beside(values: dict, path: str, prefix: str) -> tuple[list[str], list[str]]
             first, _, rest = here.removeprefix(dicts + inside).partition(".")
             name = f"{inside}{first}.*" if rest else inside + first
             tensors += [] if _is_of(here, prefix) else [name]
-        elif isinstance(value, dict) and prefix.startswith(_WRAPPERS.sub("", f"{path}{name}.")):
-            inner = _beside(value, f"{path}{name}.", prefix)
+        elif not isinstance(value, dict):
+            unexpected.append(str(name))
+        elif id(value) not in seen and prefix.startswith(_WRAPPERS.sub("", f"{path}{name}.")):
+            inner = _beside(value, f"{path}{name}.", prefix, seen)
             tensors, unexpected = tensors + inner[0], unexpected + inner[1]
         else:
             unexpected.append(str(name))
