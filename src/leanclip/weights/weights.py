@@ -106,9 +106,7 @@ def check_fits(weights: Weights, model: ModelConfig, *, is_exact: bool = False) 
     Raises:
         WeightsError: as `load_into` and `check_shapes`.
     """
-    check_shapes(weights, model)
-    with meta_device():
-        own = CLIP(**to_plain(model)).state_dict()
+    own = check_shapes(weights, model)
     _refuse(weights, _compare(weights, own, fits=not is_exact)[1])
 
 
@@ -207,8 +205,8 @@ def square_side(name: str, value: Any) -> Any:
     return sides[0]
 
 
-def check_shapes(weights: Weights, model: ModelConfig) -> None:
-    """Compare tensors with an architecture before building it.
+def check_shapes(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Compare tensors with an architecture before building it; return its tensors, without values.
 
     Positional embeddings may have another size.
 
@@ -237,6 +235,7 @@ def check_shapes(weights: Weights, model: ModelConfig) -> None:
             f"{weights.source}: the architecture has {wanted:,} parameters, the tensors "
             f"{present:,}; they do not belong together"
         )
+    return expected
 
 
 def _vision_vit(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
