@@ -67,16 +67,16 @@ def random_model(name: str) -> CLIP:
     return CLIP(**architecture(name))
 
 
-def write_model(name: str, folder: Path, dialect: str = "leanclip") -> Path:
+def write_model(name: str, folder: Path, format: str = "leanclip") -> Path:
     """The random model's weights on disk."""
     model = random_model(name)
     state = {key: value.detach() for key, value in model.state_dict().items()}
     preprocess = Preprocess(model.config.image_resolution)
-    if dialect == "leanclip":
+    if format == "leanclip":
         folder.mkdir(parents=True)
         save_weights(folder, state, model.config, preprocess, provenance="a benchmark")
     else:
-        write_weights(Weights(folder, "leanclip", state, model.config, preprocess), folder, dialect)
+        write_weights(Weights(folder, "leanclip", state, model.config, preprocess), folder, format)
     return folder
 
 
@@ -110,9 +110,9 @@ def training_batch(side: int, tokens: torch.Tensor) -> Batch:
 
 def from_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of CLIPModel, its gradients for example, by our names."""
-    from leanclip.weights.huggingface import to_openai
+    from leanclip.weights.huggingface import from_state_dict
 
-    return to_openai(Path("transformers"), dict(tensors))
+    return from_state_dict(Path("transformers"), tensors, None).tensors
 
 
 def open_clip_model(arch: dict[str, Any]) -> Callable[[], torch.nn.Module] | None:

@@ -66,7 +66,7 @@ def theirs(values: dict[str, Any]) -> Any:
 def test_older_sections_win_as_in_transformers(change: dict[str, Any]) -> None:
     values = {"projection_dim": 16, "text_config": TEXT, "vision_config": VISION} | change
     known = theirs(json.loads(json.dumps(values)))
-    ours = _architecture(Path("w"), values)
+    ours = _architecture(Path("w/config.json"), values)
     text, vision = known.text_config, known.vision_config
     assert ours.vision_layers == vision.num_hidden_layers
     assert ours.vision_heads == vision.num_attention_heads
@@ -102,20 +102,20 @@ def test_what_clip_model_has_alone_is_refused_by_name(
     values: dict[str, Any] = {"projection_dim": 16, "text_config": TEXT, "vision_config": VISION}
     values[section] = values[section] | {field: value}
     with pytest.raises(WeightsError, match=f"config.json.*{field}"):
-        _architecture(Path("w"), values)
+        _architecture(Path("w/config.json"), values)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dialect", ["hf", "open_clip", "leanclip"])
+@pytest.mark.parametrize("format", ["hf", "open_clip", "leanclip"])
 @pytest.mark.parametrize("end", [2, END, END + 1, 5])
-def test_texts_are_read_where_eos_token_id_says(end: int, dialect: str, tmp_path: Path) -> None:
+def test_texts_are_read_where_eos_token_id_says(end: int, format: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     write_weights(weights(vocab_size=49412), tmp_path / "w", "hf")
     edit(tmp_path / "w/config.json", lambda v: v["text_config"].update(eos_token_id=end))
     model = transformers.CLIPModel.from_pretrained(tmp_path / "w").eval()
-    if dialect != "hf":
-        write_weights(read_weights(tmp_path / "w"), tmp_path / dialect, dialect)
-    clip = leanclip.load(tmp_path / ("w" if dialect == "hf" else dialect), device="cpu")
+    if format != "hf":
+        write_weights(read_weights(tmp_path / "w"), tmp_path / format, format)
+    clip = leanclip.load(tmp_path / ("w" if format == "hf" else format), device="cpu")
     tokens = torch.tensor(
         [
             [START, 320, 5, END, 7, 49411, 3, 0],

@@ -1,11 +1,11 @@
-"""In place of PASSL, and of what its document "Train CLIP Model" uses of Paddle.
+"""A drop-in for PASSL and for the parts of Paddle in its document "Train CLIP Model".
 
     import leanclip.passl as paddle
     from leanclip.passl import CLIPWrapper, SimpleTokenizer, Compose, Resize, CenterCrop, ToTensor
 
 With these lines in place of the document's imports its cells run; docs/checkpoints.md lists all
-that has to be replaced. Features and images are torch's tensors, which take Paddle's arguments
-where the document has them.
+replacements. Features and images are torch tensors that take Paddle's arguments where the document
+uses them.
 """
 
 import copy
@@ -28,9 +28,8 @@ from leanclip.openai.transforms import CenterCrop, Compose, Normalize, Resize
 from leanclip.preprocess.decoding import Source, open_image
 from leanclip.preprocess.images import center_crop, to_array
 from leanclip.weights import Weights, load_into
-from leanclip.weights.numpy_pickle import read_numpy_pickle
-from leanclip.weights.paddle import paddle_arrays
-from leanclip.weights.passl import from_arrays
+from leanclip.weights.passl import from_state_dict, paddle_arrays
+from leanclip.weights.unpickle import read_numpy_pickle
 
 __all__ = [
     "CLIPWrapper",
@@ -54,7 +53,7 @@ __version__ = leanclip.__version__
 
 
 class Tensor(torch.Tensor):
-    """torch's tensor, with Paddle's arguments of `norm` and `transpose` beside torch's own."""
+    """A torch tensor whose `norm` and `transpose` also take Paddle's arguments."""
 
     def norm(  # pyright: ignore[reportIncompatibleMethodOverride]: Paddle's argument is added
         self, p: Any = "fro", dim: Any = None, keepdim: bool = False, *, axis: Any = None
@@ -65,18 +64,18 @@ class Tensor(torch.Tensor):
     def transpose(  # pyright: ignore[reportIncompatibleMethodOverride]: Paddle's form is added
         self, *axes: Any, **torchs: Any
     ) -> torch.Tensor:
-        """The axes in another order, `transpose((1, 2, 0))`; or two of them exchanged, as torch."""
+        """Permute the axes, `transpose((1, 2, 0))`; or swap two of them, as in torch."""
         if len(axes) == 1 and not torchs:
             return self.permute(*axes[0])
         return super().transpose(*axes, **torchs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tensor":
-        """As torch's own; its default refuses subclasses."""
+        """As torch's, whose default refuses subclasses."""
         return copy.deepcopy(self.as_subclass(torch.Tensor), memo).as_subclass(Tensor)
 
 
 class _Model(CLIP):
-    """A CLIP that takes and gives such tensors."""
+    """A CLIP that takes and returns such tensors."""
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         return super().encode_image(pixels.as_subclass(torch.Tensor)).as_subclass(Tensor)
@@ -86,11 +85,11 @@ class _Model(CLIP):
 
 
 class CLIPWrapper(nn.Module):
-    """A CLIP in `.model`, with PASSL's ways of loading and training it.
+    """A CLIP in `.model`, with PASSL's methods for loading and training.
 
     Args:
-        architectual: the `arch` dict; early versions of PASSL's document spell it so.
-        head: `{"name": ...}`; whatever it says, the losses are those of PASSL's head.
+        architectual: the `arch` dict, as early versions of PASSL's document spell it.
+        head: ignored; the losses are always those of PASSL's head.
         architecture: the `arch` dict.
 
     Raises:
@@ -111,7 +110,7 @@ class CLIPWrapper(nn.Module):
         self.model = _Model(**arch)
 
     def set_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take the parameters of a .pdparams, or those of `state_dict()`.
+        """Load the parameters of a .pdparams, or those of `state_dict()`.
 
         Raises:
             WeightsError: they do not fit.
@@ -121,7 +120,7 @@ class CLIPWrapper(nn.Module):
             tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
             weights = Weights(source, "state dict", tensors, self.model.config)
         else:
-            weights = from_arrays(source, paddle_arrays(tensors, source), self.model.config)
+            weights = from_state_dict(source, paddle_arrays(tensors, source), self.model.config)
         load_into(self.model, weights)
 
     def train_iter(self, image: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -148,10 +147,10 @@ class CLIPWrapper(nn.Module):
 
 
 def load(path: str | Path) -> Any:
-    """What a .pdparams holds, as `paddle.load` gives it, with numpy arrays; nothing in it is run.
+    """The content of a .pdparams as numpy arrays, as from `paddle.load`; nothing in it is executed.
 
     Raises:
-        WeightsError: it cannot be read, or holds more than data.
+        WeightsError: it cannot be read, or contains more than data.
     """
     return read_numpy_pickle(path)
 

@@ -135,11 +135,11 @@ def test_old_files_of_torchs_that_lie(tmp_path: Path) -> None:
     good = old_torch_file(tmp_path / "x.pt", program(2), keys, values)
     assert read_weights(good).tensors["a"].tolist() == [1.5, 2.5]
     for words, parts in {
-        "more than is left": (program(10**12), keys, values),
+        "larger than what is left": (program(10**12), keys, values),
         "fewer than 8 bytes": (program(2), keys, values[:-1]),
         "8 bytes": (program(2), keys, struct.pack("<q2f", 3, 1.5, 2.5)),
         "not that of its tensors": (program(2), pickle.dumps(["8"], 2), values),
-        "unknown form": (program(2), pickle.dumps("7", 2), values),
+        "is not that of its tensors": (program(2), pickle.dumps("7", 2), values),
         "a view": (program(2, b"K\1"), keys, values),
         "EOFError": (program(2),),
     }.items():

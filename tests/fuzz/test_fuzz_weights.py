@@ -1,4 +1,4 @@
-"""Weights of every dialect, edited: read, or refused in one line; never run, slow or large."""
+"""Weights of every format, edited: read, or refused in one line; never run, slow or large."""
 
 import io
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, make_model
+from hostile import number
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import EDITS, Edits, bounded, check_words, edited, examples, odd_values
@@ -22,8 +23,7 @@ import leanclip
 from leanclip.training.sharded_checkpoint import read_shards, save_shards
 from leanclip.weights import read_weights
 from leanclip.weights.convert import write_weights
-from leanclip.weights.numpy_pickle import numpy_names
-from leanclip.weights.unpickle import interpret
+from leanclip.weights.unpickle import interpret, numpy_names, refusing
 
 SMALL = {"vocab_size": 64, "vision_width": 64, "transformer_width": 64, "vision_heads": 1}
 SMALL |= {"transformer_heads": 1, "vision_layers": 1, "transformer_layers": 1}
@@ -149,13 +149,13 @@ _GLOBALS = [
     "os system",
     "builtins eval",
 ]
-_PLAIN = [bytes([code]) for code in b"N)]}(\x88\x89\x85\x86\x87tlaedsuR\x81b0125Q.\x94\x93o\x92"]
+_PLAIN = [bytes([code]) for code in b"N)]}(\x88\x89\x85\x86\x87taesuR\x81bQ.\x94\x93o\x92"]
 OPERATIONS = st.one_of(
     st.sampled_from(_PLAIN),
     st.sampled_from(_PLAIN),
     st.sampled_from([f"c{name.replace(' ', chr(10))}\n".encode() for name in _GLOBALS]),
     st.sampled_from([b"h\0", b"h\1", b"q\0", b"q\1", b"K\0", b"K\5", b"\x80\4", b"\x80\7"]),
-    st.tuples(st.sampled_from([b"X", b"B", b"T"]), _SIZES, st.binary(max_size=8)).map(
+    st.tuples(st.sampled_from([b"X", b"B"]), _SIZES, st.binary(max_size=8)).map(
         lambda one: one[0] + _number("<I")(one[1]) + one[2]
     ),
     st.tuples(st.sampled_from([b"\x8e", b"\x8d", b"\x96", b"\x95"]), _SIZES, st.binary()).map(
@@ -167,7 +167,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.sampled_from([b"r", b"j"]), _SIZES).map(
         lambda one: one[0] + _number("<I")(one[1])
     ),
-    st.integers(-(2**70), 2**70).map(lambda n: b"I%d\n" % n),
+    st.integers(-(2**70), 2**70).map(number),
     st.binary(max_size=12).map(lambda data: b"C" + bytes([len(data)]) + data),
     st.floats().map(lambda value: b"G" + struct.pack(">d", value)),
 )
@@ -177,11 +177,9 @@ OPERATIONS = st.one_of(
 @given(st.lists(OPERATIONS, max_size=30))
 def test_a_pickle_of_any_instructions(operations: list[bytes]) -> None:
     data = b"\x80\2" + b"".join(operations) + b"."
-    from leanclip.weights.unpickle import refusing
-
     with bounded(data, "program.pkl", seconds=5, megabytes=100), refusing(Path("x"), "pickle"):
         value = interpret(io.BytesIO(data), len(data), numpy_names())
-        assert "Name" not in repr(type(value))
+        assert not callable(value)
 
 
 @examples(40)

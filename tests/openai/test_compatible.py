@@ -52,7 +52,7 @@ def test_the_wrapper_takes_back_its_own_state(tmp_path: Path) -> None:
     second.set_state_dict(first.state_dict())
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(WeightsError, match="keys are missing"):
+    with pytest.raises(WeightsError, match="missing keys"):
         second.set_state_dict({"model.logit_scale": torch.tensor(1.0)})
     with pytest.raises(ConfigError, match="give the architecture"):
         CLIPWrapper(head={"name": "ClipHead"})

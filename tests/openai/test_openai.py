@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import io
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -196,7 +195,7 @@ def fine_tune(model: Any, convert: Any) -> list[float]:
     """Losses of training in half precision, as is usual for OpenAI's package."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
     (image, text), truth, losses = inputs(), torch.arange(3), []
-    for _ in range(3):
+    for _ in range(2):
         optimizer.zero_grad()
         per_image, per_text = model(image, text)
         loss = (F.cross_entropy(per_image, truth) + F.cross_entropy(per_text, truth)) / 2
@@ -215,7 +214,7 @@ def test_fine_tuning_in_half_precision_has_openais_losses() -> None:
     expected = fine_tune(theirs, openais("model").convert_weights)
     losses = fine_tune(ours, clip.model.convert_weights)
     assert losses == pytest.approx(expected, abs=5e-3)
-    assert losses[2] < losses[0]
+    assert losses[1] < losses[0]
 
 
 def test_the_tokenizer_is_openais() -> None:
@@ -252,7 +251,11 @@ def test_the_tokenizer_takes_no_other_table(tmp_path: Path) -> None:
 # --- in place of the package
 
 
-def test_code_that_imports_clip_runs() -> None:
+def test_code_that_imports_clip_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = [name for name in sys.modules if name.partition(".")[0] == "clip"]
+    for name in ("clip", "clip.clip", "clip.model", "clip.simple_tokenizer", *imported):
+        monkeypatch.setitem(sys.modules, name, clip)  # what is imported below goes with the test
+        monkeypatch.delitem(sys.modules, name)
     program = """
 import sys
 import leanclip.openai
@@ -279,8 +282,8 @@ exec("from clip import *", names)
 assert {"available_models", "load", "tokenize"} == {*names} - {"__builtins__"}
 exec("from clip.model import *\\nassert CLIP and OrderedDict and nn.Module and F.relu and np", {})
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    exec(program, {})
+    assert sys.modules["clip"] is clip
 
 
 def test_tokens_are_int32_and_long_texts_raise() -> None:
@@ -312,7 +315,7 @@ def test_a_bare_state_dict_is_of_openais_architecture(tmp_path: Path) -> None:
     torch.manual_seed(1)
     expected = CLIP(*VIT).eval()
     torch.save(expected.state_dict(), tmp_path / "mine.pt")
-    with pytest.warns(UserWarning, match="does not tell its activation; QuickGELU is used"):
+    with pytest.warns(UserWarning, match="its activation is unknown; QuickGELU is used"):
         model, _ = clip.load(str(tmp_path / "mine.pt"), device="cpu")
     assert torch.equal(model(*inputs())[0], expected(*inputs())[0])
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")

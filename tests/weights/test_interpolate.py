@@ -63,7 +63,7 @@ def test_between_is_the_formula_and_says_where_it_is_from(command: Command, tmp_
         torch.testing.assert_close(state[name], expected)
     facts = json.loads((tmp_path / "c/config.json").read_text())
     assert facts["provenance"] == "0.75 * a + 0.25 * b"
-    assert_refused(command("interpolate", "a", "b", "--out", "c"), "c: is there already")
+    assert_refused(command("interpolate", "a", "b", "--out", "c"), "c: already exists")
 
 
 def test_half_precision_is_interpolated_in_float32(command: Command, tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_two_that_do_not_go_together(command: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
     for name in ("a", "deep"):
         torch.save(load_file(tmp_path / name / "model.safetensors"), tmp_path / f"{name}.pt")
-    assert_refused(command("interpolate", "a.pt", "deep.pt", "--out", "c"), "say it with --arch")
-    with pytest.raises(WeightsError, match="keys are left over"):
+    assert_refused(command("interpolate", "a.pt", "deep.pt", "--out", "c"), "name it with --arch")
+    with pytest.raises(WeightsError, match="unexpected keys"):
         interpolate(read_weights(tmp_path / "a"), read_weights(tmp_path / "deep.pt"), 0.5)
     assert command("interpolate", "a", "a", "--alpha", "1.5", "--out", "c").returncode == 2
 
@@ -98,5 +98,5 @@ def test_another_preprocessing_is_said(command: Command, tmp_path: Path) -> None
     write(tmp_path / "a", 1)
     write(tmp_path / "b", 2, mean=0.25)
     done = command("interpolate", "a", "b", "--alpha", "0.6", "--out", "c")
-    assert "taken as in b" in done.stderr
+    assert "that of b is used" in done.stderr
     assert leanclip.load(tmp_path / "c").preprocess.mean == (0.25,) * 3

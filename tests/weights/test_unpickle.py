@@ -21,10 +21,10 @@ from hostile import arguments, name, number, pickled, programs, tensor_program, 
 from safetensors.torch import save_file
 
 from leanclip.errors import WeightsError
-from leanclip.weights.archive import module_tensors, read_torch_legacy, read_torch_zip
-from leanclip.weights.formats import read_safetensors, sniff
-from leanclip.weights.numpy_pickle import read_numpy_pickle
-from leanclip.weights.paddle import paddle_arrays
+from leanclip.weights.files import read_safetensors, sniff
+from leanclip.weights.passl import paddle_arrays
+from leanclip.weights.torch_file import module_tensors, read_torch_legacy, read_torch_zip
+from leanclip.weights.unpickle import read_numpy_pickle
 
 PASSL = DATA / "passl-formats"
 PROGRAMS = sorted(programs(Path("mark")))
@@ -123,7 +123,7 @@ def test_paddles_hostile_and_broken_files_are_refused() -> None:
     refused(read_numpy_pickle, PASSL / "truncated.pdparams", "truncated")
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", range(2, 6))
 def test_numpy_pickles_of_every_protocol(tmp_path: Path, protocol: int) -> None:
     path = write(tmp_path / "a.pkl", pickled(VALUES, protocol))
     read = read_numpy_pickle(path)
@@ -150,16 +150,11 @@ def test_writing_to_a_short_array_leaves_pythons_bytes_alone(tmp_path: Path) -> 
     assert bytes([97]) == b"a" != bytes(read)
 
 
-def test_python_2_strings(tmp_path: Path) -> None:
-    state = arguments(b"K\1", arguments(b"K\1"), dtype_program("f4"), b"\x89", b"U\4\0\0\0@")
-    data = b"\x80\2}U\1w" + array_program(state) + b"s."
-    assert same(read_numpy_pickle(write(tmp_path / "a", data)), {"w": np.full(1, 2, np.float32)})
-
-
 def test_paddle_bfloat16_and_refusals() -> None:
     bits = np.array([0x3F80, 0xC000], np.uint16)
     expected = {"w": np.array([1, -2], np.float32), "z": np.array(1, np.float32)}
-    assert same(paddle_arrays({"w": bits, "z": np.array(0x3F80, np.uint16)}), expected)
+    file = Path("file.pdparams")
+    assert same(paddle_arrays({"w": bits, "z": np.array(0x3F80, np.uint16)}, file), expected)
     array = np.ones(4, np.float32)
     table = {"w": {"OriginShape": (2, 2), "slices": ["w@@.0", "w@@.1"]}}
     for wrong, words in (
@@ -168,13 +163,13 @@ def test_paddle_bfloat16_and_refusals() -> None:
         ({"w": "text"}, "str"),
         ({"w": [array]}, "list"),
         ({1: array}, "'1'"),
-        ({"w@@.0": array, "UnpackBigParamInfor@@": table}, "slices of 'w'"),
-        ({"w@@.0": array, "w@@.1": array, "UnpackBigParamInfor@@": table}, "do not make"),
-        ({"w": array, "UnpackBigParamInfor@@": {"v": 3}}, "slices of 'v'"),
-        ({"w": array, "UnpackBigParamInfor@@": [3]}, "not a table"),
+        ({"w@@.0": array, "UnpackBigParamInfor@@": table}, "damaged.*w@@.1"),
+        ({"w@@.0": array, "w@@.1": array, "UnpackBigParamInfor@@": table}, "damaged.*reshape"),
+        ({"w": array, "UnpackBigParamInfor@@": {"v": 3}}, "damaged"),
+        ({"w": array, "UnpackBigParamInfor@@": [3]}, "damaged"),
     ):
         with pytest.raises(WeightsError, match=words) as caught:
-            paddle_arrays(wrong, "file.pdparams")
+            paddle_arrays(wrong, file)
         assert str(caught.value).startswith("file.pdparams: ")
 
 
@@ -210,7 +205,8 @@ def test_torch_save_comes_back(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         read = read_torch_zip(path)
     args = saved["args"] | {"size": (2, 3)}
-    assert same(read, saved | {"args": args, "device": "cuda:1", "parameter": torch.ones(2)})
+    plain = {"args": args, "device": ("cuda", 1), "parameter": torch.ones(2)}
+    assert same(read, saved | plain)
     assert isinstance(read, dict)
     before = path.read_bytes()
     read["parameter"].zero_()  # memory, not the file
@@ -274,9 +270,9 @@ def test_safetensors(tmp_path: Path) -> None:
     tensors = {key: tensor.contiguous() for key, tensor in TENSORS.items()}
     save_file(tensors, tmp_path / "a", metadata={"format": "pt"})
     assert sniff(tmp_path / "a") == "safetensors"
-    read, metadata = read_safetensors(tmp_path / "a")
+    read = read_safetensors(tmp_path / "a")
     assert same({key: read[key] for key in tensors}, tensors)
-    assert metadata == {"format": "pt"}
+    assert read.keys() == tensors.keys()
 
 
 # What hostile files try.
@@ -325,7 +321,7 @@ def test_a_poisoned_torchscript_zip(tmp_path: Path, mark: Path) -> None:
 def array_program(state: bytes, kind: bytes = b"") -> bytes:
     kind = kind or name("numpy", "ndarray")
     reconstruct = name("numpy.core.multiarray", "_reconstruct")
-    return reconstruct + arguments(kind, b"(K\0t", b"U\1b") + b"R" + state + b"b"
+    return reconstruct + arguments(kind, b"(K\0t", b"C\1b") + b"R" + state + b"b"
 
 
 def dtype_program(code: str, state: bytes = b"") -> bytes:
@@ -335,7 +331,7 @@ def dtype_program(code: str, state: bytes = b"") -> bytes:
 ORDER = [b"K\3", text("<"), b"N", b"N", b"N", b"J\xff\xff\xff\xff", b"J\xff\xff\xff\xff", b"K\0"]
 
 
-def state_program(dtype: bytes, shape: bytes = b"(K\1t", data: bytes = b"U\4\0\0\0@") -> bytes:
+def state_program(dtype: bytes, shape: bytes = b"(K\1t", data: bytes = b"C\4\0\0\0@") -> bytes:
     return array_program(arguments(b"K\1", shape, dtype, b"\x89", data))
 
 
@@ -358,22 +354,26 @@ REFUSED = {
     "dtype's state": (dtype_program("f4", b"}b"), "unknown form"),
     "no dtype": (state_program(text("f4")), "dtype is a str"),
     "too few bytes": (state_program(dtype_program("f4"), shape=b"(K\2t"), "4 bytes given"),
-    "too many bytes": (state_program(dtype_program("f4"), shape=b")", data=b"U\5abcde"), "5 bytes"),
+    "too many bytes": (state_program(dtype_program("f4"), shape=b")", data=b"C\5abcde"), "5 bytes"),
     "huge shape": (state_program(dtype_program("f4"), b"(" + number(2**62) * 2 + b"t"), "4 bytes"),
     "negative shape": (state_program(dtype_program("f4"), b"(" + number(-1) + b"t"), "shape"),
     "huge empty shape": (
-        state_program(dtype_program("f4"), b"(K\0" + number(2**80) + b"t", b"U\0"),
+        state_program(dtype_program("f4"), b"(K\0" + number(2**80) + b"t", b"C\0"),
         "damaged",
     ),
     "shape of floats": (state_program(dtype_program("f4"), b"(G" + bytes(8) + b"t"), "shape"),
     "100 dimensions": (state_program(dtype_program("f4"), b"(" + b"K\1" * 100 + b"t"), "shape"),
     "list of objects": (state_program(dtype_program("f4"), data=b"]"), "list, not bytes"),
-    "odd booleans": (state_program(dtype_program("b1"), data=b"U\1\7"), "other bytes than 0 and 1"),
     "other array type": (array_program(b"", name("numpy", "dtype"))[:-1], "not numpy.ndarray"),
-    "unbuilt array": (array_program(b"")[:-1], "without its values"),
+    "array built again": (
+        state_program(dtype_program("f4"))
+        + arguments(b"K\1", b"(K\1t", dtype_program("f4"), b"\x89", b"C\4\0\0\0@")
+        + b"b",
+        "unknown form",
+    ),
     "array's state": (array_program(b"}"), "unknown form"),
     "scalar of objects": (SCALAR + arguments(dtype_program("O8"), b"N") + b"R", "Python objects"),
-    "scalar's size": (SCALAR + arguments(dtype_program("f8"), b"U\1a") + b"R", "1 bytes given"),
+    "scalar's size": (SCALAR + arguments(dtype_program("f8"), b"C\1a") + b"R", "1 bytes given"),
     "encode": (name("_codecs", "encode") + arguments(text("a"), text("rot13")) + b"R", "latin1"),
     "tuple": (
         name("builtins", "tuple") + arguments(b"(" + b"N" * 65 + b"t") + b"R",
@@ -383,7 +383,7 @@ REFUSED = {
     "text called": (text("os.system") + b")R", "calls a str"),
     "number built": (b"K\1}b", "state of a int"),
     "name built": (name("numpy", "dtype") + b"N}\x86b", "state of a Name"),
-    "name kept": (b"]" + name("numpy", "dtype") + b"a", "the name numpy.dtype"),
+    "a name's state": (name("numpy", "ndarray") + b"}b", "state of a Name"),
     "persistent id": (text("x") + b"Q", "outside the pickle"),
     "persistent id, protocol 0": (b"Px\n", "instruction"),
     "set": (b"\x8f", "instruction"),
@@ -391,27 +391,28 @@ REFUSED = {
     "append to a dict": (b"}Na", "appends to a dict"),
     "item of a list": (b"]NNs", "items of a list"),
     "odd items": (b"}(Nu", "items of a dict"),
-    "array as a key": (b"}" + state_program(dtype_program("f4")) + b"Ns", "key is a _Array"),
+    "array as a key": (b"}" + state_program(dtype_program("f4")) + b"Ns", "key is a ndarray"),
     "protocol": (b"\x80\6N", "protocol 6"),
     "name with a line": (text("os\n\x1b[2J") + text("a") + b"\x93", "names 'os\\n"),
     "name is a number": (b"K\1K\1\x93", "not text"),
-    "itself": (b"]\x94h\0a", "contains itself"),
+    "itself": (b"]\x94h\0a", None),
     # Bombs: each would take gigabytes or crash if believed.
     "memo bomb": (b"Nr\xff\xff\xff\x7f", None),
-    "deep tuple as a key": (b"})" + b"\x85" * 2_000_000 + b"Ns", "key is a tuple"),
-    "doubled tuple as a key": (b"})" + b"2\x86" * 200 + b"Ns", "key is a tuple"),
-    "doubled tuples": (b")" + b"2\x86" * 90, None),
-    "deep nesting": (b"(" * 200_000 + b"l" * 200_000, "nested more than"),
-    "deep tuples": (b")" + b"\x85" * 100_000, "nested more than"),
+    "deep tuple as a key": (b"})" + b"\x85" * 100_000 + b"Ns", "key is a tuple"),
+    "doubled tuple as a key": (b"})" + b"q\0h\0\x86" * 200 + b"Ns", "key is a tuple"),
+    "doubled tuples": (b")" + b"q\0h\0\x86" * 90, None),
+    "deep nesting": (b"]" * 100_000 + b"a" * 99_999, None),
+    "deep tuples": (b")" + b"\x85" * 100_000, None),
     "BINBYTES8": (b"\x8e" + struct.pack("<Q", 2**62), "truncated"),
     "BYTEARRAY8": (b"\x96" + struct.pack("<Q", 2**40), "truncated"),
     "BINUNICODE8": (b"\x8d" + struct.pack("<Q", 2**62), "truncated"),
     "BINBYTES": (b"B\xff\xff\xff\xff", "truncated"),
     "FRAME": (b"\x95" + struct.pack("<Q", 2**63), "truncated"),
-    "LONG4": (b"\x8b\xff\xff\xff\x7f", "integer of"),
-    "long decimal": (b"I" + b"9" * 5000 + b"\n", "without an end"),
+    "LONG4": (b"\x8b\xff\xff\xff\x7f", "instruction"),
+    "decimal": (b"I" + b"9" * 5000 + b"\n", "instruction"),
+    "long name": (b"c" + b"9" * 5000 + b"\nx\n", "without an end"),
     "broken text": (b"X\2\0\0\0\xff\xfe", "UnicodeDecodeError"),
-    "empty stack": (b"0", "damaged"),
+    "empty stack": (b"Q", "damaged"),
     "no memo": (b"h\0", "damaged"),
     "short stack": (b"N\x87", "damaged"),
     "too many arguments": (name("collections", "OrderedDict") + b"(NNtR", "damaged"),
@@ -443,20 +444,20 @@ def either(read: Callable[[Path], object], path: Path) -> None:
 def test_one_string_encoded_often_takes_memory_once(tmp_path: Path) -> None:
     encoded = name("_codecs", "encode") + arguments(b"h\0", text("latin1")) + b"R"
     array = state_program(dtype_program("u1"), arguments(number(60_000)), encoded)
-    program = b"\x80\4" + text("a" * 60_000) + b"\x940]" + (array + b"a") * 3 + b"."
+    program = b"\x80\4]" + text("a" * 60_000) + b"\x94a" + (array + b"a") * 3 + b"."
     read = read_numpy_pickle(write(tmp_path / "a.pkl", program))
     assert isinstance(read, list)
-    assert read[0].tobytes() == b"a" * 60_000
-    assert np.shares_memory(read[0], read[2])
+    assert read[1].tobytes() == b"a" * 60_000
+    assert np.shares_memory(read[1], read[3])
 
 
 TENSOR_REFUSED = {
     "poisoned storage type": (tensor_program(name("os", "system")), "os.system"),
-    "storage type of another kind": (tensor_program(name("numpy", "dtype")), "type is numpy.dtype"),
+    "storage type of another kind": (tensor_program(name("numpy", "dtype")), "unknown form"),
     "storage smaller than its tensor": (tensor_program(size=(3, 3)), "outside its storage"),
     "storage of other size": (tensor_program(count=7), "has 24 bytes, not 7"),
     "huge storage": (tensor_program(count=2**62), "has 24 bytes"),
-    "negative storage": (tensor_program(count=-6), "has 24 bytes"),
+    "negative storage": (tensor_program(count=-6), "unknown form"),
     "no such storage": (tensor_program(key="7"), "has no member"),
     "storage elsewhere": (tensor_program(key="../byteorder"), "has no member"),
     "offset": (tensor_program(offset=1), "outside its storage"),
@@ -479,11 +480,7 @@ TENSOR_REFUSED = {
     "torch.jit.load": (b"\x80\2" + name("torch.jit", "load") + b".", "names torch.jit.load"),
     "a module's name": (
         b"\x80\2" + name("__torch__", "X") + b")\x81N}\x86b.",
-        "not a dict",
-    ),
-    "a module in itself": (
-        b"\x80\2" + name("__torch__", "X") + b")\x81q\0}" + text("a") + b"h\0sb.",
-        "contains itself",
+        "state of a Module",
     ),
 }
 
@@ -504,28 +501,19 @@ def test_modules_shared_without_end(tmp_path: Path) -> None:
     program = module + b"q\0"
     for _ in range(45):  # 2**45 names
         program += module + b"}(" + text("a") + b"h\0" + text("b") + b"h\0ubq\0"
-    root = read_torch_zip(torch_zip(tmp_path / "a.pt", b"\x80\2" + program + b"."))
-    with pytest.raises(WeightsError, match="modules"):
-        module_tensors(root)
+    itself = module + b"q\0}" + text("a") + b"h\0sb"
+    for endless in (program, itself):
+        root = read_torch_zip(torch_zip(tmp_path / "a.pt", b"\x80\2" + endless + b"."))
+        with pytest.raises(WeightsError, match="modules"):
+            module_tensors(root)
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_wrong_zips_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     good = tensor_program()
     storage = {"archive/data/0": bytes(24)}
-    for members, words in (
-        ({"/etc/passwd": b""}, "outside of its folder"),
-        ({"archive/../../x": b""}, "outside of its folder"),
-        ({"archive\\x": b""}, "odd name"),
-        ({"c:/x": b""}, "odd name"),
-        ({"archive/byteorder": b"little"}, "two members of one name"),
-        ({"other/data.pkl": good}, "2 stored"),
-    ):
-        refused(read_torch_zip, torch_zip(path, good, storage | members), words)
+    refused(read_torch_zip, torch_zip(path, good, storage | {"other/data.pkl": good}), "2 stored")
     refused(read_torch_zip, torch_zip(path, good, compression=zipfile.ZIP_DEFLATED), "0 stored")
-    zeros = {"archive/code.py": bytes(50_000_000)}
-    refused(read_torch_zip, torch_zip(path, good, zeros, zipfile.ZIP_DEFLATED), "200 times")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", good)
         archive.writestr("archive/byteorder", "big")
@@ -537,19 +525,34 @@ def test_wrong_zips_are_refused(tmp_path: Path) -> None:
     torch_zip(path, good)
     data = path.read_bytes()
     entry = data.index(b"PK\1\2")  # the directory's first: of data.pkl
-    for at, value, words in (
-        (8, b"\1\0", "encrypted"),
-        (20, b"\xff\xff\xff\x7f" * 2, "past its place"),
-        (24, b"\xff\xff\xff\x00", "200 times"),
-        (24, b"\1\0\0\0", "two sizes"),
-        (42, b"\5\0\0\0", "no header at its place"),
-    ):
-        changed = data[: entry + at] + value + data[entry + at + len(value) :]
-        refused(read_torch_zip, write(path, changed), words)
-    # Two members over the same bytes.
     second = data.index(b"PK\1\2", entry + 1)
-    changed = data[: second + 42] + bytes(4) + data[second + 46 :]
-    refused(read_torch_zip, write(path, changed), "past its place")
+    third = data.index(b"PK\1\2", second + 1)  # of the storage
+    for where, at, value, words in (
+        (entry, 20, b"\xff\xff\xff\x7f" * 2, None),  # larger than the file: ends with STOP
+        (entry, 24, b"\1\0\0\0", "truncated"),
+        (entry, 42, b"\5\0\0\0", "damaged"),  # no header at its place
+        (entry, 42, b"\xff\xff\xff\xff", "damaged"),
+        (third, 20, b"\xff\xff\xff\x7f" * 2, "not 6 of"),
+        (third, 42, bytes(4), "not matching counts|bytes, not 6|damaged"),  # over data.pkl
+    ):
+        changed = data[: where + at] + value + data[where + at + len(value) :]
+        if words is None or "|" in words:
+            either(read_torch_zip, write(path, changed))
+        else:
+            refused(read_torch_zip, write(path, changed), words)
+
+
+def test_members_that_are_never_unpacked_do_no_harm(tmp_path: Path) -> None:
+    """Paths that lead elsewhere, and a member that unpacks to much more than the file."""
+    names = ("/etc/passwd", "archive/../../x", "archive\\x", "c:/x", "archive/code.py")
+    odd = {"archive/data/0": bytes(24)} | dict.fromkeys(names, bytes(1000))
+    path = torch_zip(tmp_path / "a.pt", tensor_program(), odd)
+    before = sorted(tmp_path.iterdir())
+    assert same(read_torch_zip(path), torch.zeros(2, 3))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/bomb", bytes(5_000_000))
+    assert same(read_torch_zip(path), torch.zeros(2, 3))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def safetensors_bytes(header: dict, data: bytes) -> bytes:
@@ -564,7 +567,7 @@ def entry(start: int, end: int, count: int) -> dict:
 def test_wrong_safetensors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     good = safetensors_bytes({"a": entry(0, 8, 2), "b": entry(8, 16, 2)}, bytes(16))
-    assert len(read_safetensors(write(path, good))[0]) == 2
+    assert len(read_safetensors(write(path, good))) == 2
     for wrong in (
         safetensors_bytes({"a": entry(0, 8, 2), "b": entry(4, 12, 2)}, bytes(12)),  # overlap
         safetensors_bytes({"a": entry(0, 8, 2), "b": entry(0, 8, 2)}, bytes(8)),
@@ -585,7 +588,9 @@ def test_wrong_safetensors_are_refused(tmp_path: Path) -> None:
 # Damage anywhere.
 
 
-def small_files(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("small")
     values = {key: VALUES[key] for key in ("float", "bool", "scalars", "plain", "nested")}
     tensors = {key: TENSORS[key] for key in ("torch.float32", "torch.bool", "transposed")}
     module = torch.nn.Sequential(torch.nn.Linear(2, 2))
@@ -593,17 +598,11 @@ def small_files(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]
         write(folder / f"pickle-{protocol}", pickled(values, protocol))
     torch.save({"state_dict": tensors, "epoch": 3}, folder / "zip")
     torch.save(tensors, folder / "legacy", _use_new_zipfile_serialization=False)
-    torch.jit.save(torch.jit.trace(module, torch.zeros(1, 2)), folder / "script")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; its files remain
+        torch.jit.save(torch.jit.trace(module, torch.zeros(1, 2)), folder / "script")
     save_file({"a": torch.ones(3, 2), "b": torch.ones(2).half()}, folder / "safetensors")
-    readers = {
-        "zip": read_torch_zip,
-        "script": read_script,
-        "legacy": read_torch_legacy,
-        "safetensors": read_safetensors,
-    }
-    return {
-        path.name: (path, readers.get(path.name, read_numpy_pickle)) for path in folder.iterdir()
-    }
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def read_script(path: Path) -> object:
@@ -614,28 +613,35 @@ def read_script(path: Path) -> object:
         raise WeightsError(f"{path}: {error}") from None
 
 
+READERS = {
+    "zip": read_torch_zip,
+    "script": read_script,
+    "legacy": read_torch_legacy,
+    "safetensors": read_safetensors,
+}
 FORMATS = ["pickle-2", "pickle-4", "pickle-5", "zip", "script", "legacy", "safetensors"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", FORMATS)
-def test_truncated_files_are_refused(tmp_path: Path, kind: str) -> None:
-    path, read = small_files(tmp_path)[kind]
-    data = path.read_bytes()
-    for length in {*range(0, len(data) - 1, max(1, len(data) // 150)), len(data) - 1}:
+def test_truncated_files_are_refused(
+    small_files: dict[str, bytes], tmp_path: Path, kind: str
+) -> None:
+    read = READERS.get(kind, read_numpy_pickle)
+    data = small_files[kind]
+    for length in {*range(0, len(data) - 1, max(1, len(data) // 80)), len(data) - 1}:
         refused(read, write(tmp_path / "cut", data[:length]))
         either(sniff, tmp_path / "cut")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", FORMATS)
-def test_flipped_bytes_give_a_value_or_one_line(tmp_path: Path, kind: str) -> None:
-    path, read = small_files(tmp_path)[kind]
-    good = path.read_bytes()
-    chance = random.Random(kind)
-    for _ in range(400):
+def test_flipped_bytes_give_a_value_or_one_line(
+    small_files: dict[str, bytes], tmp_path: Path, kind: str
+) -> None:
+    read = READERS.get(kind, read_numpy_pickle)
+    good, chance = small_files[kind], random.Random(kind)
+    for _ in range(200):
         data = bytearray(good)
         for _ in range(chance.choice((1, 1, 2, 8))):
             data[chance.randrange(len(data))] = chance.randrange(256)
@@ -659,4 +665,5 @@ def test_sniff_says_what_else_a_file_is(tmp_path: Path) -> None:
         refused(sniff, write(tmp_path / "a", data), words)
     for read in (sniff, read_numpy_pickle, read_torch_zip, read_torch_legacy, read_safetensors):
         refused(read, tmp_path / "missing", "no such file")
+    for read in (sniff, read_numpy_pickle, read_torch_zip, read_torch_legacy):
         refused(read, tmp_path, "no such file")

@@ -87,9 +87,9 @@ def test_any_nesting_of_prefixes(prefix: str, form: str, tensors: Tensors, tmp_p
     back = read_weights(path, arch=TINY)
     assert back.tensors.keys() == tensors.keys()
     assert all(torch.equal(back.tensors[name], tensor) for name, tensor in tensors.items())
-    assert {"criterion.*", "head.*"} <= set(back.others)
+    assert {"criterion.*", "head.*"} <= set(back.unexpected)
     if form == "ckpt":
-        assert {"epoch", "optimizer", "loops"} <= set(back.others)
+        assert {"epoch", "optimizer", "loops"} <= set(back.unexpected)
     if form == "shards":
         assert read_weights(tmp_path, arch=TINY).tensors.keys() == tensors.keys()
 
@@ -184,7 +184,7 @@ def test_what_is_missing_and_left_over_is_in_one_message(tensors: Tensors, tmp_p
     wrapped = under("net.", tensors) | LINEAR | {"net.visual.extra": torch.zeros(1)}
     del wrapped["net.ln_final.bias"]
     torch.save({"state_dict": wrapped, "epoch": 1}, tmp_path / "w.pt")
-    words = r"keys are missing: ln_final.bias; keys are left over: visual.extra; beside.*criterion"
+    words = r"missing keys: ln_final.bias; unexpected keys: visual.extra; besides.*criterion"
     with pytest.raises(WeightsError, match=words):
         leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu")
     clip = leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu", partial=True)
@@ -207,18 +207,26 @@ def test_what_is_left_over_within_the_model_is_named_in_full(
     wrapped = {names.format(name): tensor for name, tensor in renamed.items()}
     for values in (wrapped, {"state_dict": wrapped}, {"app": {"module": wrapped}}):
         torch.save(values, tmp_path / "w.pt")
-        words = rf"missing: ln_final\.bias, ln_final\.weight; beside .*: {shown}\.\*$"
+        words = rf"missing keys: ln_final\.bias, ln_final\.weight; besides .*: {shown}\.\*$"
         with pytest.raises(WeightsError, match=words):
             leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu")
 
 
-def test_dicts_without_end_are_no_trap(tmp_path: Path) -> None:
+def test_dicts_without_end_are_no_trap(tensors: Tensors, tmp_path: Path) -> None:
     nested: dict[str, Any] = {"weight": torch.zeros(1)}
     for _ in range(40):  # 2^40 paths
         nested = {"a": nested, "b": nested}
     torch.save(nested, tmp_path / "w.pt")
     with pytest.raises(WeightsError):
         leanclip.load(tmp_path / "w.pt", arch=TINY, device="cpu")
+    wrapped: dict[str, Any] = {"epoch": 1}
+    for _ in range(40):
+        wrapped = {"module": wrapped, "_orig_mod": wrapped}
+    itself: dict[str, Any] = dict(tensors)
+    itself["module"] = itself
+    for endless in (tensors | wrapped, itself):
+        torch.save(endless, tmp_path / "w.pt")
+        assert read_weights(tmp_path / "w.pt", arch=TINY).tensors.keys() == tensors.keys()
 
 
 # --- architectures in open_clip's form
@@ -304,7 +312,7 @@ def test_defaults_that_are_written_out_are_defaults() -> None:
         ("vision_cfg", "attentional_pool", True),
         ("vision_cfg", "timm_model_name", "vit_base"),
         ("vision_cfg", "image_size", [32, 48]),
-        ("vision_cfg", "no_causal_mask", False),
+        ("vision_cfg", "no_causal_mask", True),
         ("text_cfg", "final_ln_after_pool", True),
         ("text_cfg", "hf_tokenizer_name", "google/bert"),
         ("text_cfg", "tokenizer_kwargs", {"clean": "canonicalize"}),
@@ -363,7 +371,7 @@ def test_every_command_takes_an_architecture(
     (tmp_path / "deeper.json").write_text(json.dumps(deeper))
     refused = run("inspect", "w.pt", arch="deeper.json")
     assert refused.returncode == 2
-    assert "keys are missing: transformer.resblocks.2" in refused.stderr
+    assert "missing keys: transformer.resblocks.2" in refused.stderr
     larger = OPEN_CLIP | {"vision_cfg": OPEN_CLIP["vision_cfg"] | {"image_size": 64}}
     (tmp_path / "larger.json").write_text(json.dumps(larger))
     assert run("inspect", "w.pt", arch="larger.json").returncode == 0  # positions can be fitted

@@ -116,8 +116,8 @@ def evaluate(
     epilog="Example: leanclip compare ViT-B-32.pt runs/food101 --data food101:data/food-101"
 )
 def compare(
-    first: Annotated[str, typer.Argument(metavar="A", help="Weights of any dialect.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Weights of any dialect.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="Weights of any format.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Weights of any format.")],
     data_spec: DataSpec = None,
     task: TaskName = None,
     config: ConfigFile = None,
@@ -160,8 +160,8 @@ def compare(
     epilog="Example: leanclip interpolate ViT-B-32.pt runs/food101 --alpha 0.5 --out runs/between"
 )
 def interpolate(
-    first: Annotated[str, typer.Argument(help="Weights of any dialect, such as those loaded.")],
-    second: Annotated[str, typer.Argument(help="Weights of any dialect, such as those tuned.")],
+    first: Annotated[str, typer.Argument(help="Weights of any format, such as those loaded.")],
+    second: Annotated[str, typer.Argument(help="Weights of any format, such as those tuned.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     alpha: Annotated[
         float | None,

@@ -221,7 +221,7 @@ def _train(
 
 @app.command(epilog="Example: leanclip convert runs/quickstart quickstart-hf --to hf")
 def convert(
-    source: Annotated[str, typer.Argument(help="Weights of any dialect.")],
+    source: Annotated[str, typer.Argument(help="Weights of any format.")],
     destination: Annotated[Path, typer.Argument(help="The file or folder to write.")],
     to: Annotated[str, typer.Option(help="leanclip, openai, open_clip, hf or passl.")],
     arch: Arch = None,
@@ -231,7 +231,7 @@ def convert(
 
     weights = read_weights(source, arch=arch)
     write_weights(weights, destination, to)
-    print(f"{weights.source} ({weights.dialect}) -> {destination} ({to})")
+    print(f"{weights.source} ({weights.format}) -> {destination} ({to})")
 
 
 @app.command(epilog="Example: leanclip merge runs/big merged")
@@ -247,7 +247,7 @@ def merge(
 
 @app.command(epilog="Example: leanclip inspect runs/quickstart")
 def inspect(
-    source: Annotated[str, typer.Argument(help="Weights of any dialect.")],
+    source: Annotated[str, typer.Argument(help="Weights of any format.")],
     arch: Arch = None,
 ) -> None:
     """Say what a file or folder of weights is, without running anything in it."""

@@ -241,7 +241,7 @@ def embed(
 
 @app.command(epilog="Example: leanclip export runs/quickstart exported --to onnx")
 def export(
-    source: Annotated[str, typer.Argument(help="Weights of any dialect.")],
+    source: Annotated[str, typer.Argument(help="Weights of any format.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="onnx or torch (a torch.export program).")],
     int8: Annotated[

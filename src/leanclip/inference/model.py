@@ -370,7 +370,7 @@ def load(
     backend: str | None = None,
     tf32: bool = False,
 ) -> InferenceModel:
-    """Load weights of any dialect, in evaluation mode, or what `leanclip export` wrote.
+    """Load weights of any format, in evaluation mode, or what `leanclip export` wrote.
 
     Args:
         source: a file, a folder, a run's folder, a published name or a hub id.
@@ -402,7 +402,7 @@ def load(
     weights = read_weights(source, arch=arch)
     if weights.model is None or weights.preprocess is None:
         raise WeightsError(
-            f"{weights.source}: a {weights.dialect} without its architecture (the tensors do not "
+            f"{weights.source}: a {weights.format} without its architecture (the tensors do not "
             f"tell the activation); say it with arch= (--arch), for example arch='ViT-B-32' (exact "
             f"GELU) or arch='ViT-B-32-quickgelu' (OpenAI's)"
         )

@@ -1,4 +1,4 @@
-"""OpenAI's `SimpleTokenizer` over leanclip's tokeniser: the same tables, the same ids."""
+"""OpenAI's `SimpleTokenizer` over leanclip's tokeniser: the same tables and ids."""
 
 import gzip
 import html
@@ -13,6 +13,14 @@ import ftfy
 from leanclip.errors import ConfigError
 from leanclip.preprocess import tokenizer
 
+__all__ = [
+    "SimpleTokenizer",
+    "basic_clean",
+    "bytes_to_unicode",
+    "default_bpe",
+    "get_pairs",
+    "whitespace_clean",
+]
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -20,7 +28,7 @@ class SimpleTokenizer:
     """The tokeniser's tables, and its ids without start and end tokens.
 
     Args:
-        bpe_path: CLIP's merge table, which leanclip contains; another one is refused.
+        bpe_path: a file of CLIP's merge table, the only one supported.
 
     Raises:
         ConfigError: the file at `bpe_path` is another table.
@@ -42,7 +50,7 @@ class SimpleTokenizer:
         self.pat = tokenizer.WORDS
 
     def bpe(self, token: str) -> str:
-        """A word, a character for each of its bytes -> its symbols, with spaces between."""
+        """The symbols of a word, separated by spaces; the word has a character for each byte."""
         if token in _SPECIAL:
             return token
         word = bytes(self.byte_decoder[character] for character in token)
@@ -53,7 +61,7 @@ class SimpleTokenizer:
         return tokenizer.encode(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of ids, with a space after each word, start and end tokens as they are."""
+        """The text of ids, with a space after each word; start and end tokens are kept."""
         symbols = "".join(self.decoder[int(token)] for token in tokens)
         text = bytes(self.byte_decoder[character] for character in symbols)
         return text.decode("utf-8", errors="replace").replace("</w>", " ")
@@ -65,17 +73,17 @@ def default_bpe() -> str:
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """The printable character that stands for each byte in the symbols."""
+    """The printable character of each byte in the symbols."""
     return dict(tokenizer.characters_of_bytes())
 
 
 def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
-    """The symbols of a word that are neighbours."""
+    """The pairs of neighbouring symbols in a word."""
     return set(pairwise(word))
 
 
 def basic_clean(text: str) -> str:
-    """A text repaired by ftfy, without HTML's entities and without space around it."""
+    """A text repaired by ftfy, with HTML's entities resolved, stripped."""
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 

@@ -10,15 +10,7 @@ from leanclip.openai.loading import (
     tokenize,
 )
 from leanclip.openai.network import build_model
-from leanclip.openai.transforms import (
-    BICUBIC,
-    CenterCrop,
-    Compose,
-    Normalize,
-    Resize,
-    ToTensor,
-    _convert_image_to_rgb,
-    _transform,
-)
+from leanclip.openai.transforms import *  # noqa: F403
+from leanclip.openai.transforms import _convert_image_to_rgb, _transform
 
 __all__ = ["available_models", "load", "tokenize"]

@@ -1,9 +1,9 @@
 """OpenAI's `load` and `tokenize`.
 
-    name -> download_root, or leanclip's cache -> weights -> network.CLIP, its transform
+    name -> download_root or leanclip's cache -> weights -> network.CLIP and its transform
 
-Errors are RuntimeErrors, as there. TorchScript is not supported: `jit=True` gives a warning and an
-ordinary module with the same methods.
+As there, errors are RuntimeErrors. TorchScript is not supported: with `jit=True` a warning is given
+and an ordinary module loaded.
 """
 
 import warnings
@@ -42,16 +42,15 @@ def load(
     jit: bool = False,
     download_root: str | Path | None = None,
 ) -> tuple[CLIP, Compose]:
-    """A model in evaluation mode, and the transform from a PIL image to what it reads.
+    """A model in evaluation mode, and the transform from a PIL image to its input.
 
-    On the CPU the weights are float32; elsewhere they are float16 as `convert_weights` makes
-    them, and `model.float()` turns them back.
+    Weights are float32 on the CPU, elsewhere float16 by `convert_weights`.
 
     Args:
-        name: one of `available_models()`, which is downloaded once; or a file or folder of weights
-            in any format that leanclip reads.
+        name: one of `available_models()`, downloaded once; or a file or folder of weights in any
+            format that leanclip reads.
         device: by default CUDA where there is one.
-        jit: see the head of this file.
+        jit: not supported; see above.
         download_root: the folder that published models are downloaded to; by default leanclip's
             cache.
 
@@ -91,7 +90,7 @@ def tokenize(
 def _read(
     name: str | Path, device: str | torch.device, download_root: str | Path | None
 ) -> InferenceModel:
-    """The weights of a name."""
+    """The model of a name."""
     if str(name) in _MODELS:
         root = None if download_root is None else Path(download_root)
         name = fetch_openai(OPENAI_FILES[str(name)], root)
@@ -104,20 +103,20 @@ def _read(
             raise
         clip = inference.load(name, device=device, arch=to_plain(arch))
     if not isinstance(clip.model, LeanCLIP):
-        raise RuntimeError(f"{name}: is an exported model; give the weights that it was made of")
+        raise RuntimeError(f"{name}: is an exported model; name the weights that it was made from")
     return clip
 
 
 def _implied(name: str | Path) -> ModelConfig | None:
-    """The architecture that OpenAI's code takes a bare state dict for.
+    """The architecture that OpenAI's code infers from a bare state dict.
 
-    None where the weights tell theirs, or no heads of 64 channels fit.
+    None where the weights contain theirs, or heads of 64 channels do not fit.
     """
     weights = read_weights(name)
     if weights.model is not None:
         return None
     arch = infer_architecture(weights.tensors, source=weights.source, activation="quick_gelu")
-    words = f"{name}: does not tell its activation; QuickGELU is used, as in OpenAI's package"
+    words = f"{name}: its activation is unknown; QuickGELU is used, as in OpenAI's package"
     warnings.warn(words, stacklevel=4)
     return arch
 

@@ -1,5 +1,6 @@
 """The names of OpenAI's `clip.model`, also those that its `import *` brings along."""
 
+# ruff: noqa: F401
 from collections import OrderedDict
 from typing import Tuple, Union  # noqa: UP035
 
@@ -8,35 +9,5 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from leanclip.openai.network import (
-    CLIP,
-    LayerNorm,
-    QuickGELU,
-    ResidualAttentionBlock,
-    Transformer,
-    VisionTransformer,
-    build_model,
-    convert_weights,
-)
-from leanclip.openai.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
-
-__all__ = [
-    "CLIP",
-    "AttentionPool2d",
-    "Bottleneck",
-    "F",
-    "LayerNorm",
-    "ModifiedResNet",
-    "OrderedDict",
-    "QuickGELU",
-    "ResidualAttentionBlock",
-    "Transformer",
-    "Tuple",
-    "Union",
-    "VisionTransformer",
-    "build_model",
-    "convert_weights",
-    "nn",
-    "np",
-    "torch",
-]
+from leanclip.openai.network import *  # noqa: F403
+from leanclip.openai.resnet import *  # noqa: F403

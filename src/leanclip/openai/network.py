@@ -3,19 +3,20 @@
     image (B, 3, R, R) -> visual -> (B, E)
     text (B, L) -> token_embedding -> transformer -> end token -> ln_final, projection -> (B, E)
 
-What other code reaches into is as it is there: names and order of the state dict, the arguments of
-every module, sequences that run length-first (L, B, D), `nn.MultiheadAttention`, and every token of
-every block, so that hooks see them. `leanclip.CLIP` computes the same in less time.
+Other code reaches into this model, so it cannot be `leanclip.CLIP`, which computes the same faster:
+names and order of parameters and modules, the arguments of every module, length-first sequences
+(L, B, D), `nn.MultiheadAttention`, and outputs of every block for all tokens are OpenAI's.
 
-Beyond OpenAI's arguments there are those that other published weights need, by the names of
-`leanclip.CLIP`; their defaults are OpenAI's architecture.
+Further arguments are those that other published weights need, named as in `leanclip.CLIP`; their
+defaults are OpenAI's architecture.
 
 Shapes: B batch, L tokens, P patches, D width, E embedding, R resolution.
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,22 @@ from leanclip.config.sections import to_plain
 from leanclip.errors import WeightsError
 from leanclip.model.skip_init import SkipInit
 from leanclip.openai.resnet import ModifiedResNet
-from leanclip.weights.openai import from_tensors
+from leanclip.weights.openai import from_state_dict
+
+__all__ = [
+    "CLIP",
+    "LayerNorm",
+    "QuickGELU",
+    "ResidualAttentionBlock",
+    "Transformer",
+    "VisionTransformer",
+    "build_model",
+    "convert_weights",
+]
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computes in float32 at least, and gives what the input's type was."""
+    """LayerNorm in float32 at least; the output has the input's type."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
@@ -49,15 +61,11 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def _activation(name: str) -> nn.Module:
-    match name:
-        case "quick_gelu":
-            return QuickGELU()
-        case "gelu":
-            return nn.GELU()
-        case "gelu_tanh":
-            return nn.GELU(approximate="tanh")
-    raise ValueError(f"activation: there is no {name}")
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+}
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -66,7 +74,7 @@ class ResidualAttentionBlock(nn.Module):
     Args:
         d_model: D.
         n_head: attention heads.
-        attn_mask: (L, L), added to the logits of attention; None: every token sees every other.
+        attn_mask: (L, L), added to the attention logits; None: full attention.
         activation: of the perceptron; see `leanclip.config.ModelConfig`.
         mlp_ratio: the perceptron's hidden width over D, rounded down.
     """
@@ -84,7 +92,7 @@ class ResidualAttentionBlock(nn.Module):
         hidden = int(d_model * mlp_ratio)
         self.attn = nn.MultiheadAttention(d_model, n_head)
         self.ln_1 = LayerNorm(d_model)
-        parts = {"c_fc": nn.Linear(d_model, hidden), "gelu": _activation(activation)}
+        parts = {"c_fc": nn.Linear(d_model, hidden), "gelu": _ACTIVATIONS[activation]()}
         self.mlp = nn.Sequential(OrderedDict(parts, c_proj=nn.Linear(hidden, d_model)))
         self.ln_2 = LayerNorm(d_model)
         self.attn_mask = attn_mask  # no buffer: OpenAI's state dict has none
@@ -94,7 +102,7 @@ class ResidualAttentionBlock(nn.Module):
         mask = self.attn_mask
         if mask is not None:
             mask = self.attn_mask = mask.to(x.device, x.dtype)
-            mask = mask[: x.shape[0], : x.shape[0]]  # of a causal mask: of a shorter text
+            mask = mask[: x.shape[0], : x.shape[0]]  # a text may be shorter than the context
         return self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +118,7 @@ class Transformer(nn.Module):
         width: D.
         layers: number of blocks.
         heads: attention heads.
-        attn_mask: see `ResidualAttentionBlock`, as are the others.
+        attn_mask: see `ResidualAttentionBlock`.
         settings: further arguments of the blocks.
     """
 
@@ -136,7 +144,7 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT with a class token (arXiv 2103.00020, section 2.4).
 
-    `proj` may be set to None: features are then of the transformer's width.
+    If `proj` is set to None, features have the transformer's width.
 
     Args:
         input_resolution: side of the square image, in pixels.
@@ -145,10 +153,10 @@ class VisionTransformer(nn.Module):
         layers: number of blocks.
         heads: attention heads.
         output_dim: E.
-        pre_norm: see `leanclip.model.vit`, as are the next.
-        patch_bias: as there.
-        pool: as there.
-        norm_after_pool: as there.
+        pre_norm: as in `leanclip.model.vit`, as are patch_bias, pool and norm_after_pool.
+        patch_bias: see there.
+        pool: see there.
+        norm_after_pool: see there.
         settings: further arguments of the blocks.
     """
 
@@ -172,7 +180,7 @@ class VisionTransformer(nn.Module):
         self.pool, self.norm_after_pool = pool, norm_after_pool
         patches = (input_resolution // patch_size) ** 2
         std = width**-0.5
-        # In the order in which OpenAI's code draws them, so that a seed gives the same values.
+        # In the order of OpenAI's code, so that a seed gives the same initial values.
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=patch_bias)
         self.class_embedding = nn.Parameter(torch.empty(width).normal_(std=std))
         self.positional_embedding = nn.Parameter(torch.empty(patches + 1, width).normal_(std=std))
@@ -202,10 +210,7 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, with the arguments of OpenAI's class in its order.
-
-    The further ones are settings of `leanclip.CLIP`, and their defaults OpenAI's architecture.
-    """
+    """Both towers, with OpenAI's arguments in their order and keywords as in `leanclip.CLIP`."""
 
     def __init__(
         self,
@@ -275,7 +280,7 @@ class CLIP(nn.Module):
         self.initialize_parameters()
 
     def initialize_parameters(self) -> None:
-        """Draw the text tower's values, and those of a ResNet's attention pool."""
+        """Initialise the text tower and a ResNet's attention pool."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         if isinstance(self.visual, ModifiedResNet):
@@ -291,14 +296,14 @@ class CLIP(nn.Module):
             nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def build_attention_mask(self) -> torch.Tensor:
-        """What is added to attention's logits: -inf for what follows a token, (L, L)."""
+        """The causal mask (L, L) that is added to the attention logits: -inf above the diagonal."""
         size = (self.context_length, self.context_length)
-        # On the CPU also where parameters are on the meta device: no state dict brings its values.
+        # On the CPU even if parameters are on the meta device: it is not in the state dict.
         return torch.full(size, -math.inf, device="cpu").triu_(1)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the towers compute in."""
+        """The type that the towers compute in."""
         return self.visual.conv1.weight.dtype
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
@@ -307,14 +312,14 @@ class CLIP(nn.Module):
 
     def encode_text(self, text: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L), L up to the context -> text features (B, E), not normalised."""
-        if not self.transformer_causal or self.transformer_pool == "last":  # it looks at padding
+        if not self.transformer_causal or self.transformer_pool == "last":  # it attends to padding
             text = F.pad(text, (0, max(0, self.context_length - text.shape[1])))
         x = self.token_embedding(text).to(self.dtype)  # (B, L, D)
         x = x + self.positional_embedding[: text.shape[1]].to(self.dtype)
         x = self.transformer(x.permute(1, 0, 2))  # (L, B, D)
         x = self.ln_final(x.permute(1, 0, 2)).to(self.dtype)  # (B, L, D)
         rows = torch.arange(x.shape[0], device=x.device)
-        x = x[rows, self._place(text)]  # (B, D)
+        x = x[rows, self._position(text)]  # (B, D)
         return x if self.text_projection is None else x @ self.text_projection  # (B, E)
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,8 +332,8 @@ class CLIP(nn.Module):
             logits = logits + self.logit_bias
         return logits, logits.t()
 
-    def _place(self, text: torch.Tensor) -> torch.Tensor:
-        """Where each text is read, (B,): the end token has the highest id."""
+    def _position(self, text: torch.Tensor) -> torch.Tensor:
+        """Where each text is pooled, (B,); the end token has the highest id."""
         match self.transformer_pool:
             case "argmax":
                 return text.argmax(dim=-1)
@@ -342,10 +347,9 @@ class CLIP(nn.Module):
 
 
 def convert_weights(model: nn.Module) -> None:
-    """Turn what OpenAI's package runs in float16 into float16, in place.
+    """Convert convolutions, linear layers, attention and projections to float16, in place.
 
-    These are convolutions, linear layers, attention and the projections. LayerNorms, embeddings,
-    BatchNorms and `logit_scale` keep their type.
+    As in OpenAI's package, LayerNorms, embeddings, BatchNorms and `logit_scale` keep their type.
     """
     for module in model.modules():
         names = ["text_projection", "proj"]
@@ -361,13 +365,13 @@ def convert_weights(model: nn.Module) -> None:
 
 
 def build_model(state_dict: Mapping[str, torch.Tensor]) -> CLIP:
-    """The model of a state dict of OpenAI's, in evaluation mode, its weights in float16.
+    """The model of OpenAI's state dict in evaluation mode, with weights in float16.
 
     Raises:
         RuntimeError: the tensors are not CLIP's, or do not fit each other.
     """
     try:
-        weights = from_tensors(Path("state_dict"), dict(state_dict), None)
+        weights = from_state_dict(Path("state_dict"), state_dict, None)
         if weights.model is None:
             raise WeightsError("state_dict: no heads of 64 channels fit its widths")
     except WeightsError as error:

@@ -2,7 +2,7 @@
 
 Activations and pools are modules here, for hooks, and the attention pool may be replaced.
 
-Shapes: B batch, W stem width, C = 32 W channels, h, w places, E embedding, H heads.
+Shapes: B batch, W stem width, C = 32 W channels, h = w positions a side, E embedding, H heads.
 """
 
 from collections import OrderedDict
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+__all__ = ["AttentionPool2d", "Bottleneck", "ModifiedResNet"]
 
 
 class Bottleneck(nn.Module):
@@ -47,7 +49,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention over the image's places and their mean, asked by the mean alone."""
+    """Attention over the positions of an image and their mean, with the mean as the query."""
 
     def __init__(
         self, spacial_dim: int, embed_dim: int, num_heads: int, output_dim: int | None = None
@@ -129,7 +131,7 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(x)  # (B, E)
 
     def initialize_parameters(self) -> None:
-        """Draw the attention pool's values; every bottleneck starts as its shortcut."""
+        """Initialise the attention pool; every bottleneck starts as its shortcut."""
         if isinstance(self.attnpool, AttentionPool2d):
             pool, std = self.attnpool, self.attnpool.c_proj.in_features**-0.5
             for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):

@@ -1,11 +1,10 @@
-"""OpenAI's transform of an image in steps, under torchvision's names and with its results.
+"""OpenAI's image transform in steps, with torchvision's names and results.
 
     PIL image -> Resize -> CenterCrop -> _convert_image_to_rgb -> ToTensor -> Normalize
 
-An image becomes RGB after it is resized, as there, and Pillow's `convert` decides how: alpha is
-dropped, a palette is resized without interpolation, 16-bit greyscale is clipped at 255, and EXIF's
-orientation is not applied. `leanclip.Preprocess` treats such images with more care, so that for
-them the pixels differ.
+As there, an image is converted to RGB after it is resized, by Pillow's `convert`: alpha is dropped,
+a palette is resized without interpolation, 16-bit greyscale is clipped at 255, and EXIF orientation
+is ignored. `leanclip.Preprocess` handles these cases, so its pixels differ for such images.
 
 Resize, CenterCrop and Normalize also take tensors (..., H, W), as torchvision's do, with gradients.
 """
@@ -21,18 +20,19 @@ from torch.nn import functional as F
 
 from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, FILTERS, Preprocess, Rounding
 
+__all__ = ["BICUBIC", "CenterCrop", "Compose", "Normalize", "Resize", "ToTensor"]
 BICUBIC = Image.Resampling.BICUBIC
 _TENSOR_MODES = {Image.Resampling.BILINEAR: "bilinear", BICUBIC: "bicubic"}
 
 
 @dataclass
 class Compose:
-    """One step after the other; `transforms` is the list of them."""
+    """The steps in `transforms`, one after another."""
 
     transforms: list[Any]  # callables
 
     def __call__(self, image: Any) -> Any:
-        """What the last step gives."""
+        """The result of the last step."""
         for transform in self.transforms:
             image = transform(image)
         return image
@@ -75,11 +75,11 @@ class Resize:
 
 @dataclass
 class CenterCrop:
-    """The middle of an image, `size` or (height, width); what lies outside of it is black.
+    """The centre of an image, `size` or (height, width), padded with black.
 
     Args:
         size: in pixels.
-        rounding: where half a pixel goes: "even" as in torchvision, "down" as in transformers.
+        rounding: of half a pixel: "even" as in torchvision, "down" as in transformers.
     """
 
     size: int | Sequence[int]
@@ -154,7 +154,7 @@ def _transform(
 
 
 def steps_of(preprocess: Preprocess) -> Compose:
-    """The transform of a model in OpenAI's steps; in one step where those cannot express it."""
+    """A model's preprocessing in OpenAI's steps; as one step where they cannot express it."""
     if preprocess.resize not in ("shortest", "squash") or preprocess.fill:
         return Compose([preprocess])
     steps = _transform(preprocess.resolution, preprocess.mean, preprocess.std)

@@ -28,8 +28,7 @@ from leanclip.distributed.collectives import (
 from leanclip.errors import ConfigError, LeanclipError, WeightsError
 from leanclip.training import checkpoint
 from leanclip.training.plan import Plan
-from leanclip.weights import Weights, read_weights
-from leanclip.weights.fingerprint import fingerprint
+from leanclip.weights import Weights, fingerprint, read_weights
 from leanclip.weights.read import Architecture
 
 log = logging.getLogger("leanclip")

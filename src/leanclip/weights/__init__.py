@@ -1,14 +1,14 @@
-"""Weights on disk: read from any dialect, written in any, without running a byte of them.
+"""Checkpoints of the field: read in any format without executing anything, and written in any.
 
-source -> read_weights -> Weights (tensors by OpenAI's names, architecture) -> load_into, write
+source -> read_weights -> Weights (tensors by OpenAI's names, architecture)
+       -> load_into a model, or write_weights
 """
 
 from leanclip.weights.convert import WEIGHTS_FORMATS, write_weights
-from leanclip.weights.fingerprint import fingerprint
 from leanclip.weights.interpolate import interpolate
 from leanclip.weights.native import SHARDS, describe_weights, save_weights
 from leanclip.weights.read import read_architecture, read_preprocess, read_weights
-from leanclip.weights.weights import Weights, infer_architecture, load_into
+from leanclip.weights.weights import Weights, fingerprint, infer_architecture, load_into
 
 __all__ = [
     "SHARDS",

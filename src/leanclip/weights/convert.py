@@ -1,4 +1,4 @@
-"""Write weights in any dialect that can hold them: `leanclip convert SRC DST --to DIALECT`."""
+"""Write weights in any format that can hold them: `leanclip convert SRC DST --to FORMAT`."""
 
 import logging
 from dataclasses import replace
@@ -11,59 +11,50 @@ from leanclip.weights.weights import Weights, check_fits
 
 log = logging.getLogger("leanclip")
 
-WEIGHTS_FORMATS = ("leanclip", "openai", "open_clip", "hf", "passl")
+_WRITERS = {"openai": openai, "open_clip": open_clip, "hf": huggingface, "passl": passl}
+WEIGHTS_FORMATS = (native.FORMAT, *_WRITERS)
 
 
 def write_weights(
-    weights: Weights, destination: Path, dialect: str, *, provenance: str | None = None
+    weights: Weights, destination: Path, format: str, *, provenance: str | None = None
 ) -> None:
-    """Write weights as they are, to the bit, under another system's names.
+    """Write weights bit by bit in another format.
 
-    `openai` and `passl` are files, the others folders; see docs/checkpoints.md for what each
-    holds. Tensors keep their type. leanclip's own format holds a line on where they came from,
-    `provenance`; by default the source that was converted.
+    `openai` and `passl` are files, the others folders: see docs/checkpoints.md. Tensors keep their
+    type. leanclip's own format stores a line on where they came from, `provenance`; by default
+    the source that was converted.
 
     Raises:
-        WeightsError: the dialect cannot hold the model, the architecture is not known, or there
+        WeightsError: the format cannot hold the model, the architecture is not known, or there
             is something at the destination.
     """
-    if dialect not in WEIGHTS_FORMATS:
-        raise WeightsError(f"--to {dialect}: no such format; known: {', '.join(WEIGHTS_FORMATS)}")
-    is_file = dialect in ("openai", "passl")
+    if format not in WEIGHTS_FORMATS:
+        raise WeightsError(f"--to {format}: no such format; known: {', '.join(WEIGHTS_FORMATS)}")
+    is_file = format in ("openai", "passl")
     if destination.exists() and (is_file or not destination.is_dir() or any(destination.iterdir())):
-        raise WeightsError(f"{destination}: is there already; choose another name")
+        raise WeightsError(f"{destination}: already exists; choose another name")
     model, preprocess = weights.model, weights.preprocess
     if model is None or preprocess is None:
         raise WeightsError(
-            f"{weights.source}: does not say its architecture; say it with --arch (a preset's "
+            f"{weights.source}: does not contain its architecture; name it with --arch (a preset's "
             f"name, or a JSON or YAML file)"
         )
     check_fits(weights, model, is_exact=True)
     if is_file and not _is_openais(preprocess, model.image_resolution):
         log.warning(
-            "%s: %s's files do not hold how images are prepared; whoever loads %s must know: %s",
+            "%s: %s's files do not store the preprocessing; whoever loads %s must know it: %s",
             weights.source,
-            dialect,
+            format,
             destination,
             preprocess,
         )
-    if is_file:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-    match dialect:
-        case "leanclip":
-            destination.mkdir(parents=True, exist_ok=True)
-            origin = provenance or f"converted from {weights.dialect}: {weights.source.name}"
-            native.save_weights(destination, weights.tensors, model, preprocess, provenance=origin)
-        case "openai":
-            openai.write(destination, weights, model)
-        case "open_clip":
-            open_clip.write(destination, weights, model, preprocess)
-        case "hf":
-            huggingface.write(destination, weights, model, preprocess)
-        case "passl":
-            passl.write(destination, weights, model)
+    if format == native.FORMAT:
+        native.write(destination, weights, model, preprocess, provenance)
+        return
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    _WRITERS[format].write(destination, weights, model, preprocess)
 
 
 def _is_openais(preprocess: Preprocess, resolution: int) -> bool:
-    """Whether images are prepared as OpenAI's are, but for a pixel of the crop's place."""
+    """Whether this is OpenAI's preprocessing, up to the rounding of the crop's offset."""
     return replace(preprocess, rounding="even") == Preprocess(resolution)

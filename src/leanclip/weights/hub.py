@@ -1,6 +1,6 @@
 """Weights by name: OpenAI's published files, and repositories on Hugging Face's hub.
 
-Nothing is fetched unless a name is given; a file that was fetched before is taken from its cache.
+Only names are fetched; a file that was fetched before is taken from the cache.
 """
 
 import os
@@ -53,10 +53,10 @@ def locate(source: str | Path) -> Path:
 
 
 def locate_settings(source: str | Path) -> Path | None:
-    """The folder of a source's JSON files, of a hub id without its weights; None: it has none.
+    """The folder of a source's JSON files, of a hub id fetched without its weights; None: a file.
 
     Raises:
-        WeightsError: the hub does not give them.
+        WeightsError: they cannot be fetched.
     """
     path, repository = Path(source), _repository(str(source))
     if path.exists() or str(source) in OPENAI_FILES or repository is None:
@@ -65,7 +65,7 @@ def locate_settings(source: str | Path) -> Path | None:
 
 
 def _repository(name: str) -> str | None:
-    """What a hub id names."""
+    """The repository that a hub id names."""
     match = _HUB_ID.fullmatch(name)
     return match[2] if match and (match[1] or not Path(name).suffix) else None
 
@@ -99,7 +99,7 @@ def fetch_openai(file: str, folder: Path | None = None, base: str | None = None)
 
 
 def _fetch_hub(repository: str, *, weights: bool = True) -> Path:
-    """A snapshot of a repository through huggingface_hub, its cache and its offline mode."""
+    """A snapshot of a repository; huggingface_hub's cache and offline mode apply."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     what = f"{repository}: no such file, and fetching it from the hub"
     hub = need("huggingface_hub", what, extra="hub", error=WeightsError)
@@ -111,5 +111,5 @@ def _fetch_hub(repository: str, *, weights: bool = True) -> Path:
         return folder
     except Exception as error:  # it raises errors of its own, of requests and of the file system
         raise WeightsError(
-            f"{repository}: no such file, and the hub did not give it: {one_line(error)}"
+            f"{repository}: no such file, and the hub failed: {one_line(error)}"
         ) from None

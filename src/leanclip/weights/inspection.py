@@ -1,4 +1,4 @@
-"""What a file of weights is, in a few lines for a person."""
+"""A summary of a weights file."""
 
 from collections import Counter
 
@@ -9,20 +9,20 @@ from leanclip.weights.weights import Weights
 
 
 def inspection(weights: Weights) -> str:
-    """Dialect, architecture, activation, parameters, types, temperature, and what else is held."""
+    """A line each on format, architecture, activation, parameters, types, temperature and more."""
     tensors, model = weights.tensors, weights.model
     types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     scale = tensors.get("logit_scale")
     lines = {
         "source": str(weights.source),
-        "dialect": weights.dialect,
-        "architecture": _name(model) if model else "not said; name it with --arch",
-        "activation": model.activation if model else "not said",
+        "format": weights.format,
+        "architecture": _name(model) if model else "unknown; name it with --arch",
+        "activation": model.activation if model else "unknown",
         "parameters": f"{sum(t.numel() for n, t in tensors.items() if 'running_' not in n):,}",
         "tensors": f"{len(tensors)} of " + ", ".join(f"{k} ({n})" for k, n in types.items()),
         "temperature": "none" if scale is None else f"cosines x {scale.float().exp().mean():.2f}",
-        "preprocessing": str(weights.preprocess or "not said"),
-        "besides tensors": ", ".join(weights.others) or "nothing",
+        "preprocessing": str(weights.preprocess or "unknown"),
+        "besides tensors": ", ".join(weights.unexpected) or "nothing",
     }
     lines |= {f"note {i}": note for i, note in enumerate(weights.notes, 1)}
     if model:
@@ -31,7 +31,7 @@ def inspection(weights: Weights) -> str:
 
 
 def _name(model: ModelConfig) -> str:
-    """The preset that an architecture is, or its towers in short."""
+    """The name of an architecture's preset, or a short description."""
     for name, arch in PRESETS.items():
         known = parse(ModelConfig, arch, where=name)
         same = {"vision_heads": known.vision_heads, "transformer_mlp_ratio": 4.0}

@@ -1,4 +1,4 @@
-"""Weights between two others, as after fine-tuning (WiSE-FT, arXiv 2109.01903)."""
+"""Interpolation of two models' weights (WiSE-FT, arXiv 2109.01903)."""
 
 import logging
 from pathlib import Path
@@ -15,19 +15,19 @@ log = logging.getLogger("leanclip")
 
 
 def interpolate(first: Weights, second: Weights, alpha: float) -> Weights:
-    """(1 - alpha) * first + alpha * second, in float32; 0 and 1 give back what they name.
+    """(1 - alpha) * first + alpha * second, in float32; at 0 and 1 exactly the one or the other.
 
-    Whole numbers, such as a count of batches, and the preprocessing are those of the nearer one.
-    The temperature is interpolated as it is stored, a logarithm.
+    Integer tensors, such as a count of batches, and the preprocessing are those of the nearer one.
+    The temperature is interpolated as it is stored, as a logarithm.
 
     Raises:
-        WeightsError: the two are not of one architecture, or neither says which it is.
+        WeightsError: the two have different architectures, or neither contains its own.
     """
     model = first.model or second.model
     if model is None:
         raise WeightsError(
-            f"{first.source}: does not say its architecture, nor does {second.source}; say it "
-            f"with --arch"
+            f"neither {first.source} nor {second.source} contains its architecture; name it with "
+            f"--arch"
         )
     if first.model and second.model and (differing := differences(first.model, second.model)):
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -38,11 +38,11 @@ def interpolate(first: Weights, second: Weights, alpha: float) -> Weights:
     nearer = first if alpha < 0.5 else second
     given = [weights.preprocess for weights in (first, second) if weights.preprocess]
     if len(given) == 2 and given[0] != given[1]:
-        log.warning("the two prepare images differently; taken as in %s", nearer.source)
+        log.warning("their preprocessing differs; that of %s is used", nearer.source)
     states = _state(first, model), _state(second, model)
     return Weights(
         source=Path(f"{1 - alpha:g} * {first.source} + {alpha:g} * {second.source}"),
-        dialect="interpolation",
+        format="interpolation",
         tensors={name: between(states[0][name], states[1][name], alpha) for name in states[0]},
         model=model,
         preprocess=nearer.preprocess or next(iter(given), None),
@@ -58,7 +58,7 @@ def _state(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def between(first: torch.Tensor, second: torch.Tensor, alpha: float) -> torch.Tensor:
-    """One tensor between two others, which at 0 and 1 is that very one."""
+    """One tensor between two others; at 0 and 1 exactly the one or the other."""
     if alpha in (0, 1) or not first.is_floating_point():  # a sum would turn -0 into 0
         return first if alpha < 0.5 else second
     return (1 - alpha) * first + alpha * second

@@ -1,4 +1,4 @@
-"""leanclip's own weights: a folder with `model.safetensors` and `config.json`.
+"""leanclip's own format: a folder with `model.safetensors` and `config.json`.
 
 The tensors have OpenAI's names; config.json holds the architecture with its activation, the
 preprocessing, the tokeniser, where the weights came from, and the SHA-256 of the tensors' file.
@@ -17,7 +17,7 @@ from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.io.files import digest
 from leanclip.preprocess.images import Preprocess
-from leanclip.weights.formats import read_safetensors
+from leanclip.weights.files import MALFORMED, read_json, read_safetensors
 from leanclip.weights.weights import Weights
 
 FORMAT = "leanclip"
@@ -33,7 +33,7 @@ def save_weights(
     *,
     provenance: str = "trained with leanclip",
 ) -> str:
-    """Write `model.safetensors` and `config.json` into an existing folder; the former's SHA-256."""
+    """Write `model.safetensors` and `config.json`; return the SHA-256 of the former."""
     file = folder / "model.safetensors"
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
@@ -51,8 +51,8 @@ def describe_weights(
     provenance: str = "trained with leanclip",
     sha256: str | None = None,
 ) -> None:
-    """Write `config.json` alone; without a digest, of weights that are in shards beside it."""
-    facts = {
+    """Write `config.json` alone; without a SHA-256, for weights in shards beside it."""
+    values = {
         "format": FORMAT,
         "model": to_plain(model),
         "preprocess": asdict(preprocess),
@@ -60,11 +60,17 @@ def describe_weights(
         "provenance": provenance,
         "sha256": sha256,
     }
-    (folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
-def read_folder(folder: Path, facts: dict, arch: ModelConfig | None) -> Weights:
-    """Read a folder whose config.json holds `facts`; `arch` wins over them.
+def is_folder(folder: Path) -> bool:
+    """Whether a folder is in this format."""
+    file = folder / "config.json"
+    return file.is_file() and read_json(file).get("format") == FORMAT
+
+
+def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
+    """Read a folder in this format; `arch` takes the place of its architecture.
 
     Raises:
         WeightsError: a file is missing or damaged, or the weights are in shards.
@@ -73,22 +79,37 @@ def read_folder(folder: Path, facts: dict, arch: ModelConfig | None) -> Weights:
         raise WeightsError(
             f"{folder}: its weights are in shards; merge them with: leanclip merge {folder} OUT"
         )
-    tensors, _ = read_safetensors(folder / "model.safetensors")
-    preprocess = read_preprocess(folder, facts)
+    tensors = read_safetensors(folder / "model.safetensors")
+    preprocess = read_preprocess(folder)
+    file = folder / "config.json"
     try:
-        model = arch or parse(ModelConfig, facts["model"], where="model")
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise WeightsError(f"{folder / 'config.json'}: cannot be read: {error!r}") from None
-    return Weights(folder, "leanclip", tensors, model, preprocess)
+        model = arch or parse(ModelConfig, read_json(file)["model"], where="model")
+    except (*MALFORMED, ConfigError) as error:
+        raise WeightsError(f"{file}: cannot be read: {error!r}") from None
+    return Weights(folder, FORMAT, tensors, model, preprocess)
 
 
-def read_preprocess(folder: Path, facts: dict) -> Preprocess:
-    """The preprocessing of a folder whose config.json holds `facts`.
+def read_preprocess(folder: Path) -> Preprocess:
+    """The preprocessing of a folder in this format.
 
     Raises:
         WeightsError: it is missing or damaged.
     """
+    file = folder / "config.json"
     try:
-        return Preprocess.from_dict(facts["preprocess"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{folder / 'config.json'}: cannot be read: {error!r}") from None
+        return Preprocess.from_dict(read_json(file)["preprocess"])
+    except MALFORMED as error:
+        raise WeightsError(f"{file}: cannot be read: {error!r}") from None
+
+
+def write(
+    folder: Path,
+    weights: Weights,
+    model: ModelConfig,
+    preprocess: Preprocess,
+    provenance: str | None = None,
+) -> None:
+    """A folder in this format; `provenance` is by default the source that was converted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = provenance or f"converted from {weights.format}: {weights.source.name}"
+    save_weights(folder, weights.tensors, model, preprocess, provenance=origin)

@@ -4,6 +4,8 @@ A CustomTextCLIP puts the text tower's names under `text.`.
 """
 
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, triple
-from leanclip.weights.state_dict import find_file, read_json, read_state_dict
+from leanclip.weights.files import MALFORMED, find_file, read_json
+from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights, square_side
 
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-_VISION = {  # theirs -> ours
+_VISION = {  # theirs: ours
     "layers": "vision_layers",
     "width": "vision_width",
     "patch_size": "vision_patch_size",
@@ -59,41 +62,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # open_clip's, of what a section leave
         "act_kwargs": None,
     },
 }
-_BLOCK = {  # of a tower's blocks, in later versions
-    "block_type": (None,),
-    "qk_norm": (False,),
-    "scaled_cosine_attn": (False,),
-    "scale_heads": (False,),
-    "scale_attn_inner": (False,),
-    "scale_attn": (False,),
-    "scale_fc": (False,),
-    "ls_init_value": (None,),
-    "norm_kwargs": (None, {}, {"eps": 1e-5}),
-}
-_ONLY: dict[str, dict[str, tuple]] = {  # what leanclip has no other choice for: no effect
-    "vision_cfg": _BLOCK
-    | {
-        "attentional_pool": (False,),
-        "input_patchnorm": (False,),
-        "global_average_pool": (False,),
-        "pos_embed_type": (None, "learnable"),
-        "timm_model_name": (None, ""),
-    },
-    "text_cfg": _BLOCK
-    | {
-        "hf_model_name": (None, ""),
-        "hf_tokenizer_name": (None, ""),
-        "tokenizer_mode": (None, "clip"),
-        "tokenizer_kwargs": (None, {}, {"clean": "lower"}),
-        "embed_cls": (False,),
-        "pad_id": (0,),
-        "use_pad_mask": (False,),
-        "ln_post_emb": (False,),
-        "final_ln_after_pool": (False,),
-        "proj_bias": (False,),
-        "proj_type": (None, "linear"),
-    },
-    "model_cfg": {"multimodal_cfg": (None,)},
+_SUPPORTED: dict[str, tuple] = {  # values other than off of fields without an equivalent here
+    "norm_kwargs": ({"eps": 1e-5},),
+    "pos_embed_type": ("learnable",),
+    "tokenizer_mode": ("clip",),
+    "tokenizer_kwargs": ({"clean": "lower"},),
+    "proj_type": ("linear",),
 }
 _UNUSED = {  # of training, of Python's side, or of a tower that is not there
     "vision_cfg": "patch_dropout output_tokens attn_pooler_queries attn_pooler_heads n_queries "
@@ -106,50 +80,61 @@ _UNUSED = {  # of training, of Python's side, or of a tower that is not there
 _PREPROCESS = {"resize": "resize_mode", "interpolation": "interpolation", "fill": "fill_color"}
 
 
-def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
-    """Read a folder that holds `open_clip_config.json`.
-
-    Raises:
-        WeightsError: a file is missing or damaged, or the architecture is not one that
-            leanclip has.
-    """
-    facts = read_json(folder / CONFIG)
-    model = arch or _architecture(folder / CONFIG, facts.get("model_cfg"))
-    file = find_file(folder, FILES)
-    if file is None:
-        raise WeightsError(f"{folder}: has {CONFIG}, but none of {', '.join(FILES)}")
-    tensors, others = read_state_dict(file)
-    preprocess = _preprocess(folder / CONFIG, facts.get("preprocess_cfg"), model)
-    return Weights(folder, "open_clip", flat_text(tensors), model, preprocess, others=others)
+def is_folder(folder: Path) -> bool:
+    """Whether a folder is in this format."""
+    return (folder / CONFIG).is_file()
 
 
-def read_preprocess(folder: Path) -> Preprocess:
-    """The preprocessing of a folder that holds `open_clip_config.json`.
-
-    Raises:
-        WeightsError: it is damaged, or not open_clip's.
-    """
-    path = folder / CONFIG
-    facts = read_json(path)
-    return _preprocess(
-        path, facts.get("preprocess_cfg"), _architecture(path, facts.get("model_cfg"))
-    )
+def is_state_dict(names: Collection[str]) -> bool:
+    """Whether tensors may have this format's names, which are OpenAI's: always."""
+    return True
 
 
-def flat_text(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CustomTextCLIP's names without `text.`."""
-    return {
+def from_state_dict(
+    source: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig | None
+) -> Weights:
+    """Weights of tensors alone, which do not tell their activation."""
+    ours = {
         name.removeprefix("text."): tensor
         for name, tensor in tensors.items()
         if not name.endswith("attn_mask")  # a constant that old versions stored
     }
+    return Weights(source, "state dict", ours, model)
+
+
+def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
+    """Read a folder in this format; `arch` takes the place of its architecture.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or the architecture is not supported.
+    """
+    values = read_json(folder / CONFIG)
+    model = arch or _architecture(folder / CONFIG, values.get("model_cfg"))
+    file = find_file(folder, FILES)
+    if file is None:
+        raise WeightsError(f"{folder}: has {CONFIG}, but none of {', '.join(FILES)}")
+    tensors, unexpected = read_state_dict(file)
+    weights = from_state_dict(folder, tensors, model)
+    preprocess = _preprocess(folder / CONFIG, values.get("preprocess_cfg"), model)
+    return replace(weights, format="open_clip", preprocess=preprocess, unexpected=unexpected)
+
+
+def read_preprocess(folder: Path) -> Preprocess:
+    """The preprocessing of a folder in this format.
+
+    Raises:
+        WeightsError: it is damaged, or not supported.
+    """
+    values = read_json(folder / CONFIG)
+    model = _architecture(folder / CONFIG, values.get("model_cfg"))
+    return _preprocess(folder / CONFIG, values.get("preprocess_cfg"), model)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
-    """A folder that open_clip's `local-dir:` takes.
+    """Write a folder for open_clip's `local-dir:`.
 
     Raises:
-        WeightsError: open_clip has no place for something in the architecture.
+        WeightsError: open_clip has no equivalent of something in the architecture.
     """
     if model.patch_bias:
         raise WeightsError(f"{weights.source}: open_clip has no bias in its patch embedding")
@@ -200,10 +185,10 @@ def is_architecture(values: Any) -> bool:
 
 
 def architecture(values: Any) -> ModelConfig:
-    """What open_clip's settings of a model are here: embed_dim, vision_cfg, text_cfg, ...
+    """The architecture of open_clip's settings: embed_dim, vision_cfg, text_cfg, ...
 
     Raises:
-        ConfigError: they are none, or a field has a value that leanclip does not; names it.
+        ConfigError: they are not such settings, or a field's value is not supported; names it.
     """
     try:
         _check_fields("model_cfg", values)
@@ -223,20 +208,20 @@ def architecture(values: Any) -> ModelConfig:
         arch["transformer_eos_id"] = text["eos_id"] if text.get("pool_type") == "eos" else None
         arch["logit_bias"] = values.get("init_logit_bias") is not None
         return parse(ModelConfig, arch, where="model")
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"not an architecture that leanclip has: {error}") from None
+    except MALFORMED as error:
+        raise ConfigError(f"not a supported architecture: {error}") from None
 
 
 def _check_fields(name: str, values: Any) -> dict[str, Any]:
-    """The fields of a section.
+    """The fields of a section; one that leanclip does not have may be off: null, false, 0 or empty.
 
     Raises:
-        ValueError: one is unknown, or has a value that is not done here.
+        ValueError: a field has a value that is not supported.
     """
     values, used = dict(values), {"vision_cfg": _VISION, "text_cfg": _TEXT}.get(name, {})
+    known = {*used, *_DEFAULTS.get(name, ()), *_UNUSED[name].split()}
     for field, value in values.items():
-        known = field in used or field in _DEFAULTS.get(name, ()) or field in _UNUSED[name].split()
-        if not known and value not in _ONLY[name].get(field, ()):
+        if field not in known and value and value not in _SUPPORTED.get(field, ()):
             raise ValueError(f"{name}.{field}: {value!r} is not supported")
     return values
 
@@ -255,10 +240,10 @@ def _activation(values: dict[str, Any]) -> str:
 
 
 def _preprocess(where: Path, values: Any, model: ModelConfig) -> Preprocess:
-    """open_clip's `preprocess_cfg`; null is a default, and the size is the model's in any case.
+    """open_clip's `preprocess_cfg`; null is a default, and the size is always the model's.
 
     Raises:
-        WeightsError: a value that open_clip does not take, or a field that it does not have.
+        WeightsError: a value or a field is not one of open_clip's.
     """
     try:
         given = {name: value for name, value in dict(values or {}).items() if value is not None}
@@ -283,15 +268,15 @@ def _preprocess(where: Path, values: Any, model: ModelConfig) -> Preprocess:
         if type(options.get("fill", 0)) is not int:
             raise ValueError(f"fill_color: {options['fill']!r} is not one grey level")
         return Preprocess(model.image_resolution, mean, std, **options)
-    except (TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise WeightsError(f"{where}: preprocess_cfg: {error}") from None
 
 
 def _preprocess_cfg(source: Path, preprocess: Preprocess) -> dict[str, Any]:
-    """For `open_clip_config.json`.
+    """The `preprocess_cfg` of `open_clip_config.json`.
 
     Raises:
-        WeightsError: open_clip has no place for it.
+        WeightsError: open_clip has no equivalent.
     """
     if (
         preprocess.resize == "none"
@@ -299,7 +284,7 @@ def _preprocess_cfg(source: Path, preprocess: Preprocess) -> dict[str, Any]:
         or set(preprocess.sides) != {preprocess.resolution}
     ):
         raise WeightsError(
-            f"{source}: open_clip cannot prepare images with resize {preprocess.resize}, size "
+            f"{source}: open_clip has no preprocessing with resize {preprocess.resize}, size "
             f"{preprocess.size}, interpolation {preprocess.interpolation}"
         )
     options = {theirs: getattr(preprocess, ours) for ours, theirs in _PREPROCESS.items()}

@@ -1,38 +1,49 @@
 """OpenAI's published weights: a TorchScript archive, or the state dict that was in it.
 
-The three numbers that OpenAI keeps beside the tensors (`input_resolution`, `context_length`,
-`vocab_size`) tell the dialect. It implies QuickGELU and heads of 64 channels.
+Three numbers beside the tensors (`input_resolution`, `context_length`, `vocab_size`) identify the
+format. It implies QuickGELU and heads of 64 channels.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
 from leanclip.config.model import ModelConfig
 from leanclip.errors import WeightsError
+from leanclip.preprocess.images import Preprocess
 from leanclip.weights.weights import INVISIBLE, Weights, infer_architecture
 
 MARKS = ("input_resolution", "context_length", "vocab_size")
 
 
-def from_tensors(
-    source: Path, tensors: dict[str, torch.Tensor], arch: ModelConfig | None
+def is_state_dict(names: Collection[str]) -> bool:
+    """Whether tensors have this format's three numbers beside them."""
+    return MARKS[0] in names
+
+
+def from_state_dict(
+    source: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig | None
 ) -> Weights:
-    """Drop the three numbers and the causal mask; the rest has the right names already."""
+    """Weights without the three numbers and the causal mask; `model` is inferred if not given.
+
+    Raises:
+        WeightsError: they are not CLIP's tensors.
+    """
     tensors = {
         name: tensor
         for name, tensor in tensors.items()
         if name not in MARKS and not name.endswith("attn_mask")
     }
-    model = arch or infer_architecture(tensors, source=source, activation="quick_gelu")
+    model = model or infer_architecture(tensors, source=source, activation="quick_gelu")
     return Weights(source, "openai", tensors, model)
 
 
-def write(file: Path, weights: Weights, model: ModelConfig) -> None:
-    """A state dict for OpenAI's `build_model`, with the three numbers, by torch.save.
+def write(file: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
+    """Write a state dict for OpenAI's `build_model`, with the three numbers, by torch.save.
 
     Raises:
-        WeightsError: the format has no place for something in the architecture.
+        WeightsError: the format has no equivalent of something in the architecture.
     """
     implied = infer_architecture(weights.tensors, source=weights.source, activation="quick_gelu")
     if implied is None:

@@ -2,9 +2,8 @@
 
     processor_config.json (its image_processor), else preprocessor_config.json -> Preprocess
 
-A field that is missing has the default of the processor's class; null is none of a thing, which
-for a `do_` field is false. Pixels are those of transformers 5's PIL backend; what is not read here
-is an error, never ignored.
+A missing field has the default of the processor's class; null turns a `do_` field off. Pixels
+equal those of transformers 5's PIL backend; an unknown field is an error, never ignored.
 """
 
 from collections.abc import Mapping
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from leanclip.errors import WeightsError
-from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, FILTERS, Preprocess, Resize, triple
-from leanclip.weights.state_dict import read_json
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, Resize, triple
+from leanclip.weights.files import MALFORMED, read_json
 
 FILES = ("processor_config.json", "preprocessor_config.json")  # the first wins
 
 _STANDARD = {"image_mean": 0.5, "image_std": 0.5}
-_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 _OPENAI = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 _SQUARE = {"height": 224, "width": 224}
 _CLIP = _OPENAI | {
@@ -34,17 +32,6 @@ _CLASSES: dict[str, dict[str, Any]] = {  # the defaults of each, by the name wit
     "Bit": _CLIP,
     "Siglip": _STANDARD | {"resample": 3, "size": _SQUARE, "default_to_square": False},
     "ViT": _STANDARD | {"resample": 2, "size": _SQUARE},
-    "DeiT": _STANDARD | {"resample": 3, "size": 256, "crop_size": _SQUARE, "do_center_crop": True},
-    "Blip": _OPENAI | {"resample": 3, "size": 384},
-    "Pvt": _IMAGENET | {"resample": 3, "size": _SQUARE},
-    "MobileNetV1": _CLIP | _STANDARD | {"resample": 2, "size": {"shortest_edge": 256}},
-    "ConvNext": _STANDARD
-    | {
-        "resample": 3,
-        "size": {"shortest_edge": 384},
-        "default_to_square": False,
-        "crop_pct": 224 / 256,
-    },
 }
 _COMMON = {
     "do_resize": True,
@@ -53,10 +40,8 @@ _COMMON = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "do_pad": False,
-    "pad_size": None,
     "default_to_square": True,
-    # What is given to the model is RGB in any case; transformers fails where it would not be.
+    # The model takes RGB in any case; transformers fails on other images without the conversion.
     "do_convert_rgb": True,
 }
 _WITHOUT_EFFECT = {  # on the pixels of an image that Pillow has read
@@ -72,17 +57,19 @@ _WITHOUT_EFFECT = {  # on the pixels of an image that Pillow has read
     "image_seq_length",
     "transformers_version",
 }
-_ONLY = {"data_format": "channels_first", "use_square_size": False}
+_ONLY = {"data_format": "channels_first", "use_square_size": False, "do_pad": False}
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 def read_processor(folder: Path, resolution: int | None) -> Preprocess | None:
     """The preprocessing of a folder; None where it has none.
 
-    `resolution` is the model's, which the processor must make images for; None: whatever it does.
+    Args:
+        folder: of the processor's configuration.
+        resolution: of the model, which the processor must give; None: any.
 
     Raises:
-        WeightsError: a file is damaged, or a field asks for what is not done here; names it.
+        WeightsError: a file is damaged, or a field's value is not supported; names the field.
     """
     for name in FILES:
         path = folder / name
@@ -92,28 +79,25 @@ def read_processor(folder: Path, resolution: int | None) -> Preprocess | None:
         if values is not None:
             try:
                 return _from_values(values, resolution)
-            except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            except MALFORMED as error:
                 raise WeightsError(f"{path}: {error}") from None
     return None
 
 
 def _from_values(values: Mapping[str, Any], resolution: int | None) -> Preprocess:
     """As `read_processor`; a ValueError begins with the name of the field."""
-    kind, defaults = _class_of(values)
+    defaults = _defaults(values)
     for name, value in values.items():
         known = name in defaults or name in _WITHOUT_EFFECT or value is None
         if not known and (name not in _ONLY or value != _ONLY[name]):
             raise ValueError(f"{name}: {value!r} is not supported")
     fields = defaults | dict(values)
-    if kind == "ConvNext":
-        fields = _convnext(fields)
     resize, size = _resize(fields)
     side = _output(fields, size if resize == "squash" else None)
     which = "crop_size" if fields["do_center_crop"] else "size"
     if resolution is not None and side != resolution:
         raise ValueError(f"{which}: makes images of {side} pixels a side, the model takes "
                          f"{resolution}")  # fmt: skip
-    _check_padding(fields, side)
     resample = fields["resample"]
     if type(resample) is not int or resample not in _RESAMPLE:
         raise ValueError(f"resample: {resample!r} is none of Pillow's, {_RESAMPLE}")
@@ -130,12 +114,11 @@ def _from_values(values: Mapping[str, Any], resolution: int | None) -> Preproces
     )
 
 
-def _class_of(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of a processor's class without its ending, and the defaults of its fields."""
+def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of the fields of a processor's class."""
     name = values.get("image_processor_type") or values.get("feature_extractor_type")
-    own = dict(values.get("auto_map") or {})
-    if "AutoImageProcessor" in own or "AutoFeatureExtractor" in own:
-        raise ValueError("auto_map: names code of the repository's own, which is not run")
+    if {"AutoImageProcessor", "AutoFeatureExtractor"} & dict(values.get("auto_map") or {}).keys():
+        raise ValueError("auto_map: names code of the repository, which is not run")
     stem = str(name or "CLIPImageProcessor").removesuffix("Fast").removesuffix("Pil")
     stem = stem.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if stem not in _CLASSES:
@@ -143,29 +126,7 @@ def _class_of(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             f"image_processor_type: {name} is not supported; known: "
             f"{', '.join(f'{known}ImageProcessor' for known in _CLASSES)}"
         )
-    return stem, _COMMON | _CLASSES[stem]
-
-
-def _convnext(fields: dict[str, Any]) -> dict[str, Any]:
-    """Its resize in terms of the others': below 384 pixels it crops, from there on it squashes."""
-    size = _size(fields["size"], "size", is_square=bool(fields["default_to_square"]))
-    if not fields["do_resize"]:
-        return fields
-    if not isinstance(size, int):
-        raise ValueError(f"size: {fields['size']} has no shortest_edge, which ConvNext needs")
-    second = _size(fields["crop_size"], "crop_size") if fields["do_center_crop"] else (size, size)
-    if second != (size, size):
-        raise ValueError(f"crop_size: {fields['crop_size']} after ConvNext's own crop to {size}")
-    if not isinstance(fields["crop_pct"], int | float) or not 0 < fields["crop_pct"] <= 1:
-        raise ValueError(f"crop_pct: {fields['crop_pct']!r} is not a fraction")
-    fields = fields | {"do_pad": False}  # it pads nothing
-    if size >= 384:
-        return fields | {"size": {"height": size, "width": size}, "do_center_crop": False}
-    return fields | {
-        "size": {"shortest_edge": int(size / fields["crop_pct"])},
-        "do_center_crop": True,
-        "crop_size": size,
-    }
+    return _COMMON | _CLASSES[stem]
 
 
 def _resize(fields: Mapping[str, Any]) -> tuple[Resize, int | tuple[int, int] | None]:
@@ -210,15 +171,6 @@ def _output(fields: Mapping[str, Any], squash: Any) -> int:
     return sides[0]
 
 
-def _check_padding(fields: Mapping[str, Any], side: int) -> None:
-    is_open = not fields["do_pad"] or fields["pad_size"] is None  # or to the largest of a batch
-    if not is_open and _size(fields["pad_size"], "pad_size") != (side, side):
-        raise ValueError(
-            f"do_pad: to {fields['pad_size']}, where images of {side} pixels a side come out, is "
-            f"not supported"
-        )
-
-
 def _mean_and_std(fields: Mapping[str, Any]) -> tuple[Any, Any]:
     """Those of pixels in [0, 1], whatever pixels are multiplied with there."""
     mean, std, factor = (0.0,) * 3, (1.0,) * 3, 1.0
@@ -237,10 +189,10 @@ def _mean_and_std(fields: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def to_values(preprocess: Preprocess) -> dict[str, Any]:
-    """What CLIPImageProcessor does the same with, but for the crop's rounding.
+    """The fields of a CLIPImageProcessor with the same pixels, except for the crop's rounding.
 
     Raises:
-        ValueError: it has no such thing; names the field of `Preprocess`.
+        ValueError: it cannot do the same; names the field of `Preprocess`.
     """
     if preprocess.resize == "longest" or preprocess.fill:
         name = "fill" if preprocess.fill else "resize"
@@ -263,6 +215,3 @@ def to_values(preprocess: Preprocess) -> dict[str, Any]:
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
     }
-
-
-assert set(_RESAMPLE.values()) == set(FILTERS)

@@ -1,6 +1,10 @@
-"""Read weights of any dialect, recognised by content: a file, a folder, a run, a name, a hub id.
+"""Read weights of any format, recognised by content: a file, a folder, a run, a name, a hub id.
 
-source -> locate -> folder: its config says the dialect / file: its bytes, then its names
+    source -> locate -> folder: the format whose is_folder is true -> its read_folder
+                     -> file: the format whose is_state_dict is true -> its from_state_dict
+
+To add a format, write a module with these functions and `write`, and list it here and in
+convert.py; where only names differ, a table of rules (names.py) is most of it.
 """
 
 from dataclasses import replace
@@ -15,20 +19,13 @@ from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.preprocess.images import Preprocess
 from leanclip.weights import huggingface, native, open_clip, openai, passl
-from leanclip.weights.formats import sniff
+from leanclip.weights.files import INDEX, find_file, read_json, sniff
 from leanclip.weights.hub import locate, locate_settings
-from leanclip.weights.numpy_pickle import read_numpy_pickle
-from leanclip.weights.paddle import paddle_arrays
-from leanclip.weights.processor import read_processor
-from leanclip.weights.state_dict import (
-    INDEX,
-    TORCHSCRIPT,
-    find_file,
-    read_json,
-    read_state_dict,
-)
+from leanclip.weights.state_dict import TORCHSCRIPT, read_state_dict
 from leanclip.weights.weights import Weights
 
+_FOLDERS = (open_clip, native, huggingface)
+_STATE_DICTS = (openai, huggingface, open_clip)  # the last takes any names
 _ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError)
 Architecture = ModelConfig | dict[str, Any] | str | Path
 
@@ -37,16 +34,16 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
     """Read weights; nothing in the source is ever executed.
 
     Args:
-        source: a file or folder of any dialect, a run's folder (its newest checkpoint), the name
-            of a file that OpenAI publishes ("ViT-B/32"), or a hub id ("hf-hub:owner/name"). Of a
-            file that holds several models: FILE#KEY; "FILE#ema" is the moving average.
-        arch: the architecture, which wins over what the source says: settings by name, a
-            preset's name, or a JSON or YAML file of settings.
+        source: a file or folder of any format, a run's folder (its newest checkpoint), the name
+            of a file that OpenAI publishes ("ViT-B/32"), or a hub id ("hf-hub:owner/name"). In a
+            file with several models FILE#KEY names one; "FILE#ema" is the moving average.
+        arch: the architecture, in place of the source's own: settings by name, a preset's name,
+            or a JSON or YAML file of settings.
 
     Raises:
-        WeightsError: there is no such source, it is damaged, holds more than data, or is of no
-            known dialect.
-        ConfigError: `arch` is none.
+        WeightsError: there is no such source, it is damaged, holds more than data, or has an
+            unknown format.
+        ConfigError: `arch` is not an architecture.
     """
     given = read_architecture(arch) if arch is not None else None
     name, key = _split_key(str(source))
@@ -58,33 +55,27 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
             weights = _read_file(path, given, key)
         else:
             weights = _read_folder(_newest_checkpoint(path) or path, given)
-        return _fitted(weights, given is not None)
-    except _ODD as error:  # what no reader foresaw in a stranger's file is still its fault
+        return _normalized(weights, given is not None)
+    except _ODD as error:  # unforeseen values in an untrusted file
         raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def read_preprocess(source: str | Path) -> Preprocess | None:
-    """How a folder of weights prepares images, without reading its tensors; None: it has no word.
+    """The preprocessing of a folder of weights, without reading its tensors; None: it has none.
 
     Raises:
-        WeightsError: what it has is damaged, or not done here.
+        WeightsError: it is damaged, or not supported.
     """
     path = locate_settings(source)
     if path is None:
         return None
     folder = _newest_checkpoint(path) or path
-    if (folder / open_clip.CONFIG).is_file():
-        return open_clip.read_preprocess(folder)
-    if not (folder / "config.json").is_file():
-        return None
-    facts = read_json(folder / "config.json")
-    if facts.get("format") == native.FORMAT:
-        return native.read_preprocess(folder, facts)
-    return read_processor(folder, None)
+    known = next((one for one in _FOLDERS if one.is_folder(folder)), None)
+    return known.read_preprocess(folder) if known else None
 
 
-def _fitted(weights: Weights, is_said: bool) -> Weights:
-    """Scalars as such; the preprocessing at the model's resolution, where that was said."""
+def _normalized(weights: Weights, has_arch: bool) -> Weights:
+    """Scalars without dimensions; the preprocessing at the resolution of a given architecture."""
     scalars = {
         name: tensor.reshape(())  # FSDP makes vectors of them
         for name, tensor in weights.tensors.items()
@@ -94,9 +85,9 @@ def _fitted(weights: Weights, is_said: bool) -> Weights:
     model, preprocess = weights.model, weights.preprocess
     if model is None or preprocess is None or preprocess.resolution == model.image_resolution:
         return weights
-    if not is_said:
+    if not has_arch:
         raise WeightsError(
-            f"{weights.source}: prepares images of {preprocess.resolution} pixels a side, the "
+            f"{weights.source}: its preprocessing gives {preprocess.resolution} pixels a side, the "
             f"model takes {model.image_resolution}"
         )
     return replace(weights, preprocess=preprocess.at(model.image_resolution))
@@ -109,7 +100,7 @@ def _split_key(source: str) -> tuple[str, str | None]:
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of a run's folder that `latest` names, or the one of the most steps."""
+    """The checkpoint that a run's `latest` names, or the one with the most steps."""
     folder = run / "checkpoints"
     found = sorted(folder.glob("step-*"))
     latest = folder / "latest"
@@ -118,10 +109,10 @@ def _newest_checkpoint(run: Path) -> Path | None:
 
 
 def read_architecture(arch: Architecture) -> ModelConfig:
-    """Settings of a model, ours or open_clip's, from a dict, a file, or a preset's name.
+    """The architecture in leanclip's or open_clip's settings: a dict, a file, or a preset's name.
 
     Raises:
-        ConfigError: a setting is wrong, or there is neither such a preset nor such a file.
+        ConfigError: a setting is wrong, or there is no such preset or file.
     """
     if isinstance(arch, ModelConfig):
         return arch
@@ -140,7 +131,7 @@ def read_architecture(arch: Architecture) -> ModelConfig:
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]
     if not isinstance(values, dict):
-        raise ConfigError(f"{name}: holds no settings of a model")
+        raise ConfigError(f"{name}: contains no settings of a model")
     return _parse_architecture(values, name)
 
 
@@ -154,44 +145,29 @@ def _parse_architecture(values: dict[str, Any], name: str) -> ModelConfig:
 
 
 def _read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
-    if (folder / open_clip.CONFIG).is_file():
-        return open_clip.read_folder(folder, arch)
-    if not (folder / "config.json").is_file():
-        file = find_file(folder, (*huggingface.FILES, *open_clip.FILES))
-        if file is not None and arch is not None:
-            return _read_file(file, arch, None)
+    for known in _FOLDERS:
+        if known.is_folder(folder):
+            return known.read_folder(folder, arch)
+    if (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("model_type")
+        raise WeightsError(
+            f"{folder / 'config.json'}: neither leanclip's nor Hugging Face's CLIPModel "
+            f"(model_type: {kind})"
+        )
+    file = find_file(folder, (*huggingface.FILES, *open_clip.FILES))
+    if file is None or arch is None:
         raise WeightsError(
             f"{folder}: no config.json, {open_clip.CONFIG} or checkpoints in it; name a file, "
-            f"or say with --arch what is in it"
+            f"or name the architecture with --arch"
         )
-    facts = read_json(folder / "config.json")
-    if facts.get("format") == native.FORMAT:
-        return native.read_folder(folder, facts, arch)
-    if facts.get("model_type") == "clip":
-        return huggingface.read_folder(folder, facts, arch)
-    raise WeightsError(
-        f"{folder / 'config.json'}: neither leanclip's nor Hugging Face's CLIPModel "
-        f"(model_type: {facts.get('model_type')})"
-    )
+    return _read_file(file, arch, None)
 
 
 def _read_file(path: Path, arch: ModelConfig | None, key: str | None) -> Weights:
-    kind = "shards" if path.name.endswith(INDEX) else sniff(path)
-    if kind == "pickle":
-        loaded = read_numpy_pickle(path)
-        return passl.from_arrays(path, paddle_arrays(loaded, path), arch, _others(loaded))
-    tensors, others = read_state_dict(path, kind, key)
-    if others == TORCHSCRIPT or openai.MARKS[0] in tensors:
-        weights = openai.from_tensors(path, tensors, arch)
-        return replace(weights, others=others)
-    # These do not say their activation: whoever uses them must know the architecture.
-    if any(name.startswith("vision_model.") for name in tensors):
-        return Weights(path, "hf", huggingface.to_openai(path, tensors), arch, others=others)
-    return Weights(path, "state dict", open_clip.flat_text(tensors), arch, others=others)
-
-
-def _others(loaded: object) -> tuple[str, ...]:
-    """What a PASSL checkpoint holds beside its weights."""
-    if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
-        return ()
-    return tuple(str(key) for key in loaded if key != "state_dict")
+    if not path.name.endswith(INDEX) and sniff(path) == "pickle":
+        return passl.read_file(path, arch)
+    tensors, unexpected = read_state_dict(path, key)
+    known = next(one for one in _STATE_DICTS if one.is_state_dict(tensors))
+    if unexpected == TORCHSCRIPT:  # OpenAI's published form
+        known = openai
+    return replace(known.from_state_dict(path, tensors, arch), unexpected=unexpected)

@@ -1,37 +1,32 @@
-"""The tensors in files of PyTorch's, out of whatever a training program wrapped them in.
+"""The tensors of a CLIP in files of PyTorch's and safetensors, however a program wrapped them.
 
-    file, or shards -> values -> every tensor by its path -> the model among them -> its names
+    file or shards -> values -> every tensor by its path -> the model among them -> its names
 
 A model is found by its token embedding, at any depth of dicts and under any prefix of names
-(`module.`, `model._orig_mod.`, ...). Of several models the one that is no moving average is meant,
-unless its key is given: `FILE#KEY`.
+(`module.`, `model._orig_mod.`, ...). Of several models the one that is not a moving average is
+taken, unless a key chooses: `FILE#KEY`.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from leanclip.errors import WeightsError
-from leanclip.io.files import LFS_POINTER, is_lfs_file
-from leanclip.weights.archive import Module, module_tensors, read_torch_legacy, read_torch_zip
-from leanclip.weights.formats import read_safetensors, sniff
-from leanclip.weights.numpy_pickle import check_sharing
-from leanclip.weights.unpickle import refusing
+from leanclip.weights.files import INDEX, read_json, read_safetensors, sniff
+from leanclip.weights.torch_file import module_tensors, read_torch_legacy, read_torch_zip
+from leanclip.weights.unpickle import Module, check_sharing, refusing
 
 log = logging.getLogger("leanclip")
 
 TORCHSCRIPT = ("TorchScript code, which was not read",)
-INDEX = ".index.json"  # ends the name of a file that lists shards
 _MAX_DEPTH = 6  # of dicts in dicts
-# Modules around others, wherever they stand; no name of CLIP's has such a part.
+# Modules that wrap others, anywhere in a name; no name of CLIP's has such a part.
 _WRAPPER = r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)"
 _WRAPPERS = re.compile(rf"(?:(?<=^)|(?<=\.)){_WRAPPER}\.")
-_MARKS = (  # the rest of a name after the model's prefix, the surest first
+_MARKS = (  # a model's prefix, and a name that shows it; the surest first
     re.compile(r"((?:.*?\.)??)(?:text\.|text_model\.embeddings\.)?token_embedding\.weight"),
     re.compile(r"((?:.*?\.)??)(?:visual|vision_model)\..*"),
 )
@@ -42,71 +37,65 @@ _ROOTS = {  # how a model's names begin, in OpenAI's, open_clip's and Hugging Fa
     *("input_resolution", "context_length", "vocab_size"),
 }
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|averaged?|avg|shadow|polyak)(?:$|[._])")
-_MOMENTS = re.compile(r"(?:^|[._])optim")  # an optimiser's, by the names of parameters
+_MOMENTS = re.compile(r"(?:^|[._])optim")  # of an optimiser, by the names of parameters
 
 
 def read_state_dict(
-    path: Path, kind: str | None = None, key: str | None = None
+    path: Path, key: str | None = None
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The tensors of a file of PyTorch's or safetensors, or of shards, and what else is there.
+    """The tensors of a model in a file or an index of shards, and the names of what else is there.
 
     Args:
-        path: the file, or an index of shards.
-        kind: what `sniff` said of the file, where that is known.
-        key: which of several models is meant; "ema": the moving average.
+        path: a file of PyTorch's or safetensors, or an index of shards.
+        key: which of several models to take; "ema": the moving average.
 
     Raises:
         WeightsError: a file is damaged, holds more than data, no tensors, or several models.
     """
-    if path.name.endswith(INDEX):
-        loaded: object = _read_shards(path)
-    else:
-        loaded = _read_values(path, kind or sniff(path))
-    others: tuple[str, ...] = TORCHSCRIPT
+    loaded = _read_shards(path) if path.name.endswith(INDEX) else _read_file(path)
     if isinstance(loaded, Module):
-        tensors = module_tensors(loaded)
+        tensors, unexpected = module_tensors(loaded), TORCHSCRIPT
     else:
-        tensors, others = unwrap(loaded, path, key)
+        tensors, unexpected = _unwrap(loaded, path, key)
     with refusing(path, "file of PyTorch's"):
         check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
-    return tensors, others
+    return tensors, unexpected
 
 
-def find_file(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of some files of weights that a folder holds, or the index of its shards."""
-    both = (folder / name for file in names for name in (file, file + INDEX))
-    return next((path for path in both if path.is_file()), None)
+def named(keys: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return f"{', '.join(keys[:4])}{more}"
 
 
-def _read_values(path: Path, kind: str) -> object:
-    if kind == "safetensors":
-        return read_safetensors(path)[0]
-    return read_torch_zip(path) if kind == "zip" else read_torch_legacy(path)
+def _read_file(path: Path) -> object:
+    match sniff(path):
+        case "safetensors":
+            return read_safetensors(path)
+        case "zip":
+            return read_torch_zip(path)
+    return read_torch_legacy(path)
 
 
-def _read_shards(index: Path) -> dict[str, Any]:
+def _read_shards(index: Path) -> dict[object, object]:
     """All tensors of the files that an index names."""
-    names = set(read_json(index).get("weight_map", {}).values())
-    values: dict[str, Any] = {}
-    for name in sorted(names, key=str):
+    values: dict[object, object] = {}
+    for name in sorted(set(read_json(index).get("weight_map", {}).values()), key=str):
         if not isinstance(name, str) or Path(name).name != name:
             raise WeightsError(f"{index}: {name!r} is not the name of a file beside it")
-        shard = index.parent / name
-        part = _read_values(shard, sniff(shard))
+        part = _read_file(index.parent / name)
         if not isinstance(part, dict):
-            raise WeightsError(f"{shard}: holds a {type(part).__name__}, not a state dict")
+            raise WeightsError(
+                f"{index.parent / name}: holds a {type(part).__name__}, not a state dict"
+            )
         values |= part
     return values
 
 
-def unwrap(
-    loaded: object, source: Path, key: str | None = None
+def _unwrap(
+    loaded: object, source: Path, key: str | None
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The model's tensors without prefixes, and the names of what is beside them.
-
-    Raises:
-        WeightsError: there are no tensors, none of `key`, or several models and no key.
-    """
+    """The model's tensors without prefixes, and the names of what is beside them."""
     if not isinstance(loaded, dict):
         raise WeightsError(f"{source}: holds a {type(loaded).__name__}, not a state dict")
     every = {}
@@ -117,27 +106,23 @@ def unwrap(
             f"{source}: holds no state dict; its keys are {', '.join(map(str, loaded))[:100]}"
         )
     prefix = _choose(every, source, key)
-    if prefix is None:  # whoever puts these into a model will name what is missing
+    if prefix is None:  # load_into names what is missing
         return every, ()
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in every.items() if _is_of(name, prefix)
     }
-    unused, others = (list(dict.fromkeys(names)) for names in _beside(loaded, "", prefix))
+    unused, unexpected = (
+        list(dict.fromkeys(names)) for names in _beside(loaded, "", prefix, set())
+    )
     if unused:
         log.warning("%s: tensors that are not the model's are not used: %s", source, named(unused))
-    return tensors, (*unused, *others)
-
-
-def named(keys: Sequence[str]) -> str:
-    """A few of many names."""
-    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-    return f"{', '.join(keys[:4])}{more}"
+    return tensors, (*unused, *unexpected)
 
 
 def _leaves(
     values: dict, path: str, depth: int, seen: set[int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor in dicts by strings, by its path; of a dict in two places only the first."""
+    """Each tensor in nested dicts by its path; of a dict in two places only the first."""
     seen.add(id(values))
     for name, value in values.items():
         if not isinstance(name, str):
@@ -149,7 +134,7 @@ def _leaves(
 
 
 def _choose(every: dict[str, torch.Tensor], source: Path, key: str | None) -> str | None:
-    """The prefix of the model that is meant; None where there is none."""
+    """The prefix of the model to take; None if there is no model."""
     found: list[str] = []
     for mark in _MARKS:
         matches = [match[1] for name in every if (match := mark.fullmatch(name))]
@@ -164,7 +149,7 @@ def _choose(every: dict[str, torch.Tensor], source: Path, key: str | None) -> st
         ]
     else:
         wanted = [prefix for prefix in found if not _AVERAGE.search(prefix)] or found
-    # One model under several names is one: by the shortest.
+    # The same tensors under several prefixes are one model: the shortest is taken.
     same = {_places(every, prefix): prefix for prefix in sorted(wanted, key=len, reverse=True)}
     names = ", ".join(f"{source.name}#{prefix.rstrip('.')}" for prefix in found if prefix)
     if key is not None and len(same) != 1:
@@ -176,7 +161,7 @@ def _choose(every: dict[str, torch.Tensor], source: Path, key: str | None) -> st
 
 
 def _places(every: dict[str, torch.Tensor], prefix: str) -> tuple[int, ...]:
-    """Where a model's values are in memory."""
+    """The addresses of a model's values."""
     return tuple(sorted(t.data_ptr() for name, t in every.items() if _is_of(name, prefix)))
 
 
@@ -184,10 +169,11 @@ def _is_of(name: str, prefix: str) -> bool:
     return name.startswith(prefix) and name[len(prefix) :].partition(".")[0] in _ROOTS
 
 
-def _beside(values: dict, path: str, prefix: str) -> tuple[list[str], list[str]]:
-    """What is no part of the model in the dicts that lead to it: tensors, and all else."""
+def _beside(values: dict, path: str, prefix: str, seen: set[int]) -> tuple[list[str], list[str]]:
+    """Names of what is beside the model in the dicts that lead to it: tensors, and all else."""
+    seen.add(id(values))
     tensors: list[str] = []
-    others: list[str] = []
+    unexpected: list[str] = []
     for name, value in values.items():
         here = _WRAPPERS.sub("", f"{path}{name}")
         if isinstance(value, torch.Tensor):
@@ -196,26 +182,11 @@ def _beside(values: dict, path: str, prefix: str) -> tuple[list[str], list[str]]
             first, _, rest = here.removeprefix(dicts + inside).partition(".")
             name = f"{inside}{first}.*" if rest else inside + first
             tensors += [] if _is_of(here, prefix) else [name]
-        elif isinstance(value, dict) and prefix.startswith(_WRAPPERS.sub("", f"{path}{name}.")):
-            inner = _beside(value, f"{path}{name}.", prefix)
-            tensors, others = tensors + inner[0], others + inner[1]
+        elif not isinstance(value, dict):
+            unexpected.append(str(name))
+        elif id(value) not in seen and prefix.startswith(_WRAPPERS.sub("", f"{path}{name}.")):
+            inner = _beside(value, f"{path}{name}.", prefix, seen)
+            tensors, unexpected = tensors + inner[0], unexpected + inner[1]
         else:
-            others.append(str(name))
-    return tensors, others
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        WeightsError: it is missing or no object.
-    """
-    if is_lfs_file(path):
-        raise WeightsError(f"{path}: {LFS_POINTER}")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(facts, dict):
-        raise WeightsError(f"{path}: holds no JSON object")
-    return facts
+            unexpected.append(str(name))
+    return tensors, unexpected

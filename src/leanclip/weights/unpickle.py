@@ -1,23 +1,24 @@
-"""Read values and arrays out of other people's pickles without running them.
+"""Read arrays out of untrusted pickles without running them.
 
-A pickle is a program for a small stack machine whose REDUCE calls any function by name. This
-is that machine with nothing to call:
+A pickle is a program for a small stack machine whose REDUCE instruction calls any function by
+name. `interpret` is that machine with no functions but the few of ours that a table names:
 
-    file -> interpret: stack, memo, a table of the few names allowed -> plain values
+    file -> interpret: stack, memo, table of allowed names -> dicts, lists, numbers, arrays
 
-A name is looked up in the caller's table of our own functions (numpy_pickle.py has those of
-arrays), or the file is refused; nothing is imported, no attribute is read or set. Python's own
-Unpickler with `find_class` overridden is not enough: before it looks up any name, nine bytes make
-it allocate gigabytes (the memo's index) and two megabytes crash the interpreter (hashing a deep
-tuple, a dict's key). Here no allocation is larger than what is left of the file, and dict keys are
-plain. Bytes are read straight into the memory that the arrays keep.
+Python's own Unpickler is not enough, even with `find_class` overridden: before it looks up any
+name, nine bytes make it allocate gigabytes (the memo's index), and two megabytes crash the
+interpreter (hashing a deeply nested tuple as a dict's key). `torch.load(weights_only=True)` reads
+neither PaddlePaddle's pickles nor TorchScript, the form of OpenAI's published weights, and a few
+hundred bytes make it fill the memory (`_codecs.encode` to hexadecimal, again and again). Here no
+allocation is larger than what is left of the file, and dict keys are plain.
 """
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,11 +27,12 @@ import numpy as np
 from leanclip.errors import WeightsError
 
 _MAX_OPERATIONS = 5_000_000  # a ViT-L/14 with its optimiser takes about 50,000
-_MAX_DEPTH = 100
 _MAX_NAME_LENGTH = 1000
+_MAX_SHARED_BYTES = 64 << 20
+_DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 # What parsing something damaged raises; RecursionError and torch's errors are RuntimeErrors.
 _DAMAGE = (EOFError, OSError, ValueError, TypeError, LookupError, ArithmeticError)
-_DAMAGE += (MemoryError, RuntimeError, struct.error)
+_DAMAGE += (AttributeError, MemoryError, RuntimeError, struct.error, zipfile.BadZipFile)
 
 
 @contextmanager
@@ -47,62 +49,73 @@ def refusing(path: Path, kind: str) -> Iterator[None]:
         raise WeightsError(f"{path}: damaged {kind}: {type(error).__name__}: {reason}") from None
 
 
+def read_numpy_pickle(path: str | Path) -> object:
+    """Read a pickle of nested dicts, lists and tuples of numbers, strings and numpy arrays.
+
+    Protocols 2 to 5, of any numpy. Arrays are writable and have the pickle's shape and order;
+    their dtype is bool, or an integer or float of at most 8 bytes; numpy scalars stay numpy
+    scalars, an OrderedDict becomes a dict. What follows the pickle in the file is not read.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or mentions anything else by name.
+    """
+    path = Path(path)
+    with refusing(path, "pickle"), path.open("rb") as file:
+        return interpret(file, path.stat().st_size, numpy_names())
+
+
+def check_sharing(places: Iterable[tuple[int, int]]) -> None:
+    """Refuse tensors that share their values so often that a copy of each would fill the memory.
+
+    Args:
+        places: where the values of each tensor begin in memory, and how many bytes they take.
+
+    Raises:
+        WeightsError: together they have over four times the bytes in memory, and over 64 MiB.
+    """
+    total = present = end = 0
+    for place, size in sorted(places):
+        total += size
+        present += max(0, place + size - max(place, end))
+        end = max(end, place + size)
+    if total > 4 * present + _MAX_SHARED_BYTES:
+        raise WeightsError(
+            f"{total:,} bytes of tensors in {present:,} bytes of values: too many share them"
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Name:
-    """A global name that a pickle mentioned: inert, but for a function of ours behind it."""
+    """A global name in a pickle: inert, or with a function of ours to call in its place."""
 
     name: str
     call: Callable[..., object] | None = None
 
 
-class Unfinished:
-    """A value that later instructions complete, and that ends as what `finish` returns."""
+@dataclass(eq=False)
+class Module:
+    """An object of a TorchScript file: its attributes by name, without its code."""
 
-    def build(self, state: object) -> None:
-        """Take the state that BUILD gives."""
-        raise WeightsError(f"sets the state of a {type(self).__name__}")
-
-    def finish(self, inner: Callable[[object], object]) -> object:
-        """The plain value; `inner` finishes what it holds."""
-        raise NotImplementedError
+    attributes: dict = field(default_factory=dict, init=False)
 
 
-class Raw(Unfinished):
-    """Bytes in memory of their own, (n,) uint8, that arrays are views of."""
-
-    def __init__(self, data: np.ndarray) -> None:
-        self.data = data
-        self._is_boolean: bool | None = None
-
-    def view(self, dtype: np.dtype, shape: object, order: str) -> np.ndarray:
-        """An array over exactly these bytes."""
-        sizes = sizes_of(shape)
-        if math.prod(sizes) * dtype.itemsize != self.data.size:
-            raise WeightsError(f"{self.data.size} bytes given for {dtype} of shape {sizes}")
-        if dtype == np.bool_ and self._is_boolean is None:
-            self._is_boolean = self.data.size == 0 or int(self.data.max()) <= 1
-        if dtype == np.bool_ and not self._is_boolean:
-            raise WeightsError("a boolean array holds other bytes than 0 and 1")
-        return np.ndarray(sizes, dtype, self.data, order="F" if order == "F" else "C")
-
-    def finish(self, inner: Callable[[object], object]) -> object:
-        """Bytes."""
-        return self.data.tobytes()
+def _no_persistent(identity: object) -> object:
+    raise WeightsError("refers to data outside the pickle")
 
 
 def interpret(
     file: BinaryIO,
     size: int,
     names: Mapping[str, object],
-    persistent: Callable[[object], object] | None = None,
+    persistent: Callable[[object], object] = _no_persistent,
 ) -> object:
-    """Follow a pickle's instructions and return the plain value they make.
+    """Follow a pickle's instructions and return the value they build.
 
     Args:
         file: at the start of the pickle.
         size: bytes from there to the end; never more is read or allocated.
-        names: what `module.name` stands for: a Name, or a value. Others are refused.
-        persistent: what a persistent id stands for; without it they are refused.
+        names: a Name or a value for each allowed `module.name`; others are refused.
+        persistent: the value of a persistent id.
 
     Raises:
         WeightsError: an instruction asks for what is not allowed.
@@ -113,130 +126,44 @@ def interpret(
     stack: list = []
     below: list[list] = []  # the stacks under the marks
     for _ in range(_MAX_OPERATIONS):
-        match read.take(1):
-            # The memo.
+        code = read.take(1)
+        match code:
+            case _ if code in _VALUES:
+                stack.append(_VALUES[code](read))
             case b"\x94":  # MEMOIZE
                 memo[len(memo)] = stack[-1]
-            case b"q" | b"r" as code:  # BINPUT, LONG_BINPUT
-                memo[read.number("<B" if code == b"q" else "<I")] = stack[-1]
-            case b"h" | b"j" as code:  # BINGET, LONG_BINGET
-                stack.append(memo[read.number("<B" if code == b"h" else "<I")])
-            case b"p":  # PUT
-                memo[int(read.line())] = stack[-1]
-            case b"g":  # GET
-                stack.append(memo[int(read.line())])
-            # Scalars.
-            case b"N":
-                stack.append(None)
-            case b"\x88":
-                stack.append(True)
-            case b"\x89":
-                stack.append(False)
-            case b"K":  # BININT1
-                stack.append(read.number("<B"))
-            case b"M":  # BININT2
-                stack.append(read.number("<H"))
-            case b"J":  # BININT
-                stack.append(read.number("<i"))
-            case b"\x8a" | b"\x8b" as code:  # LONG1, LONG4
-                length = read.number("<B" if code == b"\x8a" else "<I")
-                if length > 255:
-                    raise WeightsError(f"an integer of {length} bytes")
-                stack.append(int.from_bytes(read.take(length), "little", signed=True))
-            case b"I" | b"L" as code:  # INT, LONG; protocol 0 writes booleans as 00 and 01
-                digits = read.line().removesuffix(b"L")
-                is_flag = code == b"I" and digits in (b"00", b"01")
-                stack.append(digits == b"01" if is_flag else int(digits))
-            case b"F":
-                stack.append(float(read.line()))
-            case b"G":  # BINFLOAT
-                stack.append(read.number(">d"))
-            # Text and bytes.
-            case b"\x8c":  # SHORT_BINUNICODE
-                stack.append(read.take(read.number("<B")).decode())
-            case b"X":  # BINUNICODE
-                stack.append(read.take(read.number("<I")).decode())
-            case b"\x8d":  # BINUNICODE8
-                stack.append(read.take(read.number("<Q")).decode())
-            case b"V":  # UNICODE, protocol 0: a line of any length
-                stack.append(read.line(size).decode("raw-unicode-escape"))
-            case b"U":  # SHORT_BINSTRING: Python 2's names, and the bytes of small arrays
-                stack.append(read.take(read.number("<B")).decode("latin1"))
-            case b"C":  # SHORT_BINBYTES
-                stack.append(read.raw(read.number("<B")))
-            case b"B" | b"T":  # BINBYTES, BINSTRING: Python 2's longer bytes
-                stack.append(read.raw(read.number("<I")))
-            case b"\x8e" | b"\x96":  # BINBYTES8, BYTEARRAY8
-                stack.append(read.raw(read.number("<Q")))
-            # Containers.
+            case b"q" | b"r":  # BINPUT, LONG_BINPUT
+                memo[read.number(1 if code == b"q" else 4)] = stack[-1]
+            case b"h" | b"j":  # BINGET, LONG_BINGET
+                stack.append(memo[read.number(1 if code == b"h" else 4)])
             case b"(":  # MARK
                 below.append(stack)
                 stack = []
-            case b")":
-                stack.append(())
-            case b"\x85" | b"\x86" | b"\x87" as code:  # TUPLE1, TUPLE2, TUPLE3
-                stack[-(code[0] - 0x84) :] = [tuple(_top(stack, code[0] - 0x84))]
-            case b"t":  # TUPLE
+            case b"t" | b"e" | b"u":  # TUPLE, APPENDS, SETITEMS: all above the mark
                 items, stack = stack, below.pop()
-                stack.append(tuple(items))
-            case b"]":
-                stack.append([])
-            case b"l":  # LIST
-                items, stack = stack, below.pop()
-                stack.append(items)
-            case b"a":  # APPEND
-                item = stack.pop()
-                _extend(stack[-1], [item])
-            case b"e":  # APPENDS
-                items, stack = stack, below.pop()
-                _extend(stack[-1], items)
-            case b"}":
-                stack.append({})
-            case b"d":  # DICT
-                items, stack = stack, below.pop()
-                stack.append({})
-                _update(stack[-1], items)
-            case b"s":  # SETITEM
-                value, key = stack.pop(), stack.pop()
-                _update(stack[-1], [key, value])
-            case b"u":  # SETITEMS
-                items, stack = stack, below.pop()
-                _update(stack[-1], items)
-            # Names, and what is done with them.
+                _collect(code, items, stack)
+            case b"\x85" | b"\x86" | b"\x87" | b"a" | b"s":  # TUPLE1 to 3, APPEND, SETITEM
+                _collect(code, _pop(stack, _COUNTS[code]), stack)
             case b"c":  # GLOBAL
-                stack.append(_find(names, read.line().decode(), read.line().decode()))
+                stack.append(_find(names, read.line(), read.line()))
             case b"\x93":  # STACK_GLOBAL
-                name, module = stack.pop(), stack.pop()
-                stack.append(_find(names, module, name))
+                stack.append(_find(names, *_pop(stack, 2)))
             case b"R" | b"\x81":  # REDUCE, NEWOBJ
-                arguments, callee = stack.pop(), stack.pop()
-                stack.append(_call(callee, arguments))
+                stack.append(_call(*_pop(stack, 2)))
             case b"b":  # BUILD
                 state = stack.pop()
                 _build(stack[-1], state)
             case b"Q":  # BINPERSID
-                if persistent is None:
-                    raise WeightsError("refers to data outside the pickle")
                 stack.append(persistent(stack.pop()))
-            # The machine.
             case b"\x80":  # PROTO
-                if (protocol := read.number("<B")) > 5:
-                    raise WeightsError(f"pickle protocol {protocol}; 0 to 5 are read")
+                if (protocol := read.number(1)) > 5:
+                    raise WeightsError(f"pickle protocol {protocol}; 2 to 5 are read")
             case b"\x95":  # FRAME
-                read.check(read.number("<Q"))
-            case b"0":  # POP
-                if stack:
-                    stack.pop()
-                else:
-                    stack = below.pop()
-            case b"1":  # POP_MARK
-                stack = below.pop()
-            case b"2":  # DUP
-                stack.append(stack[-1])
+                read.check(read.number(8))
             case b".":  # STOP
-                return _finish(stack.pop(), {}, 0)
-            case code:
-                raise WeightsError(f"pickle instruction {code!r} has no place in a file of weights")
+                return stack.pop()
+            case _:
+                raise WeightsError(f"pickle instruction {code!r} has no place in a weights file")
     raise WeightsError(f"more than {_MAX_OPERATIONS:,} pickle instructions")
 
 
@@ -259,54 +186,77 @@ class _Reader:
             raise EOFError("truncated")
         return data
 
-    def raw(self, count: int) -> Raw:
-        # numpy's own way: a writable array over the bytes that nobody else has; it copies short
-        # ones. Reading into np.empty, whose huge pages are slow at first, takes a third longer.
-        data = np.empty(0, np.uint8)
-        state = (1, (count,), data.dtype, False, self.take(count))
-        data.__setstate__(state)  # type: ignore[arg-type]  # a plain bool is what it takes
-        return Raw(data)
+    def number(self, width: int, *, signed: bool = False) -> int:
+        return int.from_bytes(self.take(width), "little", signed=signed)
 
-    def number(self, form: str) -> int:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    def counted(self, width: int) -> bytes:
+        """Bytes after their count, a number of `width` bytes."""
+        return self.take(self.number(width))
 
-    def line(self, most: int = _MAX_NAME_LENGTH) -> bytes:
-        data = self._file.readline(min(most, self._left))
+    def line(self) -> str:
+        data = self._file.readline(min(_MAX_NAME_LENGTH, self._left))
         self._left -= len(data)
         if not data.endswith(b"\n"):
             raise EOFError("a line without an end")
-        return data[:-1]
+        return data[:-1].decode()
 
 
-def _top(stack: list, count: int) -> list:
+_VALUES: dict[bytes, Callable[[_Reader], object]] = {  # instructions that push a value
+    b"N": lambda read: None,
+    b"\x88": lambda read: True,
+    b"\x89": lambda read: False,
+    b"K": lambda read: read.number(1),  # BININT1
+    b"M": lambda read: read.number(2),  # BININT2
+    b"J": lambda read: read.number(4, signed=True),  # BININT
+    b"\x8a": lambda read: read.number(read.number(1), signed=True),  # LONG1
+    b"G": lambda read: struct.unpack(">d", read.take(8))[0],  # BINFLOAT
+    b"\x8c": lambda read: read.counted(1).decode(),  # SHORT_BINUNICODE
+    b"X": lambda read: read.counted(4).decode(),  # BINUNICODE
+    b"\x8d": lambda read: read.counted(8).decode(),  # BINUNICODE8
+    b"C": lambda read: read.counted(1),  # SHORT_BINBYTES
+    b"B": lambda read: read.counted(4),  # BINBYTES
+    b"\x8e": lambda read: read.counted(8),  # BINBYTES8
+    b"\x96": lambda read: bytearray(read.counted(8)),  # BYTEARRAY8
+    b")": lambda read: (),
+    b"]": lambda read: [],
+    b"}": lambda read: {},
+}
+_COUNTS = {b"\x85": 1, b"\x86": 2, b"\x87": 3, b"a": 1, b"s": 2}  # the values that each takes
+
+
+def _pop(stack: list, count: int) -> list:
     if len(stack) < count:
         raise IndexError("the stack is empty")
-    return stack[-count:]
+    items = stack[-count:]
+    del stack[-count:]
+    return items
 
 
-def _extend(target: object, items: list) -> None:
-    if type(target) is not list:
-        raise WeightsError(f"appends to a {type(target).__name__}")
-    target.extend(items)
-
-
-def _update(target: object, items: list) -> None:
-    if type(target) is not dict or len(items) % 2:
-        raise WeightsError(f"sets items of a {type(target).__name__}")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        # Not tuples: hashing one that is nested deep or shared often crashes or hangs Python.
-        if key is not None and type(key) not in (str, int, float, bool):
-            raise WeightsError(f"a dict's key is a {type(key).__name__}")
-        target[key] = value
+def _collect(code: bytes, items: list, stack: list) -> None:
+    """Put items into a new tuple, or into the list or dict on top of the stack."""
+    if code not in b"aesu":
+        stack.append(tuple(items))
+    elif code in b"ae":
+        if type(stack[-1]) is not list:
+            raise WeightsError(f"appends to a {type(stack[-1]).__name__}")
+        stack[-1].extend(items)
+    else:
+        if type(stack[-1]) is not dict or len(items) % 2:
+            raise WeightsError(f"sets items of a {type(stack[-1]).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # No tuples: hashing one that is nested deep or shared often crashes or hangs Python.
+            if key is not None and type(key) not in (str, int, float, bool):
+                raise WeightsError(f"a dict's key is a {type(key).__name__}")
+            stack[-1][key] = value
 
 
 def _find(names: Mapping[str, object], module: object, name: object) -> object:
     if type(module) is not str or type(name) is not str:
         raise WeightsError("a global's name is not text")
+    full = f"{module}.{name}"
     try:
-        return names[f"{module}.{name}"]
+        return names[full]
     except KeyError:
-        full = f"{module}.{name}"
         shown = full if full.isprintable() else repr(full)
         raise WeightsError(f"refused: names {shown:.100}, which is not data") from None
 
@@ -319,50 +269,114 @@ def _call(callee: object, arguments: object) -> object:
 
 
 def _build(target: object, state: object) -> None:
-    if isinstance(target, Unfinished):
-        target.build(state)
-    elif type(target) is not dict:  # a dict's is an OrderedDict's attributes: `_metadata`
+    if isinstance(target, Module) and type(state) is dict:
+        target.attributes = state
+    elif isinstance(target, np.dtype):
+        _check_dtype_state(state)
+    elif isinstance(target, np.ndarray):
+        _fill_array(target, state)
+    elif type(target) is not dict:  # a dict's state is an OrderedDict's attributes: `_metadata`
         raise WeightsError(f"refused: sets the state of a {type(target).__name__}")
 
 
-def _finish(value: object, done: dict[int, object], depth: int) -> object:
-    """The value with every part finished; what is shared stays shared."""
-    if isinstance(value, Name):
-        raise WeightsError(f"holds the name {value.name:.100}, which is not data")
-    if not isinstance(value, dict | list | tuple | Unfinished):
-        return value
-    if depth > _MAX_DEPTH:
-        raise WeightsError(f"values are nested more than {_MAX_DEPTH} deep")
-    if id(value) in done:
-        if done[id(value)] is _UNDERWAY:
-            raise WeightsError("a value contains itself")
-        return done[id(value)]
-    done[id(value)] = _UNDERWAY
+def numpy_names() -> dict[str, object]:
+    """The names that pickles of numpy arrays mention, and our functions for them."""
+    encoded: dict[str, bytes] = {}  # each string once, or a short file could fill the memory
 
-    def inner(part: object) -> object:
-        return _finish(part, done, depth + 1)
+    def encode(text: object, encoding: object) -> bytes:
+        if type(text) is not str or encoding != "latin1":
+            raise WeightsError("calls _codecs.encode otherwise than for latin1")
+        if text not in encoded:
+            encoded[text] = text.encode("latin1")
+        return encoded[text]
 
-    result: object
-    if isinstance(value, Unfinished):
-        result = value.finish(inner)
-    elif isinstance(value, dict):
-        result = {key: inner(part) for key, part in value.items()}
+    names: dict[str, Callable[..., object] | None] = {
+        "_codecs.encode": encode,
+        "collections.OrderedDict": lambda: {},
+        "numpy.dtype": _dtype,
+        "numpy.ndarray": None,
+    }
+    for core in ("numpy.core", "numpy._core"):
+        names[f"{core}.multiarray._reconstruct"] = _empty_array
+        names[f"{core}.multiarray.scalar"] = _scalar
+        names[f"{core}.numeric._frombuffer"] = _from_buffer
+    for builtins in ("builtins", "__builtin__"):
+        names[f"{builtins}.tuple"] = _short_tuple
+        names[f"{builtins}.bytes"] = lambda: b""
+    return {name: Name(name, call) for name, call in names.items()}
+
+
+def _dtype(code: object, align: object = False, copy: object = True) -> np.dtype:
+    if type(code) is not str or code not in _DTYPES:
+        shown = repr(code)[:80] if type(code) is str else type(code).__name__
+        what = "Python objects" if shown in ("'O'", "'O4'", "'O8'") else f"dtype {shown}"
+        raise WeightsError(f"holds an array of {what}; only plain numbers are read")
+    return np.dtype(code)
+
+
+def _check_dtype_state(state: object) -> None:
+    # (version, byte order, subarray, names, fields, itemsize, alignment, flags[, metadata])
+    if type(state) is not tuple or len(state) < 8 or type(state[1]) is not str:
+        raise WeightsError("a dtype's state has an unknown form")
+    if any(part is not None for part in state[2:5]):
+        raise WeightsError("holds an array of a structured dtype; only plain numbers are read")
+    if state[1] not in ("<", "|", "="):
+        raise WeightsError("holds a big-endian array; only little-endian ones are read")
+
+
+def _empty_array(kind: object, shape: object, code: object) -> np.ndarray:
+    """numpy's `_reconstruct`: BUILD gives the array its shape and values."""
+    if not (isinstance(kind, Name) and kind.name == "numpy.ndarray"):
+        raise WeightsError("reconstructs an array of a type that is not numpy.ndarray")
+    return np.empty(0, np.int8)
+
+
+def _fill_array(array: np.ndarray, state: object) -> None:
+    # (version, shape, dtype, is it in Fortran's order, values)
+    if type(state) is not tuple or len(state) != 5 or array.size:
+        raise WeightsError("an array's state has an unknown form")
+    _, shape, dtype, is_fortran, data = state
+    dtype, data = _check_values(dtype, shape, data)
+    if type(data) is not bytes:  # a bytearray would be copied for each array over it
+        raise WeightsError("an array's state has an unknown form")
+    # numpy takes the bytes over, writable and without a copy; short ones it copies.
+    array.__setstate__((1, shape, dtype, bool(is_fortran), data))  # type: ignore[arg-type]
+
+
+def _scalar(dtype: object, data: object) -> object:
+    dtype, data = _check_values(dtype, (), data)
+    return np.frombuffer(data, dtype)[0]
+
+
+def _from_buffer(
+    data: object, dtype: object, shape: object, order: object, axes: object = None
+) -> np.ndarray:
+    is_fortran = type(order) is str and order == "F"
+    if type(data) is bytes:
+        array = np.empty(0, np.int8)
+        _fill_array(array, (1, shape, dtype, is_fortran, data))
     else:
-        parts = [inner(part) for part in value]
-        result = tuple(parts) if type(value) is tuple else parts
-    done[id(value)] = result
-    return result
+        dtype, data = _check_values(dtype, shape, data)
+        array = np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")  # type: ignore[arg-type]
+    return array if axes is None else array.transpose(axes)  # type: ignore[arg-type]
 
 
-_UNDERWAY = object()
+def _short_tuple(items: object) -> tuple:
+    """Paddle's (name, array); short, because each call copies the list."""
+    if type(items) not in (list, tuple) or len(items) > 64:  # type: ignore[arg-type]
+        raise WeightsError("calls tuple otherwise than for a few values")
+    return tuple(items)  # type: ignore[arg-type]
 
 
-def sizes_of(shape: object) -> tuple[int, ...]:
-    """The sizes that a pickle gives as an array's shape."""
-    if type(shape) is int:  # numpy takes n for (n,)
-        shape = (shape,)
-    if not (
-        type(shape) is tuple and len(shape) <= 64 and all(type(n) is int and n >= 0 for n in shape)
-    ):
+def _check_values(dtype: object, shape: object, data: object) -> tuple[np.dtype, bytes | bytearray]:
+    """See that `data` has exactly the bytes of an array of this dtype and shape."""
+    if not isinstance(dtype, np.dtype):
+        raise WeightsError(f"an array's dtype is a {type(dtype).__name__}")
+    if not isinstance(data, bytes | bytearray):
+        raise WeightsError(f"an array's values are a {type(data).__name__}, not bytes")
+    sizes = shape if isinstance(shape, tuple) and len(shape) <= 64 else (-1,)
+    if any(type(n) is not int or n < 0 for n in sizes):
         raise WeightsError("an array's shape is not a tuple of sizes")
-    return shape
+    if math.prod(sizes) * dtype.itemsize != len(data):
+        raise WeightsError(f"{len(data)} bytes given for {dtype} of shape {shape!s:.80}")
+    return dtype, data

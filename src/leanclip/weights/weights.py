@@ -1,10 +1,11 @@
-"""Weights in memory, whatever they came from, and how they are put into a model.
+"""Weights in memory: tensors under OpenAI's names, checked against and loaded into a model.
 
-    tensors by OpenAI's names + what the source says of them -> fit to the model's sizes -> model
+    tensors, architecture, preprocessing -> positions resized to the model's -> model
 
-Shapes: n patches or places, D width, L context length.
+Shapes: n patches, D width, L context length.
 """
 
+import hashlib
 import logging
 import math
 import re
@@ -28,7 +29,7 @@ log = logging.getLogger("leanclip")
 
 VISION_POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 TEXT_POSITIONS = "positional_embedding"
-_MAX_GROWTH = 10  # of an architecture's parameters over those of the tensors for it
+_MAX_GROWTH = 10  # of an architecture's parameters over those of its tensors
 INVISIBLE = (  # settings that no tensor's shape or name shows
     "activation",
     "attention_heads",
@@ -43,16 +44,16 @@ INVISIBLE = (  # settings that no tensor's shape or name shows
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by OpenAI's names and, where the source says so, what they belong to."""
+    """Tensors by OpenAI's names, with their architecture and preprocessing where known."""
 
     source: Path
-    dialect: str  # "leanclip", "openai", "open_clip", "hf", "passl", or "state dict"
+    format: str  # "leanclip", "openai", "open_clip", "hf", "passl", or "state dict"
     tensors: dict[str, torch.Tensor]
-    model: ModelConfig | None = None  # None: the source does not say enough
-    preprocess: Preprocess | None = None  # where it is not given, OpenAI's at the model's size
-    absent: tuple[str, ...] = ()  # tensors that the dialect never holds; they become zeros
-    notes: tuple[str, ...] = ()  # what a person should know
-    others: tuple[str, ...] = ()  # what the source holds besides tensors of the model
+    model: ModelConfig | None = None  # None: the source does not determine it
+    preprocess: Preprocess | None = None  # default: OpenAI's, at the model's resolution
+    missing: tuple[str, ...] = ()  # tensors that the format never has; they become zeros
+    notes: tuple[str, ...] = ()  # logged as warnings when they are loaded
+    unexpected: tuple[str, ...] = ()  # what else the source has besides the model's tensors
 
     def __post_init__(self) -> None:
         if self.model is not None and self.preprocess is None:
@@ -60,16 +61,16 @@ class Weights:
 
 
 def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[str]:
-    """Copy the tensors into a model, each to its parameter's type; the keys that are missing.
+    """Copy the tensors into a model, each to its parameter's type; return the missing keys.
 
-    Positional embeddings of another size are fitted, and the log says so: a vision tower's by
-    bicubic antialiased resizing of the grid, a text tower's by cutting, or by keeping the
-    model's own beyond the end. With `partial`, missing and left-over keys are listed in the log
-    and the model's own values stay.
+    Positional embeddings of another size are resized with a warning: a vision tower's grid by
+    bicubic interpolation with antialiasing, a text tower's by cutting it, or by keeping the
+    model's own values beyond its end. With `partial`, missing and unexpected keys are logged and
+    the model's own values stay.
 
     Raises:
-        WeightsError: keys are missing or left over, a shape differs, or the weights were made
-            with another activation, pooling or number of heads; names the keys or the setting.
+        WeightsError: keys are missing or unexpected, a shape differs, or the weights have another
+            activation, pooling or number of heads; names the keys or the setting.
     """
     for name in INVISIBLE if weights.model is not None else ():
         there, here = getattr(weights.model, name), getattr(model.config, name)
@@ -77,11 +78,11 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[s
             setting = "vision_heads" if name == "attention_heads" else name
             raise WeightsError(
                 f"{weights.source}: made with {setting} {there}, the model has {here}; set "
-                f"model.{setting}={there}, or say with --arch what the weights are"
+                f"model.{setting}={there}, or name the architecture of the weights with --arch"
             )
     if weights.model is None:
         log.warning(
-            "%s: does not say its activation; taken for the model's, %s",
+            "%s: its activation is unknown; the model's is assumed, %s",
             weights.source,
             model.config.activation,
         )
@@ -94,33 +95,31 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[s
     for note in weights.notes:
         log.warning("%s: %s", weights.source, note)
     model.load_state_dict(given, strict=not partial)
-    return problems["keys are missing"]
+    return problems["missing keys"]
 
 
 def check_fits(weights: Weights, model: ModelConfig, *, is_exact: bool = False) -> None:
-    """See that the tensors are all those of an architecture; builds nothing.
+    """Check that the tensors are all those of an architecture, without building it.
 
-    `is_exact`: positions too must be of its sizes; else they could be fitted.
+    With `is_exact` positional embeddings too must have its sizes; else they may be resized.
 
     Raises:
         WeightsError: as `load_into` and `check_shapes`.
     """
-    check_shapes(weights, model)
-    with meta_device():
-        own = CLIP(**to_plain(model)).state_dict()
+    own = check_shapes(weights, model)
     _refuse(weights, _compare(weights, own, fits=not is_exact)[1])
 
 
 def _compare(
     weights: Weights, own: Mapping[str, torch.Tensor], *, fits: bool = True
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
-    """What a model with these tensors takes of the weights, and what does not fit."""
+    """The tensors for a model that has `own`, and what does not fit, by kind."""
     given = {
         name: _fit(name, tensor, own[name], weights.source) if fits and name in own else tensor
         for name, tensor in weights.tensors.items()
     }
-    given |= {name: torch.zeros_like(own[name]) for name in weights.absent if name in own}
-    for name, tensor in own.items():  # a counter of steps, which not every dialect holds
+    given |= {name: torch.zeros_like(own[name]) for name in weights.missing if name in own}
+    for name, tensor in own.items():  # a counter of steps, which not every format has
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, tensor)
     differing = [
@@ -130,15 +129,17 @@ def _compare(
     ]
     return given, {
         "shapes differ": sorted(differing),
-        "keys are missing": sorted(own.keys() - given.keys()),
-        "keys are left over": sorted(given.keys() - own.keys()),
+        "missing keys": sorted(own.keys() - given.keys()),
+        "unexpected keys": sorted(given.keys() - own.keys()),
     }
 
 
 def _refuse(weights: Weights, problems: Mapping[str, list[str]]) -> None:
     if any(problems.values()):
         found = [f"{what}: {named(keys)}" for what, keys in problems.items() if keys]
-        beside = f"; beside the model are: {named(weights.others)}" if weights.others else ""
+        beside = (
+            f"; besides the model it has: {named(weights.unexpected)}" if weights.unexpected else ""
+        )
         raise WeightsError(f"{weights.source}: {'; '.join(found)}{beside}")
 
 
@@ -147,8 +148,8 @@ def infer_architecture(
 ) -> ModelConfig | None:
     """The architecture that tensors of OpenAI's names have, with heads of 64 channels.
 
-    Tensors tell every size; not the activation, nor the number of heads. None where no heads
-    of 64 channels fit: then somebody has to say what it is.
+    Tensors determine every size, but neither the activation nor the number of heads. None where
+    heads of 64 channels do not fit.
 
     Raises:
         WeightsError: they are not CLIP's.
@@ -173,17 +174,30 @@ def infer_architecture(
         return None
 
 
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors in the order of their names: name, type, shape, little-endian bytes.
+
+    That of a model's `state_dict()` identifies its weights, whatever format they were read from.
+    """
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def mlp_ratio(width: int, hidden: int) -> float:
-    """A ratio that gives the hidden width back when it is multiplied and rounded down."""
+    """The ratio of a hidden width to a width, such that int(width * ratio) is the hidden width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def square_side(name: str, value: Any) -> Any:
-    """One side of a square, which may be given twice.
+    """The side of a square, given as a number or as (height, width).
 
     Raises:
-        ValueError: it is no square.
+        ValueError: it is not a square.
     """
     sides = value if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2 or sides[0] != sides[1]:
@@ -191,10 +205,10 @@ def square_side(name: str, value: Any) -> Any:
     return sides[0]
 
 
-def check_shapes(weights: Weights, model: ModelConfig) -> None:
-    """Compare tensors with what an architecture has, before anything is built or written.
+def check_shapes(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Compare tensors with an architecture before building it; return its tensors, without values.
 
-    Positional embeddings may be of another size.
+    Positional embeddings may have another size.
 
     Raises:
         WeightsError: a shape differs; names the first. Or the architecture has so many more
@@ -204,7 +218,9 @@ def check_shapes(weights: Weights, model: ModelConfig) -> None:
         with meta_device():
             expected = CLIP(**to_plain(model)).state_dict()
     except (RuntimeError, OverflowError):  # a tensor of more bytes than there are numbers for
-        raise WeightsError(f"{weights.source}: its architecture has sizes beyond reason") from None
+        raise WeightsError(
+            f"{weights.source}: the sizes of its architecture are out of range"
+        ) from None
     for name, tensor in weights.tensors.items():
         fits = name.endswith("positional_embedding") or name not in expected
         if not fits and tensor.shape != expected[name].shape:
@@ -213,12 +229,13 @@ def check_shapes(weights: Weights, model: ModelConfig) -> None:
                 f"{tuple(expected[name].shape)} in the architecture"
             )
     wanted = sum(tensor.numel() for tensor in expected.values())
-    held = sum(tensor.numel() for tensor in weights.tensors.values())
-    if wanted > _MAX_GROWTH * held + 10**7:
+    present = sum(tensor.numel() for tensor in weights.tensors.values())
+    if wanted > _MAX_GROWTH * present + 10**7:
         raise WeightsError(
-            f"{weights.source}: the architecture has {wanted:,} parameters, the tensors {held:,}; "
-            f"one of the two is not of these weights"
+            f"{weights.source}: the architecture has {wanted:,} parameters, the tensors "
+            f"{present:,}; they do not belong together"
         )
+    return expected
 
 
 def _vision_vit(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -246,7 +263,7 @@ def _vision_resnet(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _count(tensors: Mapping[str, torch.Tensor], pattern: str) -> int:
-    """How many numbers the pattern's group takes among the names."""
+    """The number of different values of the pattern's group among the names."""
     return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
 
@@ -255,7 +272,7 @@ def _mlp_ratio(tensors: Mapping[str, torch.Tensor], tower: str, width: int) -> f
 
 
 def _fit(name: str, tensor: torch.Tensor, own: torch.Tensor, source: Path) -> torch.Tensor:
-    """Positions of another size, fitted to the model's; everything else as it is."""
+    """Positional embeddings resized to the model's; other tensors unchanged."""
     if tensor.shape == own.shape or tensor.ndim != 2 or tensor.shape[1] != own.shape[1]:
         return tensor
     there, here = len(tensor), len(own)

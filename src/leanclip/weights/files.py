@@ -1,7 +1,8 @@
-"""Tell by its first bytes what a file of weights is; read safetensors with care."""
+"""The files of weights: told apart by their first bytes; safetensors and JSON, read with care."""
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,10 +11,10 @@ from leanclip.errors import WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.weights.unpickle import refusing
 
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit, in bytes
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of wrong values
+INDEX = ".index.json"  # ends the name of a file that lists shards
 # torch.save's magic number, 0x1950a86a20f9469cfc6c, as a pickle.
 _TORCH_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_OLD_PICKLES = (b"(d", b"(l", b"}q", b"}(", b"}.", b"]q", b"](", b"ccollections\n", b"cnumpy")
 _OTHERS = (
     (b"version https://git-lfs", LFS_POINTER),
     (b"<", "a web page or XML, perhaps an error page saved by a download: download it again"),
@@ -27,10 +28,10 @@ _OTHERS = (
 
 
 def sniff(path: str | Path) -> Literal["safetensors", "zip", "pickle", "torch-legacy"]:
-    """What a file is, by its content alone.
+    """The kind of a file, by its content alone.
 
     Raises:
-        WeightsError: the file is missing, empty or something else; says what.
+        WeightsError: the file is missing, empty or something else; names what.
     """
     path = Path(path)
     with refusing(path, "file"), path.open("rb") as file:
@@ -44,19 +45,17 @@ def sniff(path: str | Path) -> Literal["safetensors", "zip", "pickle", "torch-le
         return "safetensors"
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return "torch-legacy" if head[2:].startswith(_TORCH_LEGACY) else "pickle"
-    if head.startswith(_OLD_PICKLES):
-        return "pickle"
     for start, what in _OTHERS:
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(start):
             raise WeightsError(f"{path}: {what}")
     raise WeightsError(
-        f"{path}: no file of weights that leanclip knows: it starts with {head[:8]!r} (known are "
+        f"{path}: not a known kind of weights file: it starts with {head[:8]!r} (known are "
         f"safetensors, PyTorch's zips and pickles, and PaddlePaddle's .pdparams)"
     )
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata.
+def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file by name.
 
     Raises:
         WeightsError: the file is missing or damaged: its header, or offsets that overlap,
@@ -64,22 +63,33 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     """
     path = Path(path)
     with refusing(path, "safetensors file"):
-        _check_header(path)
+        if is_lfs_file(path):
+            raise WeightsError(LFS_POINTER)
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, dict(file.metadata() or {})
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise WeightsError(f"damaged safetensors file: {one_line(error)}") from None
 
 
-def _check_header(path: Path) -> None:
-    size = path.stat().st_size
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        WeightsError: it is missing or no object.
+    """
     if is_lfs_file(path):
-        raise WeightsError(LFS_POINTER)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise WeightsError(
-                f"damaged safetensors file: a header of {length} bytes in a file of {size}"
-            )
+        raise WeightsError(f"{path}: {LFS_POINTER}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: holds no JSON object")
+    return values
+
+
+def find_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of some files of weights that a folder holds, or the index of its shards."""
+    both = (folder / name for file in names for name in (file, file + INDEX))
+    return next((path for path in both if path.is_file()), None)

@@ -1,0 +1,100 @@
+"""Tensors between OpenAI's names and another system's, by a table of rules.
+
+A rule is a pair of patterns, ours and theirs. `*` stands for a part of a dotted name and `**` for
+any parts, the same in both; `{q,k,v}` for three tensors that are one tensor here, one after
+another:
+
+    Rule("visual.ln_pre.*", "vision_model.pre_layrnorm.*")
+    Rule("visual.proj", "visual_projection.weight", transpose=True)
+    Rule("transformer.resblocks.*.attn.in_proj_*", "text.layers.*.self_attn.{q,k,v}_proj.*")
+
+The first rule that matches a name is applied.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from leanclip.errors import WeightsError
+
+_PARTS = re.compile(r"\{(\w),(\w),(\w)\}")  # such as {q,k,v}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A name here, the same name there, and whether matrices are transposed there."""
+
+    ours: str
+    theirs: str
+    transpose: bool = False
+
+    @functools.cached_property
+    def parts(self) -> list[str]:
+        """The names there: one, or three that are joined here."""
+        match = _PARTS.search(self.theirs)
+        return (
+            [_PARTS.sub(part, self.theirs) for part in match.groups()] if match else [self.theirs]
+        )
+
+
+def to_ours(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[str, torch.Tensor]:
+    """Tensors by OpenAI's names; those that no rule matches keep theirs.
+
+    Raises:
+        WeightsError: of three tensors that are one here, some are missing.
+    """
+    found: dict[str, torch.Tensor] = {}
+    joined: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        for rule, place, part in ((r, i, p) for r in rules for i, p in enumerate(r.parts)):
+            if (ours := _rename(name, part, rule.ours)) is not None:
+                tensor = tensor.t() if rule.transpose and tensor.ndim == 2 else tensor
+                if len(rule.parts) == 1:
+                    found[ours] = tensor
+                else:
+                    joined.setdefault(ours, {})[place] = tensor
+                break
+        else:
+            found[name] = tensor
+    for ours, parts in joined.items():
+        if len(parts) != 3:
+            raise WeightsError(f"missing keys: only {len(parts)} of 3 parts of {ours}")
+        found[ours] = torch.cat([parts[place] for place in range(3)])  # (3D, D) or (3D,)
+    return found
+
+
+def to_theirs(
+    tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]
+) -> dict[str, torch.Tensor]:
+    """Tensors by the other system's names, contiguous.
+
+    Raises:
+        KeyError: there is no rule for a name.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        rule = next((rule for rule in rules if _rename(name, rule.ours, "") is not None), None)
+        if rule is None:
+            raise KeyError(name)
+        tensor = tensor.t() if rule.transpose and tensor.ndim == 2 else tensor
+        pieces = [tensor] if len(rule.parts) == 1 else tensor.chunk(3)
+        for part, piece in zip(rule.parts, pieces, strict=True):
+            found[str(_rename(name, rule.ours, part))] = piece.contiguous()
+    return found
+
+
+def _rename(name: str, pattern: str, target: str) -> str | None:
+    """The name by another pattern; None where it does not match its own."""
+    if (match := _regex(pattern).fullmatch(name)) is None:
+        return None
+    stars = iter(match.groups())
+    return re.sub(r"\*+", lambda _: next(stars), target)
+
+
+@functools.cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    escaped = re.escape(pattern)
+    return re.compile(escaped.replace(r"\*\*", "(.+)").replace(r"\*", "([^.]+)"))
