@@ -10,7 +10,7 @@ import torch
 from captions import plain_caption
 from leanclip.config.schema import load_config
 from leanclip.config.sections import to_plain
-from leanclip.data.loader import Batch, trim
+from leanclip.data.batch import Batch, trim
 from leanclip.data.prompts import PROMPTS
 from leanclip.model import CLIP
 from leanclip.model.presets import preset

@@ -30,20 +30,21 @@ class Leftovers:
     def __init__(self, folder: Path, temporary: Path) -> None:
         self.folder, self.temporary = folder, temporary
         self.goes_on = False  # at the end, that a test sets which leaves it so
+        self.killed = False  # as well
         self._processes = set(_descendants(os.getpid()))
         self._shared = _names(SHARED_MEMORY)
 
-    def check(self, *, goes_on: bool = False, killed_all: bool = False) -> None:
+    def check(self, *, goes_on: bool = False, killed: bool = False) -> None:
         """Nothing is left when what is ending has ended.
 
         Args:
             goes_on: it was killed, and a half-written file waits for the command that goes on.
-            killed_all: so was every process that could have tidied up: of each data loader there
-                is a folder in TMPDIR with nothing but sockets, which is removed here.
+            killed: data workers were killed, or ended with their parent: of each there is a folder
+                of multiprocessing in TMPDIR with nothing but a socket, which is removed here.
         """
         _until_empty("processes", lambda: [_said(pid, "cmdline") for pid in self.orphans()])
         _until_empty("shared memory", lambda: sorted(_names(SHARED_MEMORY) - self._shared))
-        for path in self.temporary.glob("leanclip-*") if killed_all else ():
+        for path in self.temporary.glob("pymp-*") if killed else ():
             assert all(stat.S_ISSOCK(one.stat().st_mode) for one in path.iterdir()), path
             shutil.rmtree(path)
         _until_empty("files in TMPDIR", lambda: sorted(_names(self.temporary) - CACHES))
@@ -73,7 +74,7 @@ def watched(folder: Path) -> Iterator[Leftovers]:
     leftovers = Leftovers(folder, temporary)
     try:
         yield leftovers
-        leftovers.check(goes_on=leftovers.goes_on)
+        leftovers.check(goes_on=leftovers.goes_on, killed=leftovers.killed)
     finally:
         for pid in leftovers.orphans():
             os.kill(pid, signal.SIGKILL)

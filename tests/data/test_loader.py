@@ -14,14 +14,10 @@ from conftest import make_pairs, noise_image, small_batches
 from leanclip.config.data import DataConfig
 from leanclip.config.sections import parse, to_plain
 from leanclip.data import open_dataset
+from leanclip.data.batch import Batch, Position
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.formats.mixture import Mixture
-from leanclip.data.loader import (
-    Batch,
-    Position,
-    evaluation_batches,
-    training_batches,
-)
+from leanclip.data.loader import evaluation_batches, training_batches
 from leanclip.data.order import SMALL, permuted, shuffled
 from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import ConfigError, DataError

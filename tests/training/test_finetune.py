@@ -17,7 +17,7 @@ from leanclip import CLIP, ConfigError, Preprocess
 from leanclip.config.schema import load_config
 from leanclip.config.sections import to_plain
 from leanclip.config.training import FinetuneConfig, OptimizerConfig, TrainConfig
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.evaluation import evaluate
 from leanclip.io.files import read_metrics

@@ -27,7 +27,7 @@ from leanclip import CLIP, Preprocess
 from leanclip.config.schema import load_config
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.config.training import OptimizerConfig, TrainConfig
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.evaluation import retrieval_metrics
 from leanclip.io.files import read_metrics
 from leanclip.preprocess.images import normalize

@@ -9,25 +9,22 @@ The same command in the same folder goes on from the newest checkpoint.
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from dataclasses import replace
-from itertools import zip_longest
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from leanclip.config.data import DataConfig
 from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
-from leanclip.data.loader import Batch, Position, training_batches
-from leanclip.data.skipped import Bad, SkipTracker
+from leanclip.data.batch import Batch, Position
+from leanclip.data.loader import training_batches
+from leanclip.data.skipped import SkipTracker
 from leanclip.distributed.collectives import (
-    all_gather_object,
-    all_reduce_sum,
     barrier,
     from_first,
     is_lost_rank,
@@ -35,7 +32,7 @@ from leanclip.distributed.collectives import (
     rank_and_world_size,
 )
 from leanclip.distributed.fsdp import full_model
-from leanclip.distributed.preemption import STOP_SIGNALS, Preempted, Signals, catch_signals
+from leanclip.distributed.preemption import Preempted, catch_signals
 from leanclip.distributed.wrap_model import wrap_model
 from leanclip.errors import ConfigError, DataError, one_line
 from leanclip.evaluation import Report, evaluate
@@ -43,6 +40,7 @@ from leanclip.io.files import try_lock, write_text
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.training import checkpoint
+from leanclip.training.accounting import after_step, is_due, over_ranks, rate_of, step_metrics
 from leanclip.training.determinism import allow_tf32, only_deterministic
 from leanclip.training.early_stopping import by_evaluation, improved, should_stop, update_best
 from leanclip.training.feature_cache import FeatureCache, build_feature_cache
@@ -52,13 +50,12 @@ from leanclip.training.monitor import (
     LogLines,
     NonFiniteTracker,
     format_metrics,
-    peak_memory,
     write_status,
 )
-from leanclip.training.optimizer import build_optimizer, learning_rate
+from leanclip.training.optimizer import build_optimizer
 from leanclip.training.plan import Plan
 from leanclip.training.start import Chosen, check_same_plan, choose_checkpoint, read_on_all_ranks
-from leanclip.training.step import StepResult, train_step
+from leanclip.training.step import train_step
 from leanclip.training.tracking import MetricsLog
 from leanclip.weights import load_into
 
@@ -187,18 +184,18 @@ def _fit(
     write_status(plan, "running", step=done.step)
     bar = ProgressBar("training", plan.last_step, completed=done.step, is_silent=rank > 0)
     lines = LogLines(plan, done=done.step, is_silent=rank > 0 or bar.is_shown)
-    with catch_signals() as signals, bar:
+    with catch_signals() as signals, closing(stream), bar:
         for step in range(done.step, plan.last_step):
             if should_stop(plan, done.best):
                 log.info("ends at step %d: no gain after the best, %s", step, done.best)
                 break
             batch, position = clock.waiting(lambda: next(stream))
-            seen = _seen(batch, signals, len(config.data.sources))  # by all ranks
+            seen = over_ranks(batch, signals, len(config.data.sources))  # by all ranks
             for reason in bad.add(seen.bad):
                 log.warning("skipped: %s", reason)
-            rate = _rate(plan, step)
-            must_save = seen.must_save or _is_due(step + 1, plan, *often)
-            must_log = must_save or _is_due(step + 1, plan, None, config.train.log_every)
+            rate = rate_of(plan, step)
+            must_save = seen.must_save or is_due(step + 1, plan, *often)
+            must_log = must_save or is_due(step + 1, plan, None, config.train.log_every)
             if seen.samples:
                 result = train_step(
                     model,
@@ -217,10 +214,10 @@ def _fit(
                 if not frozen.is_used:
                     clock.work.add(len(batch), batch.tokens.shape[1])
                 troubles.note(step + 1, result.is_finite, batch)
-            done = _after_step(done, plan, seen, position, time.perf_counter() - began)
+            done = after_step(done, plan, seen, position, time.perf_counter() - began)
             if must_log:
                 troubles.raise_if_many()  # waits for the device
-                line = _line(plan, done, result, rate, model.logit_scale, scaler)
+                line = step_metrics(plan, done, result, rate, model.logit_scale, scaler)
                 line |= {"train/skipped": len(bad.found), "train/skipped_steps": troubles.count}
                 line |= clock.rates(done.samples)
                 if metrics is not None:
@@ -229,7 +226,7 @@ def _fit(
                 lines.note(done.step, line)
             bar.update(done.step)
             measures = plan.tasks or plan.retention
-            if measures and _is_due(done.step, plan, config.evaluate.every_epochs):
+            if measures and is_due(done.step, plan, config.evaluate.every_epochs):
                 report = _evaluate(plan, model, tuning, done.before)
                 if metrics is not None:
                     metrics.write(done.step, by_evaluation(report.metrics))
@@ -249,7 +246,7 @@ def _fit(
 
 def _stream(
     plan: Plan, done: checkpoint.Progress, frozen: FeatureCache
-) -> Iterator[tuple[Batch, Position]]:
+) -> Generator[tuple[Batch, Position], None, None]:
     """This rank's part of the batches after `done`."""
     config, (rank, world_size) = plan.config, rank_and_world_size()
     return training_batches(
@@ -265,32 +262,6 @@ def _stream(
         world_size=world_size,
         undecoded=frozen.undecoded,
     )
-
-
-def _line(
-    plan: Plan,
-    done: checkpoint.Progress,
-    result: StepResult | None,
-    rate: float,
-    logit_scale: torch.Tensor,
-    scaler: GradScaler | None,
-) -> dict[str, float]:
-    """What metrics.jsonl says of a step; this waits for the device."""
-    line = {
-        "train/loss": result.loss.item() if result else 0.0,
-        "train/gradient_norm": result.gradient_norm.item() if result else 0.0,
-        "train/lr": rate,
-        "train/logit_scale": logit_scale.exp().item(),
-        "train/epoch": (done.step - plan.offset) / plan.steps_per_epoch,
-        "train/samples": done.samples,
-        **_by_source(plan.config.data, done.sources),
-        "train/peak_memory_gb": peak_memory(plan.device),
-    }
-    for name, norm in (result.norms if result else {}).items():
-        line[f"train/{name}"] = norm.item()
-    if scaler:
-        line["train/loss_scale"] = scaler.get_scale()
-    return line
 
 
 def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
@@ -328,46 +299,6 @@ def _save(
     write_status(plan, "running", step=done.step)
 
 
-class _Seen(NamedTuple):
-    """What all ranks have in a step, and what signals asked of any of them."""
-
-    samples: int
-    sources: list[int]  # samples by source, of a mixture
-    bad: list[Bad]
-    stop: int  # a signal's number, or 0
-    must_save: bool
-
-
-def _seen(batch: Batch, signals: Signals, sources: int) -> _Seen:
-    """Put together what each rank has; the one word that ranks change beside the gradients."""
-    by_source = torch.bincount(batch.sources, minlength=sources).tolist() if sources else []
-    asked = [signals.stop == number for number in STOP_SIGNALS]
-    counts = [len(batch), len(batch.bad), signals.save, *asked, *by_source]
-    samples, bad, save, *rest = all_reduce_sum([int(count) for count in counts])
-    signals.save = False
-    stop = next((n for n, is_asked in zip(STOP_SIGNALS, rest, strict=False) if is_asked), 0)
-    every_bad = [one for part in all_gather_object(batch.bad) for one in part] if bad else []
-    return _Seen(samples, rest[len(STOP_SIGNALS) :], every_bad, stop, bool(save or stop))
-
-
-def _after_step(
-    done: checkpoint.Progress, plan: Plan, seen: _Seen, position: Position, seconds: float
-) -> checkpoint.Progress:
-    """How far the run has come with one step more, which saw this and ended there."""
-    sources = [a + b for a, b in zip_longest(done.sources, seen.sources, fillvalue=0)]
-    return replace(
-        done,
-        step=done.step + 1,
-        epoch=position.epoch,
-        sample=position.sample,
-        samples=done.samples + seen.samples,
-        sources=sources,
-        seconds=seconds,
-        dataset_size=len(plan.dataset),
-        batch_size=plan.batch_size,
-    )
-
-
 def _recorded(config: Config, chosen: Chosen | None) -> Config:
     """The settings to write: they name the weights that the run began with, once and for all."""
     if chosen is None or config.load is not None:
@@ -401,13 +332,6 @@ def _is_finished(plan: Plan, done: checkpoint.Progress) -> bool:
     return done.step >= plan.last_step or should_stop(plan, done.best)
 
 
-def _rate(plan: Plan, step: int) -> float:
-    """The learning rate of a step, by its place in the data."""
-    return learning_rate(
-        step - plan.offset, peak=plan.peak_learning_rate, warmup=plan.warmup, steps=plan.steps
-    )
-
-
 def _load(plan: Plan, model: CLIP) -> checkpoint.Progress:
     """The beginning of a run: the model has the weights of `config.load`, where there are."""
     config, new, digest = plan.config, [], ""
@@ -428,21 +352,3 @@ def _load(plan: Plan, model: CLIP) -> checkpoint.Progress:
         (plan.folder / SKIPPED).unlink(missing_ok=True)  # of a run that left no checkpoint
     run = from_first(lambda: uuid.uuid4().hex)
     return checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new, loaded=digest, run=run)
-
-
-def _is_due(
-    step: int, plan: Plan, every_epochs: int | None, every_steps: int | None = None
-) -> bool:
-    """Whether something is due after this step: at the end, every so many epochs or steps."""
-    here = step - plan.offset
-    by_epoch = every_epochs is not None and here % (every_epochs * plan.steps_per_epoch) == 0
-    by_step = every_steps is not None and step % every_steps == 0
-    return step == plan.last_step or by_epoch or by_step
-
-
-def _by_source(data: DataConfig, counts: list[int]) -> dict[str, float]:
-    """`train/samples/ROOT` of each source of a mixture."""
-    return {
-        f"train/samples/{source.root}": counts[i] if i < len(counts) else 0
-        for i, source in enumerate(data.sources)
-    }

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.distributed.collectives import rank_and_world_size
 from leanclip.errors import LeanclipError
 from leanclip.io.files import write_text

@@ -18,7 +18,7 @@ from torch.amp import GradScaler
 from torch.nn import functional as F
 
 from leanclip.config.training import TrainConfig
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.distributed.collectives import mean_over_ranks_, rank_and_world_size
 from leanclip.distributed.fsdp import is_sharded
 from leanclip.distributed.wrap_model import eval_mode_batch_norm, gradient_sync
