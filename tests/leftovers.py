@@ -3,9 +3,7 @@
 import ctypes
 import getpass
 import os
-import shutil
 import signal
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,23 +28,17 @@ class Leftovers:
     def __init__(self, folder: Path, temporary: Path) -> None:
         self.folder, self.temporary = folder, temporary
         self.goes_on = False  # at the end, that a test sets which leaves it so
-        self.killed = False  # as well
         self._processes = set(_descendants(os.getpid()))
         self._shared = _names(SHARED_MEMORY)
 
-    def check(self, *, goes_on: bool = False, killed: bool = False) -> None:
+    def check(self, *, goes_on: bool = False) -> None:
         """Nothing is left when what is ending has ended.
 
         Args:
             goes_on: it was killed, and a half-written file waits for the command that goes on.
-            killed: data workers were killed, or ended with their parent: of each there is a folder
-                of multiprocessing in TMPDIR with nothing but a socket, which is removed here.
         """
         _until_empty("processes", lambda: [_said(pid, "cmdline") for pid in self.orphans()])
         _until_empty("shared memory", lambda: sorted(_names(SHARED_MEMORY) - self._shared))
-        for path in self.temporary.glob("pymp-*") if killed else ():
-            assert all(stat.S_ISSOCK(one.stat().st_mode) for one in path.iterdir()), path
-            shutil.rmtree(path)
         _until_empty("files in TMPDIR", lambda: sorted(_names(self.temporary) - CACHES))
         if not goes_on:
             _until_empty("temporary files", self._files)
@@ -74,7 +66,7 @@ def watched(folder: Path) -> Iterator[Leftovers]:
     leftovers = Leftovers(folder, temporary)
     try:
         yield leftovers
-        leftovers.check(goes_on=leftovers.goes_on, killed=leftovers.killed)
+        leftovers.check(goes_on=leftovers.goes_on)
     finally:
         for pid in leftovers.orphans():
             os.kill(pid, signal.SIGKILL)

@@ -1,14 +1,13 @@
-"""Reads the samples of a batch: decode, crop, tokenise; runs in the data workers.
+"""Reads the samples of a batch: decode, crop, tokenise. Runs in the data workers.
 
 Shapes: B batch, L tokens, R resolution.
 """
 
 import json
+import mmap
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from multiprocessing.reduction import ForkingPickler
 from typing import NamedTuple
 
 import numpy as np
@@ -18,44 +17,36 @@ from torch.utils.data import get_worker_info
 from leanclip.config.data import DataConfig
 from leanclip.data.batch import Batch, trim
 from leanclip.data.dataset import Dataset, Sample
-from leanclip.data.decoded_image_cache import CACHE_BYTES, DecodedImageCache
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError, SampleError, is_shortage, one_line
-from leanclip.preprocess.decoding import Source
 from leanclip.preprocess.images import Preprocess, evaluation_pixels, training_pixels
 from leanclip.preprocess.tokenizer import encode, tokenize
 
 
 class Visit(NamedTuple):
-    """One look at a sample."""
+    """One use of a sample."""
 
     epoch: int
     place: int  # in the epoch
     what: int | Sample
 
 
-class Packed:
-    """A batch on its way from a worker, its images in shared memory.
-
-    PyTorch would pack it in a thread, whose errors are printed and the batch lost.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        self.content = bytes(ForkingPickler.dumps(batch))
-
-    def unpack(self) -> Batch:
-        """In the process that asked for it."""
-        return pickle.loads(self.content)
-
-    def pin_memory(self) -> Batch:
-        """Called by PyTorch, in a thread of the process that asked for it."""
-        return self.unpack().pin_memory()
-
-
 class BatchReader:
-    """Reads the samples of a batch; runs in the workers. `seed` None: the evaluation transform."""
+    """Reads the samples of a batch, in this process (`read`) or in data workers (`[slot, visits]`).
 
-    reading: torch.Tensor  # (workers, 2) int64, shared: a process's id, the index it is reading
+    Images of workers' batches cross through memory that all processes share: `share` allocates it
+    before the workers start. It is anonymous: neither the size of /dev/shm nor the limit on open
+    files matters, and the kernel frees it whichever process is killed.
+
+    Args:
+        dataset: the samples.
+        config: crops and limits.
+        preprocess: the model's resolution, and its transform for evaluation.
+        context_length: maximum length of a caption in tokens.
+        truncate: cut longer captions; otherwise they are bad samples.
+        seed: of crops and captions; None: the evaluation transform, the first caption.
+        undecoded: leave the images out; these samples, by index, are known to be bad.
+    """
 
     def __init__(
         self,
@@ -70,62 +61,77 @@ class BatchReader:
         self.dataset, self.config, self.seed = dataset, config, seed
         self.preprocess, self.context_length = preprocess, context_length
         self.truncate, self.undecoded = truncate, undecoded
-        # Each worker would see, and keep, a part of an epoch that is drawn anew.
-        is_cut = seed is not None and config.augment and undecoded is None
-        has_again = is_cut and config.workers == 0
-        self.kept = DecodedImageCache(
-            dataset, max_pixels=config.max_pixels, room=CACHE_BYTES if has_again else 0
-        )
+        self.side = 0 if undecoded is not None else preprocess.resolution
 
-    def __getitem__(self, visits: Sequence[Visit]) -> Batch | Packed | DataError:
-        """The batch; an error in place of one that there is no memory or file for."""
-        batch = None
+    def share(self, workers: int, slots: int, batch_size: int) -> None:
+        """Allocate memory for the images of `slots` batches, and the samples being read.
+
+        Raises:
+            OSError: there is not enough memory.
+        """
+        side = self.side
+        self.images = _shared((slots, batch_size, 3, side, side), np.uint8)
+        self.reading = _shared((workers, 2), np.int64)  # process id and index, by worker
+
+    def __getitem__(self, task: tuple[int, Sequence[Visit]]) -> Batch | DataError:
+        """In a worker: a batch, its images in this slot of the shared memory; or an error."""
+        slot, visits = task
+        worker = get_worker_info()
+        assert worker is not None
+        reading = self.reading[worker.id]
+        reading[0] = os.getpid()
         try:
-            batch = self._read(visits)
-            return Packed(batch) if get_worker_info() else batch
-        except (MemoryError, OSError, RuntimeError) as error:
-            if batch is None and not lacks_memory(error):
-                raise
-            info = get_worker_info()
-            index = int(self.reading[info.id if info else 0, 1])
-            return shortage_error(self.name(index), error)
+            batch = self._read(visits, self.images[slot], reading)
+        except DataError as error:
+            return error  # raised here, PyTorch would add a traceback to its message
+        batch.images = batch.images[:0]
+        return batch
+
+    def take(self, slot: int, batch: Batch) -> Batch:
+        """A worker's batch with its images, which leave the slot free."""
+        images = torch.from_numpy(self.images[slot, : len(batch)])
+        batch.images = images.pin_memory() if torch.cuda.is_available() else images.clone()
+        return batch
+
+    def read(self, visits: Sequence[Visit]) -> Batch:
+        """The batch, read in this process."""
+        images = np.empty((len(visits), 3, self.side, self.side), np.uint8)
+        return self._read(visits, images, np.zeros(2, np.int64))
 
     def name(self, index: int) -> str:
-        """Of a sample that was noted as being read."""
+        """The name of a sample that was noted as being read."""
         return self.dataset.name(index) if index >= 0 else "a sample of a stream"
 
-    def _read(self, visits: Sequence[Visit]) -> Batch:
-        info = get_worker_info()
-        me = self.reading[info.id if info else 0]
-        me[0] = os.getpid()
-        side = 0 if self.undecoded is not None else self.preprocess.resolution
-        images = torch.empty(len(visits), 3, side, side, dtype=torch.uint8)
+    def _read(self, visits: Sequence[Visit], images: np.ndarray, reading: np.ndarray) -> Batch:
+        """Fill `images` (at least B, 3, R, R) and note in `reading` each sample's index.
+
+        Raises:
+            DataError: there is not enough memory, or too few files may be open.
+        """
         samples: list[Sample] = []
         indices, captions, digests, bad = [], [], [], []
-        for visit in visits:
-            what = visit.what
-            index = me[1] = -1 if isinstance(what, Sample) else what
-            sample = None
-            try:
-                if isinstance(what, Sample):
-                    sample, image = what, what.image
-                else:
-                    sample, image = self.kept[what]
-                caption, pixels = self._look(sample, image, visit)
-                if self.seed is None and self.undecoded is None:
-                    digests.append(_digest(sample))
-            except SampleError as error:
-                name = sample.id if sample else self.dataset.name(index)
-                bad.append(Bad.of(name, error))
-                continue
-            if pixels is not None:
-                images[len(samples)] = torch.from_numpy(pixels)
-            samples.append(sample)
-            indices.append(index)
-            captions.append(caption)
-        tokens = tokenize(captions, self.context_length, truncate=True)
+        try:
+            for visit in visits:
+                what, sample = visit.what, None
+                index = reading[1] = -1 if isinstance(what, Sample) else what
+                try:
+                    sample = what if isinstance(what, Sample) else self.dataset[what]
+                    caption = self._look(sample, visit, images[len(samples)])
+                    if self.seed is None and self.undecoded is None:
+                        digests.append(_digest(sample))
+                except SampleError as error:
+                    bad.append(Bad.of(sample.id if sample else self.dataset.name(index), error))
+                    continue
+                samples.append(sample)
+                indices.append(index)
+                captions.append(caption)
+            tokens = tokenize(captions, self.context_length, truncate=True)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            raise shortage_error(self.name(int(reading[1])), error) from None
         return Batch(
-            images[: len(samples)],
+            torch.from_numpy(images[: len(samples)]),
             trim(tokens),
             torch.tensor(indices, dtype=torch.int64),
             torch.tensor([-1 if s.label is None else s.label for s in samples]).long(),
@@ -136,34 +142,28 @@ class BatchReader:
             bad,
         )
 
-    def _look(
-        self, sample: Sample, image: Source | np.ndarray, visit: Visit
-    ) -> tuple[str, np.ndarray | None]:
-        """A caption and the pixels (3, R, R) of a visit."""
+    def _look(self, sample: Sample, visit: Visit, pixels: np.ndarray) -> str:
+        """The caption of a visit; its image is written to `pixels` (3, R, R)."""
         if sample.error:
             raise sample.error
-        if self.seed is None:
-            pixels = self._pixels(image, visit, None)
-            return self._checked(sample, sample.captions[0]), pixels
-        rng = np.random.default_rng([self.seed, visit.epoch, visit.place])
-        caption = sample.captions[int(rng.integers(len(sample.captions)))]
-        pixels = self._pixels(image, visit, rng)
-        return self._checked(sample, caption), pixels
+        rng, caption = None, sample.captions[0]
+        if self.seed is not None:
+            rng = np.random.default_rng([self.seed, visit.epoch, visit.place])
+            caption = sample.captions[int(rng.integers(len(sample.captions)))]
+        if self.undecoded is None:
+            pixels[:] = self._pixels(sample, rng)
+        elif isinstance(visit.what, int) and (bad := self.undecoded.get(visit.what)):
+            raise SampleError(bad.kind, bad.reason)
+        self._check_caption(sample, caption)
+        return caption
 
-    def _pixels(
-        self, image: Source | np.ndarray, visit: Visit, rng: np.random.Generator | None
-    ) -> np.ndarray | None:
-        """(3, R, R) of a visit; without `rng` as evaluation sees the image."""
+    def _pixels(self, sample: Sample, rng: np.random.Generator | None) -> np.ndarray:
+        """(3, R, R); without `rng`, by the evaluation transform."""
         config = self.config
-        if self.undecoded is not None:
-            if isinstance(visit.what, int) and (bad := self.undecoded.get(visit.what)):
-                raise SampleError(bad.kind, bad.reason)
-            return None
         if rng is None or not config.augment:
-            assert not isinstance(image, np.ndarray)  # kept, so that parts are cut from it
-            return evaluation_pixels(image, self.preprocess, max_pixels=config.max_pixels)
+            return evaluation_pixels(sample.image, self.preprocess, max_pixels=config.max_pixels)
         return training_pixels(
-            image,
+            sample.image,
             self.preprocess.resolution,
             rng,
             scale=config.crop_scale,
@@ -172,7 +172,7 @@ class BatchReader:
             max_pixels=config.max_pixels,
         )
 
-    def _checked(self, sample: Sample, caption: str) -> str:
+    def _check_caption(self, sample: Sample, caption: str) -> None:
         if not caption.strip():
             raise SampleError("empty caption", f"{sample.id}: an empty caption")
         if not self.truncate and (length := len(encode(caption)) + 2) > self.context_length:
@@ -181,35 +181,39 @@ class BatchReader:
                 f"{sample.id}: a caption of {length} tokens is over the context of "
                 f"{self.context_length}",
             )
-        return caption
 
 
 def lacks_memory(error: Exception) -> bool:
-    """As `is_shortage`, and by the words of PyTorch's and multiprocessing's errors."""
-    words = ("allocate memory", "Too many open files", "shared memory", "items of ancdata")
-    return is_shortage(error) or any(word in str(error) for word in words)
+    """Whether memory or open files ran out, also by the messages of PyTorch's errors."""
+    return is_shortage(error) or "allocate memory" in str(error)
 
 
 def shortage_error(name: str, error: Exception) -> DataError:
-    """An error for a sample that could not be read, though there may be nothing wrong with it."""
+    """The error for a sample that could not be read although it may be valid."""
     return DataError(
-        f"{name}: cannot be read, for there is not enough memory, not enough shared memory or too "
-        f"few files may be open: {one_line(error)}; raise what is too low (df -h /dev/shm, of a "
-        f"container --shm-size; ulimit -n), or set data.workers or train.batch_size lower"
+        f"{name}: cannot be read: there is not enough memory or shared memory, or too few files "
+        f"may be open: {one_line(error)}; raise the limit (ulimit -n; df -h /dev/shm, of a "
+        f"container --shm-size), or set data.workers or train.batch_size lower"
     )
 
 
+def _shared(shape: tuple[int, ...], dtype: type[np.number]) -> np.ndarray:
+    """Zeros that processes forked from here share; memory is used as far as it is written."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.ndarray(shape, dtype, buffer=mmap.mmap(-1, max(1, size)))
+
+
 def _group(sample: Sample, tokens: torch.Tensor) -> int:
-    """A number that samples share which are of one class, or have the same caption."""
+    """A number shared by samples of one class, or with the same caption."""
     if sample.label is not None:
         return sample.source << 32 | sample.label
     return int.from_bytes(blake2b(tokens.numpy().tobytes(), digest_size=7).digest())
 
 
 def _digest(sample: Sample) -> int:
-    """Of an image file's bytes, and of the label or else the captions."""
+    """Digest of an image file and of its label or captions."""
     image = sample.image if isinstance(sample.image, bytes) else sample.image.read_bytes()
     found = blake2b(image, digest_size=8)
-    words = sample.captions if sample.label is None else sample.label
-    found.update(json.dumps(words).encode())
+    text = sample.captions if sample.label is None else sample.label
+    found.update(json.dumps(text).encode())
     return int.from_bytes(found.digest(), signed=True)

@@ -1,25 +1,24 @@
 """From a data set to batches, as a function of (seed, position) alone.
 
-    visits of an epoch -> global batches -> a rank's part -> workers: read, crop, tokenise -> Batch
+    order of an epoch -> global batches -> this rank's part -> workers: crop, tokenise -> Batch
 
-What a sample looks like depends on the seed and on its place in the epoch, not on which worker or
+Crops and captions depend on the seed and on a sample's place in the epoch, not on which worker or
 rank reads it or when: the position alone rebuilds the stream.
-
-Shapes: B batch, L tokens, R resolution.
 """
 
-import ctypes
+import atexit
+import errno
 import os
 import signal
-import sys
+import threading
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkContext
 from multiprocessing.process import BaseProcess
-from multiprocessing.util import Finalize
 from typing import Any, TypeVar
 
 import torch
@@ -27,14 +26,14 @@ from torch.utils.data import DataLoader
 
 from leanclip.config.data import DataConfig
 from leanclip.data.batch import Batch, Position, advance
-from leanclip.data.batch_reader import BatchReader, Packed, Visit, lacks_memory, shortage_error
+from leanclip.data.batch_reader import BatchReader, Visit, lacks_memory, shortage_error
 from leanclip.data.dataset import Dataset
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError
 from leanclip.io.threads import default_workers, is_main_thread
 from leanclip.preprocess.images import Preprocess
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PREFETCH = 4  # batches that each worker reads ahead
 
 T = TypeVar("T")
 
@@ -55,28 +54,29 @@ def training_batches(
 ) -> Generator[tuple[Batch, Position], None, None]:
     """Shuffled batches without end, from `start`, each with the position after it.
 
-    Closing it ends the workers.
+    Closing the generator ends the workers.
 
     Args:
-        dataset: where the samples are.
+        dataset: the samples.
         config: crops, workers and limits.
-        preprocess: of the model: side of the images, and how they look without `augment`.
-        context_length: the most tokens of a caption.
-        truncate: cut longer captions; else they are bad samples.
-        batch_size: samples of a step over all ranks; not more than the data set has.
+        preprocess: the model's resolution, and the transform without `augment`.
+        context_length: maximum length of a caption in tokens.
+        truncate: cut longer captions; otherwise they are bad samples.
+        batch_size: samples per step over all ranks; at most the size of the data set.
         seed: of the order, the crops and the choice of captions.
         start: where to begin.
-        rank: whose part of each batch is wanted: every `world_size`-th sample, from the rank-th.
-        world_size: how many share a batch.
-        undecoded: leave the images as they are; the samples that cannot be used, by index.
+        rank: takes every `world_size`-th sample of each batch, from the rank-th.
+        world_size: number of ranks that share a batch.
+        undecoded: leave the images out; these samples, by index, are known to be bad.
     """
     size = len(dataset)
-    if start.sample + batch_size > size:  # the batches were smaller when this was saved
+    if start.sample + batch_size > size:  # the batch size was smaller at the checkpoint
         start = Position(start.epoch + 1, 0)
     reader = BatchReader(dataset, config, preprocess, context_length, truncate, seed, undecoded)
-    visits = _training_visits(dataset, batch_size, seed, start)
+    visits = (v[rank::world_size] for v in _training_visits(dataset, batch_size, seed, start))
+    own_size = len(range(rank, batch_size, world_size))
     position = start
-    for batch in _load(reader, (part[rank::world_size] for part in visits), config.workers):
+    for batch in _load(reader, visits, config.workers, own_size):
         position = advance(position, size, batch_size)
         yield batch, position
 
@@ -91,38 +91,36 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Every sample once, in order, as `preprocess` has it, with its first caption.
+    """Every sample once, in order, with the evaluation transform and its first caption.
 
-    Of several ranks each takes every `world_size`-th batch, from the rank-th: the batches are
-    the same whatever the number of ranks, and so is what a model makes of them.
+    Each rank takes every `world_size`-th batch, from the rank-th: the composition of batches, and
+    so a model's features, do not depend on the number of ranks.
     """
     size = len(dataset)
     starts = range(rank * batch_size, size, world_size * batch_size)
-    places = (range(n, min(n + batch_size, size)) for n in starts)
-    yield from batches_at(
-        dataset, config, places, preprocess=preprocess, context_length=context_length
-    )
+    places = [range(first, min(first + batch_size, size)) for first in starts]
+    return batches_at(dataset, config, places, preprocess=preprocess, context_length=context_length)
 
 
 def batches_at(
     dataset: Dataset,
     config: DataConfig,
-    places: Iterable[Sequence[int]],
+    places: Sequence[Sequence[int]],
     *,
     preprocess: Preprocess,
     context_length: int,
     undecoded: Mapping[int, Bad] | None = None,
 ) -> Iterator[Batch]:
-    """As `evaluation_batches`, of samples by their index; `undecoded` is as in training."""
+    """Batches of these indices, as `evaluation_batches`; `undecoded` as in `training_batches`."""
     reader = BatchReader(dataset, config, preprocess, context_length, True, None, undecoded)
-    visits = ([Visit(0, place, place) for place in several] for several in places)
-    yield from _load(reader, visits, config.workers)
+    visits = ([Visit(0, index, index) for index in batch] for batch in places)
+    return _load(reader, visits, config.workers, max(map(len, places), default=0))
 
 
 def _training_visits(
     dataset: Dataset, batch_size: int, seed: int, start: Position
 ) -> Iterator[list[Visit]]:
-    """What each batch visits; an epoch's order is drawn anew."""
+    """The visits of each global batch; every epoch has an order of its own."""
     position = start
     while True:
         epoch = position.epoch
@@ -133,95 +131,100 @@ def _training_visits(
             position = advance(position, len(dataset), batch_size)
 
 
-def _load(reader: BatchReader, visits: Iterator[list[Visit]], count: int | None) -> Iterator[Batch]:
-    """Have the reader read each list of visits, in this process or in `count` others.
+def _load(
+    reader: BatchReader, visits: Iterable[list[Visit]], workers: int | None, batch_size: int
+) -> Iterator[Batch]:
+    """Read lists of at most `batch_size` visits, in this process or in `workers` others."""
+    if workers is None:
+        workers = default_workers()
+    if workers > 0:
+        yield from _load_in_workers(reader, visits, workers, batch_size)
+        return
+    for one in visits:
+        batch = reader.read(one)
+        yield batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+def _load_in_workers(
+    reader: BatchReader, visits: Iterable[list[Visit]], count: int, batch_size: int
+) -> Iterator[Batch]:
+    """Read lists of visits in `count` processes, which end with this generator.
 
     Raises:
-        DataError: a worker died, or there is too little memory or there are too few files.
+        DataError: a worker died, there is too little memory, or too few files may be open.
     """
-    if count is None:
-        count = default_workers()
-    workers = _Workers()
-    # At exit multiprocessing sends its children SIGTERM, which they ignore, and waits for them.
-    kill = Finalize(None, workers.kill, exitpriority=0)
-    batches = None
+    slots = PREFETCH * count + 1  # batches that workers may write, and the one being taken
+    workers, batches = _Workers(), None
+    # At exit multiprocessing would send SIGTERM, which workers ignore, and wait for them.
+    atexit.register(workers.kill)
     try:
-        while True:
-            try:
-                with workers.raising_deaths():
-                    if batches is None:
-                        batches = _begin(reader, visits, count, workers)
-                    batch = next(batches)
-                    if isinstance(batch, Packed):
-                        batch = batch.unpack()
-            except StopIteration:
+        reader.share(count, slots, batch_size)
+        with workers.raising_deaths():
+            loader = DataLoader(
+                reader,  # pyright: ignore[reportArgumentType]: its keys are a slot and visits
+                batch_size=None,  # a list of visits is a batch already
+                sampler=zip(cycle(range(slots)), visits),  # pyright: ignore[reportArgumentType]
+                num_workers=count,
+                prefetch_factor=PREFETCH,
+                multiprocessing_context=workers,
+                collate_fn=_identity,
+                worker_init_fn=partial(_begin_worker, os.getpid()),
+                generator=torch.Generator(),  # the default one is part of checkpoints
+            )
+            batches = iter(loader)
+        for slot in cycle(range(slots)):
+            with workers.raising_deaths():
+                batch = next(batches, None)
+            if batch is None:
                 return
-            except (RuntimeError, OSError, EOFError) as error:
-                if names := _names_of_dead(reader, workers.dead(1)):
-                    raise _death(names) from error
-                workers.kill()  # what they would do at their end may lack the same
-                is_cut_off = isinstance(error, EOFError | ConnectionError)  # on its way from there
-                if not is_cut_off and not lacks_memory(error):
-                    raise
-                raise shortage_error("data", error) from None
             if isinstance(batch, DataError):
-                workers.kill()
                 raise batch
-            yield batch
+            yield reader.take(slot, batch)
+    except (RuntimeError, OSError, EOFError) as error:
+        if dead := workers.dead(seconds=1):
+            raise _death(reader, [process.pid for process in dead]) from error
+        if lacks_memory(error) or getattr(error, "errno", None) == errno.ENOSPC:  # of /dev/shm
+            raise shortage_error("data", error) from None
+        raise
     finally:
-        del batches  # PyTorch ends its workers when nothing refers to its iterator
-        kill()
-
-
-def _begin(
-    reader: BatchReader, visits: Iterator[list[Visit]], count: int, workers: "_Workers"
-) -> "Iterator[Batch | Packed | DataError]":
-    """PyTorch's loader, with its workers."""
-    reader.reading = torch.full((max(count, 1), 2), -1).share_memory_()
-    loader = DataLoader(
-        reader,  # pyright: ignore[reportArgumentType]: a reader of lists of visits
-        batch_size=None,  # a list of visits is a batch already
-        sampler=visits,  # pyright: ignore[reportArgumentType]: an iterator will do
-        num_workers=count,
-        prefetch_factor=4 if count else None,
-        multiprocessing_context=workers if count else None,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=partial(_begin_worker, os.getpid()),
-        generator=torch.Generator(),  # it draws a seed; not from what a checkpoint restores
-    )
-    return iter(loader)
+        del batches  # PyTorch ends its workers when its iterator is deleted
+        workers.kill()
+        atexit.unregister(workers.kill)
 
 
 class _Workers(ForkContext):
-    """The processes that PyTorch starts, to see when they die and to end them."""
+    """Gives PyTorch's loader its processes, and keeps them, to see which one died."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.started: list[BaseProcess] = []
+        self.created: list[BaseProcess] = []
 
     def Process(self, *args: Any, **options: Any) -> BaseProcess:  # pyright: ignore
         process = super().Process(*args, **options)
-        self.started.append(process)
+        self.created.append(process)
         return process
 
+    @property
+    def started(self) -> list[BaseProcess]:
+        """The processes without one that could not be started."""
+        return [process for process in self.created if process.pid is not None]
+
     def dead(self, seconds: float = 0) -> list[BaseProcess]:
-        """Those that ended other than by themselves, waiting so long for the first one."""
-        begun = [process for process in self.started if process.pid is not None]
-        ended = wait([process.sentinel for process in begun], seconds)
-        for process in begun:
-            if process.sentinel in ended:
-                process.join()  # its files are closed, it may not be quite gone
-        return [process for process in begun if process.exitcode]
+        """The workers that failed or were killed; waits this long for the first one."""
+        ended = wait([process.sentinel for process in self.started], seconds)
+        failed = [process for process in self.started if process.sentinel in ended]
+        for process in failed:
+            process.join()  # the sentinel may be ready before the exit code
+        return [process for process in failed if process.exitcode]
 
     @contextmanager
     def raising_deaths(self) -> Iterator[None]:
-        """Raise RuntimeError as soon as a worker is dead, in the main thread; only meanwhile.
+        """Raise RuntimeError in the main thread as soon as a worker dies, but only in this block.
 
-        PyTorch's own handler of SIGCHLD would raise it wherever the program is just then, in the
-        midst of a step or a checkpoint; without one the rest of a message would be waited for.
+        PyTorch's own handler of SIGCHLD would raise it anywhere, such as amid a checkpoint. With no
+        handler, the rest of a message that the worker had begun to write would be awaited forever.
         """
-        if not is_main_thread():  # PyTorch looks every five seconds
+        if not is_main_thread():  # PyTorch checks every five seconds
             yield
             return
 
@@ -238,44 +241,37 @@ class _Workers(ForkContext):
             signal.signal(signal.SIGCHLD, before)
 
     def kill(self) -> None:
-        """End those that have not ended."""
+        """End the workers that have not ended by themselves."""
         for process in self.started:
-            if process.pid is not None:
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
 
 
 def _begin_worker(parent: int, _: int) -> None:
-    """In a worker: signals to a whole group of processes are for the training process to answer.
+    """In a worker: leave signals to the training process, and end with it.
 
-    A worker ends when PyTorch asks it to, or with its parent, by the kernel: PyTorch's watchdog
-    alone would let one wait for ever whose batches nobody takes.
+    Terminals and schedulers send signals to all processes of a job. PyTorch's watchdog alone would
+    not end a worker that waits to write a batch.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os._exit(1)
-    # Of the thread that hands over shared memory: who waits for it would do so for ever.
-    sys.excepthook = lambda *_: os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _names_of_dead(reader: BatchReader, dead: Sequence[BaseProcess]) -> list[str]:
-    """Of the samples that dead workers were reading."""
-    if not dead:
-        return []
-    ids = {process.pid for process in dead}
-    slots = [index for pid, index in reader.reading.tolist() if pid in ids]
-    return [reader.name(index) for index in slots] or ["data"]
-
-
-def _death(names: Sequence[str]) -> DataError:
+def _death(reader: BatchReader, pids: Sequence[int | None]) -> DataError:
+    """The error for workers that died, with the samples that they were reading."""
+    names = [reader.name(index) for pid, index in reader.reading.tolist() if pid in pids]
     return DataError(
-        f"{', '.join(names)}: the process that was reading it died; if it was the system that "
-        f"ended it for want of memory or shared memory (df -h /dev/shm; of a container: "
-        f"--shm-size), set data.workers lower; else take this sample out"
+        f"{', '.join(names) or 'data'}: the process that was reading it died; if the system ended "
+        f"it for lack of memory, set data.workers lower; otherwise remove this sample"
     )
 
 
-def _as_it_is(batch: T) -> T:
+def _identity(batch: T) -> T:
     return batch
