@@ -403,28 +403,3 @@ def test_a_caption_of_100_000_characters(tmp_path: Path) -> None:
     ((batch, _),) = itertools.islice(open_stream(open_dataset(settings), settings, 5), 1)
     assert batch.tokens.shape == (5, 12)
     assert batch.bad == []
-
-
-def test_small_images_are_read_once(tmp_path: Path) -> None:
-    root = make_pairs(tmp_path / "p", 10)
-    expected = stream(root, 4, Position(1, 0)) + stream(root, 2, Position(3, 0))
-    batches = small_batches(config(root), batch_size=5, start=Position())
-    first = list(itertools.islice(batches, 2))
-    for path in root.iterdir():
-        path.unlink()
-    assert same(list(itertools.islice(batches, 6)), expected)
-    assert all(len(batch) == 5 for batch, _ in first)
-
-
-@pytest.mark.parametrize(("size", "suffix"), [(300, ".png"), (24, ".jpg")])
-def test_large_images_and_jpegs_are_read_each_time(tmp_path: Path, size: int, suffix: str) -> None:
-    for i in range(10):
-        noise_image(i, (size, size)).save(tmp_path / f"{i}{suffix}")
-        (tmp_path / f"{i}.txt").write_text(f"number {i}")
-    batches = small_batches(config(tmp_path), batch_size=5, start=Position())
-    list(itertools.islice(batches, 2))
-    for path in tmp_path.glob(f"*{suffix}"):
-        path.unlink()
-    batch, _ = next(batches)
-    assert len(batch) == 0
-    assert {bad.kind for bad in batch.bad} == {"missing file"}
