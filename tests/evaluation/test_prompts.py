@@ -106,7 +106,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ..
         "folder",
         lambda at: (at / "t.txt").write_text("\n"),
         ("--templates", "t.txt"),
-        ("t.txt: no templates; write one a line, with {} for the name",),
+        ("t.txt: no templates; write one per line, with {} for the name",),
     ),
     ("folder", lambda _: 0, ("--templates", "no.txt"), ("--templates: no such file: no.txt",)),
     (
