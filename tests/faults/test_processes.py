@@ -184,7 +184,7 @@ def test_dead_ranks_are_started_again(workplace: Path, left: Leftovers) -> None:
             time.sleep(0.005)
     errors = end_of(process)
     assert process.returncode == 0, errors
-    assert errors.count("going on from two/checkpoints/step-") == kills
+    assert errors.count("resuming from two/checkpoints/step-") == kills
     left.check()
     whole = (*OPTIONS, *options, "-o", "train.batch_size=2", "--output-dir", "whole")
     assert [rank.code() for rank in fork_ranks(2, *whole, folder=workplace)] == [0, 0]

@@ -1,6 +1,6 @@
-"""Norms over many tensors, also of parameters that are sharded over the ranks.
+"""Norms over many tensors, including parameters sharded over the ranks.
 
-model -> parameters by tower -> norm of gradients, of parameters, of what a step changed
+model -> parameters by tower -> norms of gradients, parameters and updates
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from leanclip.model.parameters import SCALARS, is_shard, local
 
 
 def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The norm () of all of them together, the same on every rank."""
+    """The norm () over all of the tensors, equal on every rank."""
     sharded = [tensor.to_local() for tensor in tensors if is_shard(tensor)]
     whole = [tensor for tensor in tensors if not is_shard(tensor)]
     norm = nn.utils.get_total_norm(whole)
@@ -24,20 +24,20 @@ def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return (square + norm.to(square.device).square()).sqrt()
 
 
-def clip_(gradients: Sequence[torch.Tensor], norm: torch.Tensor, most: float) -> None:
-    """Scale gradients of this norm down to the norm `most`, where it is more.
+def clip_(gradients: Sequence[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale gradients, whose norm is given, down to `max_norm` if it is larger.
 
-    As `torch.nn.utils.clip_grads_with_norm_`, which does not mix sharded and whole ones.
+    As `torch.nn.utils.clip_grads_with_norm_`, which cannot mix sharded and whole tensors.
     """
-    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     shards = [local(gradient) for gradient in gradients]
     torch._foreach_mul_(shards, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class StepNorms:
-    """The norms of one step by tower: made before the optimiser's step, read after it.
+    """The norms of one step by tower: created before the optimiser's step, read after it.
 
-    Holds a copy of the parameters in between; changes nothing.
+    Keeps a copy of the parameters in between.
     """
 
     def __init__(self, model: CLIP) -> None:
