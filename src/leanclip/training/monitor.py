@@ -156,12 +156,9 @@ class Monitor:
     def _log(self, step: int, line: Mapping[str, float]) -> None:
         self.last_log = self.last_line
         seconds_a_step = (self.last_line - self.began) / (step - self.first_step)
-        log.info(
-            "step %s of %s, loss %.3f, %.0f images/s, %.0f%% waiting for data, %s left",
-            *(f"{step:,}", f"{self.plan.last_step:,}", line["train/loss"]),
-            *(line["train/samples_per_second"], 100 * line["train/data_wait_share"]),
-            _format_seconds((self.plan.last_step - step) * seconds_a_step),
-        )
+        left = _format_seconds((self.plan.last_step - step) * seconds_a_step)
+        total, metrics = self.plan.last_step, format_metrics(line)
+        log.info("step %s of %s, %s, %s left", f"{step:,}", f"{total:,}", metrics, left)
 
 
 class NonFiniteTracker:
@@ -215,8 +212,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 def format_metrics(line: Mapping[str, float]) -> str:
-    """A line of metrics, for the progress bar."""
-    return "  ".join(
+    """The main metrics of a line, for the progress bar and the log."""
+    return ", ".join(
         (
             f"loss {line['train/loss']:.3f}",
             f"lr {line['train/lr']:.1e}",

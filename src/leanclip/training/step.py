@@ -9,7 +9,7 @@ the gradients are those of the whole batch, the memory that of one micro-batch.
 Shapes: n pairs of this rank, L tokens, R resolution, E embedding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,15 +20,17 @@ from torch.nn import functional as F
 
 from leanclip.config.training import TrainConfig
 from leanclip.data.batch import Batch
-from leanclip.distributed.collectives import mean_over_ranks_, rank_and_world_size
-from leanclip.distributed.fsdp import is_sharded
+from leanclip.distributed.collectives import (
+    mean_over_ranks_,
+    rank_and_world_size,
+    sum_over_ranks,
+)
 from leanclip.distributed.wrap_model import eval_mode_batch_norm, gradient_sync
 from leanclip.losses import Kind, contrastive_loss
 from leanclip.model import CLIP
-from leanclip.model.parameters import SCALARS
+from leanclip.model.parameters import SCALARS, is_shard, local
 from leanclip.preprocess.images import Preprocess, normalize
 from leanclip.preprocess.tokenizer import END
-from leanclip.training.gradients import StepNorms, clip_, total_norm
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # other precisions: none
 
@@ -39,7 +41,7 @@ class StepResult(NamedTuple):
     loss: torch.Tensor  # (), over all ranks
     gradient_norm: torch.Tensor  # () of all parameters, before clipping
     is_finite: torch.Tensor  # () bool; where false, nothing was changed
-    norms: dict[str, torch.Tensor]  # by tower, see StepNorms; empty unless asked for
+    norms: dict[str, torch.Tensor]  # by tower, such as `update_norm/image`; empty unless asked for
 
 
 def train_step(
@@ -77,7 +79,7 @@ def train_step(
     forward = partial(_forward, towers, preprocess, settings.precision, model.logit_scale.device)
     backward = partial(_backward, model, batch, settings, kind, scaler)
     # FSDP gathers each block's parameters on all ranks together: all run as many micro-batches.
-    parts = _micro_batches(batch, settings, is_exact=is_sharded(model))
+    parts = _micro_batches(batch, settings, is_exact=any(map(is_shard, model.parameters())))
     if settings.micro_batches == 1:  # not len(parts): all ranks must do the same
         loss = backward(*forward(parts[0]))
     else:
@@ -86,10 +88,10 @@ def train_step(
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if scaler:
         scaler.unscale_(optimizer)
-    norm = total_norm(gradients)
-    norms = StepNorms(model) if must_measure else None
+    norm = _total_norm(gradients)
+    norms = _StepNorms(model) if must_measure else None
     if max_gradient_norm is not None:
-        clip_(gradients, norm, max_gradient_norm)
+        _clip(gradients, norm, max_gradient_norm)
     is_finite = torch.isfinite(loss + norm)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("factor", 1.0)
@@ -225,6 +227,60 @@ def _cached_backward(
             torch.autograd.backward([z for z, _ in trained], [dz for _, dz in trained])
     _set_random_state(after)
     return loss
+
+
+def _total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm () over all of the tensors, equal on every rank."""
+    sharded = [tensor.to_local() for tensor in tensors if is_shard(tensor)]
+    whole = [tensor for tensor in tensors if not is_shard(tensor)]
+    norm = nn.utils.get_total_norm(whole)
+    if not sharded:
+        return norm
+    square = sum_over_ranks(nn.utils.get_total_norm(sharded).square())
+    return (square + norm.to(square.device).square()).sqrt()
+
+
+def _clip(gradients: Sequence[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale gradients, whose norm is given, down to `max_norm` if it is larger.
+
+    As `torch.nn.utils.clip_grads_with_norm_`, which cannot mix sharded and whole tensors.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    shards = [local(gradient) for gradient in gradients]
+    torch._foreach_mul_(shards, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class _StepNorms:
+    """The norms of one step by tower: created before the optimiser's step, read after it.
+
+    Keeps a copy of the parameters in between.
+    """
+
+    def __init__(self, model: CLIP) -> None:
+        self._parameters: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in SCALARS:
+                tower = "image" if name.startswith("visual.") else "text"
+                self._parameters[tower].append(parameter)
+        self._before = {k: [p.detach().clone() for p in v] for k, v in self._parameters.items()}
+        self._gradients = {
+            tower: _total_norm([p.grad for p in parameters if p.grad is not None])
+            for tower, parameters in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def after_step(self) -> dict[str, torch.Tensor]:
+        """`gradient_norm/image`, `parameter_norm/text`, `update_norm/image` and so on, each ()."""
+        norms = {}
+        for tower, parameters in self._parameters.items():
+            norms[f"gradient_norm/{tower}"] = self._gradients[tower]
+            norms[f"parameter_norm/{tower}"] = _total_norm(parameters)
+            before = self._before[tower]
+            for old, parameter in zip(before, parameters, strict=True):
+                local(old).sub_(local(parameter))
+            norms[f"update_norm/{tower}"] = _total_norm(before)
+        self._before.clear()
+        return norms
 
 
 def _scalars(model: CLIP) -> list[nn.Parameter]:
