@@ -104,4 +104,5 @@ def _said(pid: int, name: str) -> str:
 
 
 def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """What is in a folder, without the semaphores that scikit-learn's processes have anywhere."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith("sem.loky-")}

@@ -64,13 +64,15 @@ def test_a_killed_worker_is_said_and_the_run_goes_on(
 
 
 def test_a_worker_without_memory_is_said(workplace: Path, left: Leftovers) -> None:
-    """It may have no more than it has; that no image can be read then is not the images' fault."""
+    """It may have no more than it has; that a large image cannot be read then is not its fault."""
     options = (*OPTIONS, "-o", "data.workers=1", "-o", "train.epochs=100000")
+    noise_image(0, (4000, 3000)).save(workplace / "large.png")
     process = Forked(*options, "--output-dir", "run", folder=workplace)
     process.until(lambda: len(read_metrics(workplace / "run")) >= 3)
     (worker,) = children(process.pid)
     limit = 1 << 28  # less than it has: nothing more can be had
     resource.prlimit(worker, resource.RLIMIT_AS, (limit, limit))
+    (workplace / "large.png").replace(workplace / "data/000.png")
     assert process.code() == 2, process.said()
     assert "Traceback" not in process.said()
     assert "memory" in process.said().splitlines()[-1]
