@@ -88,9 +88,11 @@ class BatchReader:
         return batch
 
     def take(self, slot: int, batch: Batch) -> Batch:
-        """A worker's batch with its images, which leave the slot free."""
-        images = torch.from_numpy(self.images[slot, : len(batch)])
-        batch.images = images.pin_memory() if torch.cuda.is_available() else images.clone()
+        """A worker's batch with a copy of its images, so that the slot is free."""
+        batch.images = torch.from_numpy(self.images[slot, : len(batch)])
+        if torch.cuda.is_available():
+            return batch.pin_memory()
+        batch.images = batch.images.clone()
         return batch
 
     def read(self, visits: Sequence[Visit]) -> Batch:
