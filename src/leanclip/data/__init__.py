@@ -88,8 +88,8 @@ def _check_settings(config: DataConfig, formats: Sequence[str]) -> None:
         is_set = getattr(config, name) != SourceConfig.model_fields[name].default
         if is_set and not set(takers) & set(formats):
             raise ConfigError(
-                f"data.{name}: is of no use with format {' or '.join(dict.fromkeys(formats))}, "
-                f"only with {', '.join(takers)}; remove it"
+                f"data.{name}: does not apply to format "
+                f"{' or '.join(dict.fromkeys(formats))}, only to {', '.join(takers)}; remove it"
             )
 
 
