@@ -366,7 +366,7 @@ def test_a_source_can_set_a_value_back_to_its_default(tmp_path: Path) -> None:
 )
 def test_settings_that_a_layout_has_no_use_for_are_refused(format: str, setting: dict) -> None:
     (name,) = setting
-    with pytest.raises(ConfigError, match=rf"data\.{name}: does not apply to format {format}, "):
+    with pytest.raises(ConfigError, match=rf"data\.{name}: is of no use with format {format}, "):
         open_dataset(config(Path("nowhere"), format, **setting))
 
 

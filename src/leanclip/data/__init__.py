@@ -1,4 +1,4 @@
-"""Data sets: one file per format, and the loader that batches their samples."""
+"""Data sets: one file per format, the samples they give, and the loader that batches them."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ FORMATS = {
 }
 
 
-# Settings that only some formats use; with others they are an error.
+# Settings that only some formats have a use for; elsewhere they are refused.
 TAKEN_BY = {
     "templates": ("shapes", "food101", "folder", "table", "shards", "wds", "hub"),
     "class_names": ("shapes", "food101", "folder", "table", "shards", "wds", "hub"),
@@ -33,17 +33,17 @@ TAKEN_BY = {
     "label_column": ("table", "hub"),
     "streaming": ("hub",),
 }
-INHERITED = (*TAKEN_BY, "split")  # by sources of a mixture that do not set them
+INHERITED = (*TAKEN_BY, "split")  # of a mixture, by sources that do not set them
 
 
 def open_dataset(config: DataConfig) -> Dataset:
     """The data set that a `data` section describes.
 
-    Without a split, the training split is read: `leanclip.data.splits`.
+    Where it names no split, that of training is read: `leanclip.data.splits`.
 
     Raises:
         DataError: it is missing, empty or not of its format.
-        ConfigError: a setting does not apply to its format.
+        ConfigError: it sets what its format has no use for.
     """
     if config.format == "mixture":
         _check_settings(config, [source.format for source in config.sources])
@@ -58,10 +58,10 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def source_configs(config: DataConfig) -> list[DataConfig]:
-    """The sources of a mixture, each as a `data` section; empty for other formats.
+    """The sources of a mixture, each as a `data` section; none of another format.
 
     Raises:
-        ConfigError: a source that is not a stream has an epoch_size.
+        ConfigError: a source that is no stream has an epoch_size.
     """
     return [_source_config(config, source) for source in config.sources]
 
@@ -72,7 +72,7 @@ def _source_config(mixture: DataConfig, source: MixedSource) -> DataConfig:
     for name in INHERITED:
         if name not in source.model_fields_set and source.format in TAKEN_BY.get(name, FORMATS):
             own[name] = getattr(mixture, name)
-    if source.caption_column is not None:  # captions, not classes
+    if source.caption_column is not None:  # which of the two there is says what the data is
         own["label_column"] = source.label_column
     if source.label_column is not None:
         own["caption_column"] = None
@@ -83,21 +83,21 @@ def _source_config(mixture: DataConfig, source: MixedSource) -> DataConfig:
 
 
 def _check_settings(config: DataConfig, formats: Sequence[str]) -> None:
-    """Refuse settings that apply to none of the formats."""
+    """Refuse settings that none of the formats has a use for."""
     for name, takers in TAKEN_BY.items():
         is_set = getattr(config, name) != SourceConfig.model_fields[name].default
         if is_set and not set(takers) & set(formats):
             raise ConfigError(
-                f"data.{name}: does not apply to format "
-                f"{' or '.join(dict.fromkeys(formats))}, only to {', '.join(takers)}; remove it"
+                f"data.{name}: is of no use with format {' or '.join(dict.fromkeys(formats))}, "
+                f"only with {', '.join(takers)}; remove it"
             )
 
 
 def split_source(words: str, *, option: str = "SRC") -> tuple[str, str]:
-    """Split `FORMAT:ROOT`.
+    """`FORMAT:ROOT` -> both.
 
     Raises:
-        ConfigError: not of that form, or no such format; the message names `option`.
+        ConfigError: it is not of that form, or there is no such format; it names `option`.
     """
     format, colon, root = words.partition(":")
     if not colon or format not in FORMATS or not root:
@@ -108,7 +108,7 @@ def split_source(words: str, *, option: str = "SRC") -> tuple[str, str]:
 
 
 def parse_source(words: str, overrides: Sequence[str] = ()) -> DataConfig:
-    """The `data` section of `FORMAT:ROOT`, and `key=value` for other settings.
+    """`FORMAT:ROOT`, and `key=value` for other settings of `data` -> the section.
 
     Raises:
         ConfigError: not of that form, or a setting is wrong.
