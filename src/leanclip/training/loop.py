@@ -198,7 +198,7 @@ def _fit(
             if should_stop(plan, done.best):
                 log.info("stopped early at step %d: no improvement after %s", step, done.best)
                 break
-            batch, position = monitor.wait_for(batches)
+            batch, position = monitor.wait_for(batches)  # the device works on the last step
             counts = _sum_counts(batch, signals, len(config.data.sources))  # over all ranks
             for reason in skipped.add(counts.bad):
                 log.warning("skipped: %s", reason)
@@ -210,7 +210,7 @@ def _fit(
                 monitor.add(step + 1, batch, result, is_cached=cache.is_used)
             done = _after_step(done, plan, counts, position, time.perf_counter() - began)
             if must_log:
-                monitor.report(
+                monitor.report(  # waits for the device
                     done,
                     result,
                     learning_rate=rate,

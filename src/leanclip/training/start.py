@@ -71,11 +71,10 @@ class Chosen(NamedTuple):
     """The checkpoint that a run resumes from."""
 
     folder: Path  # on the first rank
-    digest: str  # of its manifest, which has the digest of every file
     progress: checkpoint.Progress
     config: Config  # of the last start
     is_sharded: bool
-    digests: dict[str, str]  # of all checkpoints in the run's folder, by name
+    digests: dict[str, str]  # of the manifests of all checkpoints there, by name
 
 
 def check_same_plan(plan: Plan) -> None:
@@ -230,7 +229,7 @@ def _choose(plan: Plan, must_resume: bool) -> Chosen | None:
     if plan.config.load is not None:
         _check_load(plan, plan.config.load, old.load, progress.loaded, must_resume)
     is_sharded = checkpoint.is_in_shards(found)
-    return Chosen(found, digests[found.name], progress, old, is_sharded, digests)
+    return Chosen(found, progress, old, is_sharded, digests)
 
 
 def _check_load(
@@ -285,7 +284,7 @@ def _contradiction(plan: Plan, chosen: Chosen | None) -> str:
             first = chosen.folder.with_name(name) if expected and is_other else chosen.folder
             return _sees(root / name, digest, first, chosen.digests[first.name])
     if chosen is not None and chosen.is_sharded and chosen.folder.name not in digests:
-        return _sees(None, "", chosen.folder, chosen.digest)
+        return _sees(None, "", chosen.folder, chosen.digests[chosen.folder.name])
     return ""
 
 
