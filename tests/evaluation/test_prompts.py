@@ -93,7 +93,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ..
         "folder",
         lambda at: (at / "n.txt").write_text(""),
         ("--classes", "n.txt"),
-        ("n.txt: is empty; write a class's name a line",),
+        ("n.txt: is empty; write one class name per line",),
     ),
     ("folder", lambda _: 0, ("--classes", "none.txt"), ("--classes: no such file: none.txt",)),
     (
