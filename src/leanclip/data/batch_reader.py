@@ -27,8 +27,8 @@ class Visit(NamedTuple):
     """One use of a sample."""
 
     epoch: int
-    place: int  # in the epoch
-    what: int | Sample
+    position: int  # in the epoch
+    sample: int | Sample  # an index, or of a stream the sample itself
 
 
 class BatchReader:
@@ -114,11 +114,11 @@ class BatchReader:
         indices, captions, digests, bad = [], [], [], []
         try:
             for visit in visits:
-                what, sample = visit.what, None
+                what, sample = visit.sample, None
                 index = reading[1] = -1 if isinstance(what, Sample) else what
                 try:
                     sample = what if isinstance(what, Sample) else self.dataset[what]
-                    caption = self._look(sample, visit, images[len(samples)])
+                    caption = self._read_sample(sample, visit, images[len(samples)])
                     if self.seed is None and self.undecoded is None:
                         digests.append(_digest(sample))
                 except SampleError as error:
@@ -144,17 +144,17 @@ class BatchReader:
             bad,
         )
 
-    def _look(self, sample: Sample, visit: Visit, pixels: np.ndarray) -> str:
+    def _read_sample(self, sample: Sample, visit: Visit, pixels: np.ndarray) -> str:
         """The caption of a visit; its image is written to `pixels` (3, R, R)."""
         if sample.error:
             raise sample.error
         rng, caption = None, sample.captions[0]
         if self.seed is not None:
-            rng = np.random.default_rng([self.seed, visit.epoch, visit.place])
+            rng = np.random.default_rng([self.seed, visit.epoch, visit.position])
             caption = sample.captions[int(rng.integers(len(sample.captions)))]
         if self.undecoded is None:
             pixels[:] = self._pixels(sample, rng)
-        elif isinstance(visit.what, int) and (bad := self.undecoded.get(visit.what)):
+        elif isinstance(visit.sample, int) and (bad := self.undecoded.get(visit.sample)):
             raise SampleError(bad.kind, bad.reason)
         self._check_caption(sample, caption)
         return caption
