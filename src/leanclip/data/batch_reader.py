@@ -38,14 +38,8 @@ class BatchReader:
     before the workers start. It is anonymous: neither the size of /dev/shm nor the limit on open
     files matters, and the kernel frees it whichever process is killed.
 
-    Args:
-        dataset: the samples.
-        config: crops and limits.
-        preprocess: the model's resolution, and its transform for evaluation.
-        context_length: maximum length of a caption in tokens.
-        truncate: cut longer captions; otherwise they are bad samples.
-        seed: of crops and captions; None: the evaluation transform, the first caption.
-        undecoded: leave the images out; these samples, by index, are known to be bad.
+    The arguments are those of `training_batches`; without a seed, every sample has the evaluation
+    transform and its first caption.
     """
 
     def __init__(

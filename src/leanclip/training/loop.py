@@ -229,7 +229,6 @@ def _fit(
                 _save(plan, done, trained)
             if counts.stop:
                 raise Preempted(counts.stop)
-    monitor.log_waiting()
     if done.samples == 0:
         raise DataError(f"{config.data.root}: no sample could be used: {skipped.summary()}")
     # A run that had finished before, and is started again, is only evaluated.

@@ -32,7 +32,6 @@ from leanclip.training.utilisation import Utilisation
 T = TypeVar("T")
 LOG_SECONDS = 30  # between two lines of the log, without a progress bar
 MAX_NAMES = 3  # samples named of a step that was skipped
-SLOW_DATA_FRACTION = 0.2  # of the time; from there on waiting for data is logged
 log = logging.getLogger("leanclip")
 
 
@@ -70,7 +69,7 @@ class Monitor:
         self.first_step, self.samples = done.step, done.samples
         self.began = self.last_line = 0.0  # seconds, set on entry
         self.last_log = -math.inf
-        self.waited = self.waited_before = 0.0  # seconds since the last line, and until then
+        self.waited = 0.0  # seconds since the last line
 
     def __enter__(self) -> "Monitor":
         self.bar.__enter__()
@@ -130,7 +129,7 @@ class Monitor:
         if scaler:
             line["train/loss_scale"] = scaler.get_scale()
         self.samples, self.last_line = done.samples, time.perf_counter()
-        self.waited, self.waited_before = 0.0, self.waited_before + self.waited
+        self.waited = 0.0
         if self.metrics is not None:
             self.metrics.write(done.step, line)
         self.bar.note(format_metrics(line))
@@ -142,16 +141,6 @@ class Monitor:
         if self.metrics is not None:
             names = {name: "" if name.startswith("retention/") else "val/" for name in metrics}
             self.metrics.write(step, {names[name] + name: metrics[name] for name in metrics})
-
-    def log_waiting(self) -> None:
-        """Log the fraction of the whole time spent waiting for data, if it is large."""
-        seconds = time.perf_counter() - self.began
-        fraction = (self.waited_before + self.waited) / seconds
-        if fraction > SLOW_DATA_FRACTION and seconds > 10:
-            log.info(
-                "%.0f%% of the time was spent waiting for data; see docs/data.md, Speed",
-                100 * fraction,
-            )
 
     def _log(self, step: int, line: Mapping[str, float]) -> None:
         self.last_log = self.last_line
