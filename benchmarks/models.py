@@ -11,7 +11,7 @@ from captions import plain_caption
 from leanclip.config.presets import preset
 from leanclip.config.schema import load_config
 from leanclip.config.sections import to_plain
-from leanclip.data.loader import Batch, trim
+from leanclip.data.batch import Batch, trim
 from leanclip.data.prompts import PROMPTS
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess

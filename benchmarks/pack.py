@@ -27,7 +27,8 @@ from skimage import data as photographs
 from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset, parse_source
 from leanclip.data import scaled_decode as reduced
-from leanclip.data.loader import Batch, training_batches
+from leanclip.data.batch import Batch
+from leanclip.data.loader import training_batches
 from leanclip.data.tools.check import open_parts, read_parts
 from leanclip.data.tools.findings import find
 from leanclip.data.tools.pack import pack

@@ -27,7 +27,8 @@ from images import make_photographs
 from leanclip.config.data import DataConfig
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
-from leanclip.data.loader import Batch, training_batches
+from leanclip.data.batch import Batch
+from leanclip.data.loader import training_batches
 from leanclip.preprocess.images import Preprocess
 from measuring import NotTheSame, chosen, command_line, finish, in_turn, options, spread
 from models import QUICKSTART, architecture, realistic_captions

@@ -35,7 +35,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from leanclip.config.training import OptimizerConfig, TrainConfig
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.distributed.wrap_model import wrap_model
 from leanclip.preprocess.images import Preprocess, normalize
 from leanclip.training.optimizer import build_optimizer

@@ -27,7 +27,8 @@ from PIL import Image
 from leanclip.config.data import DataConfig
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
-from leanclip.data.loader import Batch, Position, training_batches
+from leanclip.data.batch import Batch, Position
+from leanclip.data.loader import training_batches
 from leanclip.errors import LeanclipError
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess

@@ -3,9 +3,7 @@
 import ctypes
 import getpass
 import os
-import shutil
 import signal
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,19 +31,14 @@ class Leftovers:
         self._processes = set(_descendants(os.getpid()))
         self._shared = _names(SHARED_MEMORY)
 
-    def check(self, *, goes_on: bool = False, killed_all: bool = False) -> None:
+    def check(self, *, goes_on: bool = False) -> None:
         """Nothing is left when what is ending has ended.
 
         Args:
             goes_on: it was killed, and a half-written file waits for the command that goes on.
-            killed_all: so was every process that could have tidied up: of each data loader there
-                is a folder in TMPDIR with nothing but sockets, which is removed here.
         """
         _until_empty("processes", lambda: [_said(pid, "cmdline") for pid in self.orphans()])
         _until_empty("shared memory", lambda: sorted(_names(SHARED_MEMORY) - self._shared))
-        for path in self.temporary.glob("leanclip-*") if killed_all else ():
-            assert all(stat.S_ISSOCK(one.stat().st_mode) for one in path.iterdir()), path
-            shutil.rmtree(path)
         _until_empty("files in TMPDIR", lambda: sorted(_names(self.temporary) - CACHES))
         if not goes_on:
             _until_empty("temporary files", self._files)
@@ -111,4 +104,5 @@ def _said(pid: int, name: str) -> str:
 
 
 def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """What is in a folder, without the semaphores that scikit-learn's processes have anywhere."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith("sem.loky-")}

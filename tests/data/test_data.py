@@ -210,7 +210,7 @@ def test_a_file_of_class_names_has_no_gaps(tmp_path: Path) -> None:
     names.write_text(" Ant \nBee\n\n\n")
     assert open_dataset(settings).classes == ["Ant", "Bee"]
     for content, words in (
-        (b"\n \n", "is empty; write a class's name a line"),
+        (b"\n \n", "is empty; write one class name per line"),
         (b"Ant\n\nBee\n", "line 2 is blank"),
         (b"\xff\xfe", "is not UTF-8"),
     ):

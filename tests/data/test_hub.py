@@ -18,8 +18,9 @@ from pyarrow import parquet
 
 from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
+from leanclip.data.batch import Position
 from leanclip.data.formats.mixture import Mixture
-from leanclip.data.loader import Position, evaluation_batches
+from leanclip.data.loader import evaluation_batches
 from leanclip.data.tools.pack import pack
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.preprocess.images import Preprocess

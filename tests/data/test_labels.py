@@ -196,7 +196,7 @@ def test_a_synset_mapping_gives_names_by_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names the class 'fish', which has no folder"):
         open_at(root, "folder", class_names=str(mapping))
     mapping.write_text("ant\tAnt\nbee Bee\n")
-    with pytest.raises(DataError, match="line 2 is no folder, tab and name"):
+    with pytest.raises(DataError, match="line 2 is not a folder, a tab and a name"):
         open_at(root, "folder", class_names=str(mapping))
 
 

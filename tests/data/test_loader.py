@@ -14,14 +14,10 @@ from conftest import make_pairs, noise_image, small_batches
 from leanclip.config.data import DataConfig
 from leanclip.config.sections import parse, to_plain
 from leanclip.data import open_dataset
+from leanclip.data.batch import Batch, Position
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.formats.mixture import Mixture
-from leanclip.data.loader import (
-    Batch,
-    Position,
-    evaluation_batches,
-    training_batches,
-)
+from leanclip.data.loader import PREFETCH, evaluation_batches, training_batches
 from leanclip.data.order import SMALL, permuted, shuffled
 from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import ConfigError, DataError
@@ -94,7 +90,8 @@ def test_the_position_alone_rebuilds_the_stream(tmp_path: Path) -> None:
 
 def test_the_number_of_workers_does_not_change_the_stream(tmp_path: Path) -> None:
     make_pairs(tmp_path / "p", 17)
-    assert same(stream(tmp_path / "p", 7, workers=2), stream(tmp_path / "p", 7))
+    count = 3 * (2 * PREFETCH + 1)  # each slot of the workers' shared memory is used three times
+    assert same(stream(tmp_path / "p", count, workers=2), stream(tmp_path / "p", count))
 
 
 def test_each_visit_draws_a_caption_and_a_crop(tmp_path: Path) -> None:
@@ -407,28 +404,3 @@ def test_a_caption_of_100_000_characters(tmp_path: Path) -> None:
     ((batch, _),) = itertools.islice(open_stream(open_dataset(settings), settings, 5), 1)
     assert batch.tokens.shape == (5, 12)
     assert batch.bad == []
-
-
-def test_small_images_are_read_once(tmp_path: Path) -> None:
-    root = make_pairs(tmp_path / "p", 10)
-    expected = stream(root, 4, Position(1, 0)) + stream(root, 2, Position(3, 0))
-    batches = small_batches(config(root), batch_size=5, start=Position())
-    first = list(itertools.islice(batches, 2))
-    for path in root.iterdir():
-        path.unlink()
-    assert same(list(itertools.islice(batches, 6)), expected)
-    assert all(len(batch) == 5 for batch, _ in first)
-
-
-@pytest.mark.parametrize(("size", "suffix"), [(300, ".png"), (24, ".jpg")])
-def test_large_images_and_jpegs_are_read_each_time(tmp_path: Path, size: int, suffix: str) -> None:
-    for i in range(10):
-        noise_image(i, (size, size)).save(tmp_path / f"{i}{suffix}")
-        (tmp_path / f"{i}.txt").write_text(f"number {i}")
-    batches = small_batches(config(tmp_path), batch_size=5, start=Position())
-    list(itertools.islice(batches, 2))
-    for path in tmp_path.glob(f"*{suffix}"):
-        path.unlink()
-    batch, _ = next(batches)
-    assert len(batch) == 0
-    assert {bad.kind for bad in batch.bad} == {"missing file"}

@@ -15,7 +15,8 @@ from conftest import make_pairs, noise_image
 
 from leanclip.config.data import DataConfig
 from leanclip.data import Dataset, open_dataset
-from leanclip.data.loader import Position, training_batches
+from leanclip.data.batch import Position
+from leanclip.data.loader import training_batches
 from leanclip.preprocess.images import Preprocess
 
 COUNT = 24

@@ -19,8 +19,8 @@ from web import Server, serving
 
 from leanclip.config.data import DataConfig
 from leanclip.data import Dataset, open_dataset
+from leanclip.data.batch import Position
 from leanclip.data.formats.shards import Shards
-from leanclip.data.loader import Position
 from leanclip.data.readers import shard_cache
 from leanclip.data.readers.shard_cache import shard_index
 from leanclip.data.readers.shard_list import expand

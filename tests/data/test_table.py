@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from leanclip.config.data import DataConfig
 from leanclip.data import Dataset, open_dataset
-from leanclip.data.loader import Position
+from leanclip.data.batch import Position
 from leanclip.data.readers import csv_rows
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError, SampleError

@@ -290,7 +290,7 @@ def test_a_run_in_shards_resumes_to_the_same_bits(workplace: Path, command: Comm
         shutil.rmtree(f"runs/config/checkpoints/step-{step:08d}")
     done = run_cli(*TRAIN, cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert "going on from runs/config/checkpoints/step-00000001" in done.stderr
+    assert "resuming from runs/config/checkpoints/step-00000001" in done.stderr
     assert command("merge", "runs/config", "found").returncode == 0
     for name in ("model.safetensors", "training.safetensors"):
         expected, found = load_file(Path("expected") / name), load_file(Path("found") / name)

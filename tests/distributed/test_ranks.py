@@ -18,7 +18,8 @@ from conftest import (
 
 from leanclip.config.schema import load_config
 from leanclip.data import open_dataset
-from leanclip.data.loader import Position, training_batches
+from leanclip.data.batch import Position
+from leanclip.data.loader import training_batches
 from leanclip.distributed.launch import launch
 from leanclip.distributed.preemption import HANDLED_SIGNALS
 from leanclip.io.files import read_metrics

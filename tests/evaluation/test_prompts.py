@@ -93,7 +93,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ..
         "folder",
         lambda at: (at / "n.txt").write_text(""),
         ("--classes", "n.txt"),
-        ("n.txt: is empty; write a class's name a line",),
+        ("n.txt: is empty; write one class name per line",),
     ),
     ("folder", lambda _: 0, ("--classes", "none.txt"), ("--classes: no such file: none.txt",)),
     (
@@ -106,7 +106,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ..
         "folder",
         lambda at: (at / "t.txt").write_text("\n"),
         ("--templates", "t.txt"),
-        ("t.txt: no templates; write one a line, with {} for the name",),
+        ("t.txt: no templates; write one per line, with {} for the name",),
     ),
     ("folder", lambda _: 0, ("--templates", "no.txt"), ("--templates: no such file: no.txt",)),
     (

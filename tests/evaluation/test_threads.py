@@ -16,7 +16,7 @@ import leanclip
 from leanclip import CLIP, DataError, Preprocess
 from leanclip.api import evaluate_only, train
 from leanclip.config.schema import load_config
-from leanclip.data import loader
+from leanclip.data import batch_reader
 from leanclip.evaluation import evaluate, open_tasks
 from leanclip.inference.embeddings import Source, embed, read_embeddings
 from leanclip.training.plan import make_plan
@@ -79,14 +79,14 @@ def test_inference_and_embedding(workplace: Path) -> None:
 def test_a_dead_worker_is_reported(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_config(workplace / "c.yaml", data={"workers": 2}, evaluate={"batch_size": 2})
     (task,) = open_tasks(load_config("c.yaml"))
-    parent, read = os.getpid(), loader.evaluation_pixels
+    parent, read = os.getpid(), batch_reader.evaluation_pixels
 
     def die(image: Path, *more: Any, **options: Any) -> np.ndarray:
         if os.getpid() != parent and image.name == "007.png":
             os.kill(os.getpid(), signal.SIGKILL)
         return read(image, *more, **options)
 
-    monkeypatch.setattr(loader, "evaluation_pixels", die)
+    monkeypatch.setattr(batch_reader, "evaluation_pixels", die)
     model = CLIP(**TINY).eval()
     with pytest.raises(DataError, match=r"007\.png: the process that was reading it died"):
         in_thread(lambda: evaluate(model, [task], Preprocess(32)))

@@ -57,7 +57,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
         assert process.code() == 0, f"{what}: {process.said()}"
         said = process.said()
         assert f"warning: checkpoint skipped: {run.name}/checkpoints/{newest.name}" in said, what
-        assert f"going on from {run.name}/checkpoints/{before.name}," in said, what
+        assert f"resuming from {run.name}/checkpoints/{before.name}," in said, what
         assert weights_hash(run) == weights_hash(workplace / "whole"), what
         left.check()
         shutil.rmtree(run)
@@ -136,7 +136,7 @@ def test_a_second_start_in_the_same_folder_is_refused(
     assert first.code() == -signal.SIGKILL
     third = Forked(*words, folder=workplace)  # though a worker may still be there
     if name == "train":
-        third.until(lambda: "going on from" in third.said())
+        third.until(lambda: "resuming from" in third.said())
         third.send(signal.SIGTERM)
     assert third.code() == (143 if name == "train" else 0), third.said()
     left.check()

@@ -45,7 +45,7 @@ def test_training(command: Command, workplace: Path, left: Leftovers, kills: int
         time.sleep(chance.uniform(0, 0.04))  # of the order of a step with its checkpoint
         (process.send_all if kill % 3 else process.send)(signal.SIGKILL)
         assert process.code() == -signal.SIGKILL
-        left.check(goes_on=True, killed_all=kill % 3 > 0)
+        left.check(goes_on=True)
         in_the_middle += is_being_written(run)
         found, skipped = checkpoint.newest(run / "checkpoints")
         assert skipped == []  # what has the name of a step is whole
@@ -71,8 +71,6 @@ def kill_often(
     made: Callable[[], list[Path]],
     left: Leftovers,
     chance: Iterator[float],
-    *,
-    has_workers: bool = False,
 ) -> Iterator[list[Path]]:
     """What a command has made at each kill, which comes when it has made something more.
 
@@ -84,7 +82,7 @@ def kill_often(
         assert process.kill_after(
             lambda before=kept: len(made()) > len(before), next(chance), all_of_it=kill % 3 > 0
         )
-        left.check(goes_on=True, killed_all=has_workers and kill % 3 > 0)
+        left.check(goes_on=True)
         for path, changed in kept.items():
             assert path.stat().st_mtime_ns == changed, "a finished shard was made again"
         kept = {path: path.stat().st_mtime_ns for path in made()}
@@ -114,7 +112,7 @@ def test_packing(command: Command, workplace: Path, left: Leftovers, kills: int)
     def made() -> list[Path]:  # a record is written after its shard
         return [path.with_suffix(".tar") for path in packed.glob("0*.json")]
 
-    for _ in kill_often(words, kills, made, left, up_to(0.03, 3), has_workers=True):
+    for _ in kill_often(words, kills, made, left, up_to(0.03, 3)):
         killed += 1
         half += any(packed.glob("*.part"))
     print(f"packing: {killed} kills, {half} in the midst of a shard")

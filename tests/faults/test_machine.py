@@ -115,9 +115,21 @@ def workers(workplace: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("workers")
 def test_too_little_shared_memory_is_said(workplace: Path) -> None:
-    mount = in_own_mounts("-t tmpfs -o size=1m tmpfs /dev/shm")
+    """Only semaphores are in /dev/shm, a page each: batches have memory of their own."""
+    mount = in_own_mounts("-t tmpfs -o size=16k tmpfs /dev/shm")
     process = Forked(*TRAIN, "--output-dir", "run", folder=workplace, before=mount)
-    assert_said(process, "not enough shared memory")
+    assert_said(process, "not enough memory or shared memory")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workers")
+def test_a_megabyte_of_shared_memory_is_enough(workplace: Path) -> None:
+    mount = in_own_mounts("-t tmpfs -o size=1m tmpfs /dev/shm")  # containers have 64
+    process = Forked(*TRAIN, "--output-dir", "run", folder=workplace, before=mount)
+    code = process.code()
+    if code == NO_RIGHT:
+        pytest.skip("NOT TESTED: this user may not mount file systems")
+    assert code == 0, process.said()
 
 
 def open_no_more_than(more: int) -> None:
@@ -194,7 +206,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(small_disk: Path, workplace: 
     process = Forked(*TRAIN, "-o", "train.epochs=3", "--output-dir", str(run), folder=workplace)
     assert_said(process, "step-00000009: cannot be written")
     assert process.said().count("no checkpoint at step") == 9 - 2 - 1
-    assert "those before it are as they were" in process.said()
+    assert "earlier ones are unchanged" in process.said()
     assert len(read_metrics(run)) == 9
     found, skipped = checkpoint.newest(run / "checkpoints")
     assert skipped == []

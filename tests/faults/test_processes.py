@@ -53,7 +53,7 @@ def test_a_killed_worker_is_said_and_the_run_goes_on(
         assert process.code() == 2, process.said()
         last = process.said().splitlines()[-1]
         assert last.startswith("error: ")
-        assert "the process that was reading it died; if it was the system" in last
+        assert "the process that was reading it died; if the system ended it" in last
         assert "Traceback" not in process.said()
         assert json.loads((run / "status.json").read_text())["state"] == "failed"
         left.check()
@@ -64,13 +64,15 @@ def test_a_killed_worker_is_said_and_the_run_goes_on(
 
 
 def test_a_worker_without_memory_is_said(workplace: Path, left: Leftovers) -> None:
-    """It may have no more than it has; that no image can be read then is not the images' fault."""
+    """It may have no more than it has; that a large image cannot be read then is not its fault."""
     options = (*OPTIONS, "-o", "data.workers=1", "-o", "train.epochs=100000")
+    noise_image(0, (4000, 3000)).save(workplace / "large.png")
     process = Forked(*options, "--output-dir", "run", folder=workplace)
     process.until(lambda: len(read_metrics(workplace / "run")) >= 3)
     (worker,) = children(process.pid)
     limit = 1 << 28  # less than it has: nothing more can be had
     resource.prlimit(worker, resource.RLIMIT_AS, (limit, limit))
+    (workplace / "large.png").replace(workplace / "data/000.png")
     assert process.code() == 2, process.said()
     assert "Traceback" not in process.said()
     assert "memory" in process.said().splitlines()[-1]
@@ -96,6 +98,29 @@ def test_workers_end_with_a_killed_trainer_that_took_no_batches(
     process.send(signal.SIGKILL)
     assert process.code() == -signal.SIGKILL
     left.goes_on = True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_killed_amid_a_message_is_not_waited_for(
+    workplace: Path, left: Leftovers, which: int
+) -> None:
+    """The pipe is full, one of the two has written a part of its batch: nobody writes the rest."""
+    make_table(workplace / "many", 1000)
+    make_config(
+        workplace / "config.yaml",
+        data={"format": "table", "root": "many/caption.csv", "workers": 2},
+        train={"batch_size": 500, "epochs": 1000},
+    )
+    process = Forked(*OPTIONS, "--output-dir", "run", folder=workplace)
+    process.until(lambda: len(read_metrics(workplace / "run")) >= 1)
+    process.send(signal.SIGSTOP)
+    time.sleep(2)  # they fill it
+    os.kill(children(process.pid)[which], signal.SIGKILL)
+    process.send(signal.SIGCONT)
+    assert process.code() == 2, process.said()
+    assert "the process that was reading it died" in process.said().splitlines()[-1]
+    left.check()
 
 
 @pytest.mark.slow
@@ -161,7 +186,7 @@ def test_dead_ranks_are_started_again(workplace: Path, left: Leftovers) -> None:
             time.sleep(0.005)
     errors = end_of(process)
     assert process.returncode == 0, errors
-    assert errors.count("going on from two/checkpoints/step-") == kills
+    assert errors.count("resuming from two/checkpoints/step-") == kills
     left.check()
     whole = (*OPTIONS, *options, "-o", "train.batch_size=2", "--output-dir", "whole")
     assert [rank.code() for rank in fork_ranks(2, *whole, folder=workplace)] == [0, 0]

@@ -61,7 +61,7 @@ def test_a_signal_stops_at_a_steps_edge(
     assert "Traceback" not in process.said()
     assert_stopped_at_an_edge(run)
     done = command(*options)
-    assert "going on from run/checkpoints/step-" in done.stderr
+    assert "resuming from run/checkpoints/step-" in done.stderr
     assert weights_hash(run) == whole
     assert state_of(run) == "done"
 
@@ -119,7 +119,7 @@ def test_a_signal_to_one_rank_stops_all(workplace: Path) -> None:
     assert_stopped_at_an_edge(run)
     ranks = fork_ranks(2, *options, "--output-dir", "run", folder=workplace)
     assert [rank.code() for rank in ranks] == [0, 0]
-    assert "going on from run/checkpoints/step-" in ranks[0].said()
+    assert "resuming from run/checkpoints/step-" in ranks[0].said()
     assert ranks[1].said() == ""
     assert weights_hash(run) == weights_hash(workplace / "w")
 

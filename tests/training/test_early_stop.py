@@ -21,8 +21,8 @@ from leanclip.io.files import read_metrics
 from leanclip.report.text import retention_sentence
 from leanclip.training import checkpoint
 from leanclip.training.checkpoint import Best
-from leanclip.training.early_stopping import improved, should_stop, update_best
 from leanclip.training.plan import Plan, make_plan
+from leanclip.training.schedule import improved, should_stop, update_best
 from leanclip.weights import save_weights
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -86,7 +86,7 @@ def test_a_run_without_gain_ends_and_keeps_its_best(command: Command, workplace:
     assert checkpoints_of(run) == ["step-00000003", "step-00000012"]
     assert (run / "checkpoints/best").read_text() == "step-00000003\n"
     assert (run / "checkpoints/latest").read_text() == "step-00000012\n"
-    assert "ends at step 12: no gain" in done.stderr
+    assert "stopped early at step 12: no improvement" in done.stderr
     assert "Best:     runs/config/checkpoints/step-00000003" in done.stdout
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     leanclip.load(run / "checkpoints/step-00000003")
@@ -106,8 +106,8 @@ def test_a_run_that_goes_on_goes_on_counting(command: Command, workplace: Path) 
     command(*more, "-o", "checkpoint.every_epochs=1")
     shutil.rmtree(workplace / "b/checkpoints/step-00000012")
     again = command(*more, "-o", "checkpoint.every_epochs=1")
-    assert "going on from b/checkpoints/step-00000009" in again.stderr
-    assert "ends at step 12: no gain" in again.stderr
+    assert "resuming from b/checkpoints/step-00000009" in again.stderr
+    assert "stopped early at step 12: no improvement" in again.stderr
 
 
 def test_the_best_outlives_newer_ones(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from leanclip import CLIP, ConfigError, Preprocess
 from leanclip.config.schema import load_config
 from leanclip.config.sections import to_plain
 from leanclip.config.training import FinetuneConfig, OptimizerConfig, TrainConfig
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.evaluation import evaluate
 from leanclip.io.files import read_metrics
@@ -223,7 +223,7 @@ def test_partial_weights_say_what_is_new(command: Command, workplace: Path) -> N
     new = checkpoint.progress_of(newest).new
     assert len(new) == 12
     assert all(name.startswith("transformer.resblocks.2.") for name in new)
-    assert "going on from" in command(*options).stderr  # the new ones are known without the load
+    assert "resuming from" in command(*options).stderr  # the new ones are known without the load
 
 
 # --- patch dropout
@@ -304,7 +304,7 @@ def test_a_run_goes_on_to_the_bit_and_its_weights_are_those_measured(
     shutil.copytree(workplace / "whole", workplace / "cut")
     shutil.rmtree(workplace / "cut/checkpoints/step-00000006")
     again = command(*options, "--output-dir", "cut")
-    assert "going on from cut/checkpoints/step-00000003" in again.stderr
+    assert "resuming from cut/checkpoints/step-00000003" in again.stderr
     for file in ("model", "training"):
         ours, theirs = weights_of(workplace / "cut", file), weights_of(workplace / "whole", file)
         assert ours.keys() == theirs.keys()

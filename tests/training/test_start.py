@@ -164,7 +164,7 @@ def test_ranks_on_two_disks_go_on_from_the_first_ones_checkpoint(workplace: Path
     own = [("--output-dir", name) for name in "ab"]
     ranks = fork_ranks(2, *options, folder=workplace, own=own)
     assert [rank.code() for rank in ranks] == [0, 0]
-    assert "going on from a/checkpoints/step-00000008, step 8 of 9" in ranks[0].said()
+    assert "resuming from a/checkpoints/step-00000008, step 8 of 9" in ranks[0].said()
     assert weights_hash(workplace / "a") == weights_hash(workplace / "whole")
     state = (
         Path(name) / "checkpoints/step-00000009/training.safetensors" for name in ("a", "whole")
@@ -341,7 +341,7 @@ def test_another_load_is_refused_and_the_same_goes_on(command: Command, workplac
         without_newest(workplace / "loaded")
         done = command(*start, "loaded", *words)
         assert done.returncode == 0, done.stderr
-        assert "going on from loaded/checkpoints/step-00000008, step 8 of 9" in done.stderr
+        assert "resuming from loaded/checkpoints/step-00000008, step 8 of 9" in done.stderr
         assert weights_hash(workplace / "loaded") == weights_hash(workplace / "whole")
     command(*start, "loaded", "--load", "a")  # `copy` is what its settings name now
     shutil.rmtree("a")

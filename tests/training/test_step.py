@@ -11,7 +11,7 @@ from conftest import TINY, ranks_of
 
 from leanclip import CLIP, Preprocess
 from leanclip.config.training import OptimizerConfig, TrainConfig
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.losses import Kind, clip_loss, multi_positive_loss, siglip_loss
 from leanclip.preprocess.images import normalize

@@ -27,7 +27,7 @@ from leanclip import CLIP, Preprocess
 from leanclip.config.schema import load_config
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.config.training import OptimizerConfig, TrainConfig
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.evaluation import retrieval_metrics
 from leanclip.io.files import read_metrics
 from leanclip.preprocess.images import normalize
@@ -146,7 +146,7 @@ def test_the_same_command_again_only_evaluates(command: Command, workplace: Path
     again = command("train", "-c", "config.yaml", "-o", "data.max_bad_fraction=0.5")
     assert again.returncode == 0, again.stderr
     assert sorted(checkpoints.rglob("*")) == whole
-    assert "going on from" in again.stderr
+    assert "resuming from" in again.stderr
     assert weights_hash(workplace / "runs/config") == before
     wanted = [line for line in first.stdout.splitlines() if line.startswith("Retrieval")]
     assert wanted[0] in again.stdout
@@ -190,7 +190,7 @@ def test_resume_options(command: Command, workplace: Path) -> None:
     command("train", "-c", "config.yaml", "--output-dir", "a")
     done = command("train", "--resume", "a")
     assert done.returncode == 0, done.stderr
-    assert "going on from a/checkpoints/step-00000006, step 6 of 6" in done.stderr
+    assert "resuming from a/checkpoints/step-00000006, step 6 of 6" in done.stderr
     assert "a: already finished, at step 6 after " in done.stdout
 
 
@@ -432,7 +432,7 @@ def test_data_of_nothing_usable_ends_the_run_whatever_the_epoch(
     assert_refused(done, "not an image", "bad of 12 samples")
     anyway = ("-o", "data.max_bad_fraction=1", "-o", "evaluate.retrieval=null")
     done = command("train", "-c", "config.yaml", *anyway)
-    assert_refused(done, "not one sample could be used", "12 not an image")
+    assert_refused(done, "no sample could be used", "12 not an image")
 
 
 def test_other_data_than_before_is_said(command: Command, workplace: Path) -> None:
@@ -443,4 +443,4 @@ def test_other_data_than_before_is_said(command: Command, workplace: Path) -> No
     make_pairs(workplace / "data/more", 8)
     done = command("train", "-c", "config.yaml", *limited)
     assert done.returncode == 0
-    assert "the data has 20 samples an epoch, and had 12" in done.stderr
+    assert "the data has 20 samples per epoch, and had 12" in done.stderr

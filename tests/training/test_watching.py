@@ -160,7 +160,7 @@ def test_the_peak_of_float32_follows_tf32(monkeypatch: pytest.MonkeyPatch) -> No
     for tf32 in (False, True):
         work = Utilisation(config, torch.device("cuda"), "fp32", tf32=tf32)
         work.add(8, 77)
-        shares.append(work.share(1.0)["train/flop_utilisation"])
+        shares.append(work.fraction(1.0)["train/flop_utilisation"])
     assert shares[0] / shares[1] == pytest.approx(494.5 / 67.0)
 
 
@@ -265,7 +265,7 @@ def test_a_lost_step_names_three_samples(command: Command) -> None:
     make_config(Path("config.yaml"), train={"batch_size": 12, "epochs": 30})
     done = command("train", "-c", "config.yaml", "-o", "optimizer.learning_rate=1e30")
     assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if "left out: its loss" in line]
+    lines = [line for line in done.stderr.splitlines() if "skipped: its loss" in line]
     assert lines
     for line in lines:
         names = line.split("its samples: ")[1]

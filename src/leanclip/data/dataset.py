@@ -1,7 +1,7 @@
-"""What every format gives: a data set of samples, each an image with its captions.
+"""The interface of every format: a data set of samples, each an image with its captions.
 
-A format is a file beside this one with `open_dataset(config) -> Dataset`. A data set is copied
-into every process that reads it, so it keeps no Python object per sample.
+A format is a file in `formats/` with `open_dataset(config) -> Dataset`. Data workers are forked, so
+a data set keeps no Python object per sample: counting references would copy its memory.
 """
 
 import os
@@ -26,24 +26,24 @@ _SYNSET = re.compile(r"(n[0-9]{8})\s+(.+)")  # a line of ImageNet's synset_mappi
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, not yet decoded, with every caption that fits it."""
+    """One image, not yet decoded, with all of its captions."""
 
-    id: str  # names the sample in messages: its path
+    id: str  # for messages, such as its path
     image: Path | bytes
     captions: Sequence[str]
     label: int | None = None  # index into the data set's classes
-    source: int = 0  # which one of a mixture it is from
-    error: SampleError | None = None  # why it cannot be used: in a stream it keeps its place
+    source: int = 0  # index in a mixture
+    error: SampleError | None = None  # why it cannot be used, in a stream
 
 
 class Dataset(ABC):
-    """Samples by index; class data has names of classes, and templates for captions.
+    """Samples by index; class data has class names, and templates for captions.
 
     Attributes:
-        classes: names, by label; empty where the samples have captions of their own.
+        classes: names, by label; empty if the samples have captions of their own.
         templates: captions of class data, with `{}` for the name.
         about: an adjective for its classes in a report, such as "unseen".
-        is_stream: some samples cannot be had by index, only as `visits` gives them.
+        is_stream: some samples have no index, and come from `visits` only.
     """
 
     classes: Sequence[str] = ()
@@ -53,44 +53,44 @@ class Dataset(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many samples an epoch has."""
+        """Samples per epoch."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
         """A sample, its image not yet decoded.
 
         Raises:
-            SampleError: this one cannot be had.
+            SampleError: it cannot be read.
         """
 
     @property
     def has_random_access(self) -> bool:
-        """Whether samples far from each other are read as fast as neighbours."""
+        """Whether samples in random order are read as fast as in sequence."""
         return True
 
     @property
     def distinct(self) -> int:
-        """How many different samples there are, whatever the size of an epoch."""
+        """Number of different samples, whatever the size of an epoch."""
         return len(self)
 
     def name(self, index: int) -> str:
-        """What a sample is called in messages, where it can be told without reading it."""
+        """A sample's name for messages, without reading the sample."""
         return f"sample {index}"
 
     def remarks(self) -> list[str]:
-        """What is odd about all of it, though it is no fault of one sample; a line each."""
+        """Warnings about the data set as a whole, one line each."""
         return []
 
     def visits(self, key: Sequence[int], start: int = 0) -> Iterator["int | Sample"]:
-        """What an epoch visits, in an order drawn by `key`, from position `start` of it.
+        """The order of an epoch, drawn by `key`, from position `start`.
 
-        Indices; samples themselves where a data set has no access by index.
+        Indices; or samples, of a data set without access by index.
         """
         return shuffled(len(self), key, start)
 
 
 class ImageFiles(Dataset):
-    """Class data in files."""
+    """Class data in image files."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class ImageFiles(Dataset):
 
 
 class StringArray(Sequence[str]):
-    """A list of strings in two arrays: processes share them, and no string is an object."""
+    """A list of strings in two arrays, which forked processes share."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
@@ -135,8 +135,8 @@ class StringArray(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        first, last = self._ends[index : index + 2]
-        return self._bytes[first:last].tobytes().decode("utf-8", "surrogateescape")
+        text = self._bytes[self._ends[index] : self._ends[index + 1]].tobytes()
+        return text.decode("utf-8", "surrogateescape")
 
 
 def fill(templates: Sequence[str], name: str) -> list[str]:
@@ -145,7 +145,7 @@ def fill(templates: Sequence[str], name: str) -> list[str]:
 
 
 def choose_templates(given: Sequence[str] | None, path: Path) -> Sequence[str]:
-    """The templates of a config, else of a file if it is there, else the usual one.
+    """The given templates, else those of a file if it exists, else the default one.
 
     Raises:
         DataError: there are none, or one lacks `{}`.
@@ -156,13 +156,13 @@ def choose_templates(given: Sequence[str] | None, path: Path) -> Sequence[str]:
 
 
 def check_templates(templates: Sequence[str], *, where: str = "data.templates") -> Sequence[str]:
-    """The templates, each of which must have a place for the name.
+    """The templates, each of which must have `{}` for the name.
 
     Raises:
         DataError: there are none, or one lacks `{}`.
     """
     if not templates:
-        raise DataError(f"{where}: no templates; write one a line, with {{}} for the name")
+        raise DataError(f"{where}: no templates; write one per line, with {{}} for the name")
     for template in templates:
         if "{}" not in template:
             raise DataError(f"{where}: the template {template!r} has no {{}} for the name")
@@ -170,15 +170,17 @@ def check_templates(templates: Sequence[str], *, where: str = "data.templates") 
 
 
 def check_unicode(captions: Sequence[str], name: str) -> None:
-    """That captions, which JSON may spoil, are whole characters.
+    """Check for unpaired surrogates, which JSON allows.
 
     Raises:
-        SampleError: half a surrogate pair is in one.
+        SampleError: a caption has one.
     """
     try:
         "".join(captions).encode()
     except UnicodeEncodeError:
-        raise SampleError("caption not UTF-8", f"{name}: half a character in a caption") from None
+        raise SampleError(
+            "caption not UTF-8", f"{name}: an unpaired surrogate in a caption"
+        ) from None
 
 
 def split_folder(root: str, split: str | None) -> Path:
@@ -199,7 +201,7 @@ def split_folder(root: str, split: str | None) -> Path:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, stripped, without empty ones.
+    """The lines of a UTF-8 text file, stripped, without blank ones.
 
     Raises:
         SampleError: the file is missing or not UTF-8.
@@ -221,24 +223,23 @@ def read_lines(path: Path) -> list[str]:
 
 
 class ClassFile(NamedTuple):
-    """What a file of class names says."""
+    """The content of a file of class names."""
 
     names: Sequence[str]  # by line
-    keys: Sequence[str]  # the folder or label that each is the name of; none: a line's number is it
+    keys: Sequence[str]  # folder or label of each name; empty: a line's number is its label
 
     def names_of(self, keys: Sequence[str], where: str) -> list[str]:
         """A name for each of these folders or labels: by key, else in their order.
 
-        Those that a file with keys does not have are named as they are called, with spaces for
-        underscores; of ImageNet's synsets a file may have more.
+        Keys missing in the file become names, with spaces for underscores.
 
         Raises:
-            DataError: a key is none of them, or there are not as many names.
+            DataError: a key of the file is unknown, or the number of names differs.
         """
         if self.keys:
             known = set(keys)
             unknown = [key for key in self.keys if key not in known]
-            # A list of ImageNet's synsets may be of more than the data has.
+            # A file of ImageNet's synsets may have more than the data.
             if unknown and not all(re.fullmatch("n[0-9]{8}", key) for key in self.keys):
                 raise DataError(
                     f"{where}: names the class {unknown[0]!r}, which has no folder or label "
@@ -248,30 +249,29 @@ class ClassFile(NamedTuple):
             return [named.get(key, key.replace("_", " ")) for key in keys]
         if len(self.names) != len(keys):
             raise DataError(
-                f"{where}: has {len(self.names)} names for {len(keys)} classes; write one a line "
+                f"{where}: has {len(self.names)} names for {len(keys)} classes; write one per line "
                 f"in their order ({', '.join(keys[:4])}, ...), or each after its folder and a tab"
             )
         if list(keys) != sorted(set(keys)):  # an order of their own
             return list(self.names)
-        # Of numbers in the order of letters (10 before 9, as `datasets` has folders) it is theirs.
+        # The keys may be numbers in alphabetical order (10 before 9), the names in numerical order.
         place = {key: index for index, key in enumerate(sorted_names(keys))}
         return [self.names[place[key]] for key in keys]
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """Different names in the order of numbers if all are whole numbers; else of letters."""
+    """Distinct names, in numerical order if all are whole numbers; else in alphabetical order."""
     distinct = sorted(set(names))
-    if all(map(_WHOLE_NUMBER.fullmatch, distinct)):
-        return sorted(distinct, key=int)
-    return distinct
+    is_numeric = all(map(_WHOLE_NUMBER.fullmatch, distinct))
+    return sorted(distinct, key=int) if is_numeric else distinct
 
 
 def index_labels(names: Sequence[str], keys: Sequence[str] = ()) -> dict[str, int]:
-    """The class of each value that a label may have, by the value's text.
+    """The class index of each value that a label may have, by the value's text.
 
     A whole number is an index from 0, whatever the names look like, unless a file of names has
     keys that are numbers; other values are keys, or names, also with underscores for spaces. A
-    name of two classes is no value.
+    name shared by two classes is not a value.
     """
     by_key = {key: index for index, key in enumerate(keys)}
     times = Counter(names)
@@ -281,21 +281,21 @@ def index_labels(names: Sequence[str], keys: Sequence[str] = ()) -> dict[str, in
         return by_name | by_key
     indices = {str(index): index for index in range(len(names))}
     if any(indices.get(name, index) != index for name, index in by_name.items()):
-        # Names that look like numbers of other classes: no number is a name then.
+        # A name looks like the index of another class: then no number is a name.
         by_name = {n: index for n, index in by_name.items() if not _WHOLE_NUMBER.fullmatch(n)}
     return by_name | by_key | indices
 
 
 def find_label(value: object, labels: Mapping[str, int], classes: Sequence[str], name: str) -> int:
-    """The class that the label of a sample called `name` means; `labels` are by `index_labels`.
+    """The class index of a sample's label; `labels` as `index_labels` returns them.
 
     Raises:
-        SampleError: it is none, or the name of several.
+        SampleError: the label is unknown, or the name of several classes.
     """
     text = "" if value is None else str(value)
     if isinstance(value, bool) and text not in labels:
         text = str(int(value))
-    whole = text.removesuffix(".0")  # as pandas writes whole numbers where one is missing
+    whole = text.removesuffix(".0")  # pandas writes 7.0 in a column with missing values
     if (label := labels.get(text, labels.get(whole))) is not None:
         return label
     why = "is no known class"
@@ -309,30 +309,25 @@ def find_label(value: object, labels: Mapping[str, int], classes: Sequence[str],
 
 
 def readable(name: str) -> str:
-    """A file's name as text: one that is not UTF-8 is taken for Latin-1."""
-    content = os.fsencode(name)
+    """A file's name as text, decoded as UTF-8, or as Latin-1 if that fails."""
     try:
-        return content.decode()
+        return os.fsencode(name).decode()
     except UnicodeDecodeError:
-        return content.decode("latin-1")
+        return os.fsencode(name).decode("latin-1")
 
 
 def read_class_names(path: Path, *, option: str = "data.class_names") -> list[str]:
-    """The names in a file of class names, by label; errors as of `read_class_file`."""
+    """The names in a file of class names, by label; raises as `read_class_file`."""
     return list(read_class_file(path, option=option).names)
 
 
 def read_class_file(path: Path, *, option: str = "data.class_names") -> ClassFile:
-    """Class names by line; errors as of `class_file_in`, and where it cannot be read."""
+    """Read a file of class names; raises as `class_file_in`, or if it cannot be read."""
     return class_file_in(_content(path, option), where=str(path))
 
 
 def read_templates(path: Path, *, option: str = "data.templates") -> list[str]:
-    """A template a line: `templates_in` of a file.
-
-    Raises:
-        DataError: there is no such file, it cannot be read, or does not hold such lines.
-    """
+    """Read a file of templates; raises as `templates_in`, or if it cannot be read."""
     return templates_in(_content(path, option), where=str(path))
 
 
@@ -346,7 +341,7 @@ def _content(path: Path, option: str) -> bytes:
 
 
 def templates_in(content: bytes, *, where: str) -> list[str]:
-    """The lines of a file of templates, without blank ones; `{c}` is taken for `{}`.
+    """Templates, one per line, without blank lines; `{c}` is read as `{}`.
 
     Raises:
         DataError: there are none, one lacks `{}`, or it is not UTF-8.
@@ -357,15 +352,10 @@ def templates_in(content: bytes, *, where: str) -> list[str]:
     return lines
 
 
-def class_names_in(content: bytes, *, where: str) -> list[str]:
-    """The names in a text of class names, by label; errors as of `class_file_in`."""
-    return list(class_file_in(content, where=where).names)
-
-
 def class_file_in(content: bytes, *, where: str) -> ClassFile:
-    """A text of class names: `name`, `key<TAB>name` or ImageNet's `n01440764 name, synonym` a line.
+    """Class names: one `name`, `key<TAB>name` or ImageNet `n01440764 name, synonym` per line.
 
-    Of ImageNet's synonyms the first is the name. Without keys a line's number is its label.
+    The first of ImageNet's synonyms is the name. Without keys a line's number is its label.
 
     Raises:
         DataError: it is empty, not UTF-8, or has a blank line before others.
@@ -374,7 +364,7 @@ def class_file_in(content: bytes, *, where: str) -> ClassFile:
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
-        raise DataError(f"{where}: is empty; write a class's name a line, in the order of labels")
+        raise DataError(f"{where}: is empty; write one class name per line, in the order of labels")
     if "" in lines:
         raise DataError(
             f"{where}: line {lines.index('') + 1} is blank, and a line's number is its label; "
@@ -389,12 +379,14 @@ def class_file_in(content: bytes, *, where: str) -> ClassFile:
     for number, pair in enumerate(pairs, 1):
         if len(pair) != 2:
             raise DataError(
-                f"{where}: line {number} is no folder, tab and name, as others are: "
+                f"{where}: line {number} is not a folder, a tab and a name, as others are: "
                 f"{lines[number - 1][:80]!r}"
             )
     keys, names = ([part.strip() for part in column] for column in zip(*pairs, strict=True))
     if len(set(keys)) < len(keys):
-        raise DataError(f"{where}: names {Counter(keys).most_common(1)[0][0]!r} twice; once each")
+        raise DataError(
+            f"{where}: names {Counter(keys).most_common(1)[0][0]!r} twice; name each once"
+        )
     return ClassFile(names, keys)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-SMALL = 1 << 20  # up to so many, a whole permutation is drawn
+SMALL = 1 << 20  # up to this size the whole permutation is drawn at once
 _CHUNK = 1 << 14
 _ROUNDS = 8
 
@@ -12,7 +12,7 @@ _ROUNDS = 8
 def shuffled(size: int, key: Sequence[int], start: int = 0) -> Iterator[int]:
     """The numbers below `size` in an order drawn by `key`, from position `start` of it.
 
-    Memory does not grow with `size`, and starting late costs nothing.
+    Memory is bounded whatever the size; no time is spent on positions before `start`.
     """
     if size <= SMALL:
         yield from np.random.default_rng(key).permutation(size)[start:].tolist()
@@ -23,10 +23,10 @@ def shuffled(size: int, key: Sequence[int], start: int = 0) -> Iterator[int]:
 
 
 def permuted(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
-    """Where a permutation of the numbers below `size`, drawn by `key`, takes `positions`.
+    """The images of `positions` under a permutation of the numbers below `size`, drawn by `key`.
 
-    A Feistel network permutes the numbers of an even count of bits; what it takes to `size` or
-    above goes through it again until it is below (Black and Rogaway 2002, "cycle walking").
+    A Feistel network permutes the numbers of an even count of bits; results not below `size` are
+    permuted again until they are (Black and Rogaway 2002, "cycle walking").
     """
     half = np.uint64(((size - 1).bit_length() + 1) // 2)
     low = np.uint64((1 << int(half)) - 1)
@@ -44,7 +44,7 @@ def permuted(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """64 bits that each depend on all of x (the finaliser of SplitMix64)."""
+    """The finaliser of SplitMix64: each of the 64 bits depends on all of x."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

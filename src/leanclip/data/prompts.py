@@ -1,16 +1,16 @@
-"""Names of classes and templates of known data sets, each with its source.
+"""Class names and templates of known data sets, each with its source.
 
-Of any other data set they come from text files, one a line: docs/evaluate.md.
+For other data sets they come from text files, one per line: docs/evaluate.md.
 """
 
 from typing import NamedTuple
 
-# For data of which nothing better is known: the default of CLIP's paper, section 3.1.4.
+# The default of CLIP's paper, section 3.1.4.
 TEMPLATES = ("a photo of a {}.",)
 
 
 class Prompts(NamedTuple):
-    """What a data set's classes are called, by label, and how they are asked for."""
+    """Class names of a data set, by label, and templates for captions."""
 
     classes: tuple[str, ...]
     templates: tuple[str, ...]
@@ -21,7 +21,7 @@ def _names(words: str) -> tuple[str, ...]:
     return tuple(words.split(", "))
 
 
-# Wordings for training on Food-101, so that a caption is not one fixed sentence per class.
+# For training on Food-101, so that captions vary within a class.
 FOOD101_TRAINING = (
     "a photo of {}, a type of food.",
     "a photo of {}.",

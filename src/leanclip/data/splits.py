@@ -1,6 +1,6 @@
-"""Which splits a data set has, and the one that is read where none is named.
+"""Which splits a data set has, and the default split.
 
-Every command asks here: training, evaluation, `data check`, `data pack`, `search build`.
+For every command: training, evaluation, `data check`, `data pack`, `search build`.
 """
 
 import json
@@ -15,12 +15,12 @@ from leanclip.errors import DataError
 FIXED = {"shapes": ("train", "val", "unseen"), "food101": ("train", "test")}
 NAMES = ("train", "val", "valid", "validation", "dev", "test")  # of folders and files
 _OTHER_NAMES = (*NAMES, "training", "validate", "testing", "eval", "evaluation")  # any letter case
-HELD_OUT = ("val", "valid", "validation", "test", "dev")  # for evaluation, the first there is
+HELD_OUT = ("val", "valid", "validation", "test", "dev")  # for evaluation, the first found
 _IN_FOLDERS = ("folder", "pairs", "shards")  # whose splits are folders of the root
 
 
 def find_splits(config: SourceConfig) -> tuple[str, ...]:
-    """The names of the splits at `config.root`; none where nothing tells."""
+    """The names of the splits at `config.root`; empty if unknown."""
     if config.format in FIXED:
         return FIXED[config.format]
     return splits_in(config.format, Path(config.root), config.split)
@@ -29,9 +29,9 @@ def find_splits(config: SourceConfig) -> tuple[str, ...]:
 def splits_in(format: str, root: Path, chosen: str | None = None) -> tuple[str, ...]:
     """The splits at a root, by the names of folders and files.
 
-    Folders named `train`, `val` and so on are splits where they hold what a split of the format
-    holds, and where they are all of the data or `train` and another are among them: one alone
-    beside other folders of data may be a class, unless it is `chosen` as the split to read.
+    Folders named `train`, `val` and so on are splits if they hold data of the format, and if
+    there is no other data or `train` and another are among them: one alone, beside other folders
+    of data, may be a class, unless it is `chosen` as the split to read.
     """
     found = tuple(name for name in NAMES if _has(format, root, name))
     if format not in _IN_FOLDERS or chosen in found:
@@ -43,15 +43,15 @@ def splits_in(format: str, root: Path, chosen: str | None = None) -> tuple[str, 
 def default_split(
     config: SourceConfig, task: str = "train", *, used: Sequence[str] = ()
 ) -> str | None:
-    """The split that is read where none is named; None: the root as it is.
+    """The split that is read if none is set; None: the root itself.
 
     Args:
         config: its format and root.
-        task: "train", or one of the evaluations, which prefer a split that is held out.
-        used: the splits that training reads of the same root.
+        task: "train", or an evaluation, which prefers a held-out split.
+        used: the splits of the same root that training reads.
 
     Raises:
-        DataError: it cannot be told which one is meant.
+        DataError: the choice is ambiguous.
     """
     if task != "train" and config.format in ("shapes", "food101", "wds"):
         is_val = config.format == "shapes" and task == "retrieval"
@@ -68,7 +68,7 @@ def default_split(
     if found and task == "train":
         raise DataError(
             f"data.split: {config.root} has the splits {', '.join(found)}, and no train; set "
-            f"data.split to the one that is meant"
+            f"data.split to one of them"
         )
     if chosen is None:
         _check_clear(config)
@@ -76,18 +76,18 @@ def default_split(
 
 
 def split_in_use(config: SourceConfig) -> str | None:
-    """The split that training reads, also where a format has one of its own."""
+    """The split that training reads, if the format has splits."""
     if config.split is not None or config.format == "mixture":
         return config.split
     if config.format == "hub" and (Path(config.root) / "state.json").is_file():
-        return None  # one data set, saved without its splits
+        return None  # saved without splits
     if config.format == "hub" or "train" in find_splits(config):
         return "train"
     return "test" if config.format == "wds" else None
 
 
 def _has(format: str, root: Path, name: str) -> bool:
-    """Whether there is a split of this name."""
+    """Whether a split of this name exists."""
     folder = root / name
     if format == "folder":
         return bool(visible_folders(folder))
@@ -97,7 +97,7 @@ def _has(format: str, root: Path, name: str) -> bool:
         return any(folder.glob("*.tar"))
     if format == "table":
         return root.is_dir() and bool(table.split_files(root, name))
-    # Of a data set on the hub only the network could tell.
+    # For a data set on the hub this would need the network.
     saved = root / "dataset_dict.json"
     return (
         format == "hub"
@@ -107,7 +107,7 @@ def _has(format: str, root: Path, name: str) -> bool:
 
 
 def _other_data(format: str, root: Path, splits: tuple[str, ...]) -> list[str]:
-    """What else of the format's data is at a root, beside folders that are named like splits."""
+    """Other data of the format at a root, beside folders named like splits."""
     if not splits:
         return []
     if format == "shards":
@@ -120,9 +120,9 @@ def _other_data(format: str, root: Path, splits: tuple[str, ...]) -> list[str]:
 
 
 def _check_clear(config: SourceConfig) -> None:
-    """Refuse a root where one folder is named like a split, and others are not.
+    """Refuse a root where one folder is named like a split and others are not.
 
-    And one of several splits by names that are not looked for, such as Train and Val.
+    Also one with several splits by unusual names, such as Train and Val.
     """
     if config.format not in _IN_FOLDERS:
         return
@@ -132,8 +132,8 @@ def _check_clear(config: SourceConfig) -> None:
     similar = [name for name in similar if _has(config.format, root, name)]
     if len(similar) > 1 and not set(similar) <= set(NAMES):
         raise DataError(
-            f"data.split: {root} has {' and '.join(similar)}, named like splits (which are called "
-            f"{', '.join(NAMES)}); set data.split to the one to read, or to . to read all"
+            f"data.split: {root} has {' and '.join(similar)}, named like splits (these names are "
+            f"known: {', '.join(NAMES)}); set data.split to the one to read, or to . to read all"
         )
     named = tuple(name for name in NAMES if _has(config.format, root, name))
     if others := _other_data(config.format, root, named):

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from leanclip.config.data import DataConfig
 from leanclip.data import Dataset
-from leanclip.data.loader import Batch, evaluation_batches
+from leanclip.data.batch import Batch
+from leanclip.data.loader import evaluation_batches
 from leanclip.data.skipped import Bad, SkipTracker, short_id
 from leanclip.distributed.collectives import all_gather_object, gather_rows, rank_and_world_size
 from leanclip.errors import ConfigError, DataError, SampleError

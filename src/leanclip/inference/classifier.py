@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from leanclip.data.dataset import class_names_in
+from leanclip.data.dataset import class_file_in
 from leanclip.errors import DataError
 from leanclip.evaluation import Calibration
 from leanclip.evaluation.classification import Prediction
@@ -105,7 +105,7 @@ def read_labels(file: str | Path) -> list[str]:
         raise DataError(
             f"labels: {str(file)[:80]}: {reason}; give a list of words, or a file with one a line"
         ) from None
-    return class_names_in(content, where=str(file))
+    return list(class_file_in(content, where=str(file)).names)
 
 
 def check_texts(texts: str | Sequence[str], *, what: str = "text") -> list[str]:

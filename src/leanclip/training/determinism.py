@@ -1,4 +1,4 @@
-"""What a GPU's kernels may do: other bits each time (`train.deterministic`), TF32 (`tf32`)."""
+"""Numerics of a GPU's kernels: deterministic algorithms (`train.deterministic`), TF32 (`tf32`)."""
 
 import os
 import re
@@ -11,11 +11,10 @@ from leanclip.errors import ConfigError
 
 
 def allow_tf32(is_allowed: bool) -> None:
-    """Let float32 products and convolutions on a GPU round their factors to TF32's 10 bits, or not.
+    """Allow TF32 (10 bits of mantissa) in float32 products and convolutions on a GPU, or not.
 
-    Of the whole process, until it is set again. PyTorch's own default is to allow it in
-    convolutions only. Both of its interfaces are set, as the newer one wins where a program has
-    used it.
+    For the whole process. PyTorch's default allows it in convolutions only. Both of its interfaces
+    are set, because the newer one wins if a program has used it.
     """
     torch.backends.cuda.matmul.allow_tf32 = is_allowed
     torch.backends.cudnn.allow_tf32 = is_allowed
@@ -27,13 +26,13 @@ def allow_tf32(is_allowed: bool) -> None:
 
 @contextmanager
 def only_deterministic(is_wanted: bool) -> Iterator[None]:
-    """Let only operations run that give the same bits again, if that `is_wanted`; else all.
+    """Allow only deterministic operations, if `is_wanted`.
 
     Raises:
-        ConfigError: an operation ran that has no such form on its device.
+        ConfigError: an operation has no deterministic implementation on its device.
     """
     if is_wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for this
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(is_wanted)
     try:
@@ -43,8 +42,8 @@ def only_deterministic(is_wanted: bool) -> Iterator[None]:
         if named is None:
             raise
         raise ConfigError(
-            f"train.deterministic: PyTorch's {named[1]} has no form that gives the same bits "
-            "again; set it to false, or change the setting that asks for this operation"
+            f"train.deterministic: PyTorch's {named[1]} has no deterministic implementation; set "
+            "it to false, or change the setting that needs this operation"
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)

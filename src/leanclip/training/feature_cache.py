@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
 from leanclip.data import Dataset
+from leanclip.data.batch import Batch, trim
 from leanclip.data.dataset import fill
 from leanclip.data.formats.mixture import Mixture
-from leanclip.data.loader import Batch, batches_at, trim
+from leanclip.data.loader import batches_at
 from leanclip.data.skipped import Bad
 from leanclip.distributed.collectives import all_gather_object, barrier, rank_and_world_size
 from leanclip.errors import ConfigError

@@ -1,65 +1,168 @@
-"""What a run is watched by: its pace, memory, the steps it had to leave out, and status.json."""
+"""What a run reports while it trains: metrics, speed, memory, skipped steps, status.json.
+
+results of steps -> Monitor -> metrics.jsonl and a tracker, and a progress bar or lines of the log
+"""
 
 import json
 import logging
+import math
 import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.amp import GradScaler
 
-from leanclip.data.loader import Batch
+from leanclip.data.batch import Batch
 from leanclip.distributed.collectives import rank_and_world_size
 from leanclip.errors import LeanclipError
 from leanclip.io.files import write_text
+from leanclip.io.progress import ProgressBar
+from leanclip.training.checkpoint import Progress
 from leanclip.training.plan import Plan
+from leanclip.training.step import StepResult
+from leanclip.training.tracking import MetricsLog
 from leanclip.training.utilisation import Utilisation
 
 T = TypeVar("T")
-LOG_SECONDS = 30  # between two lines of a log that nobody watches as a progress bar
-NAMED = 3  # samples of a step that was left out
-SLOW_DATA_FRACTION = 0.2  # share of the time from which waiting for data is worth a word
+LOG_SECONDS = 30  # between two lines of the log, without a progress bar
+MAX_NAMES = 3  # samples named of a step that was skipped
 log = logging.getLogger("leanclip")
 
 
 def write_status(plan: Plan, state: str, **facts: str | int) -> None:
     """Write status.json into the run's folder, for schedulers."""
-    if rank_and_world_size()[0] == 0 and plan.folder.is_dir():
-        text = json.dumps({"state": state, "steps": plan.last_step, "time": time.time(), **facts})
-        path = plan.folder / "status.json"
-        try:
-            write_text(path, text + "\n")
-        except OSError as error:
-            try:  # on a full disk there may be room where the file is
-                _overwrite(path, text + "\n")
-            except OSError:
-                log.warning("status.json does not say %s: %s", state, error)
+    if rank_and_world_size()[0] > 0 or not plan.folder.is_dir():
+        return
+    text = json.dumps({"state": state, "steps": plan.last_step, "time": time.time(), **facts})
+    path = plan.folder / "status.json"
+    try:
+        write_text(path, text + "\n")
+    except OSError as error:
+        log.warning("status.json (%s) could not be replaced: %s", state, error)
+        with suppress(OSError):  # a full disk may have room in the old file
+            path.write_text(text + "\n")
 
 
-def _overwrite(path: Path, text: str) -> None:
-    """Write a file in its place, which takes no more room than it has."""
-    with path.open("r+b") as file:
-        file.write(text.encode())
-        file.truncate()
+class Monitor:
+    """Measures a run between two lines of metrics and reports them; a context manager.
+
+    Args:
+        plan: of the run.
+        done: where it starts or resumes.
+        metrics: where to write; None on all ranks but the first, which report nothing.
+    """
+
+    def __init__(self, plan: Plan, done: Progress, metrics: MetricsLog | None) -> None:
+        config = plan.config
+        self.plan, self.metrics = plan, metrics
+        self.nonfinite = NonFiniteTracker(plan)
+        self.work = Utilisation(config.model, plan.device, config.train.precision, tf32=config.tf32)
+        is_silent = metrics is None
+        self.bar = ProgressBar("training", plan.last_step, completed=done.step, is_silent=is_silent)
+        self.must_log = not is_silent and not self.bar.is_shown
+        self.first_step, self.samples = done.step, done.samples
+        self.began = self.last_line = 0.0  # seconds, set on entry
+        self.last_log = -math.inf
+        self.waited = 0.0  # seconds since the last line
+
+    def __enter__(self) -> "Monitor":
+        self.bar.__enter__()
+        self.began = self.last_line = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.__exit__()
+
+    def wait_for(self, stream: Iterator[T]) -> T:
+        """The next item of a stream; the time it takes is time spent waiting for data."""
+        began = time.perf_counter()
+        item = next(stream)
+        self.waited += time.perf_counter() - began
+        return item
+
+    def add(self, step: int, batch: Batch, result: StepResult, *, is_cached: bool) -> None:
+        """Add a step on this rank's batch, of features where `is_cached`; nothing is waited for."""
+        self.nonfinite.add(step, result.is_finite, batch)
+        if not is_cached:
+            self.work.add(len(batch), batch.tokens.shape[1])
+
+    def report(
+        self,
+        done: Progress,
+        result: StepResult | None,
+        *,
+        learning_rate: float,
+        logit_scale: torch.Tensor,
+        scaler: GradScaler | None,
+        skipped: int,
+    ) -> None:
+        """Report a step's metrics, and speeds since the last report; waits for the device.
+
+        Raises:
+            LeanclipError: too many steps in a row were not finite.
+        """
+        self.nonfinite.raise_if_many()
+        plan, seconds = self.plan, time.perf_counter() - self.last_line
+        line = {
+            "train/loss": result.loss.item() if result else 0.0,
+            "train/gradient_norm": result.gradient_norm.item() if result else 0.0,
+            "train/lr": learning_rate,
+            "train/logit_scale": logit_scale.exp().item(),
+            "train/epoch": (done.step - plan.offset) / plan.steps_per_epoch,
+            "train/samples": done.samples,
+            "train/peak_memory_gb": peak_memory(plan.device),
+            "train/skipped": skipped,
+            "train/skipped_steps": self.nonfinite.count,
+            "train/samples_per_second": (done.samples - self.samples) / seconds,
+            "train/data_wait_share": self.waited / seconds,
+            **self.work.fraction(seconds),
+        }
+        sources = plan.config.data.sources
+        line |= {f"train/samples/{s.root}": n for s, n in zip(sources, done.sources, strict=False)}
+        line |= {f"train/{k}": norm.item() for k, norm in (result.norms if result else {}).items()}
+        if scaler:
+            line["train/loss_scale"] = scaler.get_scale()
+        self.samples, self.last_line = done.samples, time.perf_counter()
+        self.waited = 0.0
+        if self.metrics is not None:
+            self.metrics.write(done.step, line)
+        self.bar.note(format_metrics(line))
+        if self.must_log and self.last_line - self.last_log > LOG_SECONDS:
+            self._log(done.step, line)
+
+    def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write an evaluation's metrics as `val/...`, and `retention/...`."""
+        if self.metrics is not None:
+            names = {name: "" if name.startswith("retention/") else "val/" for name in metrics}
+            self.metrics.write(step, {names[name] + name: metrics[name] for name in metrics})
+
+    def _log(self, step: int, line: Mapping[str, float]) -> None:
+        self.last_log = self.last_line
+        seconds_a_step = (self.last_line - self.began) / (step - self.first_step)
+        left = _format_seconds((self.plan.last_step - step) * seconds_a_step)
+        total, metrics = self.plan.last_step, format_metrics(line)
+        log.info("step %s of %s, %s, %s left", f"{step:,}", f"{total:,}", metrics, left)
 
 
 class NonFiniteTracker:
-    """Steps that were left out because their loss or gradients were not finite."""
+    """Steps that were skipped because their loss or gradients were not finite."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.count, self.in_a_row = plan, 0, 0
         self._pending: list[tuple[int, torch.Tensor, list[int]]] = []
 
-    def note(self, step: int, is_finite: torch.Tensor, batch: Batch) -> None:
+    def add(self, step: int, is_finite: torch.Tensor, batch: Batch) -> None:
         """Keep a step's flag, which is still on the device, with its samples."""
         self._pending.append((step, is_finite, batch.indices.tolist()))
 
     def raise_if_many(self) -> None:
-        """Look at the flags since the last time.
+        """Read the flags added since the last call.
 
         Raises:
             LeanclipError: `train.max_skipped_steps` in a row were not finite.
@@ -69,72 +172,28 @@ class NonFiniteTracker:
             if is_finite:
                 continue
             self.count += 1
-            known = [index for index in indices if index >= 0]  # in a stream they have no names
-            names = ", ".join(self.plan.dataset.name(index) for index in known[:NAMED])
-            more = f" and {len(known) - NAMED:,} more" if len(known) > NAMED else ""
+            known = [index for index in indices if index >= 0]  # those of a stream have no names
+            names = ", ".join(self.plan.dataset.name(index) for index in known[:MAX_NAMES])
+            more = f" and {len(known) - MAX_NAMES:,} more" if len(known) > MAX_NAMES else ""
             log.warning(
-                "step %d left out: its loss or gradients are not finite%s%s",
+                "step %d skipped: its loss or gradients are not finite%s%s",
                 *(step, names and f"; its samples: {names}", more),
             )
             allowed = self.plan.config.train.max_skipped_steps
             if self.in_a_row >= (allowed if step < self.plan.last_step else min(allowed, 3)):
                 raise LeanclipError(
                     f"the loss or its gradients were not finite in {self.in_a_row} steps in a row, "
-                    f"to step {step}; lower optimizer.learning_rate, raise "
+                    f"up to step {step}; lower optimizer.learning_rate, raise "
                     f"optimizer.warmup_fraction or set optimizer.max_gradient_norm, and start again"
                 )
         self._pending.clear()
 
 
-class Clock:
-    """Time since the last line of metrics: samples per second, share of it waiting for data.
-
-    Where the device's peak is known also the share of it that this rank's work makes.
-    """
-
-    def __init__(self, plan: Plan, samples: int) -> None:
-        config = plan.config
-        precision = config.train.precision
-        self.work = Utilisation(config.model, plan.device, precision, tf32=config.tf32)
-        self.samples, self.began, self.waited = samples, time.perf_counter(), 0.0
-        self.first_began, self.waited_before = self.began, 0.0
-
-    def waiting(self, get: Callable[[], T]) -> T:
-        """Call `get`, counting its time as waiting."""
-        began = time.perf_counter()
-        result = get()
-        self.waited += time.perf_counter() - began
-        return result
-
-    def rates(self, samples: int) -> dict[str, float]:
-        """The figures since the last call, which begins anew."""
-        seconds = time.perf_counter() - self.began
-        figures = {
-            "train/samples_per_second": (samples - self.samples) / seconds,
-            "train/data_wait_share": self.waited / seconds,
-            **self.work.share(seconds),
-        }
-        self.waited_before += self.waited
-        self.samples, self.began, self.waited = samples, time.perf_counter(), 0.0
-        return figures
-
-    def log_waiting(self) -> None:
-        """Say how much of the whole time went by waiting for data, where it is much."""
-        seconds = time.perf_counter() - self.first_began
-        share = (self.waited_before + self.waited) / seconds
-        if share > SLOW_DATA_FRACTION and seconds > 10:
-            log.info(
-                "%.0f%% of the time was spent waiting for data: docs/data.md, Speed, says "
-                "what helps",
-                100 * share,
-            )
-
-
 def peak_memory(device: torch.device) -> float:
-    """The most memory so far, in 1e9 bytes: PyTorch's on the GPU, or this process's on the CPU."""
+    """Peak memory in GB (1e9 bytes): of PyTorch on the GPU, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")  # of Linux; there ru_maxrss is at least the parent's
+    status = Path("/proc/self/status")  # Linux: a child's ru_maxrss begins with its parent's
     if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -142,8 +201,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 def format_metrics(line: Mapping[str, float]) -> str:
-    """A line of metrics, for the progress bar."""
-    return "  ".join(
+    """The main metrics of a line, for the progress bar and the log."""
+    return ", ".join(
         (
             f"loss {line['train/loss']:.3f}",
             f"lr {line['train/lr']:.1e}",
@@ -155,30 +214,7 @@ def format_metrics(line: Mapping[str, float]) -> str:
     )
 
 
-class LogLines:
-    """Now and then a line in the log where there is no progress bar, to show that it lives."""
-
-    def __init__(self, plan: Plan, *, done: int, is_silent: bool) -> None:
-        self.steps, self.is_silent = plan.last_step, is_silent
-        self.first, self.began, self.last = done, time.perf_counter(), 0.0
-
-    def note(self, step: int, line: Mapping[str, float]) -> None:
-        """Log a step's metrics where the last line is long enough ago."""
-        now = time.perf_counter()
-        if self.is_silent or now - self.last < LOG_SECONDS:
-            return
-        self.last = now
-        left = (self.steps - step) * (now - self.began) / (step - self.first)
-        log.info(
-            "step %s of %s, loss %.3f, %.0f images/s, %.0f%% waiting for data, %s left",
-            *(f"{step:,}", f"{self.steps:,}", line["train/loss"]),
-            *(line["train/samples_per_second"], 100 * line["train/data_wait_share"]),
-            _in_time(left),
-        )
-
-
-def _in_time(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person says them."""
+def _format_seconds(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""The optimiser's parameter groups, and its rates as pure functions of the step."""
+"""The optimiser's parameter groups, and its learning rates as pure functions of the step."""
 
 import math
 from collections.abc import Mapping
@@ -12,10 +12,7 @@ from leanclip.config.training import OptimizerConfig
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, factors: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW; the learning rate is set before every step from `learning_rate`.
-
-    `factors` are those of `parameter_groups`.
-    """
+    """AdamW, whose learning rate is set before every step; `factors` as in `parameter_groups`."""
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay, factors),
         lr=config.learning_rate,
@@ -28,18 +25,17 @@ def build_optimizer(
 def parameter_groups(
     model: nn.Module, weight_decay: float, factors: Mapping[str, float] | None = None
 ) -> list[dict]:
-    """Two groups for each factor: matrices decay; vectors, scalars and positions do not.
+    """Two groups per factor: matrices with weight decay; vectors, scalars and positions without.
 
-    `factors` are on the rate, by a parameter's name; 1 where there is none. A group holds its
+    `factors` multiply the learning rate, by a parameter's name (default 1); each group has its
     own as "factor".
     """
     factors = factors or {}
     found: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_kept = parameter.ndim <= 1 or name.endswith("positional_embedding")
-            decayed_and_kept = found.setdefault(factors.get(name, 1.0), ([], []))
-            decayed_and_kept[is_kept].append(parameter)
+            has_no_decay = parameter.ndim <= 1 or name.endswith("positional_embedding")
+            found.setdefault(factors.get(name, 1.0), ([], []))[has_no_decay].append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "factor": factor}
         for factor, both in found.items()
@@ -48,14 +44,14 @@ def parameter_groups(
 
 
 def scaled_learning_rate(config: OptimizerConfig, global_batch: int) -> float:
-    """The peak rate for this global batch: lr * global_batch / reference_batch."""
+    """The peak learning rate of a global batch: lr * global_batch / reference_batch."""
     if config.reference_batch is None:
         return config.learning_rate
     return config.learning_rate * global_batch / config.reference_batch
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
-    """The rate of a step: linear from peak/warmup up to the peak, then a cosine to zero."""
+    """The learning rate of a step: linear warm-up from peak/warmup, then cosine decay to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

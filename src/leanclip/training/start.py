@@ -2,8 +2,8 @@
 
     plan, weights and checkpoints of every rank -> compared with the first rank's -> Chosen
 
-The first rank chooses. The others only look whether what they see contradicts the choice; the
-checkpoint itself reaches them from the first rank, so the run's folder may be on its disk alone.
+The first rank chooses the checkpoint. The others only check that what they see does not contradict
+it; the checkpoint itself is sent from the first rank, so the run's folder may be on its disk alone.
 Every error is raised on every rank, with the number of the rank that differs.
 """
 
@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import uuid
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,15 +28,16 @@ from leanclip.distributed.collectives import (
     rank_and_world_size,
 )
 from leanclip.errors import ConfigError, LeanclipError, WeightsError
+from leanclip.model import CLIP
 from leanclip.training import checkpoint
 from leanclip.training.plan import Plan
-from leanclip.weights import Weights, fingerprint, read_weights
+from leanclip.weights import Weights, fingerprint, load_into, read_weights
 from leanclip.weights.read import Architecture
 
 log = logging.getLogger("leanclip")
 
-# Settings, or groups, that may differ between two starts of a run: they do not change its weights,
-# but by rounding in the case of micro-batches.
+# Settings, or groups, that may change when a run resumes: they do not change its weights, except
+# for the rounding of micro-batches.
 FREE_SETTINGS = (
     "output_dir",
     "device",
@@ -52,7 +55,7 @@ FREE_SETTINGS = (
     "evaluate",
     "checkpoint",
 )
-# Those that may differ between the ranks of a run. Of `load` the weights are compared.
+# Those that may differ between ranks. Of `load` the weights are compared.
 FREE_AMONG_RANKS = (
     "output_dir",
     "device",
@@ -64,27 +67,26 @@ FREE_AMONG_RANKS = (
 
 
 class Chosen(NamedTuple):
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     folder: Path  # on the first rank
-    digest: str  # of its manifest, which has the digest of every file
     progress: checkpoint.Progress
     config: Config  # of the last start
     is_sharded: bool
-    digests: dict[str, str]  # of all checkpoints there, by their names
+    digests: dict[str, str]  # of the manifests of all checkpoints there, by name
 
 
 def check_same_plan(plan: Plan) -> None:
     """Compare configuration, size of the data, classes and steps on all ranks.
 
     Raises:
-        ConfigError: a rank has others than the first.
+        ConfigError: a rank's differ from the first rank's.
     """
     data = {"data": plan.dataset}
     data |= {f"evaluate.{task.name}": task.dataset for task in plan.tasks}
     data |= {"evaluate.retention": plan.retention.dataset} if plan.retention else {}
     facts: dict[str, object] = {f"samples of {name}": len(one) for name, one in data.items()}
-    facts |= {f"classes of {name} (digest)": _classes(one) for name, one in data.items()}
+    facts |= {f"classes of {name} (digest)": _digest_classes(one) for name, one in data.items()}
     facts |= {
         "preprocessing": str(plan.preprocess),
         "steps": plan.steps,
@@ -100,15 +102,14 @@ def check_same_plan(plan: Plan) -> None:
             if found.get(name) != first.get(name)
         ]
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ConfigError(
-                f"rank {rank} (there) differs from rank 0 (here): {'; '.join(changed[:3])}{more}; "
-                f"start all ranks with the same command and the same data"
+                f"rank {rank} (there) differs from rank 0 (here): {_first_three(changed)}; start "
+                f"all ranks with the same command and the same data"
             )
 
 
 def choose_checkpoint(plan: Plan, must_resume: bool) -> Chosen | None:
-    """The newest checkpoint of the run's folder that is whole, as the first rank sees it.
+    """The newest intact checkpoint of the run's folder, as the first rank sees it.
 
     Raises:
         ConfigError: the folder holds a run of another configuration or of other weights; or
@@ -121,11 +122,65 @@ def choose_checkpoint(plan: Plan, must_resume: bool) -> Chosen | None:
     return chosen
 
 
-def read_on_all_ranks(source: str | Path, arch: Architecture | None = None) -> tuple[Weights, str]:
-    """Weights that each rank reads for itself, and their digest, which is the same on all.
+def plan_from(plan: Plan, chosen: Chosen) -> Plan:
+    """The plan from a checkpoint on: its steps count, in batches of this run's size."""
+    done = chosen.progress
+    left = max(0, len(plan.dataset) - done.sample) // plan.batch_size  # whole batches of the epoch
+    here = (done.epoch + 1) * plan.steps_per_epoch - left
+    plan = replace(plan, offset=done.step - here)
+    if done.dataset_size not in (0, len(plan.dataset)):
+        log.warning(
+            "the data has %d samples per epoch, and had %d when the checkpoint was written: the "
+            "rest of this epoch has another order, and may repeat or leave out samples",
+            *(len(plan.dataset), done.dataset_size),
+        )
+    elif done.batch_size not in (0, plan.batch_size):
+        log.info(
+            "the global batch was %d and is %d now: %d steps are left",
+            *(done.batch_size, plan.batch_size, plan.last_step - done.step),
+        )
+    log.info("resuming from %s, step %d of %d", chosen.folder, done.step, plan.last_step)
+    return plan
+
+
+def load_initial_weights(plan: Plan, model: CLIP) -> checkpoint.Progress:
+    """Begin a run: load the weights of `config.load`, if set, into the model.
 
     Raises:
-        WeightsError: they cannot be read, or those of a rank are not the first one's.
+        ConfigError: a setting of `finetune` needs loaded weights.
+        WeightsError: the weights cannot be read, do not fit, or differ between ranks.
+    """
+    config, new, digest = plan.config, [], ""
+    if config.load is not None:
+        weights, digest = read_on_all_ranks(config.load, config.load_arch)
+        new = load_into(model, weights, partial=config.load_partial)
+        own = weights.preprocess
+        if own and (own.mean, own.std) != (plan.preprocess.mean, plan.preprocess.std):
+            log.warning(
+                "%s: was trained with mean %s, std %s; this run has data.mean %s, data.std %s",
+                *(config.load, own.mean, own.std, plan.preprocess.mean, plan.preprocess.std),
+            )
+        log.info("starting from the weights of %s", config.load)
+    for name in ("lock_image", "lock_text", "lora_rank"):
+        if config.load is None and getattr(config.finetune, name) is not None:
+            raise ConfigError(f"finetune.{name}: needs loaded weights; give --load")
+    run = from_first(lambda: uuid.uuid4().hex)
+    return checkpoint.Progress(0, 0, 0, 0, [], 0.0, new=new, loaded=digest, run=run)
+
+
+def config_to_record(config: Config, chosen: Chosen | None) -> Config:
+    """The settings for config.yaml, which keeps naming the weights that the run began with."""
+    if chosen is None or config.load is not None:
+        return config
+    names = ("load", "load_arch", "load_partial")
+    return config.model_copy(update={name: getattr(chosen.config, name) for name in names})
+
+
+def read_on_all_ranks(source: str | Path, arch: Architecture | None = None) -> tuple[Weights, str]:
+    """Weights that each rank reads for itself, and their digest, which is equal on all ranks.
+
+    Raises:
+        WeightsError: they cannot be read, or a rank's differ from the first rank's.
     """
     weights, digest, error = None, "", None
     try:
@@ -162,68 +217,57 @@ def _choose(plan: Plan, must_resume: bool) -> Chosen | None:
             )
         return None
     progress, digests = checkpoint.progress_of(found), checkpoint.manifest_digests(root)
-    old = _same_run(plan, progress.batch_size)
-    _check_load(plan, old, progress.loaded, must_resume)
-    is_sharded = checkpoint.is_in_shards(found)
-    return Chosen(found, digests[found.name], progress, old, is_sharded, digests)
-
-
-def _same_run(plan: Plan, batch_size: int) -> Config:
-    """The settings of the run in the folder; `batch_size` is its global one.
-
-    Raises:
-        ConfigError: they are not those of the plan.
-    """
     old = load_config(plan.folder / "config.yaml")
-    split = ("train.batch_size",) if plan.batch_size == batch_size else ()  # among other ranks
-    changed = differences(old, plan.config, ignore=FREE_SETTINGS + split)
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    is_same_batch = plan.batch_size == progress.batch_size  # split among another number of ranks
+    ignored = ("train.batch_size",) if is_same_batch else ()
+    if changed := differences(old, plan.config, ignore=FREE_SETTINGS + ignored):
         raise ConfigError(
-            f"{plan.folder}: holds a run of another configuration "
-            f"({'; '.join(changed[:3])}{more}); choose another --output-dir, or remove that folder"
+            f"{plan.folder}: holds a run of another configuration ({_first_three(changed)}); "
+            f"choose another --output-dir, or remove that folder"
         )
-    return old
+    if plan.config.load is not None:
+        _check_load(plan, plan.config.load, old.load, progress.loaded, must_resume)
+    is_sharded = checkpoint.is_in_shards(found)
+    return Chosen(found, progress, old, is_sharded, digests)
 
 
-def _check_load(plan: Plan, old: Config, loaded: str | None, must_resume: bool) -> None:
-    """Refuse to go on with a run that did not begin with the weights of --load.
+def _check_load(
+    plan: Plan, load: str, old_load: str | None, loaded: str | None, must_resume: bool
+) -> None:
+    """Refuse to resume a run that did not begin with the weights of --load.
 
     Args:
-        plan: with these weights.
-        old: the settings of the run.
-        loaded: the digest of what the run began with; "": scratch; None: an older leanclip did not
-            record it.
-        must_resume: the run is what is wanted, whatever has become of the file of weights.
+        plan: of this start.
+        load: the weights of --load.
+        old_load: those of the run, by name.
+        loaded: the digest of the weights that the run began with; "": scratch; None: not recorded.
+        must_resume: with --resume the file's name is enough, even if its content changed.
     """
-    load = plan.config.load
-    if load is None:
-        return
-    is_same_name = load == old.load
+    is_same_name = load == old_load
     try:
         digest = fingerprint(read_weights(load, arch=plan.config.load_arch).tensors)
     except (LeanclipError, OSError) as error:
         if not is_same_name:
             raise
-        log.warning("--load cannot be compared with what the run began with: %s", error)
+        log.warning("--load cannot be compared with the weights the run began with: %s", error)
         return
     if digest == loaded or (loaded is None and is_same_name):
         return
     if must_resume and is_same_name:
-        log.warning("--load %s: are not the weights any more that the run began with", load)
+        log.warning("--load %s: not the weights that the run began with; ignored", load)
         return
-    began = "from scratch" if loaded == "" else f"with other weights ({old.load or 'unknown'})"
+    began = "from scratch" if loaded == "" else f"with other weights ({old_load or 'unknown'})"
     raise ConfigError(
-        f"--load {load}: {plan.folder} holds a run that began {began}; to start from these "
-        f"weights choose another --output-dir, to go on with that run leave --load out"
+        f"--load {load}: {plan.folder} holds a run that began {began}; choose another "
+        f"--output-dir to start from these weights, or leave --load out to resume that run"
     )
 
 
 def _contradiction(plan: Plan, chosen: Chosen | None) -> str:
-    """What this rank sees in the run's folder that the first one's choice cannot stand beside.
+    """What this rank sees in the run's folder that contradicts the first rank's choice.
 
-    An older checkpoint of the run does not: another machine may show an earlier state of the
-    folder. Nor does one that is damaged.
+    An older checkpoint of the run does not: another machine may see an earlier state of the
+    folder. Nor does a damaged one.
     """
     root = plan.folder / "checkpoints"
     if rank_and_world_size()[0] == 0:
@@ -239,7 +283,7 @@ def _contradiction(plan: Plan, chosen: Chosen | None) -> str:
             first = chosen.folder.with_name(name) if expected and is_other else chosen.folder
             return _sees(root / name, digest, first, chosen.digests[first.name])
     if chosen is not None and chosen.is_sharded and chosen.folder.name not in digests:
-        return _sees(None, "", chosen.folder, chosen.digest)
+        return _sees(None, "", chosen.folder, chosen.digests[chosen.folder.name])
     return ""
 
 
@@ -250,36 +294,37 @@ def _is_of_another_run(folder: Path, chosen: Chosen | None) -> bool:
 
 
 def _sees(here: Path | None, digest: str, first: Path | None, first_digest: str) -> str:
-    """The sentence about a checkpoint that this rank sees, and what the first one sees."""
+    """What this rank sees, and what the first one sees."""
 
-    def words(folder: Path | None, digest: str) -> str:
+    def describe(folder: Path | None, digest: str) -> str:
         if folder is None:
             return "no checkpoint"
         step = folder.name.removeprefix("step-").lstrip("0")
         return f"{folder} (step {step}, digest {digest[:12]})"
 
     return (
-        f"sees {words(here, digest)}, where rank 0 sees {words(first, first_digest)}; have all "
-        f"ranks share one output folder, or remove there what is not of this run"
+        f"sees {describe(here, digest)}, where rank 0 sees {describe(first, first_digest)}; have "
+        f"all ranks share one output folder, or remove checkpoints of other runs there"
     )
 
 
 def _check_shared(folder: Path) -> None:
-    """See that all ranks have the folder in common, into which each writes its shards."""
+    """Check that all ranks share the folder, into which each writes its shards."""
 
-    def leave_a_mark() -> Path:
+    def touch() -> Path:
         mark = folder / f".{uuid.uuid4().hex}.part"
         mark.touch()
         return mark
 
-    mark = from_first(leave_a_mark)
-    own = folder / mark.name
-    problem = "" if own.is_file() else f"does not see {mark}, which rank 0 has written"
-    try:
-        _raise_first(
-            problem
-            and f"{problem}: train.sharding fsdp needs an output folder that all ranks share"
+    mark = from_first(touch)
+    problem = ""
+    if not (folder / mark.name).is_file():
+        problem = (
+            f"does not see {mark}, which rank 0 has written: train.sharding fsdp needs an output "
+            f"folder that all ranks share"
         )
+    try:
+        _raise_first(problem)
     finally:
         barrier()
         if rank_and_world_size()[0] == 0:
@@ -293,7 +338,12 @@ def _raise_first(problem: str) -> None:
             raise ConfigError(f"rank {rank} {found}")
 
 
-def _classes(dataset: Dataset) -> str:
+def _first_three(changed: Sequence[str]) -> str:
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return "; ".join(changed[:3]) + more
+
+
+def _digest_classes(dataset: Dataset) -> str:
     sources = dataset.sources if isinstance(dataset, Mixture) else [dataset]
     names = [list(source.classes or ()) for source in sources]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]

@@ -9,7 +9,8 @@ the gradients are those of the whole batch, the memory that of one micro-batch.
 Shapes: n pairs of this rank, L tokens, R resolution, E embedding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,27 +19,29 @@ from torch.amp import GradScaler
 from torch.nn import functional as F
 
 from leanclip.config.training import TrainConfig
-from leanclip.data.loader import Batch
-from leanclip.distributed.collectives import mean_over_ranks_, rank_and_world_size
-from leanclip.distributed.fsdp import is_sharded
+from leanclip.data.batch import Batch
+from leanclip.distributed.collectives import (
+    mean_over_ranks_,
+    rank_and_world_size,
+    sum_over_ranks,
+)
 from leanclip.distributed.wrap_model import eval_mode_batch_norm, gradient_sync
 from leanclip.losses import Kind, contrastive_loss
 from leanclip.model import CLIP
-from leanclip.model.parameters import SCALARS
+from leanclip.model.parameters import SCALARS, is_shard, local
 from leanclip.preprocess.images import Preprocess, normalize
 from leanclip.preprocess.tokenizer import END
-from leanclip.training.gradients import StepNorms, clip_, total_norm
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of others: none
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # other precisions: none
 
 
 class StepResult(NamedTuple):
-    """What a step came to, still on the device."""
+    """Results of a step, still on the device."""
 
     loss: torch.Tensor  # (), over all ranks
     gradient_norm: torch.Tensor  # () of all parameters, before clipping
     is_finite: torch.Tensor  # () bool; where false, nothing was changed
-    norms: dict[str, torch.Tensor]  # by tower, as StepNorms says; empty unless asked for
+    norms: dict[str, torch.Tensor]  # by tower, such as `update_norm/image`; empty unless asked for
 
 
 def train_step(
@@ -62,90 +65,109 @@ def train_step(
     Args:
         model: both towers and the scalars of the loss.
         optimizer: a fused AdamW of the model's parameters.
-        batch: this rank's part, perhaps empty; not all ranks' may be.
+        batch: this rank's part; may be empty, but not on all ranks.
         preprocess: mean and standard deviation of the pixels.
-        rate: the learning rate of this step; a group's "factor" is on it.
+        rate: the learning rate of this step; a group's "factor" multiplies it.
         settings: precision, micro-batches and how the loss is computed.
         kind: which loss.
         max_gradient_norm: the global norm to clip to.
         towers: the model as `wrap_model` gives it; the model itself by default.
+        must_measure: return the towers' norms, which takes a copy of the parameters.
         scaler: of precision fp16; updated by the step.
-        must_measure: give the towers' norms, which takes a copy of the parameters.
     """
-    device = model.logit_scale.device
-    world_size = rank_and_world_size()[1]
     towers = towers or model
-    groups = batch.groups.to(device) if kind == "multi-positive" else None
-    # FSDP brings a block's parameters together for all ranks at once: all run it as often.
-    parts = _micro_batches(batch, settings, is_exact=is_sharded(model))
-
-    def forward(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
-        tokens = part.tokens.to(device, non_blocking=True)  # (d, L)
-        if pixels.dim() == 4:  # not features already
-            pixels = normalize(pixels, preprocess.mean, preprocess.std)
-        dtype = AUTOCAST.get(settings.precision)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            features = towers(pixels, tokens)
-        text = features.text
-        if part.places is not None:  # F.embedding: an index's gradients are summed in any order
-            text = F.embedding(part.places.to(device, non_blocking=True), text)  # (m, E)
-        return features.image[: part.size], text[: part.size]
-
-    def backward(zimg: torch.Tensor, ztxt: torch.Tensor) -> torch.Tensor:
-        loss = contrastive_loss(
-            zimg,
-            ztxt,
-            model.logit_scale.float().exp(),
-            kind=kind,
-            bias=model.logit_bias,
-            groups=groups,
-            is_tiled=settings.tiled_loss,
-        )
-        total = loss * world_size  # the loss is over all ranks, gradients are averaged
-        (scaler.scale(total) if scaler else total).backward()
-        return loss.detach()
-
-    if settings.micro_batches == 1:  # not by what is left of the batch: ranks must do the same
+    forward = partial(_forward, towers, preprocess, settings.precision, model.logit_scale.device)
+    backward = partial(_backward, model, batch, settings, kind, scaler)
+    # FSDP gathers each block's parameters on all ranks together: all run as many micro-batches.
+    parts = _micro_batches(batch, settings, is_exact=any(map(is_shard, model.parameters())))
+    if settings.micro_batches == 1:  # not len(parts): all ranks must do the same
         loss = backward(*forward(parts[0]))
     else:
         loss = _cached_backward(towers, parts, forward, backward)
-    mean_over_ranks_([p.grad for p in _scalars(model) if p.grad is not None])
+    mean_over_ranks_([p.grad for p in _scalars(model) if p.grad is not None])  # not the towers'
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if scaler:
         scaler.unscale_(optimizer)
-    norm = total_norm(gradients)
-    norms = StepNorms(model) if must_measure else None
+    norm = _total_norm(gradients)
+    norms = _StepNorms(model) if must_measure else None
     if max_gradient_norm is not None:
-        clip_(gradients, norm, max_gradient_norm)
+        _clip(gradients, norm, max_gradient_norm)
     is_finite = torch.isfinite(loss + norm)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("factor", 1.0)
-    if scaler:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        # The fused AdamW changes nothing where this is 1, without waiting for the device.
-        optimizer.found_inf = (~is_finite).float()  # pyright: ignore[reportAttributeAccessIssue]
-        optimizer.step()
+    _optimizer_step(optimizer, is_finite, scaler)
     optimizer.zero_grad()
     model.clamp_logit_scale()
     return StepResult(loss, norm, is_finite, norms.after_step() if norms else {})
 
 
 class Part(NamedTuple):
-    """A micro-batch; images without pairs (beyond `size`) are there to be run, not counted."""
+    """A micro-batch; rows beyond `size` are blank, computed but not counted."""
 
     images: torch.Tensor  # (m, 3, R, R) uint8, or (m, E) as in a Batch
     tokens: torch.Tensor  # (d, L), or (m, E)
     size: int
-    places: torch.Tensor | None = None  # (m,), which of the d captions each has; None: all, m = d
+    places: torch.Tensor | None = None  # (m,), each row's index among d captions; None: d = m
+
+
+def _forward(
+    towers: nn.Module, preprocess: Preprocess, precision: str, device: torch.device, part: Part
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and text features (m, E) of a micro-batch."""
+    pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
+    tokens = part.tokens.to(device, non_blocking=True)  # (d, L)
+    if pixels.dim() == 4:  # not features already
+        pixels = normalize(pixels, preprocess.mean, preprocess.std)
+    dtype = AUTOCAST.get(precision)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        features = towers(pixels, tokens)
+    text = features.text  # (d, E)
+    if part.places is not None:  # F.embedding: gradients of an index are summed in a fixed order
+        text = F.embedding(part.places.to(device, non_blocking=True), text)  # (m, E)
+    return features.image[: part.size], text[: part.size]
+
+
+def _backward(
+    model: CLIP,
+    batch: Batch,
+    settings: TrainConfig,
+    kind: Kind,
+    scaler: GradScaler | None,
+    zimg: torch.Tensor,
+    ztxt: torch.Tensor,
+) -> torch.Tensor:
+    """The loss () over all ranks, from features (n, E) of this one; adds its gradients."""
+    loss = contrastive_loss(
+        zimg,
+        ztxt,
+        model.logit_scale.float().exp(),
+        kind=kind,
+        bias=model.logit_bias,
+        groups=batch.groups.to(zimg.device) if kind == "multi-positive" else None,
+        is_tiled=settings.tiled_loss,
+    )
+    total = loss * rank_and_world_size()[1]  # the loss is over all ranks, gradients are averaged
+    (scaler.scale(total) if scaler else total).backward()
+    return loss.detach()
+
+
+def _optimizer_step(
+    optimizer: torch.optim.Optimizer, is_finite: torch.Tensor, scaler: GradScaler | None
+) -> None:
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        # With this at 1 the fused AdamW changes nothing; no synchronisation with the device.
+        optimizer.found_inf = (~is_finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
 
 
 def _micro_batches(batch: Batch, settings: TrainConfig, *, is_exact: bool) -> list[Part]:
-    """The batch in at most so many parts of nearly the same size, or in as many with blank ones.
+    """The batch in at most `micro_batches` parts of nearly equal size.
 
-    A rank without a pair runs a blank one, so that it takes its part in the sums over ranks.
+    With `is_exact`, blank parts make up the number; without a pair there is one blank part, so
+    that the rank takes part in the sums over ranks.
     """
     count, parts = settings.micro_batches, []
     split = (rows.tensor_split(count) for rows in (batch.images, batch.tokens))
@@ -154,21 +176,18 @@ def _micro_batches(batch: Batch, settings: TrainConfig, *, is_exact: bool) -> li
             distinct, places = _distinct(tokens, settings)
             parts.append(Part(images, distinct, len(images), places))
     blank = batch.images.new_zeros(1, *batch.images.shape[1:])
-    has_features = batch.tokens.is_floating_point()
-    end = (
-        batch.tokens.new_zeros(1, batch.tokens.shape[1]) if has_features else torch.tensor([[END]])
-    )
-    least = count if is_exact else 1
-    return parts + [Part(blank, end, 0)] * (least - len(parts))
+    is_features = batch.tokens.is_floating_point()
+    end = batch.tokens.new_zeros(1, batch.tokens.shape[1]) if is_features else torch.tensor([[END]])
+    return parts + [Part(blank, end, 0)] * ((count if is_exact else 1) - len(parts))
 
 
 def _distinct(
     tokens: torch.Tensor, settings: TrainConfig
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens (m, L) with each caption once, (d, L), and the place (m,) of each row in them.
+    """Tokens (m, L) with each caption once, (d, L), and each row's index (m,) in them.
 
-    They stay as they are, with no places, where nothing repeats; where they are features; and
-    where the towers are compiled, whose graphs want few shapes.
+    Unchanged, with no indices, if no caption repeats; if they are features; and if the towers are
+    compiled, where more shapes mean more graphs.
     """
     if settings.compile or tokens.is_floating_point():
         return tokens, None
@@ -201,13 +220,67 @@ def _cached_backward(
     after = _random_state()
     for number, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
         is_last = number + 1 == len(parts)
-        _set_random_state(state)  # dropped patches and activations are the same again
+        _set_random_state(state)  # so that patch dropout repeats
         with eval_mode_batch_norm(towers), gradient_sync(towers, is_last=is_last):
             both = zip(forward(part), gradient, strict=True)
-            trained = [(z, dz) for z, dz in both if z.requires_grad]  # not of a locked tower
+            trained = [(z, dz) for z, dz in both if z.requires_grad]  # locked towers
             torch.autograd.backward([z for z, _ in trained], [dz for _, dz in trained])
     _set_random_state(after)
     return loss
+
+
+def _total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm () over all of the tensors, equal on every rank."""
+    sharded = [tensor.to_local() for tensor in tensors if is_shard(tensor)]
+    whole = [tensor for tensor in tensors if not is_shard(tensor)]
+    norm = nn.utils.get_total_norm(whole)
+    if not sharded:
+        return norm
+    square = sum_over_ranks(nn.utils.get_total_norm(sharded).square())
+    return (square + norm.to(square.device).square()).sqrt()
+
+
+def _clip(gradients: Sequence[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale gradients, whose norm is given, down to `max_norm` if it is larger.
+
+    As `torch.nn.utils.clip_grads_with_norm_`, which cannot mix sharded and whole tensors.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    shards = [local(gradient) for gradient in gradients]
+    torch._foreach_mul_(shards, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class _StepNorms:
+    """The norms of one step by tower: created before the optimiser's step, read after it.
+
+    Keeps a copy of the parameters in between.
+    """
+
+    def __init__(self, model: CLIP) -> None:
+        self._parameters: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in SCALARS:
+                tower = "image" if name.startswith("visual.") else "text"
+                self._parameters[tower].append(parameter)
+        self._before = {k: [p.detach().clone() for p in v] for k, v in self._parameters.items()}
+        self._gradients = {
+            tower: _total_norm([p.grad for p in parameters if p.grad is not None])
+            for tower, parameters in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def after_step(self) -> dict[str, torch.Tensor]:
+        """`gradient_norm/image`, `parameter_norm/text`, `update_norm/image` and so on, each ()."""
+        norms = {}
+        for tower, parameters in self._parameters.items():
+            norms[f"gradient_norm/{tower}"] = self._gradients[tower]
+            norms[f"parameter_norm/{tower}"] = _total_norm(parameters)
+            before = self._before[tower]
+            for old, parameter in zip(before, parameters, strict=True):
+                local(old).sub_(local(parameter))
+            norms[f"update_norm/{tower}"] = _total_norm(before)
+        self._before.clear()
+        return norms
 
 
 def _scalars(model: CLIP) -> list[nn.Parameter]:
@@ -215,7 +288,7 @@ def _scalars(model: CLIP) -> list[nn.Parameter]:
 
 
 def _random_state() -> list[torch.Tensor]:
-    """The generators' states, of the CPU and of the GPU that is used."""
+    """The states of the random generators, of the CPU and of the current GPU."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
 

@@ -1,4 +1,4 @@
-"""Model FLOP utilisation: the share of a device's peak that goes into the model's own products.
+"""Model FLOP utilisation: the fraction of a device's peak spent on the model's matrix products.
 
 pairs, length of their texts -> FLOPs of forward and backward -> / seconds / peak
 """
@@ -10,10 +10,10 @@ import torch
 from leanclip.config.model import ModelConfig
 from leanclip.model.cost import forward_gflops
 
-# 10^12 FLOPs a second of dense products: bf16 and fp16 on tensor cores with float32 sums, fp32 on
-# the other cores, fp32 as TF32 on tensor cores (None: it has none). From NVIDIA's data sheets of
+# 10^12 FLOPs per second of dense products: bf16 and fp16 on tensor cores with float32 sums, fp32 on
+# the other cores, fp32 as TF32 on tensor cores (None: not supported). From NVIDIA's data sheets of
 # each product; of the GeForce cards from the appendices of the GA102 and Ada architecture white
-# papers. Figures that are given "with sparsity" are halved.
+# papers. Numbers "with sparsity" are halved.
 PEAKS: dict[str, tuple[float | None, float | None, float, float | None]] = {
     r"H200": (989.0, 989.0, 67.0, 494.5),
     r"H100 PCIe": (756.0, 756.0, 51.0, 378.0),
@@ -28,25 +28,24 @@ PEAKS: dict[str, tuple[float | None, float | None, float, float | None]] = {
     r"RTX 3090": (71.0, 71.0, 35.6, 35.6),
     r"RTX 4090": (165.2, 165.2, 82.6, 82.6),
 }
-PRECISIONS = ("bf16", "fp16", "fp32", "tf32")
+PRECISIONS = ("bf16", "fp16", "fp32", "tf32")  # columns of PEAKS
 
 
 def peak_teraflops(device_name: str, precision: str, *, tf32: bool = False) -> float | None:
-    """The device's peak by the name that CUDA gives it; None where it is not in the table.
+    """The peak of a device by the name that CUDA gives it; None if it is not in the table.
 
-    With `tf32`, float32's is that of TF32, where the device has it.
+    With `tf32`, that of fp32 is TF32's, where the device supports it.
     """
     for name, peaks in PEAKS.items():
         # "L4" is not "L40", "A100" is "A100-SXM4-80GB", a laptop's RTX 4090 is another chip.
         if re.search(rf"\b{name}(?![\w ]*(Laptop|Ti|D)\b)\b", device_name):
-            if precision == "fp32" and tf32:
-                return peaks[PRECISIONS.index("tf32")] or peaks[PRECISIONS.index("fp32")]
-            return peaks[PRECISIONS.index(precision)]
+            tf32_peak = peaks[-1] if tf32 and precision == "fp32" else None
+            return tf32_peak or peaks[PRECISIONS.index(precision)]
     return None
 
 
 class Utilisation:
-    """Adds up the work of this rank's steps; nothing is counted where the peak is not known."""
+    """Adds up the FLOPs of this rank's steps; reports nothing if the device's peak is unknown."""
 
     def __init__(
         self, model: ModelConfig, device: torch.device, precision: str, *, tf32: bool = False
@@ -57,15 +56,15 @@ class Utilisation:
         self._gflops = 0.0
 
     def add(self, pairs: int, length: int) -> None:
-        """Note a step on `pairs` with texts of `length` tokens."""
+        """Add a step on `pairs` with texts of `length` tokens."""
         if self._peak is None:
             return
         if length not in self._by_length:
             self._by_length[length] = forward_gflops(self._model, length)
         self._gflops += 3 * pairs * self._by_length[length]  # backward is twice forward
 
-    def share(self, seconds: float) -> dict[str, float]:
-        """`train/flop_utilisation` since the last call, where the peak is known."""
+    def fraction(self, seconds: float) -> dict[str, float]:
+        """`train/flop_utilisation` of the steps since the last call, if the peak is known."""
         gflops, self._gflops = self._gflops, 0.0
         if self._peak is None:
             return {}
