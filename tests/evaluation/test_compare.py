@@ -114,8 +114,8 @@ def test_retrieval_of_models_of_two_resolutions(command: Command, workplace: Pat
     for letter, name in (("first", "a"), ("second", "b")):
         command("eval", "--model", name, "--data", "pairs:data", "--out", "eval")
         metrics = json.loads((workplace / "eval/report.json").read_text())["metrics"]
-        for figure, one in found["differences"].items():
-            assert one[letter] == pytest.approx(metrics[figure]), figure
+        for metric, one in found["differences"].items():
+            assert one[letter] == pytest.approx(metrics[metric]), metric
     assert set(found["mcnemar"]) == {"image_to_text_R@1", "text_to_image_R@1"}
     for one in found["better"]["image_to_text_R@1"]:
         assert one["second"].endswith(f"{one['index']}")  # "picture number 7" or "image 7"

@@ -55,7 +55,7 @@ def test_ranks_are_started_by_an_option(command: Command, workplace: Path) -> No
     assert report_of(workplace / "one")["metrics"] == report_of(workplace / "two")["metrics"]
 
 
-def test_figures_during_training_are_shared_too(command: Command, workplace: Path) -> None:
+def test_metrics_during_training_are_shared_too(command: Command, workplace: Path) -> None:
     """Three ranks of a ResNet, whose BatchNorms' statistics differ by rank."""
     make_config(
         workplace / "config.yaml",

@@ -80,7 +80,7 @@ def evaluate(
 ) -> None:
     """Evaluate weights: zero-shot, retrieval, and probes of the image features.
 
-    Writes report.json: figures with 95% intervals, classes, hashes, the command to repeat it.
+    Writes report.json: metrics with 95% intervals, classes, hashes, the command to reproduce it.
     """
     import shlex
 
@@ -184,7 +184,7 @@ def interpolate(
             min=0,
             max=1,
             help="With --sweep: the most that the retention metric may lose, such as 0.01; "
-            "without it the best mean of both figures is taken.",
+            "without it the best mean of both metrics is taken.",
         ),
     ] = None,
     arch: Arch = None,

@@ -165,6 +165,6 @@ class CheckpointConfig(Section):
     keep: Annotated[int, Field(ge=2)] = Field(default=2, description="newest ones that are kept")
     best_metric: str | None = Field(
         default=None,
-        description="a figure of the evaluations, such as zeroshot_top1; the checkpoint where it "
+        description="a metric of the evaluations, such as zeroshot_top1; the checkpoint where it "
         "was highest is kept besides",
     )

@@ -1,6 +1,6 @@
 """Calibrate a zero-shot classifier on images that are held out, and measure it on the others.
 
-    report with a classifier, held-out images -> Calibration -> figures before and after -> report
+    report with a classifier, held-out images -> Calibration -> metrics before and after -> report
 
 Shapes: N images, C classes.
 """
@@ -123,7 +123,7 @@ def _logits(result: ZeroShotResult, features: torch.Tensor) -> torch.Tensor:
 def _add_metrics(
     report: Report, calibration: Calibration, logits: torch.Tensor, labels: torch.Tensor
 ) -> None:
-    """Add figures on images that were not held out."""
+    """Add metrics on images that were not held out."""
 
     def error(probabilities: torch.Tensor) -> float:
         highest, said = probabilities.max(dim=1)
@@ -132,14 +132,14 @@ def _add_metrics(
     sets = calibration.prediction_sets(logits)
     held = sets.gather(1, labels[:, None])[:, 0]
     none = calibration.is_none(logits)
-    figures = {
+    metrics = {
         "calibrated_ece_before": error(logits.softmax(dim=1)),
         "calibrated_ece": error(calibration.probabilities(logits)),
         "calibrated_coverage": held.double().mean().item(),
         "calibrated_set_size": sets.sum(dim=1).double().mean().item(),
         "calibrated_none": none.double().mean().item(),
     }
-    report.metrics |= figures
+    report.metrics |= metrics
     shares = {"calibrated_coverage": held.numpy(), "calibrated_none": none.numpy()}
 
     def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:

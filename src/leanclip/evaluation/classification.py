@@ -1,6 +1,6 @@
-"""What a classifier said of each image, and the figures that follow: accuracy, confusion, trust.
+"""What a classifier predicted for each image, and metrics: accuracy, confusion, calibration error.
 
-    scores (N, C), labels (N,) -> `classify`, row by row -> Classification -> figures, intervals
+    scores (N, C), labels (N,) -> `classify`, row by row -> Classification -> metrics, intervals
 
 Ties: of classes with the same score the one with the lower label comes first, as a stable sort
 puts them.
@@ -75,7 +75,7 @@ class Classification:
             for i, name in enumerate(self.classes)
         ]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """`top1`, `top5`, `mean_per_class` and `ece`."""
         images = torch.bincount(self.labels, minlength=len(self.classes)).double()
         right = torch.bincount(self.labels[self.ranks == 1], minlength=len(self.classes))
@@ -87,7 +87,7 @@ class Classification:
         }
 
     def intervals(self) -> dict[str, Interval]:
-        """Of the figures but `ece`: resampling raises it, so that the interval would miss it."""
+        """Of the metrics except `ece`, whose resampled values are biased upwards."""
         ranks, labels, size = self.ranks.numpy(), self.labels.numpy(), len(self.classes)
 
         def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
-"""Two models on the same samples: figures of both, what differs, and whether it could be luck.
+"""Two models on the same samples: metrics of both, differences, and their significance.
 
-    A, B, data -> answers of both, sample by sample -> figures, differences with intervals,
+    A, B, data -> predictions of both, sample by sample -> differences with intervals,
     McNemar's tests, what changed; report/compare_page.py writes them
 
 Each model prepares images as it was trained to; they are decoded once where both want one size.
@@ -28,8 +28,8 @@ from leanclip.preprocess.images import Preprocess
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One figure of both models on the same samples."""
+class Difference:
+    """A metric of both models on the same samples."""
 
     name: str
     first: float
@@ -55,11 +55,11 @@ class Change:
 
 @dataclass
 class Comparison:
-    """All that was found; tests and changes by the names of figures."""
+    """The result; tests and changes by the names of metrics."""
 
     names: tuple[str, str]
     reports: tuple[Report, Report]
-    figures: list[Figure] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
     tests: dict[str, McNemar] = field(default_factory=dict)
     better: dict[str, list[Change]] = field(default_factory=dict)
     worse: dict[str, list[Change]] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Comparison:
                     "difference": one.difference,
                     "interval": one.interval,
                 }
-                for one in self.figures
+                for one in self.differences
             },
             "interval_level": LEVEL,
             "resamples": RESAMPLES,
@@ -132,9 +132,11 @@ def _add_classification(
         return mean_per_class(right[drawn], labels[drawn], len(names))
 
     ranks, prefix = (one.ranks, other.ranks), PREFIXES[task.name]
-    _add_figure(found, f"{prefix}_top1", [rank == 1 for rank in ranks], _mean, size)
-    _add_figure(found, f"{prefix}_top5", [rank <= 5 for rank in ranks], _mean, size)
-    _add_figure(found, f"{prefix}_mean_per_class", [rank == 1 for rank in ranks], by_class, size)
+    _add_difference(found, f"{prefix}_top1", [rank == 1 for rank in ranks], _mean, size)
+    _add_difference(found, f"{prefix}_top5", [rank <= 5 for rank in ranks], _mean, size)
+    _add_difference(
+        found, f"{prefix}_mean_per_class", [rank == 1 for rank in ranks], by_class, size
+    )
 
     def change(row: int) -> Change:
         index = int(one.indices[row])
@@ -160,7 +162,7 @@ def _add_retrieval(
             return mean_by_group(right, images, drawn)
 
         for k in AT:
-            _add_figure(found, f"{way}_R@{k}", [rank <= k for rank in ranks], recall, size)
+            _add_difference(found, f"{way}_R@{k}", [rank <= k for rank in ranks], recall, size)
 
         def image_change(row: int) -> Change:
             index = int(one.indices[row])
@@ -181,14 +183,14 @@ def _mean(right: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     return right[drawn].mean(axis=1)
 
 
-def _add_figure(
+def _add_difference(
     found: Comparison,
     name: str,
     right: Sequence[torch.Tensor],
     mean: Callable[[np.ndarray, np.ndarray], np.ndarray],
     size: int,
 ) -> None:
-    """A figure that is some mean of what is right, and its difference over the same resamples.
+    """A metric that is some mean of what is right, and its difference over the same resamples.
 
     `size` is how many images there are to draw from.
     """
@@ -196,7 +198,7 @@ def _add_figure(
     everything = np.arange(size)[None]
     intervals = bootstrap(size, lambda drawn: {name: mean(second, drawn) - mean(first, drawn)})
     values = [float(mean(one, everything)[0]) for one in (first, second)]
-    found.figures.append(Figure(name, values[0], values[1], intervals[name]))
+    found.differences.append(Difference(name, values[0], values[1], intervals[name]))
 
 
 def _add_changes(

@@ -1,8 +1,8 @@
 """Evaluation: a model and tasks in, a report out; training and `leanclip eval` share it.
 
-    tasks -> features over all ranks -> a result per task -> figures, intervals -> Report
+    tasks -> features over all ranks -> a result per task -> metrics, intervals -> Report
 
-Every rank calls `evaluate` and gets the figures; the first one has the rest, too.
+Every rank calls `evaluate` and gets the metrics; the first one also gets the rest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ def evaluate(
     retention: Task | None = None,
     before: Mapping[str, float] | None = None,
 ) -> Report:
-    """Measure every task; the retention benchmark's figures are under `retention/`.
+    """Measure every task; the retention benchmark's metrics are under `retention/`.
 
     Args:
         model: the same on every rank, but for the statistics of BatchNorms: the first one's count.
@@ -109,7 +109,7 @@ class Evaluator:
         self.encoded: dict[str, Encoded] = {}
 
     def add(self, task: Task, report: Report) -> None:
-        """Measure a task; all ranks encode, the first one works out the figures."""
+        """Measure a task; all ranks encode, the first one computes the metrics."""
         images = self._encode(task.data, task.dataset, task, task.limit)
         report.bad |= images.bad
         result: Result | None
@@ -125,10 +125,10 @@ class Evaluator:
         report.data[task.name] = _data_facts(task, images)
         if isinstance(result, Classification):
             prefix = PREFIXES[task.name]
-            report.metrics |= {f"{prefix}_{k}": value for k, value in result.figures().items()}
+            report.metrics |= {f"{prefix}_{k}": value for k, value in result.metrics().items()}
             report.intervals |= {f"{prefix}_{k}": both for k, both in result.intervals().items()}
         else:
-            report.metrics |= result.figures()
+            report.metrics |= result.metrics()
             report.intervals |= result.intervals()
         if isinstance(result, ZeroShotResult):
             _add_predictions(task, result, report)

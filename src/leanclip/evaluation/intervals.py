@@ -1,6 +1,6 @@
-"""Bootstrap intervals: how far a figure would move with other samples of the same kind.
+"""Bootstrap intervals: how much a metric varies between samples of the same kind.
 
-    samples -> RESAMPLES draws of as many, with replacement -> the figure of each -> its middle 95%
+    samples -> RESAMPLES draws of as many, with replacement -> the metric of each -> its middle 95%
 
 The draws are seeded, and the same for every model: the same samples in the same order give the
 same interval.
@@ -26,11 +26,11 @@ def bootstrap(
     width: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict[str, Interval]:
-    """95% percentile intervals of figures of `size` samples (Efron, 1979).
+    """95% percentile intervals of metrics of `size` samples (Efron, 1979).
 
     Args:
         size: N.
-        measure: indices of resamples (R, N) -> figures by name, (R,) each.
+        measure: indices of resamples (R, N) -> metrics by name, (R,) each.
         width: values that `measure` needs for a resample, where they are more than N.
         resamples: how many there are in all.
     """

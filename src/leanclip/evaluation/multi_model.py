@@ -15,7 +15,7 @@ from leanclip.weights import fingerprint
 def evaluate_each(
     models: Collection[tuple[CLIP, Preprocess]], tasks: Sequence[Task]
 ) -> list[Report]:
-    """A report for each model, with the figures that `evaluate` gives.
+    """A report for each model, with the metrics that `evaluate` gives.
 
     Where they resize or crop images differently, each model decodes the images anew.
 

@@ -1,4 +1,4 @@
-"""What an evaluation found: figures with intervals, results; and `report.json`."""
+"""The results of an evaluation: metrics with intervals, predictions; and `report.json`."""
 
 import json
 import math
@@ -25,7 +25,7 @@ Result = Classification | RetrievalResult  # a ZeroShotResult or a ProbeResult i
 
 @dataclass
 class Report:
-    """Figures by name, and what they were worked out from; the room `report` words them."""
+    """Metrics by name, and the results they follow from."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)  # 95%, by names of metrics
@@ -37,7 +37,7 @@ class Report:
     similarity: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))  # of the examples
     predictions: list[tuple[Path | bytes, str, str]] = field(default_factory=list)  # said, meant
     bad: dict[str, str] = field(default_factory=dict)  # id -> reason
-    before: dict[str, float] = field(default_factory=dict)  # figures before fine-tuning
+    before: dict[str, float] = field(default_factory=dict)  # metrics before fine-tuning
     weights: str = ""  # weights.fingerprint of the model's state
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # by names of tasks
     calibration: Calibration | None = None

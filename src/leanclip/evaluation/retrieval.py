@@ -1,6 +1,6 @@
 """Retrieval between images and captions: recall@k and median rank, both ways.
 
-    features -> blocks of images x all captions, of captions x all images -> ranks -> figures
+    features -> blocks of images x all captions, of captions x all images -> ranks -> metrics
 
 An image's rank is the place of the first of its own captions among all captions; a caption's,
 the place of its image among all images. Ties: of equal scores the first is placed first, as a
@@ -44,12 +44,12 @@ class RetrievalResult:
     top_captions: torch.Tensor  # (N, K) int64, the highest first
     top_images: torch.Tensor  # (M, K) int64
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Recall at 1, 5 and 10, and the median rank, both ways."""
         return retrieval_metrics_of(self.image_ranks, self.caption_ranks)
 
     def intervals(self) -> dict[str, Interval]:
-        """Of all figures, over images: captions of one image are not independent samples."""
+        """Of all metrics, over images: captions of one image are not independent samples."""
         images = np.arange(len(self.indices))
         found = _intervals(WAYS[0], self.image_ranks.numpy(), images)
         return found | _intervals(WAYS[1], self.caption_ranks.numpy(), self.owners.numpy())
@@ -81,11 +81,11 @@ def retrieval_ranks(
 def retrieval_metrics_of(
     image_ranks: torch.Tensor, caption_ranks: torch.Tensor
 ) -> dict[str, float]:
-    """The figures by the names the field logs them under."""
+    """The metrics by their usual names."""
     both = dict(zip(WAYS, (image_ranks, caption_ranks), strict=True))
-    figures = {f"{way}_R@{k}": _recall(ranks, k) for k in AT for way, ranks in both.items()}
+    recalls = {f"{way}_R@{k}": _recall(ranks, k) for k in AT for way, ranks in both.items()}
     medians = {f"{way}_median_rank": float(np.median(r.numpy())) for way, r in both.items()}
-    return figures | medians
+    return recalls | medians
 
 
 def retrieve(

@@ -28,7 +28,7 @@ log = logging.getLogger("leanclip")
 
 @dataclass(frozen=True)
 class Point:
-    """What one mixture measured, by names of figures."""
+    """The metrics of one mixture."""
 
     alpha: float
     task: dict[str, float]
@@ -40,7 +40,7 @@ class Sweep:
     """All mixtures, by alpha, and which one was chosen by which rule."""
 
     points: list[Point]
-    task: str  # the names of the figures that the rule looks at
+    task: str  # the names of the metrics that the rule uses
     retention: str
     chosen: float
     rule: str
@@ -56,7 +56,7 @@ class Sweep:
         }
 
     def table(self) -> str:
-        """The figures that the rule looks at, a line per alpha."""
+        """The metrics that the rule uses, one line per alpha."""
         lines = [f"alpha  task {self.task}  retention {self.retention}"]
         for point in self.points:
             mark = "  <- chosen" if point.alpha == self.chosen else ""
@@ -90,7 +90,7 @@ def parse_alphas(words: str) -> list[float]:
 
 
 def choose(points: Sequence[Point], task: str, retention: str, max_drop: float | None) -> Sweep:
-    """Choose an alpha by the figures `task` and `retention`; of equals the lowest.
+    """Choose an alpha by the metrics `task` and `retention`; of equals the lowest.
 
     With `max_drop`: the best on the task among those that lose at most so much on the retention
     benchmark against alpha 0, the weights before fine-tuning. Without: the best mean of both.

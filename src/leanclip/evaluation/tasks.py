@@ -24,7 +24,7 @@ MEASURABLE = {  # what a format's data allows; of the others the data itself say
     "folder": ("zero_shot",),
     "pairs": ("retrieval",),
 }
-METRICS = {  # what the figures are called of which more is better
+METRICS = {  # of each task, those of which higher is better
     "retrieval": tuple(
         f"{way}_R@{k}" for k in (1, 5, 10) for way in ("image_to_text", "text_to_image")
     ),

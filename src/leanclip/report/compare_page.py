@@ -44,7 +44,7 @@ def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> 
                 format_points(one.difference),
                 " to ".join(map(format_points, one.interval)),
             )
-            for one in found.figures
+            for one in found.differences
         ],
         notes=comparison_notes(found),
         groups=[group for task in tasks for group in _groups(found, task)],

@@ -95,7 +95,7 @@ def sentences(report: Report) -> list[str]:
 
 def task_sentence(task: Task, result: Result) -> str:
     """A task's main metrics, as in papers."""
-    metrics, images = result.figures(), count(len(result.indices), "image")
+    metrics, images = result.metrics(), count(len(result.indices), "image")
     if isinstance(result, RetrievalResult):
         recalls = ", ".join(
             f"{metrics[f'{way}_R@1']:.1%} {label}" for way, label in DIRECTIONS.items()
@@ -194,8 +194,8 @@ def comparison_notes(comparison: Comparison) -> list[str]:
 def comparison_text(comparison: Comparison) -> str:
     """A comparison as lines for a terminal."""
     lines = [f"{letter}: {name}" for letter, name in zip("AB", comparison.names, strict=True)]
-    width = max((len(metric_label(one.name)) for one in comparison.figures), default=0)
-    for one in comparison.figures:
+    width = max((len(metric_label(one.name)) for one in comparison.differences), default=0)
+    for one in comparison.differences:
         low, high = map(format_points, one.interval)
         lines.append(
             f"{metric_label(one.name):<{width}}  A {one.first:>6.1%}  B {one.second:>6.1%}  "
