@@ -94,9 +94,9 @@ def evaluate_only(
     load_into(model, weights, partial=config.load_partial)
     root = Path(source) / "checkpoints"
     progress = from_first(lambda: checkpoint.last_progress(root))
-    before = progress.before if progress else {}
+    baseline = progress.baseline if progress else {}
     preprocess = model_preprocess(config, source)
-    report = evaluate(model.to(device), tasks, preprocess, retention=retention, before=before)
+    report = evaluate(model.to(device), tasks, preprocess, retention=retention, baseline=baseline)
     if calibration is not None:
         calibrate(model, calibration, preprocess, report, coverage=coverage)
     report.source, report.command = source, command

@@ -74,7 +74,7 @@ def test_classification_equals_scikit_learn() -> None:
     table = said.per_class()
     assert [row["top1"] for row in table] == [*map(pytest.approx, by_class), None]
     assert [row["images"] for row in table] == expected.sum(axis=1).tolist()
-    assert [row["said"] for row in table] == expected.sum(axis=0).tolist()
+    assert [row["predicted"] for row in table] == expected.sum(axis=0).tolist()
 
 
 def test_the_most_confused_pairs_by_hand() -> None:

@@ -270,8 +270,8 @@ def test_rank_both_ways(clip: leanclip.InferenceModel, folder: Path) -> None:
     paths = sorted(folder.glob("*.png"))
     similarity = clip.similarity(paths, TEXTS)
     images = clip.rank(paths, TEXTS[2])
-    assert [one.place for one in images] == list(np.argsort(-similarity[2]))
-    assert [one.item for one in images] == [paths[one.place] for one in images]
+    assert [one.index for one in images] == list(np.argsort(-similarity[2]))
+    assert [one.item for one in images] == [paths[one.index] for one in images]
     assert images[0].similarity == pytest.approx(similarity[2].max(), abs=1e-6)
     assert clip.rank(folder, TEXTS[2], top=3) == images[:3]
     texts = clip.rank(paths[5], TEXTS)

@@ -165,15 +165,15 @@ def test_the_sentence_on_the_guard(workplace: Path) -> None:
     tasks = {task.name: task for task in plan.tasks} | retention
 
     def sentence(metrics: dict[str, float], before: dict[str, float], tasks: dict) -> str:
-        return retention_sentence(Report(metrics=metrics, before=before, tasks=tasks))
+        return retention_sentence(Report(metrics=metrics, baseline=before, tasks=tasks))
 
     assert sentence(after, before, tasks) == (
-        "Guard (classes): zero-shot top-1 61.2% before, 58.9% after (-2.3 points); "
+        "Retention (classes): zero-shot top-1 61.2% before, 58.9% after (-2.3 points); "
         "image→text R@1 on data 50.0% before, 75.0% after (+25.0 points)."
     )
     unchanged = sentence(before | {R1: 1.0}, before, retention)
-    assert unchanged == "Guard (classes): zero-shot top-1 unchanged at 61.2%."
-    assert sentence(after, {}, tasks) == "Guard (classes): zero-shot top-1 58.9%."
+    assert unchanged == "Retention (classes): zero-shot top-1 unchanged at 61.2%."
+    assert sentence(after, {}, tasks) == "Retention (classes): zero-shot top-1 58.9%."
 
 
 def test_the_guard_is_measured_before_and_after(command: Command, workplace: Path) -> None:
@@ -195,9 +195,9 @@ def test_the_guard_is_measured_before_and_after(command: Command, workplace: Pat
     report = json.loads((workplace / "a/report.json").read_text())
     then, now = lines[0]["retention/zeroshot_top1"], lines[-1]["retention/zeroshot_top1"]
     assert report["metrics"]["retention/zeroshot_top1"] == now
-    assert report["before"]["retention/zeroshot_top1"] == then
+    assert report["baseline"]["retention/zeroshot_top1"] == then
     sentence = report["sentences"][-1]
-    assert sentence.startswith("Guard (classes): zero-shot top-1 ")
+    assert sentence.startswith("Retention (classes): zero-shot top-1 ")
     assert (now == then) == (f"unchanged at {now:.1%}; " in sentence)
     assert sentence in done.stdout
     # Known again when the run is taken up, and when it is only measured.
@@ -217,8 +217,8 @@ def test_the_guard_may_be_pairs_and_may_choose_the_best(command: Command, workpl
         "-o", "evaluate.retrieval=null", "-o", f"checkpoint.best_metric=retention/{R1}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "Guard (others): image→text R@1 " in done.stdout
-    assert "; " not in next(line for line in done.stdout.splitlines() if "Guard" in line)
+    assert "Retention (others): image→text R@1 " in done.stdout
+    assert "; " not in next(line for line in done.stdout.splitlines() if "Retention" in line)
     assert f"(retention/{R1} " in done.stdout
     assert_refused(
         command("train", "-c", "config.yaml", "-o", "evaluate.retention.root=none"),

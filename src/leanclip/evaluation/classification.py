@@ -63,14 +63,14 @@ class Classification:
         first, five = (
             torch.bincount(self.labels[self.ranks <= k], minlength=size).tolist() for k in (1, 5)
         )
-        said = torch.bincount(self.top_classes[:, 0], minlength=size).tolist()
+        predicted = torch.bincount(self.top_classes[:, 0], minlength=size).tolist()
         return [
             {
                 "name": name,
                 "images": images[i],
                 "top1": first[i] / images[i] if images[i] else None,
                 "top5": five[i] / images[i] if images[i] else None,
-                "said": said[i],  # how many images were said to be of it
+                "predicted": predicted[i],  # images that were predicted to be of it
             }
             for i, name in enumerate(self.classes)
         ]

@@ -51,7 +51,7 @@ def evaluate(
     preprocess: Preprocess,
     *,
     retention: Task | None = None,
-    before: Mapping[str, float] | None = None,
+    baseline: Mapping[str, float] | None = None,
 ) -> Report:
     """Measure every task; the retention benchmark's metrics are under `retention/`.
 
@@ -60,7 +60,7 @@ def evaluate(
         tasks: what to measure, on which data.
         preprocess: of the model.
         retention: the task that is not to be forgotten.
-        before: the metrics before fine-tuning.
+        baseline: the metrics before fine-tuning.
 
     Raises:
         DataError: more than the allowed share of a data set is unreadable.
@@ -75,7 +75,7 @@ def evaluate(
         if retention is not None:
             own = Report()
             measuring.add(retention, own)
-            _add_retention(report, own, before or {})
+            _add_retention(report, own, baseline or {})
     report.metrics = all_gather_object(report.metrics)[0]
     return report
 
@@ -230,7 +230,7 @@ def key_of(data: DataConfig, dataset: Dataset, limit: int | None) -> str:
     return f"{data.model_dump_json(exclude={'templates'})} {limit} {bool(dataset.classes)}"
 
 
-def _add_retention(report: Report, own: Report, before: Mapping[str, float]) -> None:
+def _add_retention(report: Report, own: Report, baseline: Mapping[str, float]) -> None:
     if rank_and_world_size()[0] > 0:
         return
     report.metrics |= {PREFIX + name: value for name, value in own.metrics.items()}
@@ -239,7 +239,7 @@ def _add_retention(report: Report, own: Report, before: Mapping[str, float]) -> 
     report.tasks |= {PREFIX + name: task for name, task in own.tasks.items()}
     report.data |= {PREFIX + name: facts for name, facts in own.data.items()}
     report.bad |= own.bad
-    report.before = dict(before)
+    report.baseline = dict(baseline)
 
 
 def _add_predictions(task: Task, result: ZeroShotResult, report: Report) -> None:

@@ -35,9 +35,11 @@ class Report:
     tasks: dict[str, Task] = field(default_factory=dict)  # whose data the results are of
     examples: list[tuple[Path | bytes, str]] = field(default_factory=list)  # image, its text
     similarity: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))  # of the examples
-    predictions: list[tuple[Path | bytes, str, str]] = field(default_factory=list)  # said, meant
+    predictions: list[tuple[Path | bytes, str, str]] = field(
+        default_factory=list
+    )  # image, predicted, target
     bad: dict[str, str] = field(default_factory=dict)  # id -> reason
-    before: dict[str, float] = field(default_factory=dict)  # metrics before fine-tuning
+    baseline: dict[str, float] = field(default_factory=dict)  # metrics before fine-tuning
     weights: str = ""  # weights.fingerprint of the model's state
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # by names of tasks
     calibration: Calibration | None = None
@@ -60,7 +62,7 @@ class Report:
             "classes": {k: _classes(r) for k, r in self.results.items() if _has_classes(r)},
             "bad": self.bad,
         }
-        return found | ({"before": self.before} if self.before else {})
+        return found | ({"baseline": self.baseline} if self.baseline else {})
 
     def write(self, folder: Path, sentences: Sequence[str]) -> None:
         """Write `report.json`, with the results in words, in an existing folder."""
@@ -78,8 +80,8 @@ def _classes(result: Result) -> dict[str, Any]:
     return {
         "per_class": result.per_class(),
         "most_confused": [
-            {"is": names[label], "said": names[said], "images": images}
-            for label, said, images in result.most_confused()
+            {"label": names[label], "predicted": names[predicted], "images": images}
+            for label, predicted, images in result.most_confused()
         ],
         "confusion": result.confused().tolist(),
     }

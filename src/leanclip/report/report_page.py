@@ -45,7 +45,7 @@ def write_report_page(folder: Path, report: Report, skipped: SkipTracker | None 
         sentences=sentences(report),
         metrics=list(metrics.values()),
         metrics_by_importance=[metrics[name] for name in by_importance(report)],
-        has_before=bool(report.before),
+        has_baseline=bool(report.baseline),
         charts={title: svg(line_chart(series), title) for title, series in charts.items()},
         tasks=_tasks(report),
         similarity=_similarity(report),
@@ -67,7 +67,7 @@ def _metric(report: Report, name: str) -> dict[str, Any]:
         "fraction": value if is_fraction else None,
         "interval": interval,
         "interval_text": format_interval(name, interval) if interval else "",
-        "before": format_metric(name, report.before[name]) if name in report.before else "",
+        "baseline": format_metric(name, report.baseline[name]) if name in report.baseline else "",
     }
 
 

@@ -123,17 +123,17 @@ def retention_sentence(report: Report) -> str:
 
     Without metrics from before training: the retention benchmark's metric alone.
     """
-    before, after = report.before, report.metrics
+    baseline, metrics = report.baseline, report.metrics
     (retention,) = (task for name, task in report.tasks.items() if name.startswith(PREFIX))
     metric = HEADLINES[retention.name]
-    words = f"Guard ({retention.data.root}): {metric_label(metric)}"
-    if PREFIX + metric not in before:
-        return f"{words} {after[PREFIX + metric]:.1%}."
-    parts = [f"{words} {_change(before[PREFIX + metric], after[PREFIX + metric])}"]
+    words = f"Retention ({retention.data.root}): {metric_label(metric)}"
+    if PREFIX + metric not in baseline:
+        return f"{words} {metrics[PREFIX + metric]:.1%}."
+    parts = [f"{words} {_change(baseline[PREFIX + metric], metrics[PREFIX + metric])}"]
     parts += [
-        f"{metric_label(name)} on {task.data.root} {_change(before[name], after[name])}"
+        f"{metric_label(name)} on {task.data.root} {_change(baseline[name], metrics[name])}"
         for key, task in report.tasks.items()
-        if not key.startswith(PREFIX) and (name := HEADLINES[task.name]) in before
+        if not key.startswith(PREFIX) and (name := HEADLINES[task.name]) in baseline
     ]
     return f"{'; '.join(parts)}."
 

@@ -71,7 +71,7 @@ class Progress:
     dataset_size: int = 0  # samples of an epoch
     batch_size: int = 0  # pairs of a step, over all ranks
     new: list[str] = field(default_factory=list)  # parameters that the loaded weights had not
-    before: dict[str, float] = field(default_factory=dict)  # metrics before the first step
+    baseline: dict[str, float] = field(default_factory=dict)  # metrics before the first step
     best: Best | None = None
     loss_scale: dict[str, float] | None = None  # state of precision fp16's GradScaler
     loaded: str | None = None  # digest of the weights that the run began with; "": of none

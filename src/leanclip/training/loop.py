@@ -141,9 +141,9 @@ def _run(plan: Plan, chosen: Chosen | None, write_report: WriteReport[T]) -> T |
     try:
         with only_deterministic(config.train.deterministic):
             if plan.retention is not None and not chosen:  # what there is to forget
-                done = replace(done, before=_evaluate(plan, model, tuning, {}).metrics)
+                done = replace(done, baseline=_evaluate(plan, model, tuning, {}).metrics)
                 if metrics is not None:
-                    metrics.write(0, by_evaluation(done.before))
+                    metrics.write(0, by_evaluation(done.baseline))
             frozen = build_feature_cache(
                 model,
                 plan.cached_towers,
@@ -236,7 +236,7 @@ def _fit(
             bar.update(done.step)
             measures = plan.tasks or plan.retention
             if measures and _is_due(done.step, plan, config.evaluate.every_epochs):
-                report = _evaluate(plan, model, tuning, done.before)
+                report = _evaluate(plan, model, tuning, done.baseline)
                 if metrics is not None:
                     metrics.write(done.step, by_evaluation(report.metrics))
                 done = replace(done, best=update_best(plan, done.best, report.metrics, done.step))
@@ -250,7 +250,7 @@ def _fit(
     if done.samples == 0:
         raise DataError(f"{plan.config.data.root}: not one sample could be used: {bad.summary()}")
     # A run that is taken up again after its last step has nothing left but to be measured.
-    return report or _evaluate(plan, model, tuning, done.before), done
+    return report or _evaluate(plan, model, tuning, done.baseline), done
 
 
 def _stream(
@@ -299,11 +299,13 @@ def _line(
     return line
 
 
-def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, before: dict[str, float]) -> Report:
+def _evaluate(plan: Plan, model: CLIP, tuning: Tuning, baseline: dict[str, float]) -> Report:
     """The report, to which every rank adds its part; all have the figures, the first has all."""
     model = full_model(model)
     with tuning.averaged():
-        return evaluate(model, plan.tasks, plan.preprocess, retention=plan.retention, before=before)
+        return evaluate(
+            model, plan.tasks, plan.preprocess, retention=plan.retention, baseline=baseline
+        )
 
 
 def _save(
