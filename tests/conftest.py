@@ -25,10 +25,12 @@ from leftovers import Leftovers, watched
 from PIL import Image
 
 from leanclip.config.data import DataConfig
+from leanclip.config.schema import Config
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
 from leanclip.data.loader import Batch, Position, training_batches
 from leanclip.errors import LeanclipError
+from leanclip.evaluation import Task, open_tasks
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import tokenize
@@ -228,6 +230,11 @@ def make_config(path: Path, **sections: Any) -> Path:
         values[name] = values[name] | section if both else section
     path.write_text(dump_yaml(values))
     return path
+
+
+def configured_tasks(config: Config) -> list[Task]:
+    """The opened tasks of a configuration."""
+    return open_tasks(config.data, config.evaluate)
 
 
 def report_of(folder: Path) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_the_command_starts_ranks_that_speak_as_one(command: Command, workplace:
     assert losses(workplace / "two") == pytest.approx(losses(workplace / "one"), abs=1e-4)
     lines = [line for line in said_by(done.stderr) if not line.startswith("warning")]
     assert [line.split(":")[0] for line in lines] == ["model", "data", "steps", "rates", "folder"]
-    assert "peak learning rate 0.001 = 0.002 x batch 4 / reference batch 8" in lines[3]
+    assert "learning rate: peak 0.001 (0.002 x batch 4 / reference batch 8)" in lines[3]
     assert done.stdout.count("Folder:   two") == 1
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from browser import chromium
-from conftest import Command, assert_refused
+from conftest import Command, assert_refused, configured_tasks
 from scipy.stats import binomtest, chi2
 from test_sweep import make_classes, make_model
 
 import leanclip
-from leanclip.evaluation import Classification, evaluate, evaluation_config, open_tasks
-from leanclip.evaluation.significance import mcnemar
+from leanclip.cli.evaluation_config import evaluation_config
+from leanclip.evaluation import Classification, evaluate
+from leanclip.evaluation.statistics import mcnemar
 from leanclip.preprocess.images import open_image
 
 
@@ -64,7 +65,7 @@ def test_zero_shot_of_two_models_by_their_own_reports(command: Command, workplac
         command("eval", "--model", name, "--data", "folder:c", "--out", f"eval-{name}")
         metrics.append(json.loads((workplace / f"eval-{name}/report.json").read_text())["metrics"])
         clip = leanclip.load(name)
-        task = open_tasks(evaluation_config(name, "folder:c", "all"))[0]
+        task = configured_tasks(evaluation_config(name, "folder:c", "all"))[0]
         result = evaluate(clip.model, [task], clip.preprocess).results["zero_shot"]
         assert isinstance(result, Classification)
         order = result.indices.argsort()
@@ -136,7 +137,7 @@ def test_a_model_and_itself_do_not_differ(command: Command, workplace: Path) -> 
 def test_what_cannot_be_compared(command: Command, workplace: Path) -> None:
     make_model(workplace / "a", 1)
     assert_refused(command("compare", "a", "nope", "--data", "pairs:data"), "nope")
-    assert_refused(command("compare", "a", "a"), "--data: say what to evaluate on")
+    assert_refused(command("compare", "a", "a"), "--data: missing; give FORMAT:ROOT")
     done = command("compare", "a", "a", "--data", "pairs:data", "--task", "zeroshot")
     assert_refused(done, "has no classes")
 

@@ -19,7 +19,6 @@ from test_same_images import (
 from test_sweep import make_classes
 
 from leanclip.evaluation import evaluator as measure
-from leanclip.evaluation import multi_model as several
 from leanclip.preprocess.images import open_image, warn_not_shown
 
 
@@ -99,7 +98,7 @@ def test_a_comparison_and_a_training_end_too(
     make_model(workplace / "a")
     make_other(workplace / "b")
     with monkeypatch.context() as patch:
-        damage_after(patch, several, "encode_each", spoil)
+        damage_after(patch, measure, "retrieve", spoil)
         done = command("compare", "a", "b", "--data", "folder:d", "--out", "out")
     assert done.returncode == 0, done.stderr
     assert "not shown: " in done.stderr

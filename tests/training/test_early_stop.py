@@ -139,8 +139,8 @@ def test_ranks_end_together(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["checkpoint.best_metric=zeroshot_top1"], ["zeroshot_top1 is not measured", R1]),
-        (["checkpoint.best_metric=x", "evaluate.retrieval=null"], ["nothing is"]),
+        (["checkpoint.best_metric=zeroshot_top1"], ["zeroshot_top1 is not evaluated", R1]),
+        (["checkpoint.best_metric=x", "evaluate.retrieval=null"], ["nothing is evaluated"]),
         (["evaluate.patience=2"], ["evaluate.patience goes with checkpoint.best_metric"]),
         (["evaluate.patience=2", f"checkpoint.best_metric={R1}"], ["evaluate.every_epochs"]),
     ],

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leanclip.evaluation import Task
 from leanclip.evaluation.compare import Change, Comparison
-from leanclip.evaluation.retention import HEADLINES
 from leanclip.evaluation.retrieval import WAYS
+from leanclip.evaluation.statistics import LEVEL, RESAMPLES
+from leanclip.evaluation.tasks import HEADLINES, Task
 from leanclip.io.files import write_text
 from leanclip.report.page import shorten, tile, write_page
 from leanclip.report.plots import image_grid
+from leanclip.report.report_page import report_values
+from leanclip.report.samples import image_of
 from leanclip.report.text import (
     comparison_notes,
     count,
@@ -27,7 +29,7 @@ MAX_DRAWN = 12  # in the picture
 def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> list[Path]:
     """Write compare.json, compare.html and, where samples differ, changed.png; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "compare.json", json.dumps(found.facts(), indent=1) + "\n")
+    write_text(folder / "compare.json", json.dumps(_values(found), indent=1) + "\n")
     write_page(
         folder / "compare.html",
         "compare.html",
@@ -57,6 +59,36 @@ def write_comparison(folder: Path, found: Comparison, tasks: Sequence[Task]) -> 
     return written
 
 
+def _values(found: Comparison) -> dict[str, Any]:
+    """The content of compare.json."""
+    return {
+        "models": [
+            {
+                "source": name,
+                "sha256": report.weights,
+                "metrics": report_values(report)["metrics"],
+            }
+            for name, report in zip(found.names, found.reports, strict=True)
+        ],
+        "data": found.reports[0].data,
+        "differences": {
+            one.name: {
+                "first": one.first,
+                "second": one.second,
+                "difference": one.difference,
+                "interval": one.interval,
+            }
+            for one in found.differences
+        },
+        "interval_level": LEVEL,
+        "resamples": RESAMPLES,
+        "mcnemar": {name: vars(test) for name, test in found.tests.items()},
+        "better": {name: [vars(one) for one in changes] for name, changes in found.better.items()},
+        "worse": {name: [vars(one) for one in changes] for name, changes in found.worse.items()},
+        "bad": found.reports[0].bad,
+    }
+
+
 def _groups(found: Comparison, task: Task) -> list[dict[str, Any]]:
     """The samples of a task that only one model got right, by metric and by model."""
     ways = [f"{way}_R@1" for way in WAYS]
@@ -73,7 +105,7 @@ def _groups(found: Comparison, task: Task) -> list[dict[str, Any]]:
                         "count": count(len(changes), "sample"),
                         "tiles": [
                             tile(
-                                task.image(one.index),
+                                image_of(task, one.index),
                                 one.id,
                                 title=shorten(one.truth, 60),
                                 caption=f"A: {_line(one.first)}\nB: {_line(one.second)}",
@@ -100,4 +132,4 @@ def _drawn(found: Comparison, task: Task) -> list[tuple[Any, str]]:
     name = HEADLINES[task.name]
     better = [(one, caption(one, "B", f"A: {one.first}")) for one in found.better[name][:MAX_DRAWN]]
     worse = [(one, caption(one, "A", f"B: {one.second}")) for one in found.worse[name][:MAX_DRAWN]]
-    return [(task.image(one.index), words) for one, words in [*better, *worse]]
+    return [(image_of(task, one.index), words) for one, words in [*better, *worse]]

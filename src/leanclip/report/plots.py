@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from leanclip.evaluation import Report
-from leanclip.evaluation.retention import PREFIX
+from leanclip.evaluation.sweep import Sweep
+from leanclip.evaluation.tasks import RETENTION
 from leanclip.io.files import read_metrics
 from leanclip.preprocess.images import Source, image_to_show
+from leanclip.report.samples import examples, predictions
 from leanclip.report.text import metric_label
 
 if TYPE_CHECKING:
@@ -39,12 +41,11 @@ Points = Sequence[tuple[float, float]]
 def run_pictures(folder: Path, report: Report) -> list[Path]:
     """Draw what a run's folder can show: similarity.png, predictions.png, curves.png."""
     drawn = []
-    if report.examples:
-        images, texts = zip(*report.examples, strict=True)
+    if found := examples(report):
         drawn.append(folder / "similarity.png")
-        similarity_matrix(images, texts, report.similarity.numpy(), drawn[-1])
-    if report.predictions:
-        images, predicted, targets = zip(*report.predictions, strict=True)
+        similarity_matrix(*found, drawn[-1])
+    if shown := predictions(report):
+        images, predicted, targets = zip(*shown, strict=True)
         titles = [
             name if name == target else f"{name} (true: {target})"
             for name, target in zip(predicted, targets, strict=True)
@@ -129,7 +130,7 @@ def training_charts(lines: Sequence[Mapping[str, float]]) -> dict[str, dict[str,
         "evaluation": {
             name: metric_label(name.removeprefix("val/"))
             for name in sorted({name for line in lines for name in line})
-            if name.startswith(("val/", PREFIX)) and name.endswith(("_top1", "_R@1"))
+            if name.startswith(("val/", RETENTION)) and name.endswith(("_top1", "_R@1"))
         },
     }
     charts = {}
@@ -208,43 +209,27 @@ def confusion_matrix(
     return figure
 
 
-def pareto_picture(
-    places: Sequence[tuple[float, float]],
-    labels: Sequence[str],
-    path: Path,
-    *,
-    chosen: int,
-    axes: tuple[str, str],
-) -> list[Path]:
-    """Two metrics of each candidate against each other, and their Pareto front.
-
-    Args:
-        places: (x, y) of each candidate; higher is better in both.
-        labels: of the candidates.
-        path: of the picture.
-        chosen: the index of the candidate to mark.
-        axes: the names of the metrics.
-    """
+def pareto_picture(sweep: Sweep, path: Path) -> None:
+    """The task's metric against retention's for every alpha, with the Pareto front."""
     from matplotlib.ticker import PercentFormatter
 
+    places = [(p.task[sweep.task], p.retention[sweep.retention]) for p in sweep.points]
     figure = new_figure(6, 4.5)
-    plot = figure.subplots()
+    axes = figure.subplots()
     front = sorted(places[i] for i in pareto_front(places))
-    plot.plot(*zip(*front, strict=True), color="tab:blue", alpha=0.5, label="Pareto front")
-    plot.plot(*zip(*places, strict=True), "o", color="tab:blue")
-    plot.plot(
-        *places[chosen], "o", color="tab:red", markersize=11, label=f"chosen: {labels[chosen]}"
-    )
-    for place, label in zip(places, labels, strict=True):
-        plot.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    for set_name, name in zip((plot.set_xlabel, plot.set_ylabel), axes, strict=True):
-        set_name(sanitize_label(name, 60))
-    for axis in (plot.xaxis, plot.yaxis):
+    axes.plot(*zip(*front, strict=True), color="tab:blue", alpha=0.5, label="Pareto front")
+    axes.plot(*zip(*places, strict=True), "o", color="tab:blue")
+    for point, place in zip(sweep.points, places, strict=True):
+        alpha = f"{point.alpha:g}"
+        if point.alpha == sweep.chosen:
+            axes.plot(*place, "o", color="tab:red", markersize=11, label=f"chosen: {alpha}")
+        axes.annotate(alpha, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=f"task: {sweep.task}", ylabel=f"retention: {sweep.retention}")
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
-    plot.legend(fontsize="small")
-    plot.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
     figure.savefig(path)
-    return [path]
 
 
 def pareto_front(places: Sequence[tuple[float, float]]) -> list[int]:

@@ -7,10 +7,10 @@ from typing import Any
 from leanclip.evaluation.compare import Comparison
 from leanclip.evaluation.probe import ProbeResult
 from leanclip.evaluation.results import Report, Result
-from leanclip.evaluation.retention import HEADLINES, PREFIX
 from leanclip.evaluation.retrieval import RetrievalResult
-from leanclip.evaluation.significance import McNemar
-from leanclip.evaluation.tasks import Task
+from leanclip.evaluation.statistics import McNemar
+from leanclip.evaluation.sweep import Sweep
+from leanclip.evaluation.tasks import HEADLINES, RETENTION, Task
 
 NOT_FRACTIONS = ("_rank", "_size")  # endings of metrics that are not fractions of 1
 CLASSIFIERS = {"zeroshot": "zero-shot", "linear_probe": "linear probe", "knn": "k-NN"}
@@ -46,8 +46,8 @@ def format_interval(name: str, interval: Sequence[float]) -> str:
 
 def metric_label(name: str) -> str:
     """A metric's name as papers write it."""
-    if name.startswith(PREFIX):
-        return f"retention: {metric_label(name.removeprefix(PREFIX))}"
+    if name.startswith(RETENTION):
+        return f"retention: {metric_label(name.removeprefix(RETENTION))}"
     for start, label in CLASSIFIERS.items():
         metric = name.removeprefix(f"{start}_")
         if metric != name and metric in CLASSIFIER_METRICS:
@@ -81,14 +81,16 @@ def headlines(report: Report) -> str:
 
 
 def sentences(report: Report) -> list[str]:
-    """A sentence per task, then retention on the retention benchmark, and calibration."""
+    """A sentence per task, one on retention, one on calibration."""
     found = []
     for name, result in report.results.items():
-        if not name.startswith(PREFIX):
-            found += [task_sentence(report.tasks[name], result), sample_note(report.data[name])]
-    guards = [name for name in report.tasks if name.startswith(PREFIX)]
-    found += [retention_sentence(report)] if guards else []
-    found += [sample_note(report.data[name]) for name in guards]
+        is_retention = name.startswith(RETENTION)
+        found += [
+            retention_sentence(report)
+            if is_retention
+            else task_sentence(report.tasks[name], result),
+            sample_note(report.data[name]),
+        ]
     found += [_calibration_sentence(report)]
     return list(filter(None, found))
 
@@ -110,7 +112,14 @@ def task_sentence(task: Task, result: Result) -> str:
     words += f" (chance {1 / size:.1%})."
     if not isinstance(result, ProbeResult):
         return f"Zero-shot on {on}: {words}"
-    source = f"{count(result.learned, 'labelled image')} of {task.data.root}, {result.learned_from}"
+    source = f"{count(result.learned, 'labelled image')} of {task.data.root}, "
+    source += (
+        f"split {task.train.data.split}"
+        if task.train
+        else "half of each class, tested on the other half"
+    )
+    if task.shots is not None:
+        source += f", {count(task.shots, 'image')} per class"
     if task.name == "linear_probe":
         return (
             f"Linear probe on {on}: {words} Trained on {source}; L2 strength {result.setting:.3g}."
@@ -119,21 +128,21 @@ def task_sentence(task: Task, result: Result) -> str:
 
 
 def retention_sentence(report: Report) -> str:
-    """The retention benchmark's metric before and after training, beside those of the other tasks.
+    """The retention benchmark's metric before and after training, then those of other tasks.
 
-    Without metrics from before training: the retention benchmark's metric alone.
+    Without a baseline, the retention benchmark's metric alone.
     """
     baseline, metrics = report.baseline, report.metrics
-    (retention,) = (task for name, task in report.tasks.items() if name.startswith(PREFIX))
+    (retention,) = (task for name, task in report.tasks.items() if name.startswith(RETENTION))
     metric = HEADLINES[retention.name]
     words = f"Retention ({retention.data.root}): {metric_label(metric)}"
-    if PREFIX + metric not in baseline:
-        return f"{words} {metrics[PREFIX + metric]:.1%}."
-    parts = [f"{words} {_change(baseline[PREFIX + metric], metrics[PREFIX + metric])}"]
+    if RETENTION + metric not in baseline:
+        return f"{words} {metrics[RETENTION + metric]:.1%}."
+    parts = [f"{words} {_change(baseline[RETENTION + metric], metrics[RETENTION + metric])}"]
     parts += [
         f"{metric_label(name)} on {task.data.root} {_change(baseline[name], metrics[name])}"
         for key, task in report.tasks.items()
-        if not key.startswith(PREFIX) and (name := HEADLINES[task.name]) in baseline
+        if not key.startswith(RETENTION) and (name := HEADLINES[task.name]) in baseline
     ]
     return f"{'; '.join(parts)}."
 
@@ -160,16 +169,19 @@ def sample_note(data: Mapping[str, Any]) -> str:
 
 
 def _calibration_sentence(report: Report) -> str:
-    if report.calibration is None:
+    found = report.calibrated
+    if found is None:
         return ""
-    metrics = {name: value for name, value in report.metrics.items() if "calibrated" in name}
-    shown = {name: format_metric(name, value) for name, value in metrics.items()}
+    held_out = found.held_out
+    where = f"split {held_out}" if isinstance(held_out, str) else f"{held_out:.0%} of the images"
+    shown = {name: format_metric(name, value) for name, value in found.metrics.items()}
     return (
-        f"Calibration on {report.calibrated_on}: ECE {shown['calibrated_ece_before']} before, "
-        f"{shown['calibrated_ece']} after (temperature {report.calibration.temperature:.2f}); "
-        f"{report.calibration.coverage:.0%} prediction sets contain the right class for "
-        f"{shown['calibrated_coverage']} of {count(report.calibration_test_images, 'image')} "
-        f"({metrics['calibrated_set_size']:.2f} classes on average); "
+        f"Calibration on {where} ({count(found.images, 'image')}): "
+        f"ECE {shown['calibrated_ece_before']} before, {shown['calibrated_ece']} after "
+        f"(temperature {found.calibration.temperature:.2f}); "
+        f"{found.calibration.coverage:.0%} prediction sets contain the right class for "
+        f"{shown['calibrated_coverage']} of {count(found.test_images, 'image')} "
+        f"({found.metrics['calibrated_set_size']:.2f} classes on average); "
         f"{shown['calibrated_none']} rejected as none of the classes."
     )
 
@@ -202,3 +214,26 @@ def comparison_text(comparison: Comparison) -> str:
             f"B - A {format_points(one.difference)} (95% CI {low} to {high})"
         )
     return "\n".join([*lines, *comparison_notes(comparison)])
+
+
+def sweep_rule(sweep: Sweep) -> str:
+    """How the alpha was chosen."""
+    if sweep.max_drop is None:
+        return f"the best mean of {sweep.task} on the task and {sweep.retention} on retention"
+    baseline = next(p.retention[sweep.retention] for p in sweep.points if p.alpha == 0)
+    return (
+        f"the best {sweep.task} on the task with {sweep.retention} on retention of at least "
+        f"{baseline - sweep.max_drop:.1%}, {100 * sweep.max_drop:g} points below alpha 0"
+    )
+
+
+def sweep_text(sweep: Sweep) -> str:
+    """The metrics that the rule uses, one line per alpha, and the choice."""
+    lines = [f"alpha  task {sweep.task}  retention {sweep.retention}"]
+    for point in sweep.points:
+        mark = "  <- chosen" if point.alpha == sweep.chosen else ""
+        lines.append(
+            f"{point.alpha:<5g}  {point.task[sweep.task]:>{len(sweep.task) + 5}.1%}  "
+            f"{point.retention[sweep.retention]:>{len(sweep.retention) + 10}.1%}{mark}"
+        )
+    return "\n".join([*lines, f"chosen: {sweep.chosen:g}, {sweep_rule(sweep)}"])

@@ -20,9 +20,9 @@ import torch
 from torch.nn import functional as F
 
 from leanclip.config.data import DataConfig
-from leanclip.config.schema import Config
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import to_plain
-from leanclip.config.training import Precision
+from leanclip.config.training import FinetuneConfig, Precision
 from leanclip.data import Dataset
 from leanclip.data.dataset import fill
 from leanclip.data.formats.mixture import Mixture
@@ -98,15 +98,16 @@ class FeatureCache:
         return batch
 
 
-def cached_towers(config: Config, dataset: Dataset) -> list[str]:
+def cached_towers(
+    finetune: FinetuneConfig, model: ModelConfig, data: DataConfig, dataset: Dataset
+) -> list[str]:
     """The locked towers, of "image" and "text", whose input is the same in every epoch."""
-    finetune, model = config.finetune, config.model
     if not finetune.cache_features or dataset.is_stream:
         return []
     layers = model.vision_layers
     image_groups = 2 + (layers if isinstance(layers, int) else sum(layers))
     found = []
-    if finetune.lock_image in ("all", image_groups) and not config.data.augment:
+    if finetune.lock_image in ("all", image_groups) and not data.augment:
         found += [] if finetune.patch_dropout else ["image"]
     if finetune.lock_text in ("all", model.transformer_layers + 2):
         found.append("text")
