@@ -96,7 +96,7 @@ def test_few_images_still_cover_and_too_few_are_refused() -> None:
     assert np.mean(held) > 0.89
     with pytest.raises(DataError, match=r"16 images are too few .* 0.9, which needs 17"):
         fitted(*draw(16))
-    with pytest.raises(DataError, match="scores that are no numbers"):
+    with pytest.raises(DataError, match="logits are not finite"):
         fitted(torch.full((20, 3), torch.nan), torch.zeros(20).long())
     with pytest.raises(ConfigError, match="coverage: 1 is not between 0 and 1"):
         fitted(*draw(16), coverage=1)

@@ -16,7 +16,6 @@ import leanclip
 from leanclip.cli.evaluation_config import evaluation_config
 from leanclip.evaluation import Classification, evaluate
 from leanclip.evaluation.statistics import mcnemar
-from leanclip.preprocess.images import open_image
 
 
 def outcomes(better: int, worse: int, both: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +102,6 @@ def test_zero_shot_of_two_models_by_their_own_reports(command: Command, workplac
     page = (workplace / "out/compare.html").read_text()
     assert "only B correct" in page
     assert "only A correct" in page
-    assert min(open_image(workplace / "out/changed.png").size) > 200
 
 
 def test_retrieval_of_models_of_two_resolutions(command: Command, workplace: Path) -> None:
@@ -131,7 +129,6 @@ def test_a_model_and_itself_do_not_differ(command: Command, workplace: Path) -> 
     assert found["better"] == found["worse"] == {"image_to_text_R@1": [], "text_to_image_R@1": []}
     assert {one["p"] for one in found["mcnemar"].values()} == {1.0}
     assert {one["difference"] for one in found["differences"].values()} == {0.0}
-    assert not (workplace / "out/changed.png").exists()
 
 
 def test_what_cannot_be_compared(command: Command, workplace: Path) -> None:

@@ -130,7 +130,7 @@ def compare(
 ) -> None:
     """Measure two models on the same samples: differences, and whether they could be luck.
 
-    Writes compare.json, compare.html and changed.png: which samples changed for better and worse.
+    Writes compare.json and compare.html: which samples changed for better and worse.
     """
     from leanclip.cli.evaluation_config import evaluation_config
     from leanclip.distributed.collectives import choose_device

@@ -1,7 +1,7 @@
-"""Pictures of a run by matplotlib, which is imported only to draw.
+"""Pictures of runs and data by matplotlib, which is imported only to draw.
 
-Functions with a `path` write the figure there, as PNG or SVG by its suffix; the figures without
-one are for the pages, which take them as SVG.
+Functions with a `path` write the figure there, as PNG or SVG by suffix; the others draw for pages,
+which embed the figures as SVG.
 
 Shapes: C classes.
 """
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 MAX_POINTS = 400  # of a line
-MAX_COUNTED = 25  # classes of a confusion matrix that shows its counts
+MAX_COUNTED = 25  # classes of a confusion matrix with printed counts
 LINES = ("#2563eb", "#c83428", "#16803d", "#b7791f", "#9061c2", "#1f9ba8", "#c2618f", "#808a96")
 GRID, SOFT, ON_COLOR = "#d9dee5", "#5b6470", "#ffffff"
-# The variables of the pages' stylesheet that take the place of these colours in SVG.
+# The variables of the pages' stylesheet that replace these colours in SVG.
 COLORS = {LINES[0]: "c0", LINES[1]: "c1", LINES[2]: "c2", GRID: "line", SOFT: "soft",
           ON_COLOR: "hot"}  # fmt: skip
 
@@ -39,7 +39,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def run_pictures(folder: Path, report: Report) -> list[Path]:
-    """Draw what a run's folder can show: similarity.png, predictions.png, curves.png."""
+    """Draw similarity.png, predictions.png and curves.png, as far as there are results for them."""
     drawn = []
     if found := examples(report):
         drawn.append(folder / "similarity.png")
@@ -69,7 +69,7 @@ def check_pictures(
     samples: Sequence[tuple[Source, str]],
     duplicates: Sequence[tuple[Source, str]],
 ) -> list[Path]:
-    """Draw what a check of data found: samples.png, and duplicates.png, where there are any."""
+    """Draw the results of a data check: samples.png and duplicates.png, as far as there are any."""
     drawn = []
     for name, shown in (("samples", samples), ("duplicates", duplicates)):
         path = folder / f"{name}.png"
@@ -87,9 +87,9 @@ def similarity_matrix(
     similarity: np.ndarray,
     path: Path | None = None,
 ) -> "Figure":
-    """The cosine similarities (n_texts, n_images) as numbers and colours, images on top.
+    """Cosine similarities (texts, images) as numbers and colours, with the images on top.
 
-    The picture of OpenAI's and PASSL's demonstration notebooks.
+    The picture of OpenAI's and PASSL's notebooks.
     """
     rows, columns = similarity.shape
     left, cell_width, cell_height, top = 3.4, 1.1, 0.75, 1.6  # inches
@@ -119,7 +119,7 @@ def similarity_matrix(
 
 
 def training_charts(lines: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Points]]:
-    """Loss, learning rate, logit scale and evaluations by step: by chart and by line.
+    """Loss, learning rate, logit scale and evaluations by step: chart -> line -> points.
 
     Lines of a single point are left out.
     """
@@ -145,14 +145,14 @@ def training_charts(lines: Sequence[Mapping[str, float]]) -> dict[str, dict[str,
 
 
 def line_chart(series: Mapping[str, Points]) -> "Figure":
-    """Lines over steps, with a legend where there are several; for a page."""
+    """Lines over steps, with a legend if there is more than one; for a page."""
     figure = new_figure(4.2, 2.4)
     _draw_lines(figure.subplots(), series)
     return figure
 
 
 def _draw_lines(axes: "Axes", series: Mapping[str, Points]) -> None:
-    """At most MAX_POINTS of each line, evenly, and its last; finite ones only."""
+    """Draw at most MAX_POINTS finite points of each line, evenly spaced, and its last."""
     axes.set_prop_cycle(color=LINES)
     for label, points in series.items():
         finite = [point for point in points if all(map(math.isfinite, point))]
@@ -177,7 +177,7 @@ def confusion_matrix(
 
     Args:
         counts: (C, C) integers, rows are true classes, columns predicted ones.
-        totals: images of each true class, (C,), those of columns that are left out included.
+        totals: images of each true class, (C,), including columns that are left out.
         names: of the classes.
         numbers: of the classes, for the columns.
     """
@@ -188,7 +188,7 @@ def confusion_matrix(
     axes = figure.subplots()
     for row, column in np.argwhere(counts):
         fraction = counts[row, column] / totals[row]
-        # Few errors matter too: no square is paler than a quarter.
+        # Single errors stay visible.
         square = Rectangle(
             (column - 0.46, row - 0.46), 0.92, 0.92, linewidth=0, clip_on=False,
             facecolor=LINES[2] if row == column else LINES[1], alpha=0.25 + 0.75 * fraction,
@@ -233,7 +233,7 @@ def pareto_picture(sweep: Sweep, path: Path) -> None:
 
 
 def pareto_front(places: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the places that no other place dominates."""
+    """The indices of the points that no other point dominates."""
     return [
         i
         for i, (x, y) in enumerate(places)
@@ -248,7 +248,7 @@ def image_grid(
     *,
     columns: int = 6,
 ) -> "Figure":
-    """Images in rows, each under its caption."""
+    """Images in rows, captions above them."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = new_figure(2.2 * columns, 2.6 * rows)
@@ -271,17 +271,17 @@ def _draw(axes: "Axes", image: Source) -> None:
 
 
 def sanitize_label(text: str, width: int) -> str:
-    """A caption wrapped to a width; `$` starts no formula, controls are replaced."""
+    """A caption wrapped to a width; `$` is no formula, control characters are replaced."""
     return textwrap.fill(printable(text[:500]), width).replace("$", r"\$")
 
 
 def printable(text: str) -> str:
-    """Text in which a space or � takes the place of what cannot be displayed, such as controls."""
+    """Text with characters that cannot be displayed, such as controls, replaced by space or �."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
 def saved(figure: "Figure", path: Path | None) -> "Figure":
-    """The figure, written to a path if there is one."""
+    """Write a figure to a path, if there is one, and return it."""
     if path is not None:
         figure.savefig(path)
     return figure
@@ -290,7 +290,7 @@ def saved(figure: "Figure", path: Path | None) -> "Figure":
 def new_figure(
     width: float, height: float, *, layout: Literal["constrained"] | None = "constrained"
 ) -> "Figure":
-    """A figure of so many inches, drawn without a display."""
+    """A figure of a size in inches, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

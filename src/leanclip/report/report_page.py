@@ -51,7 +51,8 @@ def write_report(folder: Path, report: Report, skipped: SkipTracker | None = Non
     `skipped` are the samples that training skipped. Returns the path of the page.
     """
     values = report_values(report)
-    write_text(folder / "report.json", _json({"sentences": sentences(report)} | values) + "\n")
+    text = json.dumps({"sentences": sentences(report)} | values, indent=1)
+    write_text(folder / "report.json", text + "\n")
     metrics = {name: _metric(report, name) for name in report.metrics}
     charts = training_charts(read_metrics(folder) or read_metrics(Path(report.source)))
     write_page(
@@ -107,18 +108,6 @@ def _classes(result: Classification) -> dict[str, Any]:
         ],
         "confusion": result.confused().tolist(),
     }
-
-
-def _json(value: Any, depth: int = 0) -> str:
-    """JSON with a line per entry of the outer groups, and inner ones on one line."""
-    pad = " " * (depth + 1)
-    if depth < 3 and isinstance(value, dict) and value:
-        inner = (f"{pad}{json.dumps(k)}: {_json(v, depth + 1)}" for k, v in value.items())
-        return "{\n" + ",\n".join(inner) + f"\n{pad[1:]}}}"
-    if depth < 4 and isinstance(value, list) and value and isinstance(value[0], dict | str):
-        inner = (f"{pad}{json.dumps(one)}" for one in value)
-        return "[\n" + ",\n".join(inner) + f"\n{pad[1:]}]"
-    return json.dumps(value)
 
 
 def _metric(report: Report, name: str) -> dict[str, Any]:

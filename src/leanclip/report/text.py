@@ -1,4 +1,4 @@
-"""Evaluation results in words: labels and formats of metrics, a sentence per task, comparisons."""
+"""Evaluation results as text: labels and formats of metrics, a sentence per task, comparisons."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,14 +33,14 @@ FIRST = ("zeroshot_top1", "image_to_text_R@1", "text_to_image_R@1", "zeroshot_me
 
 
 def format_metric(name: str, value: float) -> str:
-    """A metric's value: a percentage, a rank, or "NaN" where it is not finite."""
+    """A metric's value: a percentage, a rank, or "NaN" if it is not finite."""
     if not math.isfinite(value):
         return "NaN"
     return f"{value:,.4g}" if name.endswith(NOT_FRACTIONS) else f"{value:.1%}"
 
 
 def format_interval(name: str, interval: Sequence[float]) -> str:
-    """The two ends of a metric's interval."""
+    """A metric's interval."""
     return "–".join(format_metric(name, end) for end in interval)
 
 
@@ -64,7 +64,7 @@ def count(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def by_importance(report: Report) -> list[str]:
-    """The names of all metrics, the usual headlines first."""
+    """The names of all metrics, the most important first."""
     first = [name for name in FIRST if name in report.metrics]
     return [*first, *(name for name in report.metrics if name not in first)]
 
@@ -159,7 +159,7 @@ def format_points(difference: float) -> str:
 
 
 def sample_note(data: Mapping[str, Any]) -> str:
-    """That a sample of a data set was evaluated; nothing where all of it was."""
+    """A note if only a sample of a data set was evaluated, else ""."""
     if data.get("limit") is None or data["limit"] >= data["available"]:
         return ""
     return (
@@ -187,7 +187,7 @@ def _calibration_sentence(report: Report) -> str:
 
 
 def mcnemar_sentence(name: str, test: McNemar) -> str:
-    """What McNemar's test found for a metric."""
+    """The result of McNemar's test for a metric."""
     p = f"p = {test.p:.2g}" if test.p >= 1e-4 else "p < 0.0001"
     verdict = "significant" if test.p < 0.05 else "not significant"
     return (
@@ -197,7 +197,7 @@ def mcnemar_sentence(name: str, test: McNemar) -> str:
 
 
 def comparison_notes(comparison: Comparison) -> list[str]:
-    """The tests in words, and which samples were evaluated."""
+    """Sentences on the tests, and on the evaluated samples."""
     tests = [mcnemar_sentence(name, test) for name, test in comparison.tests.items()]
     notes = map(sample_note, comparison.reports[0].data.values())
     return [*tests, *dict.fromkeys(filter(None, notes))]
