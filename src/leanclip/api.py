@@ -67,8 +67,8 @@ def evaluate_only(
 ) -> RunResult | None:
     """Evaluate weights without training: `source`, else the run's folder, else `config.load`.
 
-    Every rank calls this; the first one returns the result. `command` is how the report says that
-    it can be reproduced. `held_out` is a split, or a fraction of the images, to calibrate on.
+    Every rank calls this; the first one returns the result. `command` reproduces the report.
+    `held_out` is a split, or a fraction of the images, to calibrate on.
 
     Raises:
         ConfigError: the configuration names nothing to evaluate.
@@ -159,7 +159,7 @@ def summary(result: RunResult) -> str:
 
 
 def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> RunResult:
-    """Write report.json, report.html, calibration.json and pictures, as far as there are any."""
+    """Write report.json, report.html, calibration.json if there is one, and pictures."""
     report.source = report.source or str(folder)
     report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
     folder.mkdir(parents=True, exist_ok=True)

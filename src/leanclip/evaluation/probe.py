@@ -68,20 +68,20 @@ def linear_probe(
     if shots is not None:
         drawn, rest = draw_per_class(train.labels, shots)
         pool = _rows(train, rest) if validation is None else validation
-        held = _rows(pool, draw_per_class(pool.labels, min(shots, MAX_VALIDATION_SHOTS))[0])
+        tuning_part = _rows(pool, draw_per_class(pool.labels, min(shots, MAX_VALIDATION_SHOTS))[0])
         part = whole = _rows(train, drawn)
     elif validation is None:
         drawn, rest = draw_per_class(train.labels, VALIDATION_FRACTION)
-        part, held, whole = _rows(train, rest), _rows(train, drawn), train
+        part, tuning_part, whole = _rows(train, rest), _rows(train, drawn), train
     else:
-        part, held = train, validation
+        part, tuning_part = train, validation
         whole = Labelled(*(torch.cat(pair) for pair in zip(train, validation, strict=True)))
-    if not len(held.labels):
+    if not len(tuning_part.labels):
         raise DataError(
             "linear probe: no image is left to choose the L2 strength on; give fewer --shots, or "
             "a data set with more images per class"
         )
-    strength = choose_strength(part, held, classes)[0]
+    strength = choose_strength(part, tuning_part, classes)[0]
     return Fitted(logistic_regression(whole, classes, strength), strength, len(whole.labels))
 
 

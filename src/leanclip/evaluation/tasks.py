@@ -22,7 +22,7 @@ MEASURABLE = {  # tasks by data format; for other formats the data decides
     "folder": ("zero_shot",),
     "pairs": ("retrieval",),
 }
-METRICS = {  # of each task those of which higher is better
+METRICS = {  # by task, those for which higher is better
     "retrieval": tuple(
         f"{way}_R@{k}" for k in (1, 5, 10) for way in ("image_to_text", "text_to_image")
     ),
@@ -62,10 +62,9 @@ def open_tasks(data: DataConfig, settings: EvaluateConfig) -> list[Task]:
         DataError: one is missing or empty, or a probe's splits have different classes.
         ConfigError: zero-shot on data without classes, or retrieval on data without captions.
     """
+    chosen = ((name, getattr(settings, name)) for name in ORDER)
     return [
-        _open_task(data, wanted, name, settings.batch_size)
-        for name in ORDER
-        if (wanted := getattr(settings, name)) is not None
+        _open_task(data, own, name, settings.batch_size) for name, own in chosen if own is not None
     ]
 
 
@@ -110,36 +109,36 @@ def other_split(task: Task, split: str, setting: str) -> Part:
 
 def evaluation_data(data: DataConfig, settings: EvaluateConfig) -> list[DataConfig]:
     """The data sets of the section `evaluate`, as `data` sections."""
-    named = ((name, getattr(settings, name)) for name in ORDER)
-    found = [data_of(data, wanted, name) for name, wanted in named if wanted]
+    chosen = ((name, getattr(settings, name)) for name in ORDER)
+    found = [data_of(data, own, name) for name, own in chosen if own is not None]
     return [*found, _retention_data(data, settings.retention)] if settings.retention else found
 
 
 def data_of(
-    data: DataConfig, wanted: EvaluationData, task: str, *, setting: str | None = None
+    data: DataConfig, settings: EvaluationData, task: str, *, setting: str | None = None
 ) -> DataConfig:
     """The `data` section with the values of an evaluation; `setting` is the evaluation's key.
 
     Raises:
         ConfigError: `data` is a mixture and the evaluation does not name a format.
     """
-    format = wanted.format or data.format
+    format = settings.format or data.format
     if format == "mixture":
         raise ConfigError(
             f"evaluate.{setting or task}.format: data is a mixture; give a format and a root to "
             f"evaluate on"
         )
-    root = wanted.root or data.root
+    root = settings.root or data.root
     trained = _trained(data, format, root)
-    place = {"format": format, "root": root, "split": wanted.split}
-    if wanted.split is None:
+    place = {"format": format, "root": root, "split": settings.split}
+    if settings.split is None:
         used = [split for split in map(split_in_use, trained) if split is not None]
         here = data.model_copy(update=place | {"sources": ()})
         place["split"] = default_split(here, task, used=used)
     changes = {
         **place,
-        "templates": wanted.templates,
-        **_columns(wanted, trained[0] if trained else None),
+        "templates": settings.templates,
+        **_columns(settings, trained[0] if trained else None),
         "sources": (),
         "epoch_size": None,
         "streaming": False,  # it is read in order, by index
@@ -147,10 +146,10 @@ def data_of(
     return data.model_copy(update=changes)
 
 
-def _open_task(data: DataConfig, wanted: EvaluationData, name: str, batch_size: int) -> Task:
-    own = data_of(data, wanted, name)
+def _open_task(data: DataConfig, settings: EvaluationData, name: str, batch_size: int) -> Task:
+    own = data_of(data, settings, name)
     dataset = open_dataset(own)
-    if _is_training(data, wanted, own):
+    if _is_training(data, settings, own):
         log.warning("evaluate.%s: uses the training data", name)
     if bool(dataset.classes) != (name != "retrieval"):
         has, needs = (
@@ -162,14 +161,14 @@ def _open_task(data: DataConfig, wanted: EvaluationData, name: str, batch_size: 
             f"evaluate.{name}: {own.root} (format {own.format}) has {has}; name a data set with "
             f"{needs}, or set evaluate.{name} to null"
         )
-    task = Task(name, own, dataset, wanted.limit, batch_size)
-    if isinstance(wanted, ProbeData):
-        task = replace(task, shots=wanted.shots)
-    elif isinstance(wanted, NeighbourData):
-        task = replace(task, k=wanted.k)
+    task = Task(name, own, dataset, settings.limit, batch_size)
+    if isinstance(settings, ProbeData):
+        task = replace(task, shots=settings.shots)
+    elif isinstance(settings, NeighbourData):
+        task = replace(task, k=settings.k)
     else:
         return task
-    found, used, split = find_splits(own), split_in_use(own), wanted.train_split
+    found, used, split = find_splits(own), split_in_use(own), settings.train_split
     if split is None and "train" in found and used != "train" and own.format != "shapes":
         split = "train"
     if split is None:
@@ -182,11 +181,11 @@ def _open_task(data: DataConfig, wanted: EvaluationData, name: str, batch_size: 
     return task
 
 
-def _retention_data(data: DataConfig, wanted: EvaluationData) -> DataConfig:
+def _retention_data(data: DataConfig, settings: EvaluationData) -> DataConfig:
     """The `data` section of the retention benchmark; of `shapes` the zero-shot split."""
-    allowed = MEASURABLE.get(wanted.format or data.format, ())
+    allowed = MEASURABLE.get(settings.format or data.format, ())
     task = "zero_shot" if "zero_shot" in allowed else "retrieval"
-    return data_of(data, wanted, task, setting="retention")
+    return data_of(data, settings, task, setting="retention")
 
 
 def _trained(data: DataConfig, format: str, root: str) -> list[DataConfig]:
@@ -195,18 +194,18 @@ def _trained(data: DataConfig, format: str, root: str) -> list[DataConfig]:
     return [one for one in sources if (one.format, one.root) == (format, root)]
 
 
-def _is_training(data: DataConfig, wanted: EvaluationData, chosen: DataConfig) -> bool:
+def _is_training(data: DataConfig, settings: EvaluationData, chosen: DataConfig) -> bool:
     """Whether an evaluation without a split of its own uses the training data."""
-    if wanted.split is not None:
+    if settings.split is not None:
         return False
     trained = _trained(data, chosen.format, chosen.root)
-    if wanted.root is not None and not data.sources:
+    if settings.root is not None and not data.sources:
         # For weights without a config, `data` is the data to evaluate on.
         trained = [one for one in trained if one.split is not None]
     return split_in_use(chosen) in map(split_in_use, trained)
 
 
-def _columns(wanted: EvaluationData, trained: DataConfig | None) -> dict[str, Any]:
+def _columns(settings: EvaluationData, trained: DataConfig | None) -> dict[str, Any]:
     """The settings of columns and labels: the evaluation's own, else training's for the root."""
     names = (
         "class_names",
@@ -215,9 +214,9 @@ def _columns(wanted: EvaluationData, trained: DataConfig | None) -> dict[str, An
         "caption_column",
         "label_column",
     )
-    given = {name: getattr(wanted, name) for name in names}
+    given = {name: getattr(settings, name) for name in names}
     if trained is None:
         return given | {"one_caption_per_line": given["one_caption_per_line"] is not False}
-    sets_texts = wanted.caption_column is not None or wanted.label_column is not None
+    sets_texts = settings.caption_column is not None or settings.label_column is not None
     inherited = names[:3] if sets_texts else names
     return given | {name: getattr(trained, name) for name in inherited if given[name] is None}

@@ -39,7 +39,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def run_pictures(folder: Path, report: Report) -> list[Path]:
-    """Draw similarity.png, predictions.png and curves.png, as far as there are results for them."""
+    """Draw those of similarity.png, predictions.png and curves.png that there are results for."""
     drawn = []
     if found := examples(report):
         drawn.append(folder / "similarity.png")
@@ -69,7 +69,7 @@ def check_pictures(
     samples: Sequence[tuple[Source, str]],
     duplicates: Sequence[tuple[Source, str]],
 ) -> list[Path]:
-    """Draw the results of a data check: samples.png and duplicates.png, as far as there are any."""
+    """Draw samples.png and duplicates.png of a data check, if there are any."""
     drawn = []
     for name, shown in (("samples", samples), ("duplicates", duplicates)):
         path = folder / f"{name}.png"

@@ -78,7 +78,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         DataError: the data is missing, empty or not of its format.
     """
     _check_together(config)
-    # Called whatever the setting: ranks with different settings would wait for each other forever.
+    # Always called: ranks with different settings would wait for each other forever.
     precision = from_first(partial(_precision, config, device))
     if config.train.precision == "auto":
         train = config.train.model_copy(update={"precision": precision})
