@@ -14,7 +14,8 @@ from leanclip.errors import ConfigError
 from leanclip.evaluation.evaluator import evaluate
 from leanclip.evaluation.tasks import HEADLINES, Task
 from leanclip.model import CLIP
-from leanclip.weights import Weights, interpolate, load_into
+from leanclip.weights import Weights, interpolate
+from leanclip.weights.interpolate import between
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,16 @@ def sweep(
     Raises:
         WeightsError: the two differ in architecture.
     """
+    ends = [interpolate(first, second, alpha) for alpha in (0.0, 1.0)]  # all tensors, in float32
+    start, stop = (end.tensors for end in ends)
+    assert ends[0].model is not None
+    model = CLIP(**to_plain(ends[0].model)).to(device)
     points = []
     for alpha in alphas:
-        mixture = interpolate(first, second, alpha)
-        assert mixture.model is not None
-        assert mixture.preprocess is not None
-        model = CLIP(**to_plain(mixture.model))
-        load_into(model, mixture)
-        model.to(device)
-        own, other = (evaluate(model, some, mixture.preprocess) for some in (tasks, [retention]))
+        model.load_state_dict({name: between(start[name], stop[name], alpha) for name in start})
+        preprocess = ends[alpha >= 0.5].preprocess
+        assert preprocess is not None
+        own, other = (evaluate(model, some, preprocess) for some in (tasks, [retention]))
         points.append(Point(alpha, own.metrics, other.metrics))
     names = [task.name for task in tasks]
     metric = HEADLINES["zero_shot" if "zero_shot" in names else names[0]]
