@@ -27,7 +27,7 @@ from leanclip.config.sections import parse
 from leanclip.evaluation import encode_texts, evaluate
 
 
-def test_three_ranks_give_the_figures_of_one(command: Command, workplace: Path) -> None:
+def test_three_ranks_give_the_metrics_of_one(command: Command, workplace: Path) -> None:
     make_model(workplace / "m")
     make_table(workplace / "t", 1003)
     (workplace / "t" / "7.bmp").write_bytes(b"no image")

@@ -155,7 +155,7 @@ def test_settings_that_do_not_go_together(
 # --- the retention benchmark
 
 
-def test_the_sentence_on_the_guard(workplace: Path) -> None:
+def test_the_sentence_on_retention(workplace: Path) -> None:
     make_classes(workplace / "classes")
     plan = plan_of("evaluate.retention={format: folder, root: classes}")
     assert plan.retention is not None
@@ -176,7 +176,7 @@ def test_the_sentence_on_the_guard(workplace: Path) -> None:
     assert sentence(after, {}, tasks) == "Retention (classes): zero-shot top-1 58.9%."
 
 
-def test_the_guard_is_measured_before_and_after(command: Command, workplace: Path) -> None:
+def test_retention_is_measured_before_and_after(command: Command, workplace: Path) -> None:
     write_base(workplace / "base")
     make_classes(workplace / "classes")
     options = [
@@ -210,7 +210,7 @@ def test_the_guard_is_measured_before_and_after(command: Command, workplace: Pat
     assert [line["step"] for line in read_metrics(workplace / "a")].count(0) == 1
 
 
-def test_the_guard_may_be_pairs_and_may_choose_the_best(command: Command, workplace: Path) -> None:
+def test_retention_may_be_pairs_and_may_choose_the_best(command: Command, workplace: Path) -> None:
     make_pairs(workplace / "others", 5)
     done = command(
         "train", "-c", "config.yaml", "-o", "evaluate.retention={root: others, limit: 4}",
