@@ -28,6 +28,7 @@ from leanclip.model import CLIP
 from leanclip.model.skip_init import meta_device
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import VOCAB_SIZE
+from leanclip.report.text import count
 from leanclip.training.feature_cache import cached_towers
 from leanclip.training.finetune import Tuning
 from leanclip.training.optimizer import scaled_learning_rate
@@ -215,10 +216,10 @@ def headline(plan: Plan) -> str:
         f"model: {parameters:,} parameters, {config.model.image_resolution} px, "
         f"{config.train.precision} on {plan.device.type}, loss {plan.loss}",
         f"data: {_data_line(plan)}",
-        f"steps: {plan.steps:,} = {config.train.epochs} epochs x {plan.steps_per_epoch} "
-        f"batches of {plan.batch_size}{smaller}",
-        f"learning rate: peak {plan.peak_learning_rate:.3g} ({scaling}), {plan.warmup} warm-up "
-        f"steps, cosine to 0",
+        f"steps: {plan.steps:,} = {count(config.train.epochs, 'epoch')} x "
+        f"{count(plan.steps_per_epoch, 'batch', 'batches')} of {plan.batch_size}{smaller}",
+        f"learning rate: peak {plan.peak_learning_rate:.3g}, "
+        f"{count(plan.warmup, 'warm-up step')}, cosine to 0 ({scaling})",
         f"folder: {plan.folder}",
     ]
     lines += [
@@ -266,7 +267,9 @@ def split_and_classes(data: DataConfig, dataset: Dataset) -> str:
     found = f", split {split}" if split else ""
     if names:
         more = ", ..." if len(names) > MAX_CLASSES else ""
-        found += f", {len(names):,} classes: {', '.join(names[:MAX_CLASSES])}{more}"
+        found += (
+            f", {count(len(names), 'class', 'classes')}: {', '.join(names[:MAX_CLASSES])}{more}"
+        )
     return found
 
 
