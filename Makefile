@@ -45,7 +45,7 @@ test-slow: $(READY)
 	@$(RUN)/python -m pytest -q -m slow $(PARALLEL) $(CHOICE)
 
 BENCHMARKS := train_step roofline encode images pipeline tokenizer loss checkpoint read_weights \
-  startup scaling growth pack table embed search app sweep
+  startup scaling growth pack table embed search app
 
 # Each on its own: make bench BENCHMARKS="loss startup"
 bench: $(READY)

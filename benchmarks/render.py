@@ -39,7 +39,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "embed": ("Embedding a folder", tables.embed),
     "search": ("Search", tables.search),
     "app": ("The page's server", tables.app),
-    "sweep": ("A sweep between two models", tables.sweep),
 }
 
 

@@ -414,13 +414,3 @@ def app(records: Records) -> list[str]:
     lines = table([*head, "server's processor seconds"], load)
     lines += ["", "The model's thread alone, processor milliseconds an image:", ""]
     return lines + table(["model", "images that wait", "together", "one by one"], alone)
-
-
-def sweep(records: Records) -> list[str]:
-    results = merged(records)
-    rows = [
-        [way, ", ".join(map(number, found(results, "seconds", way) or [None]))]
-        for way in ("once", "again")
-    ]
-    rows.append(["again over once", show(results, "ratio")])
-    return table(["", "processor seconds"], rows)

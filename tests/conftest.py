@@ -25,11 +25,13 @@ from leftovers import Leftovers, watched
 from PIL import Image
 
 from leanclip.config.data import DataConfig
+from leanclip.config.schema import Config
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
 from leanclip.data.batch import Batch, Position
 from leanclip.data.loader import training_batches
 from leanclip.errors import LeanclipError
+from leanclip.evaluation import Task, open_tasks
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import tokenize
@@ -229,6 +231,11 @@ def make_config(path: Path, **sections: Any) -> Path:
         values[name] = values[name] | section if both else section
     path.write_text(dump_yaml(values))
     return path
+
+
+def configured_tasks(config: Config) -> list[Task]:
+    """The opened tasks of a configuration."""
+    return open_tasks(config.data, config.evaluate)
 
 
 def report_of(folder: Path) -> dict[str, Any]:

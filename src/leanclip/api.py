@@ -14,13 +14,14 @@ from leanclip.data.skipped import SkipTracker
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.errors import ConfigError
 from leanclip.evaluation import Report, evaluate, open_retention, open_tasks
-from leanclip.evaluation.calibrated import calibrate, open_held_out
+from leanclip.evaluation.calibration import calibrate, open_held_out
 from leanclip.evaluation.sweep import Sweep
+from leanclip.evaluation.zero_shot import ZeroShotResult
 from leanclip.io.files import write_text
 from leanclip.model import CLIP
 from leanclip.report.plots import pareto_picture, run_pictures
-from leanclip.report.report_page import write_report_page
-from leanclip.report.text import count, headlines, sentences
+from leanclip.report.report_page import write_report
+from leanclip.report.text import count, headlines, sentences, sweep_rule
 from leanclip.training import checkpoint
 from leanclip.training.determinism import allow_tf32
 from leanclip.training.loop import SKIPPED
@@ -32,7 +33,7 @@ from leanclip.weights import SHARDS, Weights, interpolate, load_into, write_weig
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run, or an evaluation of one, came to."""
+    """The results of a run, or of an evaluation."""
 
     folder: Path
     report: Report
@@ -48,11 +49,11 @@ def train(plan: Plan, *, must_resume: bool = False) -> RunResult | None:
     Raises as `training.loop.train` does.
     """
 
-    def write_report(report: Report, seconds: float, finished_at: int | None) -> RunResult:
-        outcome = finish(plan.folder, report, seconds, pictures=plan.config.evaluate.pictures)
-        return replace(outcome, finished_at=finished_at)
+    def write_results(report: Report, seconds: float, finished_at: int | None) -> RunResult:
+        result = finish(plan.folder, report, seconds, pictures=plan.config.evaluate.pictures)
+        return replace(result, finished_at=finished_at)
 
-    return run(plan, write_report, must_resume=must_resume)
+    return run(plan, write_results, must_resume=must_resume)
 
 
 def evaluate_only(
@@ -64,10 +65,10 @@ def evaluate_only(
     held_out: str | None = None,
     coverage: float = 0.9,
 ) -> RunResult | None:
-    """Measure weights without training: of `source`, else of the run's folder, else `config.load`.
+    """Evaluate weights without training: `source`, else the run's folder, else `config.load`.
 
-    Every rank calls this; the first one gives the outcome. `command` is what the report says
-    measures the same again. `held_out` is a split, or a share of the images, to calibrate on.
+    Every rank calls this; the first one returns the result. `command` reproduces the report.
+    `held_out` is a split, or a fraction of the images, to calibrate on.
 
     Raises:
         ConfigError: the configuration names nothing to evaluate.
@@ -75,10 +76,11 @@ def evaluate_only(
     """
     rank = rank_and_world_size()[0]
     if rank > 0:
-        barrier()  # what the first rank prepares, such as an index, the others find
-    tasks, retention = open_tasks(config), open_retention(config)
-    names = {task.name: task for task in tasks}
-    calibration = None if held_out is None else open_held_out(config, names, held_out)
+        barrier()  # the first rank prepares indices and the like
+    tasks = open_tasks(config.data, config.evaluate)
+    retention = open_retention(config.data, config.evaluate)
+    zero_shot = next((task for task in tasks if task.name == "zero_shot"), None)
+    calibration = None if held_out is None else open_held_out(zero_shot, held_out)
     if rank == 0:
         barrier()
     if not tasks and retention is None:
@@ -94,28 +96,34 @@ def evaluate_only(
     load_into(model, weights, partial=config.load_partial)
     root = Path(source) / "checkpoints"
     progress = from_first(lambda: checkpoint.last_progress(root))
-    before = progress.before if progress else {}
+    baseline = progress.baseline if progress else {}
     preprocess = model_preprocess(config, source)
-    report = evaluate(model.to(device), tasks, preprocess, retention=retention, before=before)
+    report = evaluate(model.to(device), tasks, preprocess, retention=retention, baseline=baseline)
     if calibration is not None:
-        calibrate(model, calibration, preprocess, report, coverage=coverage)
+        result = report.results.get("zero_shot")
+        assert result is None or isinstance(result, ZeroShotResult)
+        report.add_calibration(
+            calibrate(
+                model, calibration, preprocess, result, coverage=coverage, weights=report.weights
+            )
+        )
     report.source, report.command = source, command
     if rank > 0:
         return None
     return finish(folder, report, 0.0, pictures=config.evaluate.pictures)
 
 
-def summary(outcome: RunResult) -> str:
-    """A run in plain words: what it learned, where everything is, what to type next."""
-    folder, report = outcome.folder, outcome.report
+def summary(result: RunResult) -> str:
+    """A run for a terminal: its metrics, where its files are, the next commands."""
+    folder, report = result.folder, result.report
     lines = []
-    if outcome.finished_at is not None:
+    if result.finished_at is not None:
         lines.append(
-            f"{folder}: already finished, at step {outcome.finished_at:,} after "
-            f"{outcome.seconds / 60:.1f} minutes of training; its metrics:"
+            f"{folder}: already finished, at step {result.finished_at:,} after "
+            f"{result.seconds / 60:.1f} minutes of training; its metrics:"
         )
-    elif outcome.seconds:
-        lines.append(f"Trained for {outcome.seconds / 60:.1f} minutes.")
+    elif result.seconds:
+        lines.append(f"Trained for {result.seconds / 60:.1f} minutes.")
     lines += sentences(report)
     skipped = SkipTracker(0, 1, folder / SKIPPED)
     if skipped.found:
@@ -126,20 +134,20 @@ def summary(outcome: RunResult) -> str:
         )
     if not report.results:
         lines.append("Nothing was evaluated: set evaluate.zero_shot or evaluate.retrieval.")
-    measured = {
+    evaluated = {
         f"Data:     {task.data.format} in {task.data.root}"
         f"{split_and_classes(task.data, task.dataset)}": None
         for task in report.tasks.values()
     }
-    lines += [*measured, f"Folder:   {folder}"]
+    lines += [*evaluated, f"Folder:   {folder}"]
     progress = checkpoint.last_progress(folder / "checkpoints")
     if progress is not None and (best := progress.best) is not None:
         path = folder / "checkpoints" / f"step-{best.step:08d}"
         lines.append(f"Best:     {path}     ({best.metric} {best.value:.1%})")
     if metrics := headlines(report):
         lines.append(f"Metrics:  {metrics}")
-    lines.append(f"Report:   {outcome.page}")
-    lines += [f"Picture:  {picture}" for picture in outcome.pictures]
+    lines.append(f"Report:   {result.page}")
+    lines += [f"Picture:  {picture}" for picture in result.pictures]
     if any(folder.glob(f"checkpoints/step-*/{SHARDS}")):
         lines.append(f"Next:     leanclip merge {folder} OUT     (its weights are in shards)")
     elif (folder / "config.yaml").is_file():
@@ -151,31 +159,30 @@ def summary(outcome: RunResult) -> str:
 
 
 def finish(folder: Path, report: Report, seconds: float, *, pictures: bool) -> RunResult:
-    """Write report.json, report.html, and the pictures where they are wanted."""
+    """Write report.json, report.html, calibration.json if there is one, and pictures."""
     report.source = report.source or str(folder)
     report.command = report.command or shlex.join(["leanclip", "eval", "--model", str(folder)])
     folder.mkdir(parents=True, exist_ok=True)
-    report.write(folder, sentences(report))
-    if report.calibration is not None:
-        report.calibration.save(folder)
-    page = write_report_page(folder, report, SkipTracker(0, 1, folder / SKIPPED))
+    if report.calibrated is not None:
+        report.calibrated.calibration.save(folder)
+    page = write_report(folder, report, SkipTracker(0, 1, folder / SKIPPED))
     drawn = run_pictures(folder, report) if pictures else []
     return RunResult(folder, report, page, drawn, seconds)
 
 
 def write_sweep(
-    folder: Path, found: Sweep, first: Weights, second: Weights, facts: dict[str, Any]
+    folder: Path, sweep: Sweep, first: Weights, second: Weights, data: dict[str, Any]
 ) -> list[Path]:
-    """Write the chosen weights as a folder, with sweep.json and pareto.png; what was written."""
-    weights = interpolate(first, second, found.chosen)
+    """Write the chosen weights, sweep.json and pareto.png into a folder; `data` names the data."""
+    weights = interpolate(first, second, sweep.chosen)
     write_weights(weights, folder, "leanclip", provenance=str(weights.source))
-    write_text(folder / "sweep.json", json.dumps(found.facts() | facts, indent=1) + "\n")
-    places = [(p.task[found.task], p.retention[found.retention]) for p in found.points]
-    drawn = pareto_picture(
-        places,
-        [f"{point.alpha:g}" for point in found.points],
-        chosen=[point.alpha for point in found.points].index(found.chosen),
-        axes=(f"task: {found.task}", f"retention: {found.retention}"),
-        path=folder / "pareto.png",
-    )
-    return [folder / "sweep.json", *drawn]
+    values = {
+        "chosen": sweep.chosen,
+        "rule": sweep_rule(sweep),
+        "task": sweep.task,
+        "retention": sweep.retention,
+        "points": [vars(point) for point in sweep.points],
+    }
+    write_text(folder / "sweep.json", json.dumps(values | data, indent=1) + "\n")
+    pareto_picture(sweep, folder / "pareto.png")
+    return [folder / "sweep.json", folder / "pareto.png"]

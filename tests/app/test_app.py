@@ -110,7 +110,9 @@ def test_classify_is_what_the_model_says(client: TestClient, clip: leanclip.Infe
     answer = client.post("/api/classify", files=upload(png(3), name="image"), data=data)
     found = check(answer, "Classification")
     expected = clip.classify(png(3), LABELS, ["a {}", "the {}"], top=2)
-    assert [guess["label"] for guess in found["predictions"]] == [guess.label for guess in expected]
+    assert [prediction["label"] for prediction in found["predictions"]] == [
+        prediction.label for prediction in expected
+    ]
     for ours, theirs in zip(found["predictions"], expected, strict=True):
         assert ours["probability"] == pytest.approx(theirs.probability, abs=1e-5)
         assert ours["similarity"] == pytest.approx(theirs.similarity, abs=1e-5)
@@ -141,7 +143,9 @@ def test_a_calibration_is_used_for_its_own_labels_alone(clip: leanclip.Inference
     with serving(clip, calibration=calibration.model_copy(update={"floor": 1000.0})) as client:
         found = client.post("/api/classify", files=files, data=data).json()
     assert found["none_of_these"]
-    assert [guess["label"] for guess in found["predictions"]] == [guess.label for guess in expected]
+    assert [prediction["label"] for prediction in found["predictions"]] == [
+        prediction.label for prediction in expected
+    ]
 
 
 def test_attention_is_a_picture_of_the_map(

@@ -229,9 +229,9 @@ def test_classify(page: Browser, place: Place) -> None:
     classified(page, place)
     expected = place.clip.classify(str(place.photos[0]), place.labels)
     bars = [bar.text.split("\n") for bar in page.all("#classify-bars button")]
-    assert [bar[0] for bar in bars] == [guess.label for guess in expected]
+    assert [bar[0] for bar in bars] == [prediction.label for prediction in expected]
     assert [float(bar[1].rstrip("%")) for bar in bars] == pytest.approx(
-        [100 * guess.probability for guess in expected], abs=0.06
+        [100 * prediction.probability for prediction in expected], abs=0.06
     )
     assert expected[0].label in page.text("#classify-caption")
     before = page.one("#classify-map").get_attribute("src")

@@ -5,7 +5,16 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Command, assert_refused, make_model, make_pairs, noise_image, report_of
+from conftest import (
+    TINY,
+    Command,
+    assert_refused,
+    configured_tasks,
+    make_model,
+    make_pairs,
+    noise_image,
+    report_of,
+)
 
 from leanclip.config.data import DataConfig
 from leanclip.config.schema import Config
@@ -13,7 +22,6 @@ from leanclip.config.sections import parse
 from leanclip.data import open_dataset
 from leanclip.data.splits import default_split, find_splits
 from leanclip.errors import DataError
-from leanclip.evaluation import open_tasks
 
 
 def make_split(folder: Path, format: str = "folder", count: int = 2, first: int = 0) -> None:
@@ -70,7 +78,7 @@ def test_the_split_of_training_and_of_evaluation(
     assert len(dataset) == (4 if format == "folder" else 12)
     assert all(f"/{trained}/" in dataset.name(index) for index in range(len(dataset)))
     values = {"model": TINY, "data": {"format": format, "root": str(tmp_path / "d")}}
-    (opened,) = open_tasks(parse(Config, values | {"evaluate": {task: {}}}, where="test"))
+    (opened,) = configured_tasks(parse(Config, values | {"evaluate": {task: {}}}, where="test"))
     assert opened.data.split == evaluated
 
 
@@ -84,11 +92,11 @@ def test_evaluation_takes_none_of_several_splits_that_training_reads(
     sources = [source, source | {"split": "val"}]
     values = {"model": TINY, "data": {"format": "mixture", "sources": sources}}
     values["evaluate"] = {"zero_shot": source}
-    (opened,) = open_tasks(parse(Config, values, where="test"))
+    (opened,) = configured_tasks(parse(Config, values, where="test"))
     assert (opened.data.split, caplog.messages) == ("test", [])
     sources.append(source | {"split": "test"})
-    open_tasks(parse(Config, values, where="test"))
-    assert "measures on the data that training uses" in caplog.text
+    configured_tasks(parse(Config, values, where="test"))
+    assert "uses the training data" in caplog.text
 
 
 def test_folders_that_are_no_splits(tmp_path: Path) -> None:
@@ -161,7 +169,12 @@ def test_a_split_without_a_class_is_told_with_advice_that_works(
     Path("d/test/ant").rmdir()
     make_model(workplace / "m")
     words = ("eval", "--model", "m", "--data", "folder:d", "--task", "knn", "--out", "e")
-    assert_refused(command(*words), "split test: lacks 1 of the classes", "ant", "empty folder")
+    assert_refused(
+        command(*words),
+        "split test: 1 of the classes of the other split are missing",
+        "ant",
+        "empty folder",
+    )
     Path("names.txt").write_text("Ant\nBee\n")
     assert command(*words, "--classes", "names.txt").returncode == 0
     Path("d/test/ant").mkdir()

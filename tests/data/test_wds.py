@@ -59,11 +59,11 @@ def test_both_kinds_are_measured(command: Command, workplace: Path) -> None:
     make_model(workplace / "m")
     make_wds(workplace / "a")
     make_wds(workplace / "b", "txt")
-    for root, figure in (("a", "zeroshot_top1"), ("b", "image_to_text_R@1")):
+    for root, metric in (("a", "zeroshot_top1"), ("b", "image_to_text_R@1")):
         done = command("eval", "--model", "m", "--data", f"wds:{root}", "--out", f"e{root}")
         assert done.returncode == 0, done.stderr
         assert "22 images" in done.stdout
-        assert figure in report_of(workplace / f"e{root}")["metrics"]
+        assert metric in report_of(workplace / f"e{root}")["metrics"]
 
 
 def test_names_may_come_from_another_file(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_what_does_not_go_together_is_refused(command: Command) -> None:
     done = command(
         "train", "-c", "config.yaml", "-o", "train.compile=true", "-o", "train.sharding=fsdp"
     )
-    assert_refused(done, "train.compile: does not go with train.sharding fsdp")
+    assert_refused(done, "train.compile: cannot be combined with train.sharding fsdp")
 
 
 @pytest.mark.parametrize("sharding", ["fsdp", "ddp"])

@@ -72,8 +72,15 @@ def test_the_command_starts_ranks_that_speak_as_one(command: Command, workplace:
     assert done.returncode == 0, done.stderr
     assert losses(workplace / "two") == pytest.approx(losses(workplace / "one"), abs=1e-4)
     lines = [line for line in said_by(done.stderr) if not line.startswith("warning")]
-    assert [line.split(":")[0] for line in lines] == ["model", "data", "steps", "rates", "folder"]
-    assert "peak learning rate 0.001 = 0.002 x batch 4 / reference batch 8" in lines[3]
+    assert [line.split(":")[0] for line in lines] == [
+        "model",
+        "data",
+        "steps",
+        "learning rate",
+        "folder",
+    ]
+    assert "learning rate: peak 0.001, " in lines[3]
+    assert "(0.002 x batch 4 / reference batch 8)" in lines[3]
     assert done.stdout.count("Folder:   two") == 1
 
 

@@ -96,7 +96,7 @@ def test_few_images_still_cover_and_too_few_are_refused() -> None:
     assert np.mean(held) > 0.89
     with pytest.raises(DataError, match=r"16 images are too few .* 0.9, which needs 17"):
         fitted(*draw(16))
-    with pytest.raises(DataError, match="scores that are no numbers"):
+    with pytest.raises(DataError, match="logits are not finite"):
         fitted(torch.full((20, 3), torch.nan), torch.zeros(20).long())
     with pytest.raises(ConfigError, match="coverage: 1 is not between 0 and 1"):
         fitted(*draw(16), coverage=1)
@@ -198,9 +198,9 @@ def test_eval_calibrates_on_a_split_or_on_a_share(command: Command, workplace: P
     def refused(*more: str, says: str) -> None:
         assert_refused(command(*words, *more), says)
 
-    refused("--calibrate", "test", says="is the split that is measured")
+    refused("--calibrate", "test", says="is the split that is evaluated")
     refused("--calibrate", "nope", says="no folder nope in c")
-    refused("--calibrate", "1.5", says="no split and no share between 0 and 1")
+    refused("--calibrate", "1.5", says="neither a split nor a fraction between 0 and 1")
     refused("--calibrate", "val", "--coverage", "2", says="not between 0 and 1")
     refused("--calibrate", "0.1", says="2 images are too few for a coverage of 0.9")
-    refused("--data", "pairs:data", "--calibrate", "val", says="goes with zero-shot")
+    refused("--data", "pairs:data", "--calibrate", "val", says="needs zero-shot")

@@ -10,6 +10,7 @@ from conftest import (
     CLASSES,
     TINY,
     Command,
+    configured_tasks,
     fork_ranks,
     make_config,
     make_model,
@@ -23,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from leanclip import CLIP, Preprocess
 from leanclip.config.schema import Config
 from leanclip.config.sections import parse
-from leanclip.evaluation import encode_texts, evaluate, open_tasks
+from leanclip.evaluation import encode_texts, evaluate
 
 
-def test_three_ranks_give_the_figures_of_one(command: Command, workplace: Path) -> None:
+def test_three_ranks_give_the_metrics_of_one(command: Command, workplace: Path) -> None:
     make_model(workplace / "m")
     make_table(workplace / "t", 1003)
     (workplace / "t" / "7.bmp").write_bytes(b"no image")
@@ -55,7 +56,7 @@ def test_ranks_are_started_by_an_option(command: Command, workplace: Path) -> No
     assert report_of(workplace / "one")["metrics"] == report_of(workplace / "two")["metrics"]
 
 
-def test_figures_during_training_are_shared_too(command: Command, workplace: Path) -> None:
+def test_metrics_during_training_are_shared_too(command: Command, workplace: Path) -> None:
     """Three ranks of a ResNet, whose BatchNorms' statistics differ by rank."""
     make_config(
         workplace / "config.yaml",
@@ -128,7 +129,7 @@ def test_hashes_follow_content_and_not_place(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         values = {"model": TINY, "data": {"format": "table", "root": str(root), "workers": 0}}
         values |= {"evaluate": {"zero_shot": {}}}
-        tasks = open_tasks(parse(Config, values, where="test"))
+        tasks = configured_tasks(parse(Config, values, where="test"))
         return evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
 
     first = report(make_table(tmp_path / "a", 20) / "label.csv")

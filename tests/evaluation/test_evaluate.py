@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_pairs, noise_image
+from conftest import TINY, configured_tasks, make_pairs, noise_image
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,11 +17,12 @@ from leanclip.config.schema import Config
 from leanclip.config.sections import parse
 from leanclip.data import Dataset
 from leanclip.errors import DataError
-from leanclip.evaluation import evaluate, open_tasks, retrieval_metrics
+from leanclip.evaluation import evaluate, retrieval_metrics
 from leanclip.evaluation.features import encode_images, encode_texts, images_at_once
 from leanclip.preprocess.decoding import open_image
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.report.plots import image_grid, similarity_matrix
+from leanclip.report.samples import examples, predictions
 from leanclip.report.text import sentences
 
 # 4 images by 8 captions; captions 0 and 1 belong to image 0, 2 and 3 to image 1, and so on.
@@ -158,7 +159,7 @@ def make_classes(root: Path, count: int = 3) -> Path:
 @torch.no_grad()
 def test_evaluation_equals_the_plain_path(tmp_path: Path) -> None:
     root = make_classes(tmp_path / "c", 4)
-    tasks = open_tasks(settings(root, "folder", zero_shot={"templates": ["a {}"]}))
+    tasks = configured_tasks(settings(root, "folder", zero_shot={"templates": ["a {}"]}))
     model = CLIP(**TINY).eval()
     report = evaluate(model, tasks, Preprocess(32))
     paths = sorted(root.rglob("*.png"))
@@ -168,28 +169,31 @@ def test_evaluation_equals_the_plain_path(tmp_path: Path) -> None:
     said = scores.argmax(dim=1).tolist()
     correct = [s == "abc".index(p.parent.name[0]) for s, p in zip(said, paths, strict=True)]
     assert report.metrics["zeroshot_top1"] == pytest.approx(sum(correct) / 12)
-    assert len(report.predictions) == 12
-    assert [meant for _, _, meant in report.predictions] == ["ant"] * 4 + ["bee"] * 4 + ["cow"] * 4
+    shown = predictions(report)
+    assert len(shown) == 12
+    assert [target for _, _, target in shown] == ["ant"] * 4 + ["bee"] * 4 + ["cow"] * 4
 
 
 def test_the_size_of_batches_does_not_matter_and_limit_counts(tmp_path: Path) -> None:
     config = settings(make_pairs(tmp_path / "p", 13), retrieval={})
     model = CLIP(**TINY).eval()
     reports = [
-        evaluate(model, open_tasks(config.model_copy(update={"evaluate": e})), Preprocess(32))
+        evaluate(model, configured_tasks(config.model_copy(update={"evaluate": e})), Preprocess(32))
         for e in (config.evaluate, config.evaluate.model_copy(update={"batch_size": 100}))
     ]
     assert reports[0].metrics == reports[1].metrics
     assert "13 images" in sentences(reports[0])[0]
-    assert reports[0].similarity.shape == (8, 8)
-    limited = open_tasks(settings(tmp_path / "p", retrieval={"limit": 7}))
+    found = examples(reports[0])
+    assert found is not None
+    assert found.similarity.shape == (8, 8)
+    limited = configured_tasks(settings(tmp_path / "p", retrieval={"limit": 7}))
     assert "7 images" in sentences(evaluate(model, limited, Preprocess(32)))[0]
 
 
 def test_unreadable_images_are_counted(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "p", 6)
     (root / "002.png").write_bytes(b"no")
-    tasks = open_tasks(settings(root, retrieval={}))
+    tasks = configured_tasks(settings(root, retrieval={}))
     report = evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
     assert list(report.bad) == [str(root / "002.png")]
     assert "5 images" in sentences(report)[0]
@@ -201,9 +205,9 @@ def test_unreadable_images_are_counted(tmp_path: Path) -> None:
 
 def test_a_task_that_the_data_does_not_allow(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.zero_shot: .* has no classes"):
-        open_tasks(settings(make_pairs(tmp_path / "p"), zero_shot={}))
+        configured_tasks(settings(make_pairs(tmp_path / "p"), zero_shot={}))
     with pytest.raises(ConfigError, match=r"evaluate\.retrieval: .* has classes, not captions"):
-        open_tasks(settings(make_classes(tmp_path / "c"), "folder", retrieval={}))
+        configured_tasks(settings(make_classes(tmp_path / "c"), "folder", retrieval={}))
 
 
 def test_columns_of_training_bind_only_evaluations_on_its_root(tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_columns_of_training_bind_only_evaluations_on_its_root(tmp_path: Path) -
 
     def opened(name: str, **wanted: str | bool) -> Dataset:
         values = {"model": TINY, "data": data, "evaluate": {name: wanted}}
-        (task,) = open_tasks(parse(Config, values, where="test"))
+        (task,) = configured_tasks(parse(Config, values, where="test"))
         return task.dataset
 
     other = str(tmp_path / "b.csv")
@@ -256,7 +260,7 @@ def test_evaluation_takes_a_split_that_training_does_not(
 
     def size() -> int:
         values = {"model": TINY, "data": data, "evaluate": {task: {}}}
-        (opened,) = open_tasks(parse(Config, values, where="test"))
+        (opened,) = configured_tasks(parse(Config, values, where="test"))
         return len(opened.dataset)
 
     assert (size(), caplog.messages) == (2, [])
@@ -266,7 +270,7 @@ def test_evaluation_takes_a_split_that_training_does_not(
     data |= {"root": str(root := tmp_path / "only"), "split": "train"}
     make_split(root, format, "train", 3)
     assert size() == 3
-    assert caplog.messages == [f"evaluate.{task}: measures on the data that training uses"]
+    assert caplog.messages == [f"evaluate.{task}: uses the training data"]
 
 
 def make_split(root: Path, format: str, split: str, count: int) -> None:
@@ -296,8 +300,8 @@ def make_split(root: Path, format: str, split: str, count: int) -> None:
 def test_pictures_of_a_report(tmp_path: Path) -> None:
     from leanclip.report.plots import run_pictures
 
-    tasks = open_tasks(settings(make_pairs(tmp_path / "p"), retrieval={}))
-    tasks += open_tasks(settings(make_classes(tmp_path / "c"), "folder", zero_shot={}))
+    tasks = configured_tasks(settings(make_pairs(tmp_path / "p"), retrieval={}))
+    tasks += configured_tasks(settings(make_classes(tmp_path / "c"), "folder", zero_shot={}))
     report = evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "train/loss": 2.0, "train/lr": 0.1, "train/logit_scale": 14}\n'

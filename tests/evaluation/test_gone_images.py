@@ -18,8 +18,8 @@ from test_same_images import (
 )
 from test_sweep import make_classes
 
+from leanclip.evaluation import compare
 from leanclip.evaluation import evaluator as measure
-from leanclip.evaluation import multi_model as several
 from leanclip.preprocess.images import open_image, warn_not_shown
 
 
@@ -99,12 +99,11 @@ def test_a_comparison_and_a_training_end_too(
     make_model(workplace / "a")
     make_other(workplace / "b")
     with monkeypatch.context() as patch:
-        damage_after(patch, several, "encode_each", spoil)
+        damage_after(patch, compare, "compare", spoil)
         done = command("compare", "a", "b", "--data", "folder:d", "--out", "out")
     assert done.returncode == 0, done.stderr
     assert "not shown: " in done.stderr
     assert "no picture" in (workplace / "out/compare.html").read_text()
-    assert (workplace / "out/changed.png").stat().st_size > 1000
     remove(workplace / "d")
     write_pairs(workplace / "d", pictures(12))
     make_config(

@@ -131,13 +131,13 @@ BROKEN: list[tuple[str, Callable[[Path], object], tuple[str, ...], tuple[str, ..
         "folder",
         lambda _: 0,
         ("--task", "retrieval", "--classes", "five.txt"),
-        ("--classes: is of no use for retrieval",),
+        ("--classes: does not apply to retrieval",),
     ),
     (
         "folder",
         lambda _: 0,
         ("--task", "zeroshot", "--shots", "3"),
-        ("--shots: is of no use for zero_shot",),
+        ("--shots: does not apply to zero_shot",),
     ),
     ("folder", lambda _: 0, ("--task", "zero"), ("--task zero: no such task; known: zeroshot",)),
     (

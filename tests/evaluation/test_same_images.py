@@ -15,19 +15,19 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import TINY, Command, fork_ranks, make_model, noise_image, report_of
+from conftest import TINY, Command, configured_tasks, fork_ranks, make_model, noise_image, report_of
 from pyarrow import parquet
 
 from leanclip import CLIP, Preprocess
+from leanclip.cli.evaluation_config import evaluation_config
 from leanclip.config.schema import Config
 from leanclip.config.sections import parse
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import Dataset, Sample
 from leanclip.errors import ConfigError, DataError
-from leanclip.evaluation import RetrievalResult, evaluate, evaluation_config, open_tasks
+from leanclip.evaluation import RetrievalResult, evaluate
 from leanclip.evaluation.distinct import distinct_images
-from leanclip.evaluation.intervals import mean_by_group, median_by_group
-from leanclip.evaluation.significance import mcnemar
+from leanclip.evaluation.statistics import mcnemar, mean_by_group, median_by_group
 from leanclip.report.text import sentences
 from leanclip.weights import save_weights
 
@@ -134,7 +134,7 @@ def tasks_of(spec: str, task: str = "retrieval", **evaluation: Any) -> Any:
         "data": {"format": format, "root": root, "workers": 0},
         "evaluate": {"batch_size": 7, task: evaluation},
     }
-    return open_tasks(parse(Config, values, where="test"))
+    return configured_tasks(parse(Config, values, where="test"))
 
 
 def measured(spec: str, task: str = "retrieval", **evaluation: Any) -> Any:
@@ -199,7 +199,7 @@ def test_limit_of_data_that_the_command_line_names(form: str, tmp_path: Path) ->
     model = make_model(tmp_path / "m")
     spec = FORMS[form](tmp_path / "other", pictures())
     for overrides, limit in (((), None), (("evaluate.retrieval.limit=9",), 9)):
-        [task] = open_tasks(evaluation_config(str(model), spec, overrides=overrides))
+        [task] = configured_tasks(evaluation_config(str(model), spec, overrides=overrides))
         assert (task.name, task.limit) == ("retrieval", limit)
 
 
@@ -215,7 +215,7 @@ def test_settings_for_data_that_the_command_line_names(tmp_path: Path) -> None:
         for section in ("data", "evaluate.retrieval"):
             overrides = [f"{section}.caption_column=comment"]
             settings = evaluation_config(str(model), spec, config=path, overrides=overrides)
-            [task] = open_tasks(settings)
+            [task] = configured_tasks(settings)
             assert task.dataset[0].captions == ["a cat"]
         wrong = ["data.label_column=kind", "evaluate.retrieval.limit=3"]
         with pytest.raises(ConfigError, match=r"evaluate\.retrieval: .* only zero_shot"):
@@ -236,7 +236,7 @@ def test_a_sample_does_not_depend_on_the_seed_or_the_order(tmp_path: Path) -> No
         values = {"model": TINY, "data": {"format": "folder", "root": str(root), "workers": 0}}
         values |= {"seed": seed, "evaluate": {"zero_shot": {"limit": 40}}}
         torch.manual_seed(seed)
-        tasks = open_tasks(parse(Config, values, where="test"))
+        tasks = configured_tasks(parse(Config, values, where="test"))
         report = evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
         result = report.results["zero_shot"]
         assert "sample of 40 of the 100 images" in sentences(report)[1]

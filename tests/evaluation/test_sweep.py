@@ -1,22 +1,18 @@
 """Alphas between two models: which are measured, and which is taken."""
 
 import json
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Command, assert_refused, make_pairs, noise_image
+from conftest import TINY, Command, assert_refused, noise_image
 
 from leanclip import CLIP, ConfigError, Preprocess
-from leanclip.data import Dataset, Sample
-from leanclip.evaluation import evaluation_config, open_tasks
-from leanclip.evaluation.multi_model import evaluate_each
 from leanclip.evaluation.sweep import Point, choose, parse_alphas
 from leanclip.preprocess.decoding import open_image
 from leanclip.report.plots import pareto_front
+from leanclip.report.text import sweep_rule
 from leanclip.weights import save_weights
 
 
@@ -61,39 +57,11 @@ def test_the_rules_by_hand() -> None:
     assert choose(some, "top", "top", 0.0).chosen == 0
     assert choose(some, "top", "top", 0.08).chosen == 0.6
     assert choose(some, "top", "top", 1.0).chosen == 1
-    assert "at least 79.0%, 1 points under" in choose(some, "top", "top", 0.01).rule
+    assert "at least 79.0%, 1 points below" in sweep_rule(choose(some, "top", "top", 0.01))
 
 
 def test_the_front_by_hand() -> None:
     assert pareto_front([(1, 5), (2, 4), (2, 3), (3, 4), (0, 5), (3, 4)]) == [0, 3, 5]
-
-
-class Counted(Dataset):
-    """A data set that counts how often each sample is asked for."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset, self.asked = dataset, Counter()
-        self.classes, self.templates = dataset.classes, dataset.templates
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        self.asked[index] += 1
-        return self._dataset[index]
-
-
-def test_images_are_decoded_once_for_all_models(command: Command, workplace: Path) -> None:
-    make_model(workplace / "m", 1)
-    make_pairs(workplace / "p", 11)
-    tasks = open_tasks(evaluation_config("m", "pairs:p", "all"))
-    counted = Counted(tasks[0].dataset)
-    data = tasks[0].data.model_copy(update={"workers": 0})
-    tasks = [replace(tasks[0], dataset=counted, data=data, batch_size=4)]
-    models = [CLIP(**TINY).eval() for _ in range(3)]
-    evaluate_each([(model, Preprocess(32)) for model in models], tasks)
-    # Once for its digest and once to be decoded; those before are shown, too.
-    assert [counted.asked[i] for i in (8, 9, 10)] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("mean", [0.5, pytest.param(0.3, marks=pytest.mark.slow)])
@@ -126,7 +94,7 @@ def test_options_that_do_not_go_together(command: Command, workplace: Path) -> N
     make_model(workplace / "a", 1)
     words = ("interpolate", "a", "a", "--out", "b")
     assert_refused(command(*words, "--data", "pairs:data"), "--data: goes with --sweep")
-    assert_refused(command(*words, "--sweep", "0,1"), "--data: say what to evaluate on")
+    assert_refused(command(*words, "--sweep", "0,1"), "--data: missing; give FORMAT:ROOT")
     only = ("--sweep", "0,1", "--data", "pairs:data")
     assert_refused(command(*words, *only), "--sweep: needs --data and --retention")
     both = ("--data", "pairs:data", "--retention", "pairs:nope")

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_config, make_model
+from conftest import TINY, configured_tasks, make_config, make_model
 
 import leanclip
 from leanclip import CLIP, DataError, Preprocess
 from leanclip.api import evaluate_only, train
 from leanclip.config.schema import load_config
 from leanclip.data import batch_reader
-from leanclip.evaluation import evaluate, open_tasks
+from leanclip.evaluation import evaluate
 from leanclip.inference.embeddings import Source, embed, read_embeddings
 from leanclip.training.plan import make_plan
 
@@ -78,7 +78,7 @@ def test_inference_and_embedding(workplace: Path) -> None:
 
 def test_a_dead_worker_is_reported(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_config(workplace / "c.yaml", data={"workers": 2}, evaluate={"batch_size": 2})
-    (task,) = open_tasks(load_config("c.yaml"))
+    (task,) = configured_tasks(load_config("c.yaml"))
     parent, read = os.getpid(), batch_reader.evaluation_pixels
 
     def die(image: Path, *more: Any, **options: Any) -> np.ndarray:

@@ -56,7 +56,7 @@ def test_exported_towers_give_the_models_features(
     assert again.logit_scale == pytest.approx(clip.logit_scale)
     labels = ["cat", "rocket", "horse"]
     ours, theirs = (one.classify(folder / "page.png", labels) for one in (clip, again))
-    assert [guess.label for guess in ours] == [guess.label for guess in theirs]
+    assert [prediction.label for prediction in ours] == [prediction.label for prediction in theirs]
 
 
 @pytest.mark.slow

@@ -191,18 +191,22 @@ def test_classify_gives_the_softmax_over_scaled_cosines(
     scaled = np.exp(np.exp(clip.model.logit_scale.item()) * cosines)
     order = np.argsort(-cosines)
     predictions = clip.classify(path, labels)
-    assert [guess.label for guess in predictions] == [labels[i] for i in order]
+    assert [prediction.label for prediction in predictions] == [labels[i] for i in order]
     np.testing.assert_allclose(
-        [guess.probability for guess in predictions], (scaled / scaled.sum())[order], rtol=1e-5
+        [prediction.probability for prediction in predictions],
+        (scaled / scaled.sum())[order],
+        rtol=1e-5,
     )
     np.testing.assert_allclose(
-        [guess.similarity for guess in predictions], cosines[order], atol=1e-6
+        [prediction.similarity for prediction in predictions], cosines[order], atol=1e-6
     )
     assert clip.classify(path, labels, top=1) == predictions[:1]
     twice = clip.classify([path, path], labels)
     assert len(twice) == 2
     for found in twice:
-        assert [guess.label for guess in found] == [guess.label for guess in predictions]
+        assert [prediction.label for prediction in found] == [
+            prediction.label for prediction in predictions
+        ]
         for a, b in zip(found, predictions, strict=True):
             assert a[1:] == pytest.approx(b[1:], abs=1e-5)
     assert len(clip.classify(folder, labels)) == 8
@@ -231,7 +235,9 @@ def test_a_calibration_sets_the_temperature_and_says_none_of_these(
     labels, templates = ("cat", "dog", "fox"), ("a {}",)
     paths = sorted(folder.glob("*.png"))
     plain = clip.classify(paths, labels, templates)
-    highest = [clip.logit_scale * max(guess.similarity for guess in found) for found in plain]
+    highest = [
+        clip.logit_scale * max(prediction.similarity for prediction in found) for found in plain
+    ]
     calibration = Calibration(
         temperature=2.0,
         threshold=0.5,
@@ -248,8 +254,8 @@ def test_a_calibration_sets_the_temperature_and_says_none_of_these(
     assert 0 < sum(map(bool, found)) < 8
     for with_it, without in zip(found, plain, strict=True):
         if with_it:
-            chances = np.array([guess.probability for guess in without]) ** 0.5
-            assert [guess.probability for guess in with_it] == pytest.approx(
+            chances = np.array([prediction.probability for prediction in without]) ** 0.5
+            assert [prediction.probability for prediction in with_it] == pytest.approx(
                 chances / chances.sum(), abs=1e-5
             )
     classifier = clip.classifier(labels, templates, calibration=calibration)
@@ -263,15 +269,15 @@ def test_ten_thousand_labels(clip: leanclip.InferenceModel, folder: Path) -> Non
     predictions = clip.classify(folder / "page.png", labels, top=5)
     assert len(predictions) == 5
     everything = clip.classify(folder / "page.png", labels)
-    assert sum(guess.probability for guess in everything) == pytest.approx(1, abs=1e-4)
+    assert sum(prediction.probability for prediction in everything) == pytest.approx(1, abs=1e-4)
 
 
 def test_rank_both_ways(clip: leanclip.InferenceModel, folder: Path) -> None:
     paths = sorted(folder.glob("*.png"))
     similarity = clip.similarity(paths, TEXTS)
     images = clip.rank(paths, TEXTS[2])
-    assert [one.place for one in images] == list(np.argsort(-similarity[2]))
-    assert [one.item for one in images] == [paths[one.place] for one in images]
+    assert [one.index for one in images] == list(np.argsort(-similarity[2]))
+    assert [one.item for one in images] == [paths[one.index] for one in images]
     assert images[0].similarity == pytest.approx(similarity[2].max(), abs=1e-6)
     assert clip.rank(folder, TEXTS[2], top=3) == images[:3]
     texts = clip.rank(paths[5], TEXTS)
@@ -351,8 +357,8 @@ def test_a_label_of_two_classes_is_both(
     clip: leanclip.InferenceModel, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = clip.classify(folder / "page.png", ["crane", "dog", "crane "])
-    assert [guess.label for guess in found].count("crane") == 2
-    assert sum(guess.probability for guess in found) == pytest.approx(1)
+    assert [prediction.label for prediction in found].count("crane") == 2
+    assert sum(prediction.probability for prediction in found) == pytest.approx(1)
     assert caplog.messages == [
         "labels: 'crane' is given 2 times, and its probability is divided among them"
     ]

@@ -57,16 +57,18 @@ def test_classify_prints_json_lines_where_it_is_piped(photos: Path, command: Com
         *(f"photos/{i}.png" for i in "012"),
     ]
     expected = leanclip.load("tiny").classify("photos/1.png", ["cat", "dog", "red fox"], top=2)
-    for line, guess in zip(found[0]["labels"], expected, strict=True):
-        assert line["label"] == guess.label
-        assert line["probability"] == pytest.approx(guess.probability, abs=1e-5)
-        assert line["similarity"] == pytest.approx(guess.similarity, abs=1e-5)
-    assert [one["label"] for one in found[2]["labels"]] == [guess.label for guess in expected]
+    for line, prediction in zip(found[0]["labels"], expected, strict=True):
+        assert line["label"] == prediction.label
+        assert line["probability"] == pytest.approx(prediction.probability, abs=1e-5)
+        assert line["similarity"] == pytest.approx(prediction.similarity, abs=1e-5)
+    assert [one["label"] for one in found[2]["labels"]] == [
+        prediction.label for prediction in expected
+    ]
     assert Image.open("bars.png").width > 300
     (photos / "labels.txt").write_text("cat\ndog\nred fox\n")
     again = command("classify", "photos/1.png", "--labels", "labels.txt", "--model", "tiny")
     assert [one["label"] for one in lines_of(again.stdout)[0]["labels"]][:2] == [
-        guess.label for guess in expected
+        prediction.label for prediction in expected
     ]
 
 

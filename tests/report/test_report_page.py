@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from browser import chromium
-from conftest import TINY, Command, make_model, noise_image, run_cli
+from conftest import TINY, Command, configured_tasks, make_model, noise_image, run_cli
 from PIL import Image
 
 from leanclip import CLIP, Preprocess
@@ -19,12 +19,12 @@ from leanclip.config.data import DataConfig
 from leanclip.config.schema import Config
 from leanclip.config.sections import parse
 from leanclip.data import Dataset, Sample
-from leanclip.evaluation import Task, evaluate, open_tasks
+from leanclip.evaluation import Task, evaluate
 from leanclip.evaluation.classification import classify
 from leanclip.evaluation.results import Report
 from leanclip.report.page import svg, write_page
 from leanclip.report.plots import confusion_matrix, line_chart
-from leanclip.report.report_page import write_report_page
+from leanclip.report.report_page import write_report
 from leanclip.report.text import sentences
 
 HOSTILE = "<script>alert(1)</script> \"'&amp;"
@@ -66,7 +66,7 @@ def make_report(root: Path, *, is_broken: bool = False) -> Report:
         "evaluate": {"zero_shot": {"templates": ["a {}"]},
                      "retrieval": {"format": "pairs", "root": str(root / "p")}},
     }  # fmt: skip
-    tasks = open_tasks(parse(Config, values, where="test"))
+    tasks = configured_tasks(parse(Config, values, where="test"))
     torch.manual_seed(0)
     model = CLIP(**TINY).eval()
     if is_broken:
@@ -102,7 +102,7 @@ def write_metrics(folder: Path) -> None:
 def test_the_page_is_whole_and_everything_in_it_is_escaped(tmp_path: Path) -> None:
     report = make_report(tmp_path)
     write_metrics(tmp_path / "run")
-    page = write_report_page(tmp_path / "run", report).read_text(encoding="utf-8")
+    page = write_report(tmp_path / "run", report).read_text(encoding="utf-8")
     reader = Reader(page)
     kinds = {name for name, _ in reader.elements}
     assert not kinds & {"script", "link", "iframe", "object", "b><"}
@@ -132,7 +132,7 @@ def test_the_page_is_whole_and_everything_in_it_is_escaped(tmp_path: Path) -> No
 
 
 def test_the_pictures_are_inside(tmp_path: Path) -> None:
-    page = write_report_page(tmp_path, make_report(tmp_path)).read_text(encoding="utf-8")
+    page = write_report(tmp_path, make_report(tmp_path)).read_text(encoding="utf-8")
     found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
     assert len(found) > 30
     for data in set(found):
@@ -141,7 +141,7 @@ def test_the_pictures_are_inside(tmp_path: Path) -> None:
 
 
 def test_a_report_of_nothing_is_a_page(tmp_path: Path) -> None:
-    page = write_report_page(tmp_path, Report()).read_text(encoding="utf-8")
+    page = write_report(tmp_path, Report()).read_text(encoding="utf-8")
     assert "leanclip report" in Reader(page).text
 
 
@@ -179,7 +179,7 @@ def test_a_hundred_classes_are_shown_by_the_worst(tmp_path: Path) -> None:
     report = Report(results={"knn": result}, data={"knn": {"sha256": "0", "format": "folder",
                     "root": "x", "split": None, "samples": 300}})  # fmt: skip
     report.tasks["knn"] = Task("knn", data, Noise(), None, 8)
-    page = write_report_page(tmp_path, report).read_text(encoding="utf-8")
+    page = write_report(tmp_path, report).read_text(encoding="utf-8")
     reader = Reader(page)
     assert "The 40 of 150 classes with most errors." in reader.text
     wrong = result.confusion() - torch.diag(result.confusion().diagonal())
@@ -195,7 +195,7 @@ def test_a_hundred_classes_are_shown_by_the_worst(tmp_path: Path) -> None:
 
 def test_a_broken_model_has_a_page(tmp_path: Path) -> None:
     report = make_report(tmp_path, is_broken=True)
-    page = write_report_page(tmp_path, report).read_text(encoding="utf-8")
+    page = write_report(tmp_path, report).read_text(encoding="utf-8")
     text = Reader(re.sub(r"base64,[^\"]+", "", page)).text
     assert "NaN" in text
     assert re.search(r"\bnan\b", text) is None
@@ -272,7 +272,7 @@ def test_results_are_printed_where_an_encoding_lacks_the_arrow(
 def test_a_browser_shows_it_on_a_phone_and_on_a_desk(tmp_path: Path) -> None:
     report = make_report(tmp_path)
     write_metrics(tmp_path / "run")
-    path = write_report_page(tmp_path / "run", report)
+    path = write_report(tmp_path / "run", report)
     with chromium(tmp_path) as page:
         for width, dark in ((390, False), (390, True), (1200, False), (320, False)):
             page.open(path, width=width, dark=dark)

@@ -139,8 +139,8 @@ def test_ranks_end_together(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["checkpoint.best_metric=zeroshot_top1"], ["zeroshot_top1 is not measured", R1]),
-        (["checkpoint.best_metric=x", "evaluate.retrieval=null"], ["nothing is"]),
+        (["checkpoint.best_metric=zeroshot_top1"], ["zeroshot_top1 is not evaluated", R1]),
+        (["checkpoint.best_metric=x", "evaluate.retrieval=null"], ["nothing is evaluated"]),
         (["evaluate.patience=2"], ["evaluate.patience goes with checkpoint.best_metric"]),
         (["evaluate.patience=2", f"checkpoint.best_metric={R1}"], ["evaluate.every_epochs"]),
     ],
@@ -155,7 +155,7 @@ def test_settings_that_do_not_go_together(
 # --- the retention benchmark
 
 
-def test_the_sentence_on_the_guard(workplace: Path) -> None:
+def test_the_sentence_on_retention(workplace: Path) -> None:
     make_classes(workplace / "classes")
     plan = plan_of("evaluate.retention={format: folder, root: classes}")
     assert plan.retention is not None
@@ -165,18 +165,18 @@ def test_the_sentence_on_the_guard(workplace: Path) -> None:
     tasks = {task.name: task for task in plan.tasks} | retention
 
     def sentence(metrics: dict[str, float], before: dict[str, float], tasks: dict) -> str:
-        return retention_sentence(Report(metrics=metrics, before=before, tasks=tasks))
+        return retention_sentence(Report(metrics=metrics, baseline=before, tasks=tasks))
 
     assert sentence(after, before, tasks) == (
-        "Guard (classes): zero-shot top-1 61.2% before, 58.9% after (-2.3 points); "
+        "Retention (classes): zero-shot top-1 61.2% before, 58.9% after (-2.3 points); "
         "image→text R@1 on data 50.0% before, 75.0% after (+25.0 points)."
     )
     unchanged = sentence(before | {R1: 1.0}, before, retention)
-    assert unchanged == "Guard (classes): zero-shot top-1 unchanged at 61.2%."
-    assert sentence(after, {}, tasks) == "Guard (classes): zero-shot top-1 58.9%."
+    assert unchanged == "Retention (classes): zero-shot top-1 unchanged at 61.2%."
+    assert sentence(after, {}, tasks) == "Retention (classes): zero-shot top-1 58.9%."
 
 
-def test_the_guard_is_measured_before_and_after(command: Command, workplace: Path) -> None:
+def test_retention_is_measured_before_and_after(command: Command, workplace: Path) -> None:
     write_base(workplace / "base")
     make_classes(workplace / "classes")
     options = [
@@ -195,9 +195,9 @@ def test_the_guard_is_measured_before_and_after(command: Command, workplace: Pat
     report = json.loads((workplace / "a/report.json").read_text())
     then, now = lines[0]["retention/zeroshot_top1"], lines[-1]["retention/zeroshot_top1"]
     assert report["metrics"]["retention/zeroshot_top1"] == now
-    assert report["before"]["retention/zeroshot_top1"] == then
+    assert report["baseline"]["retention/zeroshot_top1"] == then
     sentence = report["sentences"][-1]
-    assert sentence.startswith("Guard (classes): zero-shot top-1 ")
+    assert sentence.startswith("Retention (classes): zero-shot top-1 ")
     assert (now == then) == (f"unchanged at {now:.1%}; " in sentence)
     assert sentence in done.stdout
     # Known again when the run is taken up, and when it is only measured.
@@ -210,15 +210,15 @@ def test_the_guard_is_measured_before_and_after(command: Command, workplace: Pat
     assert [line["step"] for line in read_metrics(workplace / "a")].count(0) == 1
 
 
-def test_the_guard_may_be_pairs_and_may_choose_the_best(command: Command, workplace: Path) -> None:
+def test_retention_may_be_pairs_and_may_choose_the_best(command: Command, workplace: Path) -> None:
     make_pairs(workplace / "others", 5)
     done = command(
         "train", "-c", "config.yaml", "-o", "evaluate.retention={root: others, limit: 4}",
         "-o", "evaluate.retrieval=null", "-o", f"checkpoint.best_metric=retention/{R1}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "Guard (others): image→text R@1 " in done.stdout
-    assert "; " not in next(line for line in done.stdout.splitlines() if "Guard" in line)
+    assert "Retention (others): image→text R@1 " in done.stdout
+    assert "; " not in next(line for line in done.stdout.splitlines() if "Retention" in line)
     assert f"(retention/{R1} " in done.stdout
     assert_refused(
         command("train", "-c", "config.yaml", "-o", "evaluate.retention.root=none"),

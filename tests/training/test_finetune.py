@@ -78,7 +78,7 @@ def gradients_of(model: CLIP) -> dict[str, torch.Tensor]:
 def is_locked(name: str, settings: dict[str, Any]) -> bool:
     group = group_of(name, CLIP(**TINY).config)
     count = settings.get(f"lock_{group.tower}", 0) if group else 0
-    return group is not None and (count == "all" or group.place < count)
+    return group is not None and (count == "all" or group.level < count)
 
 
 def write_base(folder: Path) -> None:
@@ -164,7 +164,7 @@ def test_locked_batchnorms_keep_their_statistics_through_an_evaluation() -> None
 
 
 def test_locks_that_do_not_fit() -> None:
-    with pytest.raises(ConfigError, match=r"finetune\.lock_text: 9 groups, and the text tower has"):
+    with pytest.raises(ConfigError, match=r"finetune\.lock_text: 9 groups, but the text tower has"):
         tuned(lock_text=9)
     with pytest.raises(ConfigError, match="nothing is left to train"):
         tuned(lock_text="all", lock_image=4)

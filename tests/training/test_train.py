@@ -270,7 +270,8 @@ def test_dry_run_shows_and_writes_nothing(command: Command, workplace: Path) -> 
     count = CLIP(**TINY).parameter_count()
     for words in (f"{count:,} parameters", "steps: 6 = 2 epochs x 3 batches of 4", "memory: about"):
         assert words in done.stdout
-    assert "peak learning rate 0.0005 = 0.001 x batch 4 / reference batch 8" in done.stdout
+    assert "learning rate: peak 0.0005, " in done.stdout
+    assert "(0.001 x batch 4 / reference batch 8)" in done.stdout
     assert not (workplace / "runs").exists()
 
 
@@ -355,7 +356,7 @@ def test_no_config_and_unknown_options(command: Command) -> None:
     assert done.returncode == 2
     assert "No such option" in done.stderr
     assert_refused(command("train", "-c", "none.yaml"), "none.yaml: no such config file")
-    assert_refused(command("eval", "--model", "runs/config"), "--data: say what to evaluate on")
+    assert_refused(command("eval", "--model", "runs/config"), "--data: missing; give FORMAT:ROOT")
     assert_refused(
         command("eval", "--model", "x", "--data", "zip:x"), "--data zip:x: not of the form"
     )

@@ -237,7 +237,7 @@ def test_a_refused_start_leaves_the_status_of_the_run(command: Command, workplac
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["train.batch_size=1"], ["the batch is one pair: its loss is 0"]),
+        (["train.batch_size=1"], ["the batch is one pair, which has no negatives"]),
         (["train.batch_size=1", "train.loss=siglip", "model.logit_bias=true"], ["no negatives"]),
         (["train.batch_size=7"], ["batches of 7 leave out 5 of 12 samples in each epoch (42%)"]),
         (["train.batch_size=11"], ["batches of 11 leave out 1 of 12 samples in each epoch (8%)"]),

@@ -1,7 +1,6 @@
 """Preprocessing of Hugging Face's and open_clip's folders: their pixels, or refused by name."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +8,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, TINY, make_model
+from conftest import DATA, TINY, configured_tasks, make_model
 from PIL import Image
 from skimage import data as photographs
 
 import leanclip
 from leanclip import CLIP, Preprocess, WeightsError
 from leanclip.api import evaluate_only, train
+from leanclip.cli.evaluation_config import evaluation_config
 from leanclip.config.schema import Config
 from leanclip.config.sections import parse
 from leanclip.data import open_dataset
 from leanclip.data.loader import evaluation_batches
-from leanclip.evaluation import evaluate, evaluation_config, open_tasks
-from leanclip.evaluation.multi_model import evaluate_each
+from leanclip.evaluation import evaluate
+from leanclip.evaluation.compare import compare
 from leanclip.inference.export import export
 from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, evaluation_pixels
 from leanclip.training.plan import make_plan, model_preprocess
@@ -428,15 +428,13 @@ def test_an_older_index_is_still_of_the_same_preprocessing() -> None:
     assert _described(Preprocess(R, resize="squash"))["resize"] == "squash"
 
 
-def test_models_that_see_other_pixels_are_measured_each_on_its_own(
-    squashing: Path, tmp_path: Path
-) -> None:
+def test_compared_models_keep_their_own_preprocessing(squashing: Path, tmp_path: Path) -> None:
     config = evaluation_config(str(squashing), f"folder:{photo_classes(tmp_path)}", "zeroshot")
-    tasks = open_tasks(config)
+    tasks = configured_tasks(config)
     clip = leanclip.load(squashing, device="cpu")
-    others = (clip.preprocess, Preprocess(R), replace(clip.preprocess, mean=(0.5, 0.5, 0.5)))
-    together = evaluate_each([(clip.model, one) for one in others], tasks)
-    for report, preprocess in zip(together, others, strict=True):
+    both = (clip.preprocess, Preprocess(R))
+    found = compare((clip.model, both[0]), (clip.model, both[1]), ("a", "b"), tasks)
+    for report, preprocess in zip(found.reports, both, strict=True):
         alone = evaluate(clip.model, tasks, preprocess)
         ours, theirs = (one.results["zero_shot"].features for one in (report, alone))
         assert torch.equal(ours, theirs)

@@ -155,7 +155,7 @@ def check_(
     from leanclip.report.plots import check_pictures
 
     settings, config = _data_settings(source, overrides or ())
-    more = evaluation_data(config) if config and not splits else []
+    more = evaluation_data(config.data, config.evaluate) if config and not splits else []
     parts = open_parts([settings, *more], splits or ())
     with ProgressBar("reading", sum(len(part.dataset) for part in parts)) as bar:
         read_parts(parts, workers=workers, progress=lambda done, total: bar.update(done))

@@ -81,13 +81,13 @@ def evaluate(
 ) -> None:
     """Evaluate weights: zero-shot, retrieval, and probes of the image features.
 
-    Writes report.json: figures with 95% intervals, classes, hashes, the command to repeat it.
+    Writes report.json: metrics with 95% intervals, classes, hashes, the command to reproduce it.
     """
     import shlex
 
     from leanclip.api import evaluate_only, summary
+    from leanclip.cli.evaluation_config import EvalOptions, evaluation_config
     from leanclip.distributed.collectives import choose_device, join_group
-    from leanclip.evaluation import EvalOptions, evaluation_config
 
     ranks = count_ranks(num_gpus, num_procs)
     if ranks > 1 and not is_rank():
@@ -101,7 +101,7 @@ def evaluate(
         arch=arch,
         overrides=overrides or (),
         out=out,
-        wishes=EvalOptions(split, classes, templates, train_split, shots, k),
+        options=EvalOptions(split, classes, templates, train_split, shots, k),
     )
     settings = settings.model_copy(update={"tf32": tf32 or settings.tf32})
     device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
@@ -131,10 +131,11 @@ def compare(
 ) -> None:
     """Measure two models on the same samples: differences, and whether they could be luck.
 
-    Writes compare.json, compare.html and changed.png: which samples changed for better and worse.
+    Writes compare.json and compare.html: which samples changed for better and worse.
     """
+    from leanclip.cli.evaluation_config import evaluation_config
     from leanclip.distributed.collectives import choose_device
-    from leanclip.evaluation import evaluation_config, open_tasks
+    from leanclip.evaluation import open_tasks
     from leanclip.evaluation.compare import compare as measure
     from leanclip.inference.model import load
     from leanclip.report.compare_page import write_comparison
@@ -144,7 +145,7 @@ def compare(
         first, data_spec, task, config=config, arch=arch, overrides=overrides or ()
     )
     device = choose_device(settings.device, num_gpus)
-    tasks = open_tasks(settings)
+    tasks = open_tasks(settings.data, settings.evaluate)
     tf32 = tf32 or settings.tf32
     loaded = [load(one, arch=arch, device=device.type, tf32=tf32) for one in (first, second)]
     models = [(clip.model, clip.preprocess) for clip in loaded]
@@ -185,7 +186,7 @@ def interpolate(
             min=0,
             max=1,
             help="With --sweep: the most that the retention metric may lose, such as 0.01; "
-            "without it the best mean of both figures is taken.",
+            "without it the best mean of both metrics is taken.",
         ),
     ] = None,
     arch: Arch = None,
@@ -223,7 +224,7 @@ def _sweep(
     second: str,
     words: str,
     data_spec: str | None,
-    guard_spec: str | None,
+    retention_spec: str | None,
     task: str | None,
     max_drop: float | None,
     arch: str | None,
@@ -232,29 +233,32 @@ def _sweep(
 ) -> None:
     """Measure, choose, write, print."""
     from leanclip.api import write_sweep
+    from leanclip.cli.evaluation_config import evaluation_config
     from leanclip.errors import ConfigError
-    from leanclip.evaluation import evaluation_config, open_retention, open_tasks
+    from leanclip.evaluation import open_retention, open_tasks
     from leanclip.evaluation.sweep import parse_alphas, sweep
+    from leanclip.report.text import sweep_text
     from leanclip.training.determinism import allow_tf32
 
     alphas = parse_alphas(words)
     if out.exists():
         raise ConfigError(f"{out}: is there already; name a folder that is not")
     settings = evaluation_config(second, data_spec, task, arch=arch)
-    tasks = open_tasks(settings)
-    if guard_spec is not None:
-        retention = open_tasks(evaluation_config(second, guard_spec, arch=arch))[-1]
+    tasks = open_tasks(settings.data, settings.evaluate)
+    if retention_spec is not None:
+        own = evaluation_config(second, retention_spec, arch=arch)
+        retention = open_tasks(own.data, own.evaluate)[-1]
     else:
-        retention = open_retention(settings)
+        retention = open_retention(settings.data, settings.evaluate)
     allow_tf32(settings.tf32)
     if retention is None or not tasks:
         raise ConfigError(
             "--sweep: needs --data and --retention, or what the second's run measured"
         )
     found = sweep(*weights, alphas, tasks, retention, device=device, max_drop=max_drop)
-    roots = {"task_data": [one.data.root for one in tasks], "guard_data": retention.data.root}
+    roots = {"task_data": [one.data.root for one in tasks], "retention_data": retention.data.root}
     written = write_sweep(out, found, *weights, roots)
-    print(found.table())
+    print(sweep_text(found))
     print(f"{1 - found.chosen:g} * {weights[0].source} + {found.chosen:g} * {weights[1].source} "
           f"-> {out}")  # fmt: skip
     for path in written:

@@ -127,9 +127,11 @@ def _add_guesses(rows: Rows, name: str, found: "Sequence[Prediction]") -> None:
         return
     if not found:
         rows.add(name, "none of these", "", "")
-    for place, guess in enumerate(found):
+    for place, prediction in enumerate(found):
         first = "" if place else name
-        rows.add(first, guess.label, f"{guess.probability:.1%}", f"{guess.similarity:.3f}")
+        rows.add(
+            first, prediction.label, f"{prediction.probability:.1%}", f"{prediction.similarity:.3f}"
+        )
 
 
 @app.command(

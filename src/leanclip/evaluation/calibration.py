@@ -1,10 +1,11 @@
-"""Calibration: probabilities that mean what they say, sets of classes, and "none of these".
+"""Calibration of a zero-shot classifier: probabilities, prediction sets, and "none of these".
 
-logits and labels of images that training has not seen -> Calibration -> calibration.json
--> logits of new images -> probabilities, sets that hold the right class, or none of the classes
+    logits and labels of held-out images -> `fit` -> Calibration -> calibration.json
+    logits of new images -> probabilities, sets that contain the right class, or no class
 
-Logits are what the model's forward pass gives: exp(logit_scale) times the cosine of image and
-class. Images are never trained on here; only three numbers are chosen.
+`calibrate` fits on held-out images and measures the effect on the others. Logits are those of the
+model's forward pass: exp(logit_scale) times the cosine of image and class. Only three numbers are
+fitted.
 
 Shapes: N images, C classes.
 """
@@ -12,43 +13,51 @@ Shapes: N images, C classes.
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch.nn import functional as F
 
 from leanclip.config.sections import Section, parse, to_plain
 from leanclip.errors import ConfigError, DataError
+from leanclip.evaluation.classification import calibration_error
+from leanclip.evaluation.features import encode_dataset
+from leanclip.evaluation.statistics import Interval, bootstrap
+from leanclip.evaluation.tasks import Task, other_split
+from leanclip.evaluation.zero_shot import ZeroShotResult
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.model import CLIP
+from leanclip.preprocess.images import Preprocess
 from leanclip.weights import fingerprint
 
 FILE = "calibration.json"
-TEMPERATURES = (0.05, 20.0)  # where the data asks for more, there are too few mistakes in it
-SEED = 0  # of which images the temperature is fitted on
+TEMPERATURES = (0.05, 20.0)  # outside these there are too few mistakes to fit one
+SEED = 0  # of the images that the temperature is fitted on
+_OPTION = "--calibrate"
 
 
 class Calibration(Section):
-    """Three numbers that were fitted to one classifier: these weights, classes and templates.
+    """Three numbers fitted to one classifier: these weights, classes and templates.
 
-    What holds, for new images drawn as the calibration images were (exchangeable with them), on
-    average over such draws, whatever the model:
+    For new images that are exchangeable with the calibration images, on average and for any model:
 
-    - the set has the right class for a share of at least `coverage` of them;
-    - at most 1 - `coverage` of them are called none of the classes.
+    - the set contains the right class for a fraction of at least `coverage`;
+    - at most a fraction of 1 - `coverage` is rejected as none of the classes.
 
-    It does not hold class by class, nor for other kinds of images. Nothing is promised of
-    foreign images: how many are called none depends on how foreign they look to the model.
+    Neither holds class by class, nor for other kinds of images. There is no guarantee for images
+    of other classes: how many are rejected depends on the model.
     """
 
     temperature: Annotated[float, Field(gt=0)]  # probabilities are softmax(logits / temperature)
-    threshold: float  # the probability from which on a class is in the set
-    floor: float  # of the highest logit: below it, it is none of the classes
+    threshold: float  # the lowest probability of a class in the set
+    floor: float  # of the highest logit: an image below it is none of the classes
     coverage: Annotated[float, Field(gt=0, lt=1)]
-    images: int  # that threshold and floor are from
+    images: int  # that threshold and floor were fitted on
     weights: str  # SHA-256 of the model's tensors
     classes: tuple[str, ...]
     templates: tuple[str, ...]
@@ -58,23 +67,23 @@ class Calibration(Section):
         return F.softmax(logits.float() / self.temperature, dim=-1)
 
     def prediction_sets(self, logits: torch.Tensor) -> torch.Tensor:
-        """Which classes each image may be of, (N, C) bool, of logits (N, C).
+        """The classes in each image's set, (N, C) bool, of logits (N, C).
 
-        The most probable class is always among them, so that no set is empty.
+        The most probable class is always included, so that no set is empty.
         """
         found = self.probabilities(logits)
         best = found == found.amax(dim=-1, keepdim=True)
         return (found >= self.threshold) | best
 
     def is_none(self, logits: torch.Tensor) -> torch.Tensor:
-        """Which images look like none of the classes, (N,) bool, of logits (N, C)."""
+        """Whether each image is rejected as none of the classes, (N,) bool, of logits (N, C)."""
         return logits.float().amax(dim=-1) < self.floor
 
     def check(self, model: CLIP, classes: Sequence[str], templates: Sequence[str]) -> None:
-        """See that this was fitted to the same weights, classes and templates.
+        """Check that this was fitted to the same weights, classes and templates.
 
         Raises:
-            ConfigError: it was not; says what differs.
+            ConfigError: it was not.
         """
         given = {
             "weights": fingerprint(model.state_dict()),
@@ -96,10 +105,10 @@ class Calibration(Section):
 
     @classmethod
     def load(cls, source: str | Path) -> "Calibration":
-        """Read `calibration.json`, or the folder that it lies in.
+        """Read `calibration.json`, given its path or its folder.
 
         Raises:
-            ConfigError: there is none, or it is not one.
+            ConfigError: it is missing or invalid.
         """
         path = Path(source)
         path = path / FILE if path.is_dir() else path
@@ -113,10 +122,139 @@ class Calibration(Section):
             ) from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: is no calibration.json: {error}") from None
-        names = cls.model_fields.keys()
-        if not isinstance(values, dict) or values.keys() != names:
-            raise ConfigError(f"{path}: is no calibration.json; it has to hold {', '.join(names)}")
+        if not isinstance(values, dict) or values.keys() != cls.model_fields.keys():
+            names = ", ".join(cls.model_fields)
+            raise ConfigError(f"{path}: is no calibration.json, which has the keys {names}")
         return parse(cls, values, where=str(path))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibration, and the metrics on images that it was not fitted on."""
+
+    calibration: Calibration
+    held_out: str | float  # the split, or the fraction of the images, that it was fitted on
+    images: int  # held out
+    test_images: int  # that the metrics are of
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+    bad: dict[str, str]  # unreadable held-out images: id -> reason
+
+
+def open_held_out(task: Task | None, words: str) -> Task | float:
+    """The value of `--calibrate`: a split of the zero-shot data, opened, or a fraction of it.
+
+    Raises:
+        ConfigError: there is no zero-shot task, or this is its split.
+        DataError: there is no such split, or it has other classes.
+    """
+    if task is None:
+        raise ConfigError(
+            f"{_OPTION} {words}: needs zero-shot classification, which is not evaluated; name "
+            f"class data with --data"
+        )
+    try:
+        fraction = float(words)
+    except ValueError:
+        if words == task.data.split:
+            raise ConfigError(
+                f"{_OPTION} {words}: is the split that is evaluated; name another, or a fraction "
+                f"of it to hold out, such as 0.5"
+            ) from None
+        part = other_split(task, words, f"{_OPTION} {words}")
+        return replace(task, data=part.data, dataset=part.dataset)
+    if not 0 < fraction < 1:
+        raise ConfigError(f"{_OPTION} {words}: neither a split nor a fraction between 0 and 1")
+    return fraction
+
+
+def calibrate(
+    model: CLIP,
+    held_out: Task | float,
+    preprocess: Preprocess,
+    result: ZeroShotResult | None,
+    *,
+    coverage: float,
+    weights: str,
+) -> Calibrated | None:
+    """Fit a calibration on held-out images, and measure its effect on the others.
+
+    Every rank calls this; the first one, which has the `result`, returns the calibration.
+    `weights` is the fingerprint of the model.
+
+    Raises:
+        DataError: too few images are held out.
+    """
+    images = None
+    if isinstance(held_out, Task):
+        images = encode_dataset(
+            model,
+            held_out.dataset,
+            held_out.data,
+            preprocess,
+            batch_size=held_out.batch_size,
+            limit=held_out.limit,
+            label="calibrating",
+        )
+    if result is None:
+        return None
+    logits, labels = _logits(result, result.features), result.labels
+    if isinstance(held_out, Task):
+        assert images is not None
+        own_logits, own_labels = _logits(result, images.features), images.labels
+    else:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED + 1))
+        count = round(held_out * len(labels))
+        if count == len(labels):
+            raise DataError(f"{_OPTION} {held_out:g}: leaves no image of {count} to evaluate on")
+        own_logits, own_labels = logits[order[:count]], labels[order[:count]]
+        logits, labels = logits[order[count:]], labels[order[count:]]
+    calibration = fit(
+        own_logits,
+        own_labels,
+        coverage=coverage,
+        weights=weights,
+        classes=result.classes,
+        templates=result.templates,
+    )
+    return Calibrated(
+        calibration,
+        (held_out.data.split or "") if isinstance(held_out, Task) else held_out,
+        len(own_labels),
+        len(labels),
+        *_metrics(calibration, logits, labels),
+        images.bad if images else {},
+    )
+
+
+def _logits(result: ZeroShotResult, features: torch.Tensor) -> torch.Tensor:
+    return features @ result.classifier.T * result.scale  # (N, C)
+
+
+def _metrics(
+    calibration: Calibration, logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    def error(probabilities: torch.Tensor) -> float:
+        highest, predicted = probabilities.max(dim=1)
+        return calibration_error(highest, predicted == labels)
+
+    sets = calibration.prediction_sets(logits)
+    fractions = {
+        "calibrated_coverage": sets.gather(1, labels[:, None])[:, 0].numpy(),
+        "calibrated_none": calibration.is_none(logits).numpy(),
+    }
+    metrics = {
+        "calibrated_ece_before": error(logits.softmax(dim=1)),
+        "calibrated_ece": error(calibration.probabilities(logits)),
+        "calibrated_coverage": float(fractions["calibrated_coverage"].mean()),
+        "calibrated_set_size": sets.sum(dim=1).double().mean().item(),
+        "calibrated_none": float(fractions["calibrated_none"].mean()),
+    }
+
+    def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: is_one[drawn].mean(axis=1) for name, is_one in fractions.items()}
+
+    return metrics, bootstrap(len(labels), measure)
 
 
 def fit(
@@ -128,27 +266,27 @@ def fit(
     classes: Sequence[str],
     templates: Sequence[str],
 ) -> Calibration:
-    """Calibrate on logits (N, C) and labels (N,): a random half each for the two parts.
+    """Calibrate on logits (N, C) and labels (N,).
 
-    Temperature from one half; threshold and floor from the other, so that they are quantiles of
-    scores that were settled before these images were looked at.
+    A random half gives the temperature, the other half threshold and floor, which are therefore
+    quantiles of scores that do not depend on the images they are computed from.
 
     The sets are those of split conformal prediction with the score 1 - probability of the right
-    class (LAC: arXiv 1609.00451; the quantile as in arXiv 2107.07511, section 1). Of all rules
-    with one coverage it gives the smallest sets on average, where the probabilities are right;
-    adaptive sets (APS) would spread the coverage more evenly over easy and hard images, for
-    larger sets. The coverage does not depend on the probabilities being right.
+    class (LAC: arXiv 1609.00451; the quantile as in arXiv 2107.07511, section 1). If the
+    probabilities are right, no rule of the same coverage has smaller sets on average; adaptive
+    sets (APS) would spread the coverage more evenly over easy and hard images, with larger sets.
+    The coverage does not depend on the probabilities being right.
 
     The floor is the conformal quantile of the images' highest logits, whatever their class. It
-    is higher than the quantile of the right class's logits, and so finds more foreign images
-    for the same share of wrongly refused ones.
+    is higher than the quantile of the right class's logits, and so rejects more images of other
+    classes for the same fraction of wrongly rejected ones.
 
     Raises:
         ConfigError: `coverage` is not between 0 and 1.
-        DataError: too few images for it, or scores that are no numbers.
+        DataError: too few images for it, or logits that are not finite.
     """
     if not logits.isfinite().all():
-        raise DataError("calibration: the model gives scores that are no numbers; it is broken")
+        raise DataError("calibration: the model's logits are not finite; it is broken")
     if not 0 < coverage < 1:
         raise ConfigError(f"coverage: {coverage:g} is not between 0 and 1; for example 0.9")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
@@ -164,7 +302,7 @@ def fit(
     probabilities = F.softmax(logits[second].float() / temperature, dim=1)
     right = probabilities.gather(1, labels[second, None])[:, 0]
     best = logits[second].float().amax(dim=1)
-    lowest = len(second) + 1 - rank  # which one from the lowest
+    lowest = len(second) + 1 - rank  # counted from the lowest
     return Calibration(
         temperature=temperature,
         threshold=right.kthvalue(lowest).values.item(),
@@ -178,12 +316,12 @@ def fit(
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The T with the least negative log-likelihood of softmax(logits / T), within TEMPERATURES.
+    """The T within TEMPERATURES that minimises the cross-entropy of softmax(logits / T).
 
-    One mistake is added to what the images show: an average image whose class is the runner-up.
-    Without it a few images that are all right would ask for T = 0, certainty, as Platt's
-    smoothed targets avoid it in two classes. The likelihood is convex in 1 / T: its derivative
-    is bisected (temperature scaling: arXiv 1706.04599, section 4.2).
+    One mistake is added: an average image whose class is the runner-up. Without it T would be 0
+    for a few images that are all correct; Platt's smoothed targets do the same for two classes.
+    The likelihood is convex in 1 / T, and its derivative is bisected (temperature scaling: arXiv
+    1706.04599, section 4.2).
     """
     logits = logits.double()
     right = logits.gather(1, labels[:, None])[:, 0].mean()
@@ -193,7 +331,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     for _ in range(40):
         middle = (low + high) / 2
         chances = F.softmax(math.exp(middle) * logits, dim=1)
-        if (chances * logits).sum(dim=1).mean() > wanted:  # too sure
+        if (chances * logits).sum(dim=1).mean() > wanted:  # overconfident
             high = middle
         else:
             low = middle

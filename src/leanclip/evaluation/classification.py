@@ -1,11 +1,10 @@
-"""What a classifier said of each image, and the figures that follow: accuracy, confusion, trust.
+"""What a classifier predicted for each image, and metrics: accuracy, confusion, calibration error.
 
-    scores (N, C), labels (N,) -> `classify`, row by row -> Classification -> figures, intervals
+    scores (N, C), labels (N,) -> `classify`, row by row -> Classification -> metrics, intervals
 
-Ties: of classes with the same score the one with the lower label comes first, as a stable sort
-puts them.
+Ties: of classes with equal scores the lower label ranks first, as in a stable sort.
 
-Shapes: N images, C classes, K kept per image, R resamples.
+Shapes: N images, C classes, K top classes, R resamples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,67 +14,64 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from leanclip.evaluation.intervals import Interval, bootstrap
+from leanclip.evaluation.statistics import Interval, bootstrap
 
-TOP_K = 5  # of an image's classes, the highest
-BINS = 15  # of confidences, as in Guo et al., arXiv 1706.04599
+TOP_K = 5  # classes kept per image
+BINS = 15  # of confidence, as in Guo et al., arXiv 1706.04599
 
 
 @dataclass(frozen=True)
 class Classification:
-    """The answers for each image; `indices` says which of the data set's it is."""
+    """The predictions for each image."""
 
     classes: Sequence[str]
     indices: torch.Tensor  # (N,) int64, of the images in their data set
     labels: torch.Tensor  # (N,) int64
     features: torch.Tensor  # (N, E), of unit length
-    ranks: torch.Tensor  # (N,) int64: the place of the right class, from 1
+    ranks: torch.Tensor  # (N,) int64, from 1, of the right class
     top_classes: torch.Tensor  # (N, K) int64, the highest first
     top_probabilities: torch.Tensor  # (N, K) float32
 
     def confusion(self) -> torch.Tensor:
-        """(C, C) int64: how many images of the class of the row were said to be of the column's."""
+        """(C, C) int64: images by true class (row) and predicted class (column)."""
         counts = torch.zeros(len(self.classes), len(self.classes), dtype=torch.int64)
-        label, said, images = self.confused().unbind(dim=1)
-        counts[label, said] = images
+        label, predicted, images = self.confused().unbind(dim=1)
+        counts[label, predicted] = images
         return counts
 
     def confused(self) -> torch.Tensor:
-        """The entries of the confusion matrix that are not 0: rows of label, class said, images.
-
-        Of many classes it is small where the matrix is not.
-        """
+        """The non-zero entries of the confusion matrix: rows of label, prediction, images."""
         size = len(self.classes)
         cells, images = (self.labels * size + self.top_classes[:, 0]).unique(return_counts=True)
         return torch.stack([cells // size, cells % size, images], dim=1)
 
     def most_confused(self, count: int = 20) -> list[tuple[int, int, int]]:
-        """(label, class that was said, images) of the most frequent mistakes."""
+        """(label, prediction, images) of the most frequent errors."""
         cells = self.confused()
         wrong = cells[cells[:, 0] != cells[:, 1]]
         order = wrong[:, 2].argsort(descending=True, stable=True)[:count]
-        return [(label, said, images) for label, said, images in wrong[order].tolist()]
+        return [(label, predicted, images) for label, predicted, images in wrong[order].tolist()]
 
     def per_class(self) -> list[dict[str, Any]]:
-        """A row per class: name, images, shares right at 1 and within 5; None without images."""
+        """Images, accuracies (None without images) and predictions of each class."""
         size = len(self.classes)
         images = torch.bincount(self.labels, minlength=size).tolist()
         first, five = (
             torch.bincount(self.labels[self.ranks <= k], minlength=size).tolist() for k in (1, 5)
         )
-        said = torch.bincount(self.top_classes[:, 0], minlength=size).tolist()
+        predicted = torch.bincount(self.top_classes[:, 0], minlength=size).tolist()
         return [
             {
                 "name": name,
                 "images": images[i],
                 "top1": first[i] / images[i] if images[i] else None,
                 "top5": five[i] / images[i] if images[i] else None,
-                "said": said[i],  # how many images were said to be of it
+                "predicted": predicted[i],  # images
             }
             for i, name in enumerate(self.classes)
         ]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """`top1`, `top5`, `mean_per_class` and `ece`."""
         images = torch.bincount(self.labels, minlength=len(self.classes)).double()
         right = torch.bincount(self.labels[self.ranks == 1], minlength=len(self.classes))
@@ -87,7 +83,7 @@ class Classification:
         }
 
     def intervals(self) -> dict[str, Interval]:
-        """Of the figures but `ece`: resampling raises it, so that the interval would miss it."""
+        """Of the metrics except `ece`, whose resampled values are biased upwards."""
         ranks, labels, size = self.ranks.numpy(), self.labels.numpy(), len(self.classes)
 
         def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:
@@ -110,10 +106,10 @@ def classify(
     indices: torch.Tensor,
     features: torch.Tensor,
 ) -> Classification:
-    """A classification by scores whose softmax are probabilities.
+    """A classification by logits.
 
     Args:
-        blocks: of scores, (n, C) each, in the order of the images.
+        blocks: logits of the images, in order, (n, C) at a time.
         labels: (N,).
         classes: their names, by label.
         indices: of the images in their data set.
@@ -135,10 +131,7 @@ def classify(
 
 
 def mean_per_class(right: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
-    """The mean of each class's share that is right, of the `size` classes that are there.
-
-    Of each row of `right` (R, N) bool and `labels` (R, N): (R,).
-    """
+    """The mean accuracy of the classes that occur, of `size`: right and labels (R, N) -> (R,)."""
     cells = labels + size * np.arange(len(labels))[:, None]
     counts, hits = (
         np.bincount(some.ravel(), minlength=size * len(labels)).reshape(-1, size)
@@ -148,19 +141,19 @@ def mean_per_class(right: np.ndarray, labels: np.ndarray, size: int) -> np.ndarr
 
 
 def rank_of(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """The place, from 1, that a stable sort of each row of scores (B, C) gives to `own` (B,).
+    """The rank, from 1, of `own` (B,) in a stable descending sort of each row of scores (B, C).
 
-    What is no number counts as higher than all: a broken model does not find anything.
+    NaN ranks above all, so that a broken model has the worst ranks.
     """
     value = scores.gather(1, own[:, None])  # (B, 1)
-    before = torch.arange(scores.shape[1], device=scores.device) < own[:, None]  # (B, C)
-    return (~(scores <= value) | (before & (scores == value))).sum(dim=1) + 1
+    is_earlier = torch.arange(scores.shape[1], device=scores.device) < own[:, None]  # (B, C)
+    return (~(scores <= value) | (is_earlier & (scores == value))).sum(dim=1) + 1
 
 
 def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> float:
-    """Expected calibration error: the mean distance of confidence and accuracy, by bin.
+    """Expected calibration error: the mean distance between confidence and accuracy, by bin.
 
-    Bins of equal width over (0, 1], the upper edge within; weighted by their samples.
+    Bins have equal width over (0, 1], include their upper edge, and are weighted by samples.
     """
     places = (confidences.double() * BINS).ceil().long().clamp(1, BINS) - 1
     gaps = torch.zeros(BINS, dtype=torch.float64)
@@ -169,7 +162,7 @@ def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> float:
 
 
 def _highest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest scores of each row and where they are; of equals the first."""
+    """The highest scores of each row and their classes; of equals the first."""
     top, where = scores.topk(count, dim=1)
     has_tie = (scores >= top[:, -1:]).sum(dim=1) > count
     has_tie |= (top[:, 1:] == top[:, :-1]).any(dim=1)

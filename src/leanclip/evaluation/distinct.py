@@ -1,12 +1,11 @@
 """The distinct images of a data set, ordered and sampled by their content.
 
-    rows -> digests of their image files -> rows of one digest are one image -> `limit` of them
+    rows -> digests of their image files -> rows with the same digest are one image -> `limit`
 
 Tables often have one row per caption, and folders copies of a file: rows whose image files have
-the same bytes show one image, which has the captions of all of them. Images are ordered by
-digest, captions by their text, so that nothing that is computed from them depends on the order of
-the rows or on the format of the data. The first images in that order are a random sample, which is
-the same for every model and every `seed`.
+the same bytes are one image with the captions of all of them. Images are ordered by digest and
+captions by text, so that metrics do not depend on the order of the rows or the format of the data.
+The first images in that order are a random sample, the same for every model and seed.
 
 Shapes: N rows.
 """
@@ -26,18 +25,18 @@ from leanclip.io.progress import ProgressBar
 from leanclip.io.threads import in_threads
 from leanclip.preprocess.decoding import open_regular
 
-_AHEAD = 64  # images that are read before they are needed
-_CHUNK = 1 << 20  # bytes of a file that are read at a time
+_AHEAD = 64  # images read ahead
+_CHUNK = 1 << 20  # bytes of a file read at a time
 _DIGESTS: WeakKeyDictionary[Dataset, np.ndarray] = WeakKeyDictionary()
 
 
 class DistinctImages(Dataset):
-    """The chosen images of a data set; of captioned data with the captions of all their rows.
+    """The chosen images of a data set; captioned ones have the captions of all their rows.
 
     Attributes:
-        first_rows: of each image the first row that shows it.
-        available: how many distinct images the data set has.
-        names: how many different files, or rows that hold an image, the chosen images come from.
+        first_rows: the first row of each image.
+        available: the number of distinct images in the data set.
+        names: the number of files, or rows with image bytes, that the chosen images come from.
     """
 
     def __init__(
@@ -59,11 +58,11 @@ class DistinctImages(Dataset):
         return Sample(first.id, first.image, sorted(filter(None, captions)) or [""])
 
     def name(self, index: int) -> str:
-        """As the data set names the first row."""
+        """The name of the first row."""
         return self.dataset.name(int(self.first_rows[index]))
 
     def names_of(self, index: int) -> list[str]:
-        """The ids of the samples that show an image."""
+        """The ids of an image's rows."""
         return list(dict.fromkeys(_image(self.dataset, row)[0] for row in self._rows_of(index)))
 
     def _rows_of(self, index: int) -> list[int]:
@@ -75,12 +74,12 @@ def distinct_images(
 ) -> DistinctImages:
     """The images of a data set, or a sample of `limit` of them; every rank calls this.
 
-    In class data every row of a chosen image remains a sample of its own.
+    In class data every row of a chosen image remains a sample.
 
     Args:
-        dataset: whose samples can be read by index.
+        dataset: one that is read by index.
         limit: how many images; None: all.
-        workers: threads that read files; None: one per CPU core, eight at most.
+        workers: threads that read files; None: one per CPU core, at most eight.
     """
     digests, names = image_digests(dataset, workers).T
     order = digests.argsort(kind="stable")
@@ -98,10 +97,10 @@ def distinct_images(
 
 
 def image_digests(dataset: Dataset, workers: int | None = None) -> np.ndarray:
-    """For each row a number of its image's bytes and one of its sample's id: (N, 2) int64.
+    """Digests of each row's image bytes and of its sample's id: (N, 2) int64.
 
-    The first of an image that cannot be read is one of its id. Ranks share the work, which is
-    done once for a data set.
+    An unreadable image has a digest of its id in both. Ranks share the work, which is done once
+    per data set.
     """
     if (known := _DIGESTS.get(dataset)) is not None:
         return known
@@ -123,7 +122,7 @@ def _starts(values: np.ndarray) -> np.ndarray:
 
 
 def _image(dataset: Dataset, row: int) -> tuple[str, Path | bytes]:
-    """A sample's id and where the bytes of its image are; no bytes: it cannot be used."""
+    """A sample's id, and its image's path or bytes; empty bytes if it cannot be used."""
     try:
         sample = dataset[row]
     except SampleError:

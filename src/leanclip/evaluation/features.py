@@ -1,9 +1,9 @@
 """Unit features of images and texts, in batches, without gradients, over all ranks.
 
-    a data set -> distinct images -> this rank's batches -> features -> everyone's, by digest
+    a data set -> distinct images -> this rank's batches -> features -> all ranks', by digest
     texts -> the distinct ones, by length -> batches of one length, without padding -> features
 
-What a batch holds does not depend on the number of ranks, so the features do not either.
+A batch holds the same samples for any number of ranks, so that the features are the same.
 
 Shapes: N images, M texts, E embedding, B batch, L tokens.
 """
@@ -11,8 +11,8 @@ Shapes: N images, M texts, E embedding, B batch, L tokens.
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from leanclip.config.data import DataConfig
 from leanclip.data import Dataset
-from leanclip.data.batch import Batch
 from leanclip.data.loader import evaluation_batches
 from leanclip.data.skipped import Bad, SkipTracker, short_id
 from leanclip.distributed.collectives import all_gather_object, gather_rows, rank_and_world_size
@@ -34,41 +33,34 @@ from leanclip.preprocess.tokenizer import END, VOCAB_SIZE, tokenize
 
 log = logging.getLogger("leanclip")
 
-_TEXTS = 4096  # that are tokenised at a time
-_ALL = 1 << 30  # images, of a batch on a GPU
-_IMAGES = 32  # more at a time make a CPU no faster, however small the model
-_KEPT = 32 << 20  # bytes, the most of a tensor that malloc keeps for the next
-_NAMED: WeakKeyDictionary[Dataset, set[str]] = WeakKeyDictionary()  # ids that a warning named
+_TEXTS = 4096  # tokenised at a time
+_CPU_IMAGES = 32  # a CPU is no faster with more, however small the model
+_MAX_KEPT = 32 << 20  # bytes: glibc's malloc returns larger tensors to the system
+_NAMED: WeakKeyDictionary[Dataset, set[str]] = WeakKeyDictionary()  # ids already logged
 
 
-class Encoded(NamedTuple):
-    """The readable images of a data set, in the order of their digests."""
+@dataclass(frozen=True)
+class Encoded:
+    """The readable images of a data set, ordered by digest."""
 
     features: torch.Tensor  # (N, E) float32, of unit length
-    indices: torch.Tensor  # (N,) int64, in the data set; of several rows the first
+    indices: torch.Tensor  # (N,) int64, in the data set; the first of several rows
     labels: torch.Tensor  # (N,) int64, of class data; -1 elsewhere
-    captions: list[Sequence[str]]  # N, of data that is no class data
+    captions: list[Sequence[str]]  # N, of captioned data
     digests: torch.Tensor  # (N,) int64, of image files and their captions or labels
-    bad: dict[str, str]  # those that could not be read: id -> reason
+    bad: dict[str, str]  # unreadable images: id -> reason
     available: int  # images of the data set, of which these may be a sample
 
     def chosen(self, rows: torch.Tensor) -> "Encoded":
         """Some of the images of class data."""
-        return Encoded(
-            self.features[rows],
-            self.indices[rows],
-            self.labels[rows],
-            [],
-            self.digests[rows],
-            self.bad,
-            self.available,
-        )
+        names = ("features", "indices", "labels", "digests")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def fingerprint(self, classes: Sequence[str] = ()) -> str:
-        """SHA-256 over the images' digests, from the lowest up, and the names of classes.
+        """SHA-256 over the images' digests, in ascending order, and the class names.
 
-        An image's digest is the BLAKE2b, of eight bytes, of its file and its label or captions:
-        the same data gives the same, in any place, order and format.
+        An image's digest is the 8-byte BLAKE2b of its file and its label or captions, so that the
+        fingerprint does not depend on the data's place, order and format.
         """
         found = hashlib.sha256(self.digests.numpy().astype("<i8").tobytes())
         found.update(json.dumps(list(classes)).encode())
@@ -88,93 +80,87 @@ def encode_dataset(
     """Features of every readable image; every rank calls this, encodes its part, and gets all.
 
     Args:
-        model: in evaluation mode; the same on every rank.
-        dataset: what `data` describes.
+        model: in eval mode; the same on every rank.
+        dataset: the one that `data` describes.
         data: workers and limits.
         preprocess: of the model.
-        batch_size: the most images of a forward pass; a CPU takes them in smaller parts.
-        limit: a sample of so many images, the same for every model; see `distinct_images`.
+        batch_size: the most images of a forward pass; a CPU splits it further.
+        limit: the size of a sample, the same for every model; see `distinct_images`.
         label: of the progress bar.
 
     Raises:
-        DataError: more than the allowed share of the images that were tried is unreadable, or all.
+        DataError: all images are unreadable, or more than the allowed fraction.
     """
-    pairs = [(model, preprocess)]
-    (found,) = encode_each(pairs, dataset, data, batch_size=batch_size, limit=limit, label=label)
-    return found
-
-
-def encode_each(
-    models: Collection[tuple[CLIP, Preprocess]],
-    dataset: Dataset,
-    data: DataConfig,
-    *,
-    batch_size: int,
-    limit: int | None = None,
-    label: str = "encoding",
-) -> list[Encoded]:
-    """Features by several models that see the same pixels: each image is decoded once.
-
-    `models` is gone through for every batch; otherwise as `encode_dataset`.
-    """
-    rank, world_size = rank_and_world_size()
     images, distinct = dataset, None
-    if limit is not None or not dataset.classes:  # all of class data is measured row by row
+    if limit is not None or not dataset.classes:  # class data is evaluated row by row
         images = distinct = distinct_images(dataset, limit, workers=data.workers)
     tracker = SkipTracker(distinct.names if distinct else len(dataset), data.max_bad_fraction)
-    facts, captions, bad = [torch.empty(0, 3).long()], [], []
-    features = [[torch.empty(0, model.config.embed_dim)] for model, _ in models]
-    batches = _own_batches(next(iter(models)), images, data, batch_size)
-    with ProgressBar(label, len(images), is_silent=rank > 0) as bar:
-        done = 0
-        for batch in batches:
-            bad += batch.bad
-            if tracker.is_over(len(bad)):  # reported below, over all ranks
-                break
-            if len(batch):
-                for parts, (model, preprocess) in zip(features, models, strict=True):
-                    parts.append(encode_images(model, batch.images, preprocess))
-                facts.append(torch.stack([batch.indices, batch.labels, batch.digests], dim=1))
-                captions += [] if dataset.classes else batch.captions
-            done += len(batch) + len(batch.bad)
-            bar.update(min(done * world_size, len(images)))
-    numbers = gather_rows(torch.cat(facts))[0]
+    features, numbers, captions, bad = _encode_part(
+        model, images, data, preprocess, batch_size, tracker, label
+    )
+    features, numbers = gather_rows(features)[0], gather_rows(numbers)[0]
+    captions = [one for part in all_gather_object(captions) for one in part]
     bad = sorted(one for part in all_gather_object(bad) for one in part)
-    tracker.add(bad)  # ends here where a rank has stopped early
+    tracker.add(bad)  # raises if a rank has stopped early
     if distinct:
         bad = _bad_rows(distinct, numbers[:, 0], bad)
-    reasons = _report_bad(dataset, tracker, bad)
+    tracker.add(bad)
+    _log_bad(dataset, bad)
     if not len(numbers):
         raise DataError(f"{data.root}: none of the images is readable")
-    captions = [several for part in all_gather_object(captions) for several in part]
     order = torch.from_numpy(np.lexsort(numbers[:, [0, 2]].T.numpy()))
-    places, labels, digests = numbers[order].unbind(dim=1)
-    if captions:
-        captions = [captions[i] for i in order.tolist()]
-    indices = torch.from_numpy(distinct.first_rows)[places] if distinct else places
-    available = distinct.available if distinct else len(dataset)
-    about = (indices, labels, captions, digests, reasons, available)
-    return [Encoded(gather_rows(torch.cat(parts))[0][order], *about) for parts in features]
+    indices, labels, digests = numbers[order].unbind(dim=1)
+    return Encoded(
+        features[order],
+        torch.from_numpy(distinct.first_rows)[indices] if distinct else indices,
+        labels,
+        [captions[i] for i in order.tolist()] if captions else [],
+        digests,
+        {one.id: one.reason for one in bad},
+        distinct.available if distinct else len(dataset),
+    )
 
 
-def _own_batches(
-    model: tuple[CLIP, Preprocess], images: Dataset, data: DataConfig, batch_size: int
-) -> Iterator[Batch]:
-    """This rank's batches, as a model reads them."""
+def _encode_part(
+    model: CLIP,
+    images: Dataset,
+    data: DataConfig,
+    preprocess: Preprocess,
+    batch_size: int,
+    tracker: SkipTracker,
+    label: str,
+) -> tuple[torch.Tensor, torch.Tensor, list[Sequence[str]], list[Bad]]:
+    """This rank's features (n, E); index, label and digest (n, 3); captions; unreadable images."""
     rank, world_size = rank_and_world_size()
-    return evaluation_batches(
+    features, numbers = [torch.empty(0, model.config.embed_dim)], [torch.empty(0, 3).long()]
+    captions: list[Sequence[str]] = []
+    bad: list[Bad] = []
+    batches = evaluation_batches(
         images,
         data,
-        preprocess=model[1],
-        context_length=model[0].context_length,
+        preprocess=preprocess,
+        context_length=model.context_length,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
     )
+    with ProgressBar(label, len(images), is_silent=rank > 0) as bar:
+        done = 0
+        for batch in batches:
+            bad += batch.bad
+            if tracker.is_over(len(bad)):  # raised by the caller, over all ranks
+                break
+            if len(batch):
+                features.append(encode_images(model, batch.images, preprocess))
+                numbers.append(torch.stack([batch.indices, batch.labels, batch.digests], dim=1))
+                captions += [] if images.classes else batch.captions
+            done += len(batch) + len(batch.bad)
+            bar.update(min(done * world_size, len(images)))
+    return torch.cat(features), torch.cat(numbers), captions, bad
 
 
 def _bad_rows(images: DistinctImages, good: torch.Tensor, bad: Sequence[Bad]) -> list[Bad]:
-    """Every sample that shows one of the images that are bad; `good` are the others' indices."""
+    """Every sample that shows an unreadable image; `good` are the indices of the others."""
     found = {one.id: one for one in bad}
     for index in np.setdiff1d(np.arange(len(images)), good.numpy()).tolist():
         names = images.names_of(index)
@@ -186,19 +172,12 @@ def _bad_rows(images: DistinctImages, good: torch.Tensor, bad: Sequence[Bad]) ->
     return sorted(found.values())
 
 
-def _report_bad(dataset: Dataset, tracker: SkipTracker, bad: Sequence[Bad]) -> dict[str, str]:
-    """What could not be read: id -> reason. A warning names each, once for a data set.
-
-    Raises:
-        DataError: it is too much.
-    """
-    tracker.add(bad)
+def _log_bad(dataset: Dataset, bad: Sequence[Bad]) -> None:
+    """Log a warning for each unreadable sample, once per data set."""
     named = _NAMED.setdefault(dataset, set())
-    for one in {one.id: one for one in bad}.values():
-        if one.id not in named:
-            log.warning("skipped: %s", one.reason)
-            named.add(one.id)
-    return {one.id: one.reason for one in bad}
+    for one in {one.id: one for one in bad if one.id not in named}.values():
+        log.warning("skipped: %s", one.reason)
+        named.add(one.id)
 
 
 @torch.no_grad()
@@ -213,21 +192,21 @@ def encode_images(model: CLIP, pixels: torch.Tensor, preprocess: Preprocess) -> 
 
 
 def images_at_once(model: CLIP) -> int:
-    """Of how many images a forward pass is fastest: on a CPU so few that its tensors are kept.
+    """The number of images for which a forward pass is fastest.
 
-    glibc's malloc gives tensors of over 32 MiB back to the system, and every page of the next
-    one is cleared and mapped anew. What is by far the largest: a ViT's hidden values, and what
-    leaves a block of a ResNet's first stage.
+    On a CPU so few that malloc keeps the largest tensor, a ViT's hidden values or the output of a
+    ResNet's first stage: every page of memory that is returned to the system is cleared and mapped
+    again.
     """
     if model.logit_scale.device.type != "cpu":
-        return _ALL
+        return 1 << 30
     config = model.config
     width, side = config.vision_width, config.image_resolution
     if config.vision_patch_size is None:
         values = (side // 4) ** 2 * 4 * width
     else:
         values = (side // config.vision_patch_size) ** 2 * int(width * config.vision_mlp_ratio)
-    return max(1, min(_IMAGES, _KEPT // (4 * values)))
+    return max(1, min(_CPU_IMAGES, _MAX_KEPT // (4 * values)))
 
 
 @torch.inference_mode()
@@ -242,19 +221,17 @@ def encode_texts(
 ) -> torch.Tensor:
     """Unit features of texts, (M, E) float32 on the CPU; each distinct text is encoded once.
 
-    Batches are of texts of one length, so that nothing is padded.
-
     Args:
-        model: in evaluation mode.
+        model: in eval mode.
         texts: M of them.
         batch_size: texts of a forward pass.
         shared: every rank calls this, encodes its part, and gets all.
-        truncate: cut texts that are over the context.
-        packed: batches of texts of several lengths, without padding.
+        truncate: cut texts that are longer than the context.
+        packed: pack texts of different lengths into a batch; else a batch has one length.
 
     Raises:
         ConfigError: the model has another tokeniser.
-        DataError: a text is over the context, and `truncate` is false.
+        DataError: a text is longer than the context, and `truncate` is false.
     """
     check_vocabulary(model)
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -280,21 +257,21 @@ def encode_texts(
 
 
 def check_vocabulary(model: CLIP) -> None:
-    """See that a model can have CLIP's tokeniser.
+    """Check that a model has at least as many token ids as CLIP's tokeniser.
 
     Raises:
-        ConfigError: it has too few token ids.
+        ConfigError: it has fewer.
     """
     if model.config.vocab_size < VOCAB_SIZE:
         raise ConfigError(
             f"the model has {model.config.vocab_size} token ids, CLIP's tokeniser {VOCAB_SIZE}: "
-            f"its texts need a tokeniser that leanclip does not have (give its own ids to "
+            f"its texts need a tokeniser that leanclip does not have (pass token ids to "
             f"encode_text)"
         )
 
 
 def _tokens(texts: Sequence[str], context_length: int, *, truncate: bool) -> torch.Tensor:
-    """Ids of many texts in half the memory of int64."""
+    """Token ids of many texts as int32, which is half the memory."""
     chunks = [
         tokenize(texts[first : first + _TEXTS], context_length, truncate=truncate).int()
         for first in range(0, len(texts), _TEXTS)

@@ -1,15 +1,13 @@
-"""Probes: what the image features alone tell of classes, with labels to learn from.
+"""Linear and k-NN probes of image features.
 
     features, labels -> logistic regression, its L2 strength chosen on a validation part -> scores
-    features, labels -> the k nearest by cosine, their weighted votes                     -> scores
+    features, labels -> the k nearest by cosine, their weighted votes                    -> scores
 
-Shapes: N images to learn from, M to classify, C classes, E embedding, K neighbours, B of a block.
+Shapes: N training images, M to classify, C classes, E embedding, K neighbours, B block.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +18,14 @@ from leanclip.errors import DataError
 from leanclip.evaluation.classification import Classification
 
 TEMPERATURE = 0.07  # of the votes of neighbours, as in Wu et al., arXiv 1805.01978
-HELD_OUT = 0.2  # of each class, to choose the L2 strength on
-FEW = 4  # images of a class for that, when few are learned from
-_ITERATIONS = 1000  # the most of L-BFGS, as in CLIP's paper
+VALIDATION_FRACTION = 0.2  # of each class, to choose the L2 strength on
+MAX_VALIDATION_SHOTS = 4  # the same with few shots: images of a class
+_ITERATIONS = 1000  # at most, of L-BFGS, as in CLIP's paper
 _BLOCK = 1 << 22  # similarities at a time
 
 
 class Labelled(NamedTuple):
-    """Features of images of which the class is known."""
+    """Features and labels of images."""
 
     features: torch.Tensor  # (N, E) float32
     labels: torch.Tensor  # (N,) int64
@@ -42,15 +40,14 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeResult(Classification):
-    """What a probe said of each image, and what it had to learn from."""
+    """A probe's predictions, and what it was trained on."""
 
-    learned_from: str  # in words
-    learned: int  # how many images
+    learned: int  # images
     setting: float  # the L2 strength of a linear probe, the k of a k-NN probe
 
 
 class Fitted(NamedTuple):
-    """A linear probe, and how it came about."""
+    """A linear probe."""
 
     linear: Linear
     strength: float
@@ -60,10 +57,10 @@ class Fitted(NamedTuple):
 def linear_probe(
     train: Labelled, validation: Labelled | None, classes: int, *, shots: int | None = None
 ) -> Fitted:
-    """Choose the L2 strength on the validation part, then learn from both, as in CLIP's paper.
+    """Choose the L2 strength on the validation part, then train on both, as in CLIP's paper.
 
     Without a validation part it is a fifth of each class. With `shots`, so many images of each
-    class are drawn to learn from, and at most four others to choose the strength on.
+    class are drawn to train on, and at most four others to choose the strength on.
 
     Raises:
         DataError: no image is left to choose the strength on.
@@ -71,20 +68,20 @@ def linear_probe(
     if shots is not None:
         drawn, rest = draw_per_class(train.labels, shots)
         pool = _rows(train, rest) if validation is None else validation
-        held = _rows(pool, draw_per_class(pool.labels, min(shots, FEW))[0])
+        tuning_part = _rows(pool, draw_per_class(pool.labels, min(shots, MAX_VALIDATION_SHOTS))[0])
         part = whole = _rows(train, drawn)
     elif validation is None:
-        drawn, rest = draw_per_class(train.labels, HELD_OUT)
-        part, held, whole = _rows(train, rest), _rows(train, drawn), train
+        drawn, rest = draw_per_class(train.labels, VALIDATION_FRACTION)
+        part, tuning_part, whole = _rows(train, rest), _rows(train, drawn), train
     else:
-        part, held = train, validation
+        part, tuning_part = train, validation
         whole = Labelled(*(torch.cat(pair) for pair in zip(train, validation, strict=True)))
-    if not len(held.labels):
+    if not len(tuning_part.labels):
         raise DataError(
             "linear probe: no image is left to choose the L2 strength on; give fewer --shots, or "
-            "a data set with more images a class"
+            "a data set with more images per class"
         )
-    strength = choose_strength(part, held, classes)[0]
+    strength = choose_strength(part, tuning_part, classes)[0]
     return Fitted(logistic_regression(whole, classes, strength), strength, len(whole.labels))
 
 
@@ -97,46 +94,17 @@ def logistic_regression(
 ) -> Linear:
     """The minimum of the summed cross-entropy + strength / 2 * the squared norm of the weights.
 
-    scikit-learn's L-BFGS (its C is 1 / strength) where it is installed and the features are on
-    the CPU; else PyTorch's, on the features' device, from `start`. The bias costs nothing.
+    By L-BFGS in float32 on the features' device, from `start`; the bias is not penalised. Classes
+    without images get a score of -inf. scikit-learn's C is 1 / strength.
     """
-    if train.features.device.type == "cpu" and find_spec("sklearn") is not None:
-        return _by_sklearn(train, classes, strength)
-    return by_torch(train, classes, strength, start)
-
-
-def _by_sklearn(train: Labelled, classes: int, strength: float) -> Linear:
-    from sklearn.linear_model import LogisticRegression
-
-    present = train.labels.unique()  # the others get no score at all
-    weight = torch.zeros(classes, train.features.shape[1])
-    bias = torch.full((classes,), -math.inf)
-    if len(present) == 1:
-        bias[present] = 0
-        return Linear(weight, bias)
-    # Of two classes it has one row of weights, whose squared norm is twice that of two rows.
-    share = 2 if len(present) == 2 else 1
-    fit = LogisticRegression(C=share / strength, max_iter=_ITERATIONS)
-    fit.fit(train.features.numpy(), train.labels.numpy())
-    coefficients, intercepts = np.asarray(fit.coef_), np.asarray(fit.intercept_)
-    if len(present) == 2:  # the row is the second's
-        coefficients = np.concatenate([-coefficients, coefficients]) / 2
-        intercepts = np.concatenate([-intercepts, intercepts]) / 2
-    weight[present] = torch.from_numpy(coefficients).float()
-    bias[present] = torch.from_numpy(intercepts).float()
-    return Linear(weight, bias)
-
-
-def by_torch(train: Labelled, classes: int, strength: float, start: Linear | None = None) -> Linear:
-    """The same minimum by PyTorch's L-BFGS, in float32 on the features' device."""
     features, labels = train
-    absent = torch.ones(classes, dtype=torch.bool, device=features.device)
-    absent[labels.unique()] = False
+    is_missing = torch.ones(classes, dtype=torch.bool, device=features.device)
+    is_missing[labels.unique()] = False
     weight = features.new_zeros(classes, features.shape[1])
     bias = features.new_zeros(classes)
     if start is not None:
         weight.copy_(start.weight)
-        bias.copy_(start.bias.masked_fill(absent, 0))
+        bias.copy_(start.bias.masked_fill(is_missing, 0))
     weight.requires_grad_()
     bias.requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -150,13 +118,13 @@ def by_torch(train: Labelled, classes: int, strength: float, start: Linear | Non
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        logits = (features @ weight.T + bias).masked_fill(absent, -torch.inf)
+        logits = (features @ weight.T + bias).masked_fill(is_missing, -torch.inf)
         value = F.cross_entropy(logits, labels) + strength / 2 * weight.square().sum() / len(labels)
         value.backward()
         return value
 
     optimizer.step(loss)
-    return Linear(weight.detach(), bias.detach().masked_fill(absent, -torch.inf))
+    return Linear(weight.detach(), bias.detach().masked_fill(is_missing, -torch.inf))
 
 
 def scores_of(linear: Linear, features: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -168,42 +136,31 @@ def scores_of(linear: Linear, features: torch.Tensor) -> Iterator[torch.Tensor]:
 def choose_strength(
     train: Labelled, validation: Labelled, classes: int
 ) -> tuple[float, dict[float, float]]:
-    """The L2 strength that is best on the validation part, and the accuracy of each that was tried.
+    """The best L2 strength on the validation part, and the accuracy of each that was tried.
 
     The sweep of CLIP's paper (arXiv 2103.00020, appendix A.3): of strengths from 1e-6 to 1e6,
     first seven two decades apart, then both sides of the best at half the distance, and so on to
-    eight a decade. Of equals the strongest is taken.
+    eight per decade. Of equals the strongest.
     """
-    tried: dict[int, float] = {}  # by eighths of a decade
-    start: Linear | None = None
-
-    def accuracy(eighths: int) -> float:
-        nonlocal start
-        start = logistic_regression(train, classes, 10 ** (eighths / 8), start)
-        said = torch.cat([s.argmax(dim=1).cpu() for s in scores_of(start, validation.features)])
-        return (said == validation.labels.cpu()).double().mean().item()
-
-    return _sweep(accuracy, tried)
-
-
-def _sweep(
-    accuracy: Callable[[int], float], tried: dict[int, float]
-) -> tuple[float, dict[float, float]]:
-    """Coarse to fine, over -48 to 48 eighths of a decade."""
-    step, best = 16, 0
+    tried: dict[int, float] = {}  # accuracy by eighths of a decade
+    start, best, step = None, 0, 16
     wanted = list(range(48, -49, -16))
-    while True:
+    while step:
         for eighths in wanted:
-            tried[eighths] = accuracy(eighths)
+            start = logistic_regression(train, classes, 10 ** (eighths / 8), start)
+            scores = scores_of(start, validation.features)
+            predicted = torch.cat([part.argmax(dim=1).cpu() for part in scores])
+            tried[eighths] = (predicted == validation.labels.cpu()).double().mean().item()
         best = max(tried, key=lambda eighths: (tried[eighths], eighths))
         step //= 2
-        if not step:
-            return 10 ** (best / 8), {10 ** (e / 8): value for e, value in tried.items()}
         around = (best + step, best - step)
-        wanted = [e for e in around if -48 <= e <= 48 and e not in tried]
+        wanted = [eighths for eighths in around if abs(eighths) <= 48 and eighths not in tried]
+    return 10 ** (best / 8), {10 ** (e / 8): value for e, value in tried.items()}
 
 
-def neighbour_votes(train: Labelled, features: torch.Tensor, classes: int, k: int) -> Iterator:
+def neighbour_votes(
+    train: Labelled, features: torch.Tensor, classes: int, k: int
+) -> Iterator[torch.Tensor]:
     """Blocks (B, C) of the logarithm of each class's votes, by unit features (M, E).
 
     The k nearest by cosine vote for their class, each with exp(cosine / TEMPERATURE).
@@ -220,9 +177,9 @@ def neighbour_votes(train: Labelled, features: torch.Tensor, classes: int, k: in
 def draw_per_class(
     labels: torch.Tensor, count: int | float, *, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows drawn from each class, and the rest: `count` images, or that share of them (below 1).
+    """Rows drawn from each class, and the rest: `count` images, or a fraction of them (below 1).
 
-    Of a share at least one image of a class is left, and drawn where there are two.
+    A fraction leaves at least one image of each class, and draws one if there are two.
     """
     rng = np.random.default_rng(seed)
     drawn, rest = ([np.empty(0, np.int64)] for _ in range(2))

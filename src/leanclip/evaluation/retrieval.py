@@ -1,16 +1,15 @@
 """Retrieval between images and captions: recall@k and median rank, both ways.
 
-    features -> blocks of images x all captions, of captions x all images -> ranks -> figures
+    features -> blocks of images x all captions, of captions x all images -> ranks -> metrics
 
-An image's rank is the place of the first of its own captions among all captions; a caption's,
-the place of its image among all images. Ties: of equal scores the first is placed first, as a
-stable sort does. `encode_dataset` gives images in the order of their digests, which is a random
-one that depends on their content alone; so a model that gives the same score to everything is at
-chance, and the order of the data set's rows does not matter.
+An image's rank is that of the best of its own captions among all captions; a caption's, that of
+its image among all images. Ties: of equal scores the first ranks first, as in a stable sort.
+`encode_dataset` orders images by digest, which is random and depends on their content alone; so a
+model that gives everything the same score is at chance, and the order of rows does not matter.
 
-Only a block of scores is held at a time: the memory does not grow with N * M.
+Scores are computed a block at a time: the memory does not grow with N * M.
 
-Shapes: N images, M captions, E embedding, B of a block, R resamples, K kept.
+Shapes: N images, M captions, E embedding, B block, R resamples, K top results.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,21 +19,21 @@ import numpy as np
 import torch
 
 from leanclip.evaluation.classification import rank_of
-from leanclip.evaluation.intervals import Interval, bootstrap, mean_by_group, median_by_group
+from leanclip.evaluation.statistics import Interval, bootstrap, mean_by_group, median_by_group
 
 WAYS = ("image_to_text", "text_to_image")
 AT = (1, 5, 10)
 TOP_K = 5
-_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}  # scores at a time; on a CPU those that caches hold
+_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}  # scores at a time; on a CPU they fit its caches
 
-Best = Callable[[torch.Tensor, int], torch.Tensor]  # scores (B, ...), first row -> (B,) indices
+Match = Callable[[torch.Tensor, int], torch.Tensor]  # scores (B, ...), first row -> (B,) indices
 
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Where images and captions found each other; the captions of an image are neighbours."""
+    """The ranks and top results of images and captions; an image's captions are adjacent."""
 
-    indices: torch.Tensor  # (N,) int64, of the images in their data set; of several rows the first
+    indices: torch.Tensor  # (N,) int64, in the data set; the first of several rows
     features: torch.Tensor  # (N, E), of unit length
     captions: Sequence[str]  # M
     owners: torch.Tensor  # (M,) int64: the row of a caption's image, 0 to N - 1
@@ -44,12 +43,16 @@ class RetrievalResult:
     top_captions: torch.Tensor  # (N, K) int64, the highest first
     top_images: torch.Tensor  # (M, K) int64
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Recall at 1, 5 and 10, and the median rank, both ways."""
         return retrieval_metrics_of(self.image_ranks, self.caption_ranks)
 
+    def first_caption(self, row: int) -> int:
+        """The index of the first caption of an image, given by its row."""
+        return int((self.owners == row).nonzero()[0, 0])
+
     def intervals(self) -> dict[str, Interval]:
-        """Of all figures, over images: captions of one image are not independent samples."""
+        """Of all metrics, over images: captions of one image are not independent samples."""
         images = np.arange(len(self.indices))
         found = _intervals(WAYS[0], self.image_ranks.numpy(), images)
         return found | _intervals(WAYS[1], self.caption_ranks.numpy(), self.owners.numpy())
@@ -58,8 +61,8 @@ class RetrievalResult:
 def recall_at_k(scores: torch.Tensor, owners: torch.Tensor, k: int) -> tuple[float, float]:
     """Image-to-text and text-to-image recall@k of scores (N, M).
 
-    `owners[j]` is the image that caption j belongs to. An image is found when any caption of
-    its own is among its k highest; a caption, when its image is among its k highest.
+    `owners[j]` is the image of caption j. An image counts if any of its own captions is among its
+    k highest; a caption, if its image is.
     """
     image_ranks, caption_ranks = retrieval_ranks(scores, owners)
     return _recall(image_ranks, k), _recall(caption_ranks, k)
@@ -73,7 +76,7 @@ def retrieval_metrics(scores: torch.Tensor, owners: torch.Tensor) -> dict[str, f
 def retrieval_ranks(
     scores: torch.Tensor, owners: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ranks of images (N,) and of captions (M,), from 1, by a whole matrix of scores (N, M)."""
+    """The ranks, from 1, of images (N,) and of captions (M,), by scores (N, M)."""
     image_ranks = rank_of(scores, _first_own(scores, owners, 0))
     return image_ranks, rank_of(scores.T, owners)
 
@@ -81,11 +84,11 @@ def retrieval_ranks(
 def retrieval_metrics_of(
     image_ranks: torch.Tensor, caption_ranks: torch.Tensor
 ) -> dict[str, float]:
-    """The figures by the names the field logs them under."""
+    """The metrics by their usual names."""
     both = dict(zip(WAYS, (image_ranks, caption_ranks), strict=True))
-    figures = {f"{way}_R@{k}": _recall(ranks, k) for k in AT for way, ranks in both.items()}
+    recalls = {f"{way}_R@{k}": _recall(ranks, k) for k in AT for way, ranks in both.items()}
     medians = {f"{way}_median_rank": float(np.median(r.numpy())) for way, r in both.items()}
-    return figures | medians
+    return recalls | medians
 
 
 def retrieve(
@@ -107,7 +110,7 @@ def retrieve(
         captions: M texts.
         indices: of the images in their data set.
         device: where scores are computed.
-        block: the most scores that are held at once; None: what suits the device.
+        block: the most scores at a time; None: by device.
     """
     block = block or _BLOCK[torch.device(device).type]
     images, texts, owners_there = (x.to(device) for x in (features, text_features, owners))
@@ -124,27 +127,24 @@ def retrieve(
 
 
 def _ranks(
-    queries: torch.Tensor, gallery: torch.Tensor, best: Best, block: int
+    queries: torch.Tensor, gallery: torch.Tensor, match: Match, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rank of each query's best own in the whole gallery, and the K highest."""
+    """The rank of each query's best match in the gallery, and the K highest."""
     rows, count = max(1, block // len(gallery)), min(TOP_K, len(gallery))
-    # Made at once: small results between large blocks would keep the blocks' memory in pieces.
+    # Allocated first: small results between large blocks would fragment the memory.
     ranks = torch.empty(len(queries), dtype=torch.int64)
     tops = torch.empty(len(queries), count, dtype=torch.int64)
     for first in range(0, len(queries), rows):
         scores = queries[first : first + rows] @ gallery.T  # (B, M) or (B, N)
-        ranks[first : first + rows] = rank_of(scores, best(scores, first))
+        ranks[first : first + rows] = rank_of(scores, match(scores, first))
         tops[first : first + rows] = scores.topk(count, dim=1).indices
     return ranks, tops
 
 
 def _first_own(scores: torch.Tensor, owners: torch.Tensor, first: int) -> torch.Tensor:
-    """Of each image's own captions the one that scores highest, of equals the first: (B,).
+    """The best of each image's own captions, of equals the first: scores (B, M) -> (B,).
 
-    Args:
-        scores: of a block of images and all captions, (B, M).
-        owners: (M,).
-        first: the row of the block's first image.
+    `first` is the row of the block's first image.
     """
     rows = torch.arange(first, first + len(scores), device=scores.device)
     others = owners != rows[:, None]  # (B, M)
@@ -156,7 +156,7 @@ def _recall(ranks: torch.Tensor, k: int) -> float:
 
 
 def _intervals(way: str, ranks: np.ndarray, images: np.ndarray) -> dict[str, Interval]:
-    """Of the ranks of queries, each of which belongs to an image."""
+    """Intervals over images of the ranks of queries, each of which belongs to an image."""
 
     def measure(drawn: np.ndarray) -> dict[str, np.ndarray]:
         recalls = {f"{way}_R@{k}": mean_by_group(ranks <= k, images, drawn) for k in AT}

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a classifier made of class names, and what it says of images.
+"""Zero-shot classification: a classifier made of class names, and its predictions.
 
 Shapes: N images, C classes, T templates, E embedding.
 """
@@ -19,7 +19,7 @@ _BLOCK = 1 << 22  # scores at a time
 
 @dataclass(frozen=True)
 class ZeroShotResult(Classification):
-    """What the prompts' classifier said of each image."""
+    """The predictions of a zero-shot classifier."""
 
     templates: Sequence[str]
     classifier: torch.Tensor  # (C, E), of unit length
@@ -42,7 +42,7 @@ def build_classifier(
     For `shared`, `truncate` and `packed` see `encode_texts`.
 
     Raises:
-        DataError: a prompt is over the context, and `truncate` does not have it cut.
+        DataError: a prompt is longer than the context, and `truncate` is false.
     """
     prompts = [prompt for name in classes for prompt in fill(templates, name)]
     features = encode_texts(
@@ -69,7 +69,7 @@ def zero_shot(
     weights = classifier.to(device)
     rows = max(1, _BLOCK // len(classes))
     scores = (part.to(device) @ weights.T * scale for part in images.features.split(rows))
-    said = classify(
+    result = classify(
         scores, images.labels, classes=classes, indices=images.indices, features=images.features
     )
-    return ZeroShotResult(**vars(said), templates=templates, classifier=classifier, scale=scale)
+    return ZeroShotResult(**vars(result), templates=templates, classifier=classifier, scale=scale)

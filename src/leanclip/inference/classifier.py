@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,11 +20,12 @@ from leanclip.evaluation.classification import Prediction
 log = logging.getLogger("leanclip")
 
 
-class RankedItem(NamedTuple):
-    """An image or a text, in its place among others."""
+@dataclass(frozen=True)
+class RankedItem:
+    """An image or a text, with its similarity to a query."""
 
-    place: int  # in what was given
-    item: Any  # what was given: a text, a path, ...
+    index: int  # in the given sequence
+    item: Any  # as given: a text, a path, ...
     similarity: float  # cosine
 
 

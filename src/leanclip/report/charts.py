@@ -1,6 +1,6 @@
-"""Pictures of a model's predictions for images and texts, by matplotlib.
+"""Pictures of predictions, attention maps and features, by matplotlib.
 
-Each function gives a matplotlib figure, and writes it where a path is given.
+Each function returns a figure, and writes it if a path is given.
 
 Shapes: N images or texts, E embedding, h x w places of a map.
 """
@@ -54,7 +54,7 @@ def heat_maps(
     *,
     preprocess: Preprocess | None = None,
 ) -> "Figure":
-    """Each image, as a model with `preprocess` saw it, under its map of (N, h, w)."""
+    """Each image, as a model with `preprocess` sees it, under its map of (N, h, w)."""
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     figure = new_figure(2.6 * columns, 2.9 * rows)
@@ -78,9 +78,9 @@ def scatter(
     *,
     groups: Sequence[str] | None = None,
 ) -> "Figure":
-    """Features (N, E) in the plane of their two principal components, each with its name.
+    """Named features (N, E) in the plane of their first two principal components.
 
-    `groups` names the group of each, such as "image" and "text"; each has its own marker.
+    `groups` has the group of each, such as "image" or "text"; every group has its own marker.
     """
     points, explained = plane(features)
     figure = new_figure(8, 6)
@@ -101,10 +101,9 @@ def scatter(
 
 
 def plane(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, E) on their two principal components, (N, 2), and the variance explained (2,).
+    """Features (N, E) projected to two principal components, (N, 2), and explained variance (2,).
 
-    The largest coordinate of each component's direction is positive, so the picture is the same
-    each time.
+    The sign of a component is that for which its largest coordinate is positive.
     """
     centred = features - features.mean(axis=0)
     _, sizes, directions = np.linalg.svd(centred.astype(np.float64), full_matrices=False)

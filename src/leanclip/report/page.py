@@ -1,6 +1,6 @@
-"""Pages of HTML in one file each: no script, nothing from the network, pictures inside.
+"""Self-contained HTML pages: no scripts, nothing from the network, images inside.
 
-Templates escape all they are given; only `svg` hands them markup.
+Templates escape all values but those of `svg`, which is markup.
 """
 
 import base64
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     alt: str
     title: str = ""
     caption: str = ""
-    kind: str = ""  # "right" or "wrong", where there is a verdict
+    kind: str = ""  # "right", "wrong" or neither
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
@@ -50,7 +50,7 @@ def write_page(path: Path, template: str, **values: object) -> None:
 
 
 def shorten(text: str, length: int = 200) -> str:
-    """The start of a text of any length."""
+    """A text cut to a length."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
@@ -67,14 +67,14 @@ def tile(source: Source, alt: str, *, title: str = "", caption: str = "", kind: 
 
 
 def svg(figure: "Figure", name: str) -> Markup:
-    """A figure as SVG for a page, whose stylesheet sets the colours named in plots.COLORS.
+    """A figure as SVG for a page, whose stylesheet sets the colours in plots.COLORS.
 
-    `name` distinguishes the figure from others of the page: the ids within it derive from it.
+    `name` is unique on the page: the ids in the SVG derive from it.
     """
     from matplotlib import rc_context
 
     file = io.StringIO()
-    # Text stays text, which the browser draws with fonts that may have more glyphs.
+    # Text is not drawn as paths: the browser's fonts may have more glyphs.
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
@@ -91,7 +91,7 @@ def svg(figure: "Figure", name: str) -> Markup:
         if (target := element.attrib.pop("{http://www.w3.org/1999/xlink}href", None)) is not None:
             element.set("href", target)
         if element.tag == "g":
-            element.attrib.pop("id", None)  # figure_1, axes_1: the same in every figure
+            element.attrib.pop("id", None)  # figure_1, axes_1: not unique on the page
         if "style" in element.attrib:
             for color, variable in COLORS.items():
                 style = element.attrib["style"].replace(color, f"var(--{variable})")
@@ -100,7 +100,7 @@ def svg(figure: "Figure", name: str) -> Markup:
 
 
 def _finalize(value: object) -> object:
-    """What a template shows of a value: text without characters that cannot be displayed."""
+    """Replace characters that cannot be displayed."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value)
     return value

@@ -1,7 +1,7 @@
-"""Pictures of a run by matplotlib, which is imported only to draw.
+"""Pictures of runs and data by matplotlib, which is imported only to draw.
 
-Functions with a `path` write the figure there, as PNG or SVG by its suffix; the figures without
-one are for the pages, which take them as SVG.
+Functions with a `path` write the figure there, as PNG or SVG by suffix; the others draw for pages,
+which embed the figures as SVG.
 
 Shapes: C classes.
 """
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from leanclip.evaluation import Report
-from leanclip.evaluation.retention import PREFIX
+from leanclip.evaluation.sweep import Sweep
+from leanclip.evaluation.tasks import RETENTION
 from leanclip.io.files import read_metrics
 from leanclip.preprocess.images import Source, image_to_show
+from leanclip.report.samples import examples, predictions
 from leanclip.report.text import metric_label
 
 if TYPE_CHECKING:
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
 
 
 MAX_POINTS = 400  # of a line
-MAX_COUNTED = 25  # classes of a confusion matrix that shows its counts
+MAX_COUNTED = 25  # classes of a confusion matrix with printed counts
 LINES = ("#2563eb", "#c83428", "#16803d", "#b7791f", "#9061c2", "#1f9ba8", "#c2618f", "#808a96")
 GRID, SOFT, ON_COLOR = "#d9dee5", "#5b6470", "#ffffff"
-# The variables of the pages' stylesheet that take the place of these colours in SVG.
+# The variables of the pages' stylesheet that replace these colours in SVG.
 COLORS = {LINES[0]: "c0", LINES[1]: "c1", LINES[2]: "c2", GRID: "line", SOFT: "soft",
           ON_COLOR: "hot"}  # fmt: skip
 
@@ -37,14 +39,13 @@ Points = Sequence[tuple[float, float]]
 
 
 def run_pictures(folder: Path, report: Report) -> list[Path]:
-    """Draw what a run's folder can show: similarity.png, predictions.png, curves.png."""
+    """Draw those of similarity.png, predictions.png and curves.png that there are results for."""
     drawn = []
-    if report.examples:
-        images, texts = zip(*report.examples, strict=True)
+    if found := examples(report):
         drawn.append(folder / "similarity.png")
-        similarity_matrix(images, texts, report.similarity.numpy(), drawn[-1])
-    if report.predictions:
-        images, predicted, targets = zip(*report.predictions, strict=True)
+        similarity_matrix(*found, drawn[-1])
+    if shown := predictions(report):
+        images, predicted, targets = zip(*shown, strict=True)
         titles = [
             name if name == target else f"{name} (true: {target})"
             for name, target in zip(predicted, targets, strict=True)
@@ -68,7 +69,7 @@ def check_pictures(
     samples: Sequence[tuple[Source, str]],
     duplicates: Sequence[tuple[Source, str]],
 ) -> list[Path]:
-    """Draw what a check of data found: samples.png, and duplicates.png, where there are any."""
+    """Draw samples.png and duplicates.png of a data check, if there are any."""
     drawn = []
     for name, shown in (("samples", samples), ("duplicates", duplicates)):
         path = folder / f"{name}.png"
@@ -86,9 +87,9 @@ def similarity_matrix(
     similarity: np.ndarray,
     path: Path | None = None,
 ) -> "Figure":
-    """The cosine similarities (n_texts, n_images) as numbers and colours, images on top.
+    """Cosine similarities (texts, images) as numbers and colours, with the images on top.
 
-    The picture of OpenAI's and PASSL's demonstration notebooks.
+    The picture of OpenAI's and PASSL's notebooks.
     """
     rows, columns = similarity.shape
     left, cell_width, cell_height, top = 3.4, 1.1, 0.75, 1.6  # inches
@@ -118,7 +119,7 @@ def similarity_matrix(
 
 
 def training_charts(lines: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Points]]:
-    """Loss, learning rate, logit scale and evaluations by step: by chart and by line.
+    """Loss, learning rate, logit scale and evaluations by step: chart -> line -> points.
 
     Lines of a single point are left out.
     """
@@ -129,7 +130,7 @@ def training_charts(lines: Sequence[Mapping[str, float]]) -> dict[str, dict[str,
         "evaluation": {
             name: metric_label(name.removeprefix("val/"))
             for name in sorted({name for line in lines for name in line})
-            if name.startswith(("val/", PREFIX)) and name.endswith(("_top1", "_R@1"))
+            if name.startswith(("val/", RETENTION)) and name.endswith(("_top1", "_R@1"))
         },
     }
     charts = {}
@@ -144,14 +145,14 @@ def training_charts(lines: Sequence[Mapping[str, float]]) -> dict[str, dict[str,
 
 
 def line_chart(series: Mapping[str, Points]) -> "Figure":
-    """Lines over steps, with a legend where there are several; for a page."""
+    """Lines over steps, with a legend if there is more than one; for a page."""
     figure = new_figure(4.2, 2.4)
     _draw_lines(figure.subplots(), series)
     return figure
 
 
 def _draw_lines(axes: "Axes", series: Mapping[str, Points]) -> None:
-    """At most MAX_POINTS of each line, evenly, and its last; finite ones only."""
+    """Draw at most MAX_POINTS finite points of each line, evenly spaced, and its last."""
     axes.set_prop_cycle(color=LINES)
     for label, points in series.items():
         finite = [point for point in points if all(map(math.isfinite, point))]
@@ -176,7 +177,7 @@ def confusion_matrix(
 
     Args:
         counts: (C, C) integers, rows are true classes, columns predicted ones.
-        totals: images of each true class, (C,), those of columns that are left out included.
+        totals: images of each true class, (C,), including columns that are left out.
         names: of the classes.
         numbers: of the classes, for the columns.
     """
@@ -187,7 +188,7 @@ def confusion_matrix(
     axes = figure.subplots()
     for row, column in np.argwhere(counts):
         fraction = counts[row, column] / totals[row]
-        # Few errors matter too: no square is paler than a quarter.
+        # Single errors stay visible.
         square = Rectangle(
             (column - 0.46, row - 0.46), 0.92, 0.92, linewidth=0, clip_on=False,
             facecolor=LINES[2] if row == column else LINES[1], alpha=0.25 + 0.75 * fraction,
@@ -208,47 +209,31 @@ def confusion_matrix(
     return figure
 
 
-def pareto_picture(
-    places: Sequence[tuple[float, float]],
-    labels: Sequence[str],
-    path: Path,
-    *,
-    chosen: int,
-    axes: tuple[str, str],
-) -> list[Path]:
-    """Two metrics of each candidate against each other, and their Pareto front.
-
-    Args:
-        places: (x, y) of each candidate; higher is better in both.
-        labels: of the candidates.
-        path: of the picture.
-        chosen: the index of the candidate to mark.
-        axes: the names of the metrics.
-    """
+def pareto_picture(sweep: Sweep, path: Path) -> None:
+    """The task's metric against retention's for every alpha, with the Pareto front."""
     from matplotlib.ticker import PercentFormatter
 
+    places = [(p.task[sweep.task], p.retention[sweep.retention]) for p in sweep.points]
     figure = new_figure(6, 4.5)
-    plot = figure.subplots()
+    axes = figure.subplots()
     front = sorted(places[i] for i in pareto_front(places))
-    plot.plot(*zip(*front, strict=True), color="tab:blue", alpha=0.5, label="Pareto front")
-    plot.plot(*zip(*places, strict=True), "o", color="tab:blue")
-    plot.plot(
-        *places[chosen], "o", color="tab:red", markersize=11, label=f"chosen: {labels[chosen]}"
-    )
-    for place, label in zip(places, labels, strict=True):
-        plot.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    for set_name, name in zip((plot.set_xlabel, plot.set_ylabel), axes, strict=True):
-        set_name(sanitize_label(name, 60))
-    for axis in (plot.xaxis, plot.yaxis):
+    axes.plot(*zip(*front, strict=True), color="tab:blue", alpha=0.5, label="Pareto front")
+    axes.plot(*zip(*places, strict=True), "o", color="tab:blue")
+    for point, place in zip(sweep.points, places, strict=True):
+        alpha = f"{point.alpha:g}"
+        if point.alpha == sweep.chosen:
+            axes.plot(*place, "o", color="tab:red", markersize=11, label=f"chosen: {alpha}")
+        axes.annotate(alpha, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=f"task: {sweep.task}", ylabel=f"retention: {sweep.retention}")
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
-    plot.legend(fontsize="small")
-    plot.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
     figure.savefig(path)
-    return [path]
 
 
 def pareto_front(places: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the places that no other place dominates."""
+    """The indices of the points that no other point dominates."""
     return [
         i
         for i, (x, y) in enumerate(places)
@@ -263,7 +248,7 @@ def image_grid(
     *,
     columns: int = 6,
 ) -> "Figure":
-    """Images in rows, each under its caption."""
+    """Images in rows, captions above them."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = new_figure(2.2 * columns, 2.6 * rows)
@@ -286,17 +271,17 @@ def _draw(axes: "Axes", image: Source) -> None:
 
 
 def sanitize_label(text: str, width: int) -> str:
-    """A caption wrapped to a width; `$` starts no formula, controls are replaced."""
+    """A caption wrapped to a width; `$` is no formula, control characters are replaced."""
     return textwrap.fill(printable(text[:500]), width).replace("$", r"\$")
 
 
 def printable(text: str) -> str:
-    """Text in which a space or � takes the place of what cannot be displayed, such as controls."""
+    """Text with characters that cannot be displayed, such as controls, replaced by space or �."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
 def saved(figure: "Figure", path: Path | None) -> "Figure":
-    """The figure, written to a path if there is one."""
+    """Write a figure to a path, if there is one, and return it."""
     if path is not None:
         figure.savefig(path)
     return figure
@@ -305,7 +290,7 @@ def saved(figure: "Figure", path: Path | None) -> "Figure":
 def new_figure(
     width: float, height: float, *, layout: Literal["constrained"] | None = "constrained"
 ) -> "Figure":
-    """A figure of so many inches, drawn without a display."""
+    """A figure of a size in inches, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

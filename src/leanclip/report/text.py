@@ -1,4 +1,4 @@
-"""Evaluation results in words: labels and formats of metrics, a sentence per task, comparisons."""
+"""Evaluation results as text: labels and formats of metrics, a sentence per task, comparisons."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import Any
 from leanclip.evaluation.compare import Comparison
 from leanclip.evaluation.probe import ProbeResult
 from leanclip.evaluation.results import Report, Result
-from leanclip.evaluation.retention import HEADLINES, PREFIX
 from leanclip.evaluation.retrieval import RetrievalResult
-from leanclip.evaluation.significance import McNemar
-from leanclip.evaluation.tasks import Task
+from leanclip.evaluation.statistics import McNemar
+from leanclip.evaluation.sweep import Sweep
+from leanclip.evaluation.tasks import HEADLINES, RETENTION, Task
 
 NOT_FRACTIONS = ("_rank", "_size")  # endings of metrics that are not fractions of 1
 CLASSIFIERS = {"zeroshot": "zero-shot", "linear_probe": "linear probe", "knn": "k-NN"}
@@ -33,21 +33,21 @@ FIRST = ("zeroshot_top1", "image_to_text_R@1", "text_to_image_R@1", "zeroshot_me
 
 
 def format_metric(name: str, value: float) -> str:
-    """A metric's value: a percentage, a rank, or "NaN" where it is not finite."""
+    """A metric's value: a percentage, a rank, or "NaN" if it is not finite."""
     if not math.isfinite(value):
         return "NaN"
     return f"{value:,.4g}" if name.endswith(NOT_FRACTIONS) else f"{value:.1%}"
 
 
 def format_interval(name: str, interval: Sequence[float]) -> str:
-    """The two ends of a metric's interval."""
+    """A metric's interval."""
     return "–".join(format_metric(name, end) for end in interval)
 
 
 def metric_label(name: str) -> str:
     """A metric's name as papers write it."""
-    if name.startswith(PREFIX):
-        return f"retention: {metric_label(name.removeprefix(PREFIX))}"
+    if name.startswith(RETENTION):
+        return f"retention: {metric_label(name.removeprefix(RETENTION))}"
     for start, label in CLASSIFIERS.items():
         metric = name.removeprefix(f"{start}_")
         if metric != name and metric in CLASSIFIER_METRICS:
@@ -64,7 +64,7 @@ def count(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def by_importance(report: Report) -> list[str]:
-    """The names of all metrics, the usual headlines first."""
+    """The names of all metrics, the most important first."""
     first = [name for name in FIRST if name in report.metrics]
     return [*first, *(name for name in report.metrics if name not in first)]
 
@@ -81,21 +81,23 @@ def headlines(report: Report) -> str:
 
 
 def sentences(report: Report) -> list[str]:
-    """A sentence per task, then retention on the retention benchmark, and calibration."""
+    """A sentence per task, one on retention, one on calibration."""
     found = []
     for name, result in report.results.items():
-        if not name.startswith(PREFIX):
-            found += [task_sentence(report.tasks[name], result), sample_note(report.data[name])]
-    guards = [name for name in report.tasks if name.startswith(PREFIX)]
-    found += [retention_sentence(report)] if guards else []
-    found += [sample_note(report.data[name]) for name in guards]
+        is_retention = name.startswith(RETENTION)
+        found += [
+            retention_sentence(report)
+            if is_retention
+            else task_sentence(report.tasks[name], result),
+            sample_note(report.data[name]),
+        ]
     found += [_calibration_sentence(report)]
     return list(filter(None, found))
 
 
 def task_sentence(task: Task, result: Result) -> str:
     """A task's main metrics, as in papers."""
-    metrics, images = result.figures(), count(len(result.indices), "image")
+    metrics, images = result.metrics(), count(len(result.indices), "image")
     if isinstance(result, RetrievalResult):
         recalls = ", ".join(
             f"{metrics[f'{way}_R@1']:.1%} {label}" for way, label in DIRECTIONS.items()
@@ -110,7 +112,14 @@ def task_sentence(task: Task, result: Result) -> str:
     words += f" (chance {1 / size:.1%})."
     if not isinstance(result, ProbeResult):
         return f"Zero-shot on {on}: {words}"
-    source = f"{count(result.learned, 'labelled image')} of {task.data.root}, {result.learned_from}"
+    source = f"{count(result.learned, 'labelled image')} of {task.data.root}, "
+    source += (
+        f"split {task.train.data.split}"
+        if task.train
+        else "half of each class, tested on the other half"
+    )
+    if task.shots is not None:
+        source += f", {count(task.shots, 'image')} per class"
     if task.name == "linear_probe":
         return (
             f"Linear probe on {on}: {words} Trained on {source}; L2 strength {result.setting:.3g}."
@@ -119,21 +128,21 @@ def task_sentence(task: Task, result: Result) -> str:
 
 
 def retention_sentence(report: Report) -> str:
-    """The retention benchmark's metric before and after training, beside those of the other tasks.
+    """The retention benchmark's metric before and after training, then those of other tasks.
 
-    Without metrics from before training: the retention benchmark's metric alone.
+    Without a baseline, the retention benchmark's metric alone.
     """
-    before, after = report.before, report.metrics
-    (retention,) = (task for name, task in report.tasks.items() if name.startswith(PREFIX))
+    baseline, metrics = report.baseline, report.metrics
+    (retention,) = (task for name, task in report.tasks.items() if name.startswith(RETENTION))
     metric = HEADLINES[retention.name]
-    words = f"Guard ({retention.data.root}): {metric_label(metric)}"
-    if PREFIX + metric not in before:
-        return f"{words} {after[PREFIX + metric]:.1%}."
-    parts = [f"{words} {_change(before[PREFIX + metric], after[PREFIX + metric])}"]
+    words = f"Retention ({retention.data.root}): {metric_label(metric)}"
+    if RETENTION + metric not in baseline:
+        return f"{words} {metrics[RETENTION + metric]:.1%}."
+    parts = [f"{words} {_change(baseline[RETENTION + metric], metrics[RETENTION + metric])}"]
     parts += [
-        f"{metric_label(name)} on {task.data.root} {_change(before[name], after[name])}"
+        f"{metric_label(name)} on {task.data.root} {_change(baseline[name], metrics[name])}"
         for key, task in report.tasks.items()
-        if not key.startswith(PREFIX) and (name := HEADLINES[task.name]) in before
+        if not key.startswith(RETENTION) and (name := HEADLINES[task.name]) in baseline
     ]
     return f"{'; '.join(parts)}."
 
@@ -150,7 +159,7 @@ def format_points(difference: float) -> str:
 
 
 def sample_note(data: Mapping[str, Any]) -> str:
-    """That a sample of a data set was evaluated; nothing where all of it was."""
+    """A note if only a sample of a data set was evaluated, else ""."""
     if data.get("limit") is None or data["limit"] >= data["available"]:
         return ""
     return (
@@ -160,22 +169,25 @@ def sample_note(data: Mapping[str, Any]) -> str:
 
 
 def _calibration_sentence(report: Report) -> str:
-    if report.calibration is None:
+    found = report.calibrated
+    if found is None:
         return ""
-    metrics = {name: value for name, value in report.metrics.items() if "calibrated" in name}
-    shown = {name: format_metric(name, value) for name, value in metrics.items()}
+    held_out = found.held_out
+    where = f"split {held_out}" if isinstance(held_out, str) else f"{held_out:.0%} of the images"
+    shown = {name: format_metric(name, value) for name, value in found.metrics.items()}
     return (
-        f"Calibration on {report.calibrated_on}: ECE {shown['calibrated_ece_before']} before, "
-        f"{shown['calibrated_ece']} after (temperature {report.calibration.temperature:.2f}); "
-        f"{report.calibration.coverage:.0%} prediction sets contain the right class for "
-        f"{shown['calibrated_coverage']} of {count(report.calibration_test_images, 'image')} "
-        f"({metrics['calibrated_set_size']:.2f} classes on average); "
+        f"Calibration on {where} ({count(found.images, 'image')}): "
+        f"ECE {shown['calibrated_ece_before']} before, {shown['calibrated_ece']} after "
+        f"(temperature {found.calibration.temperature:.2f}); "
+        f"{found.calibration.coverage:.0%} prediction sets contain the right class for "
+        f"{shown['calibrated_coverage']} of {count(found.test_images, 'image')} "
+        f"({found.metrics['calibrated_set_size']:.2f} classes on average); "
         f"{shown['calibrated_none']} rejected as none of the classes."
     )
 
 
 def mcnemar_sentence(name: str, test: McNemar) -> str:
-    """What McNemar's test found for a metric."""
+    """The result of McNemar's test for a metric."""
     p = f"p = {test.p:.2g}" if test.p >= 1e-4 else "p < 0.0001"
     verdict = "significant" if test.p < 0.05 else "not significant"
     return (
@@ -185,7 +197,7 @@ def mcnemar_sentence(name: str, test: McNemar) -> str:
 
 
 def comparison_notes(comparison: Comparison) -> list[str]:
-    """The tests in words, and which samples were evaluated."""
+    """Sentences on the tests, and on the evaluated samples."""
     tests = [mcnemar_sentence(name, test) for name, test in comparison.tests.items()]
     notes = map(sample_note, comparison.reports[0].data.values())
     return [*tests, *dict.fromkeys(filter(None, notes))]
@@ -194,11 +206,34 @@ def comparison_notes(comparison: Comparison) -> list[str]:
 def comparison_text(comparison: Comparison) -> str:
     """A comparison as lines for a terminal."""
     lines = [f"{letter}: {name}" for letter, name in zip("AB", comparison.names, strict=True)]
-    width = max((len(metric_label(one.name)) for one in comparison.figures), default=0)
-    for one in comparison.figures:
+    width = max((len(metric_label(one.name)) for one in comparison.differences), default=0)
+    for one in comparison.differences:
         low, high = map(format_points, one.interval)
         lines.append(
             f"{metric_label(one.name):<{width}}  A {one.first:>6.1%}  B {one.second:>6.1%}  "
             f"B - A {format_points(one.difference)} (95% CI {low} to {high})"
         )
     return "\n".join([*lines, *comparison_notes(comparison)])
+
+
+def sweep_rule(sweep: Sweep) -> str:
+    """How the alpha was chosen."""
+    if sweep.max_drop is None:
+        return f"the best mean of {sweep.task} on the task and {sweep.retention} on retention"
+    baseline = next(p.retention[sweep.retention] for p in sweep.points if p.alpha == 0)
+    return (
+        f"the best {sweep.task} on the task with {sweep.retention} on retention of at least "
+        f"{baseline - sweep.max_drop:.1%}, {100 * sweep.max_drop:g} points below alpha 0"
+    )
+
+
+def sweep_text(sweep: Sweep) -> str:
+    """The metrics that the rule uses, one line per alpha, and the choice."""
+    lines = [f"alpha  task {sweep.task}  retention {sweep.retention}"]
+    for point in sweep.points:
+        mark = "  <- chosen" if point.alpha == sweep.chosen else ""
+        lines.append(
+            f"{point.alpha:<5g}  {point.task[sweep.task]:>{len(sweep.task) + 5}.1%}  "
+            f"{point.retention[sweep.retention]:>{len(sweep.retention) + 10}.1%}{mark}"
+        )
+    return "\n".join([*lines, f"chosen: {sweep.chosen:g}, {sweep_rule(sweep)}"])

@@ -62,7 +62,7 @@ class Progress:
     dataset_size: int = 0  # samples per epoch
     batch_size: int = 0  # pairs per step, over all ranks
     new: list[str] = field(default_factory=list)  # parameters that the loaded weights lacked
-    before: dict[str, float] = field(default_factory=dict)  # metrics before the first step
+    baseline: dict[str, float] = field(default_factory=dict)  # metrics before the first step
     best: Best | None = None
     loss_scale: dict[str, float] | None = None  # state of the GradScaler, for fp16
     loaded: str | None = None  # digest of the initial weights; "": trained from scratch

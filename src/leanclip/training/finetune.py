@@ -1,10 +1,10 @@
-"""Fine-tuning: what of a model is trained, how fast, and the mean of its weights over the steps.
+"""Fine-tuning: locked groups, learning rate factors, low-rank updates, averaged weights.
 
     loaded model, FinetuneConfig -> Tuning -> factors (optimiser), after_step, weights (to write)
 
-A tower's groups, from the lowest: the stem with its embeddings, each block (of a ResNet: each
-bottleneck), and the last norm with the projection (of a ResNet: the attention pool). The scalars
-of the loss belong to none of them.
+A tower's groups, from the input up: the stem with its embeddings, each block (of a ResNet: each
+bottleneck), and the last norm with the projection (of a ResNet: the attention pool). The loss's
+scalars are in no group.
 """
 
 import logging
@@ -28,15 +28,20 @@ log = logging.getLogger("leanclip")
 
 
 class Group(NamedTuple):
-    """Where in which tower a parameter is."""
+    """A parameter's group."""
 
     tower: str  # "image" or "text"
-    place: int  # 0 is the lowest
-    top: int  # the highest place of the tower
+    level: int  # 0 is next to the input
+    last: int  # the level of the tower's last group
 
 
 class Tuning:
-    """A loaded model, prepared as the settings say, with what a run must keep beside it.
+    """A model prepared for fine-tuning, and its moving average.
+
+    Args:
+        model: with its weights loaded; changed in place.
+        config: the settings.
+        new: names of parameters that the loaded weights did not have.
 
     Raises:
         ConfigError: a setting does not fit the model, or nothing is left to train.
@@ -56,29 +61,29 @@ class Tuning:
             raise ConfigError("finetune: nothing is left to train; lock fewer groups of a tower")
         for module in model.modules():
             if isinstance(module, _BatchNorm) and not _is_trained(module):
-                module.eval()  # it goes on with the statistics that it was loaded with
+                module.eval()  # it keeps the loaded statistics
         self.factors = {name: _factor(name, model.config, config, new) for name, _ in trained}
         self.average: dict[str, torch.Tensor] = {}
         if config.ema_decay is not None:
             self.average = {name: parameter.detach().clone() for name, parameter in trained}
-        _log_what_is_trained(model)
+        _log_trained(model)
 
     @torch.no_grad()
     def after_step(self, is_finite: torch.Tensor) -> None:
-        """Move the mean: decay * mean + (1 - decay) * weights, where the step counted.
+        """Set average = decay * average + (1 - decay) * weights, unless the step was skipped.
 
         `is_finite` () is the step's flag, which stays on the device.
         """
         if self.config.ema_decay is not None:
-            share = is_finite.float() * (1 - self.config.ema_decay)
-            for name, mean in self.average.items():
-                mean.lerp_(self.model.get_parameter(name), share)
+            weight = is_finite.float() * (1 - self.config.ema_decay)
+            for name, average in self.average.items():
+                average.lerp_(self.model.get_parameter(name), weight)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it, the model has the mean of its weights, where one is kept.
+        """Give the model its averaged weights within the block, if there are any.
 
-        A BatchNorm's statistics are means already, and stay.
+        A BatchNorm's statistics are averages already, and stay.
         """
         self._exchange()
         try:
@@ -87,60 +92,56 @@ class Tuning:
             self._exchange()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What others read: the mean where one is kept, low-rank updates merged."""
+        """The weights to publish: the average if there is one, low-rank updates merged."""
         if not self.average:
             return merged_state(self.model)
         with self.averaged():
             return {name: tensor.clone() for name, tensor in merged_state(self.model).items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What `weights` does not tell and going on needs; empty where it tells everything."""
+        """The tensors that resuming needs beside `weights`; empty if there are none."""
         if not self.average and self.config.lora_rank is None:
             return {}
         own = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         return own | {f"average.{name}": tensor for name, tensor in self.average.items()}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Put `state` back; False where `tensors` holds none."""
+        """Load `state`; False if `tensors` has none."""
         own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         if not own:
             return False
         self.model.load_state_dict(own)
-        for name, mean in self.average.items():
-            mean.copy_(tensors[f"average.{name}"])
+        for name, average in self.average.items():
+            average.copy_(tensors[f"average.{name}"])
         return True
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for name, mean in self.average.items():
+        for name, average in self.average.items():
             parameter = self.model.get_parameter(name)
-            kept = parameter.clone()
-            parameter.copy_(mean)
-            mean.copy_(kept)
+            current = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(current)
 
 
 def group_of(name: str, model: ModelConfig) -> Group | None:
-    """The group that a parameter is of, by its name; None: of the loss."""
+    """The group of a parameter, by name; None for the loss's scalars."""
     if name.startswith("logit_"):
         return None
     if not name.startswith("visual."):
-        top = model.transformer_layers + 1
+        last = model.transformer_layers + 1
         block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
-        is_top = name.startswith(("ln_final", "text_projection"))
-        return Group("text", top if is_top else 1 + int(block[1]) if block else 0, top)
-    if isinstance(model.vision_layers, int):
-        top, before = model.vision_layers + 1, [0]
-        block = re.match(r"visual\.transformer\.(resblocks)\.(\d+)\.", name)
-    else:
-        top = sum(model.vision_layers) + 1
-        before = [sum(model.vision_layers[:stage]) for stage in range(4)]
-        block = re.match(r"visual\.layer(\d)\.(\d+)\.", name)
+        is_last = name.startswith(("ln_final", "text_projection"))
+        return Group("text", last if is_last else 1 + int(block[1]) if block else 0, last)
+    layers = model.vision_layers
+    last = 1 + (layers if isinstance(layers, int) else sum(layers))
     if name.startswith(("visual.ln_post", "visual.proj", "visual.attnpool")):
-        return Group("image", top, top)
-    if block is None:
-        return Group("image", 0, top)
-    stage = int(block[1]) - 1 if block[1].isdigit() else 0
-    return Group("image", 1 + before[stage] + int(block[2]), top)
+        return Group("image", last, last)
+    if block := re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name):
+        return Group("image", 1 + int(block[1]), last)
+    if (block := re.match(r"visual\.layer(\d)\.(\d+)\.", name)) and not isinstance(layers, int):
+        return Group("image", 1 + sum(layers[: int(block[1]) - 1]) + int(block[2]), last)
+    return Group("image", 0, last)
 
 
 def _lock(model: CLIP, config: FinetuneConfig) -> None:
@@ -150,21 +151,21 @@ def _lock(model: CLIP, config: FinetuneConfig) -> None:
         count = wanted[group.tower] if group else None
         if group is None or count is None:
             continue
-        groups = group.top + 1
+        groups = group.last + 1
         if isinstance(count, int) and count > groups:
             raise ConfigError(
-                f"finetune.lock_{group.tower}: {count} groups, and the {group.tower} tower has "
+                f"finetune.lock_{group.tower}: {count} groups, but the {group.tower} tower has "
                 f"{groups}; lock fewer, or all"
             )
-        if not isinstance(count, int) or group.place < count:
+        if not isinstance(count, int) or group.level < count:
             parameter.requires_grad_(False)
 
 
 def _factor(name: str, model: ModelConfig, config: FinetuneConfig, new: Sequence[str]) -> float:
-    """What a parameter's rate is multiplied by."""
+    """The factor of a parameter's learning rate."""
     group, factor = group_of(name, model), 1.0
     if group is not None and config.layer_decay is not None:
-        factor = config.layer_decay ** (group.top - group.place)
+        factor = config.layer_decay ** (group.last - group.level)
     return factor * config.new_learning_rate_factor if name in new else factor
 
 
@@ -172,7 +173,7 @@ def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _log_what_is_trained(model: CLIP) -> None:
+def _log_trained(model: CLIP) -> None:
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(count for count, is_trained in counts if is_trained)
     everything = sum(count for count, _ in counts)

@@ -146,10 +146,16 @@ def _run(plan: Plan, chosen: Chosen | None, write_report: WriteReport[T]) -> T |
     with metrics_log as metrics, only_deterministic(config.train.deterministic):
         monitor = Monitor(plan, done, metrics)
         if plan.retention is not None and not chosen:  # the baseline of retention
-            done = replace(done, before=_evaluate(plan, trained, {}).metrics)
-            monitor.write_evaluation(0, done.before)
+            done = replace(done, baseline=_evaluate(plan, trained, {}).metrics)
+            monitor.write_evaluation(0, done.baseline)
         cache = build_feature_cache(
-            trained.model, config, plan.dataset, plan.preprocess, plan.folder / "features"
+            trained.model,
+            plan.cached_towers,
+            plan.dataset,
+            config.data,
+            plan.preprocess,
+            plan.folder / "features",
+            config.train.precision,
         )
         report, done = _fit(plan, trained, done, monitor, cache)
     if rank > 0:
@@ -221,7 +227,7 @@ def _fit(
             monitor.bar.update(done.step)
             evaluates = plan.tasks or plan.retention
             if evaluates and is_due(done.step, plan, config.evaluate.every_epochs):
-                report = _evaluate(plan, trained, done.before)
+                report = _evaluate(plan, trained, done.baseline)
                 monitor.write_evaluation(done.step, report.metrics)
                 done = replace(done, best=update_best(plan, done.best, report.metrics, done.step))
                 must_save = must_save or improved(plan, done.best)
@@ -232,7 +238,7 @@ def _fit(
     if done.samples == 0:
         raise DataError(f"{config.data.root}: no sample could be used: {skipped.summary()}")
     # A run that had finished before, and is started again, is only evaluated.
-    return report or _evaluate(plan, trained, done.before), done
+    return report or _evaluate(plan, trained, done.baseline), done
 
 
 def _step(
@@ -332,11 +338,13 @@ def _batches(
     )
 
 
-def _evaluate(plan: Plan, trained: _Trained, before: dict[str, float]) -> Report:
+def _evaluate(plan: Plan, trained: _Trained, baseline: dict[str, float]) -> Report:
     """Evaluate on all ranks; all get the metrics, the first one the whole report."""
     model = full_model(trained.model)
     with trained.tuning.averaged():
-        return evaluate(model, plan.tasks, plan.preprocess, retention=plan.retention, before=before)
+        return evaluate(
+            model, plan.tasks, plan.preprocess, retention=plan.retention, baseline=baseline
+        )
 
 
 def _save(plan: Plan, done: checkpoint.Progress, trained: _Trained) -> None:

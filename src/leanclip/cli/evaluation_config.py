@@ -1,4 +1,4 @@
-"""What to evaluate, by words on the command line: from those and stored settings to a `Config`.
+"""What eval, compare and interpolate evaluate: from options and stored settings to a `Config`.
 
 --model, --data, --task and more -> evaluation_config -> Config -> `open_tasks`
 """
@@ -33,7 +33,7 @@ TASKS: dict[str, tuple[str, ...]] = {  # by their names on the command line
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What the command line says of an evaluation's data, by its options; None: not said."""
+    """The options of `leanclip eval` about its data; None: not given."""
 
     split: str | None = None
     classes: str | None = None  # a file
@@ -43,39 +43,34 @@ class EvalOptions:
     k: int | None = None
 
     def settings(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The settings of each task of `names` that they change.
+        """The settings that they change, by task of `names`.
 
         Raises:
-            ConfigError: an option that no task has a use for.
-            DataError: a file of names or templates is not there, or not one.
+            ConfigError: an option that applies to none of these tasks.
+            DataError: a file of names or templates is missing or invalid.
         """
         class_data = ("zero_shot", *PROBES)
+        templates = None
+        if self.classes is not None:
+            read_class_names(Path(self.classes), option="--classes")
+        if self.templates is not None:
+            templates = read_templates(Path(self.templates), option="--templates")
         given = {
             ("split", "split"): (self.split, ORDER),
-            ("classes", "class_names"): (self._checked_classes(), class_data),
-            ("templates", "templates"): (self._read_templates(), ("zero_shot",)),
+            ("classes", "class_names"): (self.classes, class_data),
+            ("templates", "templates"): (templates, ("zero_shot",)),
             ("train-split", "train_split"): (self.train_split, PROBES),
             ("shots", "shots"): (self.shots, ("linear_probe",)),
             ("k", "k"): (self.k, ("knn",)),
         }
         changes: dict[str, dict[str, Any]] = {name: {} for name in names}
-        for (option, setting), (value, takers) in given.items():
-            takers = [name for name in takers if name in names]
-            if value is not None and not takers:
-                raise ConfigError(f"--{option}: is of no use for {', '.join(names)}; leave it out")
-            for name in takers if value is not None else ():
+        for (option, setting), (value, tasks) in given.items():
+            tasks = [name for name in tasks if name in names]
+            if value is not None and not tasks:
+                raise ConfigError(f"--{option}: does not apply to {', '.join(names)}; leave it out")
+            for name in tasks if value is not None else ():
                 changes[name][setting] = value
         return changes
-
-    def _checked_classes(self) -> str | None:
-        if self.classes is not None:
-            read_class_names(Path(self.classes), option="--classes")
-        return self.classes
-
-    def _read_templates(self) -> list[str] | None:
-        if self.templates is None:
-            return None
-        return read_templates(Path(self.templates), option="--templates")
 
 
 def evaluation_config(
@@ -87,18 +82,17 @@ def evaluation_config(
     arch: str | None = None,
     overrides: Sequence[str] = (),
     out: str | None = None,
-    wishes: EvalOptions = EvalOptions(),
+    options: EvalOptions = EvalOptions(),
 ) -> Config:
-    """The settings of `leanclip eval`.
+    """The settings of an evaluation.
 
-    They come from `config`, else from the run that `model` is the folder of, else from what is
-    stored with the weights. `data_spec` is FORMAT:ROOT; without one the settings say what is
-    measured. "all" measures what the data allows; no task, what of it needs no labels to learn
-    from.
+    They come from `config`, else from the run in the folder `model`, else from the weights.
+    `data_spec` is FORMAT:ROOT; without one, the settings name the data. The task "all" stands for
+    all that the data allows, None for those that need no labels to learn from.
 
     Raises:
-        ConfigError: an unknown task or format, or nothing says what to evaluate on.
-        DataError: a file that `wishes` names cannot be used.
+        ConfigError: an unknown task or format, or no data is named.
+        DataError: a file that `options` name cannot be used.
         WeightsError: the weights cannot be read.
     """
     if task is not None and task not in TASKS:
@@ -109,13 +103,13 @@ def evaluation_config(
     if data_spec is not None:
         format, root = split_source(data_spec, option="--data")
         place = {"format": format, "root": root}
-        place |= {} if wishes.split is None else {"split": wishes.split}
+        place |= {} if options.split is None else {"split": options.split}
         every = _overridden(overrides, TASKS[task] if task else ORDER)
         common = {key: value for one in every.values() for key, value in one.items()}
         common = {key: common[key] for key in EvaluationData.model_fields if key in common}
         wanted = parse(EvaluationData, common | place, where="-o")
         names = _allowed(settings.data, format, task, wanted)
-        changes, own = wishes.settings(names), _overridden(overrides, names)
+        changes, own = options.settings(names), _overridden(overrides, names)
         evaluate |= {name: own[name] | place | changes[name] for name in names}
     else:
         names = tuple(name for name in TASKS[task or "all"] if evaluate[name] is not None)
@@ -124,23 +118,21 @@ def evaluation_config(
                 f"--task {task or 'all'}: {config or model} has no such evaluation; give --data "
                 f"FORMAT:ROOT"
             )
-        changes = wishes.settings(names)
+        changes = options.settings(names)
         evaluate |= {name: evaluate[name] | changes[name] for name in names}
     evaluate |= {name: None for name in ORDER if name not in names}
     if data_spec is not None or task not in (None, "all"):
         evaluate["retention"] = None
-    values = to_plain(settings) | {"evaluate": evaluate}
-    return parse(Config, values, where="leanclip eval")
+    return parse(Config, to_plain(settings) | {"evaluate": evaluate}, where="leanclip eval")
 
 
 def _overridden(overrides: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What overrides set for data that is named apart from the config, by task.
+    """The overrides that apply to the data of `--data`, by task of `names`.
 
-    `data.KEY` is meant for all of them, `evaluate.TASK.KEY` for one. Of the tasks that are not in
-    `names` nothing may be set.
+    `data.KEY` applies to all tasks, `evaluate.TASK.KEY` to one.
 
     Raises:
-        ConfigError: something is.
+        ConfigError: one applies to a task that is not in `names`.
     """
     values: dict[str, Any] = {"data": {}, "evaluate": {}}
     for override in overrides:
@@ -149,8 +141,8 @@ def _overridden(overrides: Sequence[str], names: Sequence[str]) -> dict[str, dic
     for name in ORDER:
         if tasks.get(name) and name not in names:
             raise ConfigError(
-                f"-o evaluate.{name}: is of no use, only {', '.join(names)} is measured; leave it "
-                f"out"
+                f"-o evaluate.{name}: has no effect, only {', '.join(names)} is evaluated; leave "
+                f"it out"
             )
     shared = {key: data[key] for key in EvaluationData.model_fields if key in data}
     return {name: shared | (tasks.get(name) or {}) for name in names}
@@ -164,50 +156,20 @@ def _settings(
     overrides: Sequence[str],
     out: str,
 ) -> Config:
-    """Of a config file, of the run's folder, or those that are stored with the weights."""
+    """The settings of a config file, of the run's folder, or stored with the weights."""
     run_config = Path(model) / "config.yaml"
     if config is None and run_config.is_file():
         config = run_config
     if config is not None:
         return load_config(config, overrides, load=model, load_arch=arch, output_dir=out)
     if data_spec is None:
-        raise ConfigError("--data: say what to evaluate on, as FORMAT:ROOT, or give -c CONFIG")
-    source = split_source(data_spec, option="--data")
-    return _stored_config(model, *source, out, arch, overrides)
-
-
-def _allowed(
-    data: DataConfig, format: str, task: str | None, wanted: EvaluationData
-) -> tuple[str, ...]:
-    """The tasks that are meant, of those that the data allows."""
-    if task not in (None, "all"):
-        return TASKS[task]
-    allowed = MEASURABLE.get(format) or (_task_of(data, wanted),)
-    if task == "all" and "zero_shot" in allowed:
-        there = data_of(data, wanted, "zero_shot")
-        if "train" in find_splits(there) and format != "shapes":
-            return (*allowed, *PROBES)
-        log.info(
-            "%s: no split to learn from, so no probes (with --task knn: of a half)", there.root
-        )
-    return allowed
-
-
-def _task_of(data: DataConfig, wanted: EvaluationData) -> str:
-    """Zero-shot for class data, retrieval for captions."""
-    dataset = open_dataset(data_of(data, wanted, "zero_shot"))
-    return "zero_shot" if dataset.classes else "retrieval"
-
-
-def _stored_config(
-    model: str, format: str, root: str, out: str, arch: str | None, overrides: Sequence[str]
-) -> Config:
-    """Settings for weights that carry their architecture with them, or have it named."""
+        raise ConfigError("--data: missing; give FORMAT:ROOT, or a config with -c CONFIG")
+    format, root = split_source(data_spec, option="--data")
     weights = read_weights(model, arch=arch)
     if weights.model is None or weights.preprocess is None:
         raise ConfigError(
-            f"--model {model}: does not say its architecture; say it with --arch, or give the "
-            f"config it was trained with: -c"
+            f"--model {model}: does not include its architecture; give --arch, or the config it "
+            f"was trained with: -c"
         )
     data: dict[str, Any] = {"format": format, "root": root}
     data |= {"mean": weights.preprocess.mean, "std": weights.preprocess.std}
@@ -216,3 +178,21 @@ def _stored_config(
     for override in overrides:
         apply_override(values, override)
     return parse(Config, values, where="leanclip eval")
+
+
+def _allowed(
+    data: DataConfig, format: str, task: str | None, wanted: EvaluationData
+) -> tuple[str, ...]:
+    """The tasks that are asked for and that the data allows."""
+    if task not in (None, "all"):
+        return TASKS[task]
+    allowed = MEASURABLE.get(format)
+    if allowed is None:
+        dataset = open_dataset(data_of(data, wanted, "zero_shot"))
+        allowed = ("zero_shot" if dataset.classes else "retrieval",)
+    if task == "all" and "zero_shot" in allowed:
+        there = data_of(data, wanted, "zero_shot")
+        if "train" in find_splits(there) and format != "shapes":
+            return (*allowed, *PROBES)
+        log.info("%s: no train split, so no probes (--task knn uses half of it)", there.root)
+    return allowed

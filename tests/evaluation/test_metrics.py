@@ -1,4 +1,4 @@
-"""Figures of evaluation against scikit-learn, stable sorts and matrices checked by hand."""
+"""Metrics against scikit-learn, stable sorts and matrices checked by hand."""
 
 import resource
 from pathlib import Path
@@ -59,22 +59,22 @@ def test_classification_equals_scikit_learn() -> None:
     scores, labels = torch.randn(200, 7), torch.randint(6, (200,))  # no image of the last class
     said = classification(scores, labels)
     best = said.top_classes[:, 0].numpy()
-    figures = said.figures()
-    assert figures["top1"] == pytest.approx((best == labels.numpy()).mean())
+    metrics = said.metrics()
+    assert metrics["top1"] == pytest.approx((best == labels.numpy()).mean())
     hits = [labels[i] in scores[i].topk(5).indices for i in range(200)]
-    assert figures["top5"] == pytest.approx(np.mean(hits))
+    assert metrics["top5"] == pytest.approx(np.mean(hits))
     seen = np.isin(best, range(6))  # of a class without images scikit-learn warns
     expected = confusion_matrix(labels.numpy(), best, labels=range(7))
     assert (said.confusion().numpy() == expected).all()
     by_class = [(best[labels == c] == c).mean() for c in range(6)]
-    assert figures["mean_per_class"] == pytest.approx(np.mean(by_class))
+    assert metrics["mean_per_class"] == pytest.approx(np.mean(by_class))
     if seen.all():
         balanced = balanced_accuracy_score(labels.numpy(), best)
-        assert figures["mean_per_class"] == pytest.approx(balanced)
+        assert metrics["mean_per_class"] == pytest.approx(balanced)
     table = said.per_class()
     assert [row["top1"] for row in table] == [*map(pytest.approx, by_class), None]
     assert [row["images"] for row in table] == expected.sum(axis=1).tolist()
-    assert [row["said"] for row in table] == expected.sum(axis=0).tolist()
+    assert [row["predicted"] for row in table] == expected.sum(axis=0).tolist()
 
 
 def test_the_most_confused_pairs_by_hand() -> None:
@@ -87,7 +87,7 @@ def test_mean_per_class_is_scikit_learns_balanced_accuracy() -> None:
     scores, labels = torch.randn(300, 5), torch.arange(300) % 5
     said = classification(scores, labels)
     expected = balanced_accuracy_score(labels.numpy(), said.top_classes[:, 0].numpy())
-    assert said.figures()["mean_per_class"] == pytest.approx(expected)
+    assert said.metrics()["mean_per_class"] == pytest.approx(expected)
 
 
 def test_calibration_error_by_hand_and_by_a_loop() -> None:
@@ -121,8 +121,8 @@ def test_blocked_retrieval_equals_the_whole_matrix(block: int) -> None:
         assert result.image_ranks[i] == place + 1
     for j in range(61):
         assert result.caption_ranks[j] == stable_places(scores[:, j]).index(int(owners[j])) + 1
-    assert result.figures() == retrieval_metrics(scores, owners)
-    assert result.figures()["image_to_text_median_rank"] == np.median(result.image_ranks)
+    assert result.metrics() == retrieval_metrics(scores, owners)
+    assert result.metrics()["image_to_text_median_rank"] == np.median(result.image_ranks)
 
 
 def test_retrieval_builds_no_matrix(tmp_path: Path) -> None:
@@ -178,15 +178,15 @@ def test_intervals_of_a_classification_equal_a_plain_loop() -> None:
         assert intervals[name] == pytest.approx(np.quantile(values, (0.025, 0.975)), abs=0.02)
     assert intervals.keys() == {"top1", "top5", "mean_per_class"}
     for name, (low, high) in intervals.items():
-        assert low <= said.figures()[name] <= high
+        assert low <= said.metrics()[name] <= high
 
 
-def test_intervals_of_retrieval_hold_the_figures() -> None:
+def test_intervals_of_retrieval_contain_the_metrics() -> None:
     features, texts = torch.randn(2, 40, 4)
     result = retrieve(
         features, texts, torch.arange(40), captions=["x"] * 40, indices=torch.arange(40)
     )
     intervals = result.intervals()
-    assert intervals.keys() == result.figures().keys()
-    for name, value in result.figures().items():
+    assert intervals.keys() == result.metrics().keys()
+    for name, value in result.metrics().items():
         assert intervals[name][0] <= value <= intervals[name][1]
