@@ -64,7 +64,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Make an index of pictures; the same command goes on where an earlier one was killed."""
-    from leanclip.inference.model import load
+    from leanclip.inference.load import load
     from leanclip.search import Index
 
     source = find_model(model)
@@ -220,7 +220,7 @@ def _draw(index: "Index", hits: "list[Hit]", path: Path) -> None:
 
 def _open(path: Path, model: str | None, arch: str | None, device: str) -> "Index":
     from leanclip.errors import ConfigError
-    from leanclip.inference.model import load
+    from leanclip.inference.load import load
     from leanclip.search import Index
 
     opened = Index.open(path)

@@ -19,7 +19,8 @@ from PIL import Image
 
 from leanclip.errors import ConfigError, DataError
 from leanclip.inference.inputs import ImageInput
-from leanclip.inference.model import InferenceModel, load
+from leanclip.inference.load import load
+from leanclip.inference.model import InferenceModel
 from leanclip.io.files import try_lock
 from leanclip.search.filters import Range, conditions
 from leanclip.search.identity import check_model, identity
