@@ -23,7 +23,7 @@ from leanclip.data.loader import evaluation_batches
 from leanclip.evaluation import evaluate, evaluation_config, open_tasks
 from leanclip.evaluation.multi_model import evaluate_each
 from leanclip.inference.export import export
-from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, evaluation_pixels
+from leanclip.preprocess.images import evaluation_pixels
 from leanclip.training.plan import make_plan, model_preprocess
 from leanclip.weights import Weights, read_weights, write_weights
 from leanclip.weights.processor import read_processor
@@ -435,13 +435,6 @@ def test_formats_without_a_place_for_it_say_so(
     write_weights(weights, tmp_path / "w.pt", "openai")
     assert "do not hold how images are prepared" in caplog.text
     assert "squash" in caplog.text
-
-
-def test_an_older_index_is_still_of_the_same_preprocessing() -> None:
-    from leanclip.search.identity import _described
-
-    assert _described(Preprocess(R)) == {"resolution": R, "mean": CLIP_MEAN, "std": CLIP_STD}
-    assert _described(Preprocess(R, resize="squash"))["resize"] == "squash"
 
 
 def test_models_that_see_other_pixels_are_measured_each_on_its_own(
