@@ -12,9 +12,10 @@ a product in float64. Engines take turns in one process, with a thread per core:
 - faiss, float32: a flat index in memory, with BLAS for batches; a bitmap selects rows.
 - usearch: exact search in the memory-mapped array. It has no filter: selected rows are copied out.
 
-`update` replaces 1,000 random rows until the change is on the disk; leanclip appends the new ones, and
-filters out the old ones. Memory is that of fresh processes that do nothing but search, above their imports: all that is resident at the peak, mapped
-pages included, and what is the process's own (RssAnon) at the end.
+`update` replaces 1,000 random rows until the change is on the disk; leanclip appends the new rows
+and no longer searches the old ones. Memory is that of fresh processes that do nothing but search,
+above their imports: all that is resident at the peak, mapped pages included, and what is the
+process's own (RssAnon) at the end.
 
 Approximate search is HNSW with 32 links (64 at the bottom) over fp16, of the first `--approximate`
 vectors; leanclip searches the same exactly. Recall@10 is against the product in float64, of queries

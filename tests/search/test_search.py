@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_filters(index: Index) -> None:
     query = np.ones(16, np.float32)
     everything = {hit.path: hit for hit in index.search(query, k=100)}
 
-    def found(**settings: object) -> set[str]:
+    def found(**settings: Any) -> set[str]:
         hits = index.search(query, k=100, **settings)
         assert all(hit == everything[hit.path] for hit in hits)
         return {hit.path for hit in hits}
