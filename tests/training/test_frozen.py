@@ -1,6 +1,7 @@
 """Locked towers run once: the same losses, from features in the run's folder."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,13 @@ from leanclip.data import open_dataset
 from leanclip.io.files import read_metrics
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
-from leanclip.training import feature_cache as frozen
-from leanclip.training.feature_cache import build_feature_cache
+from leanclip.training import feature_cache
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
-    monkeypatch.setattr(frozen, "BLOCK", 5)
+    monkeypatch.setattr(feature_cache, "BLOCK", 5)
+    monkeypatch.setattr(feature_cache, "BLOCKS_PER_SHARD", 1)
     (workplace / "data" / "003.png").write_bytes(b"no image")
     torch.manual_seed(1)
     torch.save(CLIP(**TINY).state_dict(), workplace / "start.pt")
@@ -48,7 +49,7 @@ def test_the_losses_are_those_without_the_features(
         done = command("train", "-c", config, "--load", "start.pt", "--output-dir", run, *words)
         assert done.returncode == 0, done.stderr
     assert losses(Path("with")) == pytest.approx(losses(Path("without")), rel=1e-5)
-    assert (Path("with") / "features" / tower / "rows.f32").is_file()
+    assert (Path("with") / "features" / tower / "00002.npy").is_file()
     assert not (Path("without") / "features").exists()
     skipped = [(Path(run) / "skipped.jsonl").read_text() for run in ("with", "without")]
     assert skipped[0] == skipped[1]
@@ -91,7 +92,10 @@ def test_class_data_has_every_prompt(workplace: Path, command: Command) -> None:
     for run, is_used in (("with", "true"), ("without", "false")):
         words = ("--output-dir", run, "-o", f"finetune.cache_features={is_used}")
         assert command("train", "-c", config, "--load", "start.pt", *words).returncode == 0
-    assert Path("with/features/text/digests.u64").stat().st_size == 9 * 8
+    digests = [
+        json.loads(path.read_text()) for path in Path("with/features/text").glob("*.ids.json")
+    ]
+    assert sum(map(len, digests)) == 9
     assert losses(Path("with")) == pytest.approx(losses(Path("without")), rel=1e-5)
 
 
@@ -103,7 +107,10 @@ def features_of(world_size: int, tower: str, folder: Path) -> dict[str, str]:
 
     def work(rank: int) -> int:
         torch.manual_seed(1)
-        return build_feature_cache(CLIP(**TINY), config, dataset, preprocess, folder).is_used
+        cache = feature_cache.build_feature_cache(
+            CLIP(**TINY), [tower], dataset, config.data, preprocess, folder, "fp32"
+        )
+        return cache.is_used
 
     assert all(ranks_of(world_size, work, folder.parent))
     paths = sorted((folder / tower).iterdir())
@@ -118,10 +125,11 @@ def test_ranks_and_interruptions_leave_the_same_bytes(workplace: Path, tower: st
     whole = features_of(1, tower, workplace / "one")
     assert features_of(2, tower, workplace / "two") == whole
     folder = workplace / "two" / tower
-    lines = (folder / "blocks.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 5
-    (folder / "blocks.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
+    assert len(list(folder.glob("*.npy"))) == 5
+    for shard in (1, 3):
+        (folder / f"{shard:05d}.npy").unlink()
+    (folder / "00001.ids.json").write_text("[1, ")  # cut short
     assert features_of(1, tower, workplace / "two") == whole
     settings(workplace, tower, data=data | {"augment": True})
     if tower == "text":  # written anew for other settings
-        assert features_of(1, tower, workplace / "two")["about.json"] != whole["about.json"]
+        assert features_of(1, tower, workplace / "two")["_index.json"] != whole["_index.json"]

@@ -262,7 +262,7 @@ def test_features_of_a_locked_tower_are_the_first_ranks(workplace: Path) -> None
     (alone,) = fork_ranks(1, *locked, "-o", "seed=4", "--output-dir", "b", folder=workplace)
     assert alone.code() == 0
     shutil.rmtree("b/checkpoints")
-    (workplace / "b/features/text/about.json").write_text("{}")  # of other weights, say
+    (workplace / "b/features/text/_index.json").write_text("{}")  # of other weights, say
     own = [("--output-dir", name) for name in "ab"]
     more = ("-o", "train.batch_size=2")
     ranks = fork_ranks(2, *locked, *more, folder=workplace, own=own)

@@ -1,28 +1,28 @@
-"""Locked towers run once: their features are kept in the run's folder, mapped into memory.
+"""Locked towers run once: their features are cached in the run's folder.
 
-    samples in order -> blocks -> locked tower -> features/image/ -> `FeatureCache.replace`
+    samples in order -> shards of blocks -> locked tower -> FeatureStore -> `FeatureCache.replace`
 
-A block is computed by one rank, whole, so the values are the same for any number of ranks. What
-is finished of an interrupted computation stays. Captions are found again by a digest of 64 bits
-of their tokens: among ten million different ones two have the same in one run of 400,000.
+A shard is computed by one rank, block by block, so that the values do not depend on the number of
+ranks. An interrupted computation continues with the shards that are missing. Captions are found
+by a digest of 64 bits of their tokens: the chance that two of ten million different ones have the
+same digest is 1 in 400,000.
 
-Shapes: n rows of a block, N all rows, L tokens, E embedding.
+Shapes: n rows of a block, N all rows, B batch, L tokens, E embedding.
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from leanclip.config.data import DataConfig
 from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
+from leanclip.config.training import Precision
 from leanclip.data import Dataset
 from leanclip.data.dataset import fill
 from leanclip.data.formats.mixture import Mixture
@@ -30,8 +30,8 @@ from leanclip.data.loader import Batch, batches_at, trim
 from leanclip.data.skipped import Bad
 from leanclip.distributed.collectives import all_gather_object, barrier, rank_and_world_size
 from leanclip.errors import ConfigError
+from leanclip.evaluation.feature_store import FeatureStore, read_index
 from leanclip.evaluation.features import encode_images
-from leanclip.io.files import split_lines, write_text
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
@@ -39,44 +39,67 @@ from leanclip.preprocess.tokenizer import tokenize
 from leanclip.training.finetune import group_of
 from leanclip.training.step import AUTOCAST
 
-BLOCK = 256  # samples, or captions, that a rank takes at once
-ROWS, DIGESTS, BLOCKS = "rows.f32", "digests.u64", "blocks.jsonl"
+BLOCK = 256  # samples, or captions, that are encoded at once
+BLOCKS_PER_SHARD = 64
 Block = range | list[str]  # samples by index, or captions
 
 
-class FeatureCache(NamedTuple):
+class CachedTower:
+    """The features of one tower by a 64-bit key: a sample's index or the digest of a caption."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        shards = [store.read(shard) for shard in range(store.shards)]
+        self._shards = [np.asarray(features) for _, features in shards]  # still memory-mapped
+        keys = np.concatenate([np.array(ids, np.uint64) for ids, _ in shards])
+        order = keys.argsort(kind="stable")
+        self._keys = keys[order]  # (N,)
+        ends = np.cumsum([len(ids) for ids, _ in shards])
+        self._shard_of = np.searchsorted(ends, order, side="right")  # (N,)
+        self._row_of = order - np.append(0, ends)[self._shard_of]  # (N,) in its shard
+
+    def get(self, keys: np.ndarray) -> torch.Tensor | None:
+        """Features (B, E) of keys (B,) uint64; None where one of them is missing."""
+        places = np.searchsorted(self._keys, keys)
+        if (places == len(self._keys)).any() or (self._keys[places] != keys).any():
+            return None
+        shards, rows = self._shard_of[places], self._row_of[places]
+        found = np.empty((len(keys), self._shards[0].shape[1]), np.float32)
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self._shards[shard][rows[here]]
+        return torch.from_numpy(found)
+
+
+@dataclass(frozen=True)
+class FeatureCache:
     """The features of locked towers; without any, batches stay as they are."""
 
-    image: np.ndarray | None = None  # (N, E), by the samples' index
-    text: np.ndarray | None = None  # (N, E)
-    digests: np.ndarray = np.empty(0, np.uint64)  # (N,) of captions, sorted
-    rows: np.ndarray = np.empty(0, np.int64)  # (N,) a digest's row in `text`
+    image: CachedTower | None = None
+    text: CachedTower | None = None
     undecoded: Mapping[int, Bad] | None = None  # as `training_batches` takes it
 
     @property
     def is_used(self) -> bool:
-        """Whether there are any."""
+        """Whether a tower is cached."""
         return self.image is not None or self.text is not None
 
     def replace(self, batch: Batch) -> Batch:
         """Features in place of the images or the tokens of a batch.
 
-        A batch with a caption that could not be read before stays: the tower runs for it.
+        A batch with a caption that was unreadable when the cache was computed keeps its tokens.
         """
-        if self.image is not None:
-            images = torch.from_numpy(self.image[batch.indices.numpy()])
+        if self.image is not None and len(batch):
+            images = self.image.get(batch.indices.numpy().astype(np.uint64))
+            assert images is not None
             batch = replace(batch, images=images)
         if self.text is not None and len(batch):
-            wanted = _digests(batch.tokens)
-            places = np.searchsorted(self.digests, wanted).clip(max=len(self.digests) - 1)
-            if (self.digests[places] == wanted).all():
-                rows = self.text[self.rows[places]]
-                batch = replace(batch, tokens=torch.from_numpy(rows))
+            texts = self.text.get(_digests(batch.tokens))
+            batch = batch if texts is None else replace(batch, tokens=texts)
         return batch
 
 
 def cached_towers(config: Config, dataset: Dataset) -> list[str]:
-    """The towers that see the same each time and stay the same: of "image" and "text"."""
+    """The locked towers, of "image" and "text", whose input is the same in every epoch."""
     finetune, model = config.finetune, config.model
     if not finetune.cache_features or dataset.is_stream:
         return []
@@ -91,131 +114,111 @@ def cached_towers(config: Config, dataset: Dataset) -> list[str]:
 
 
 def build_feature_cache(
-    model: CLIP, config: Config, dataset: Dataset, preprocess: Preprocess, folder: Path
+    model: CLIP,
+    towers: Sequence[str],
+    dataset: Dataset,
+    data: DataConfig,
+    preprocess: Preprocess,
+    folder: Path,
+    precision: Precision,
 ) -> FeatureCache:
-    """The features of locked towers, from `folder` or computed into it; every rank calls this.
+    """The features of `towers`, from `folder` or computed into it; every rank calls this.
 
     Raises:
-        ConfigError: another rank does not see what the first one wrote into the folder.
+        ConfigError: the ranks do not share the folder.
     """
-    frozen = FeatureCache()
-    for tower in cached_towers(config, dataset):
-        path, is_first = folder / tower, rank_and_world_size()[0] == 0
-        store = (
-            _Store(path, _about(model, config, dataset, preprocess, tower)) if is_first else None
-        )
+    cache = FeatureCache()
+    dtype = AUTOCAST.get(precision)
+    for tower in towers:
         blocks = _sample_blocks(0, dataset.distinct) if tower == "image" else _text_blocks(dataset)
-        _compute(model, config, dataset, preprocess, tower, blocks, store)
-        barrier()
-        _check_shared(path)
-        rows = _mapped(path / ROWS, np.float32).reshape(-1, config.model.embed_dim)
+        shards = [blocks[n : n + BLOCKS_PER_SHARD] for n in range(0, len(blocks), BLOCKS_PER_SHARD)]
+        store = FeatureStore(folder / tower, len(shards))
+        if rank_and_world_size()[0] == 0:
+            index = _index(model, tower, dataset, data, preprocess, precision)
+            store.begin(index, overwrite=True)
+        _check_shared(store)
+        with (
+            torch.inference_mode(),
+            torch.autocast(model.logit_scale.device.type, dtype, enabled=dtype is not None),
+        ):
+            _compute(model, tower, dataset, data, preprocess, store, shards)
+        _check_shared(store)
+        found = CachedTower(store)
         if tower == "image":
-            frozen = frozen._replace(image=rows, undecoded=_bad(path))
+            skipped = [store.skipped(shard) for shard in range(store.shards)]
+            undecoded = {int(i): Bad(*bad) for part in skipped for i, bad in part.items()}
+            cache = replace(cache, image=found, undecoded=undecoded)
         else:
-            digests = _mapped(path / DIGESTS, np.uint64)
-            order = digests.argsort(kind="stable")
-            frozen = frozen._replace(text=rows, digests=digests[order], rows=order)
-    return frozen
+            cache = replace(cache, text=found)
+    return cache
 
 
-def _check_shared(folder: Path) -> None:
-    """See that all ranks have the first one's features; an error is raised on all of them."""
-    rows, about = folder / ROWS, folder / "about.json"
-    is_there = rows.is_file() and about.is_file()
-    seen = all_gather_object((rows.stat().st_size, about.read_text()) if is_there else ())
+def _check_shared(store: FeatureStore) -> None:
+    """Raise on all ranks where one does not see the shards of the first one."""
+    barrier()
+    seen = all_gather_object((read_index(store.folder), store.missing()))
     for rank, one in enumerate(seen):
         if one != seen[0]:
             raise ConfigError(
-                f"{folder}: rank {rank} does not see what rank 0 wrote there; put output_dir where "
-                f"all ranks see it, or set finetune.cache_features to false"
+                f"{store.folder}: rank {rank} does not see what rank 0 wrote; use an output_dir "
+                f"that all ranks share, or set finetune.cache_features to false"
             )
 
 
 def _compute(
     model: CLIP,
-    config: Config,
-    dataset: Dataset,
-    preprocess: Preprocess,
     tower: str,
-    blocks: Sequence[Block],
-    store: "_Store | None",
+    dataset: Dataset,
+    data: DataConfig,
+    preprocess: Preprocess,
+    store: FeatureStore,
+    shards: Sequence[Sequence[Block]],
 ) -> None:
-    """Add what the store lacks, a block of each rank at a time."""
+    """Write this rank's part of the missing shards."""
     rank, world_size = rank_and_world_size()
-    done = all_gather_object(store.blocks if store else 0)[0]
-    if done == len(blocks):
-        return
-    mine = blocks[done:][rank::world_size]
+    missing = store.missing()
+    barrier()  # every rank has listed them before one writes
+    mine = missing[rank::world_size]
     batches = batches_at(
         dataset,
-        config.data,
-        [block for block in mine if isinstance(block, range)],
+        data,
+        [block for shard in mine for block in shards[shard] if isinstance(block, range)],
         preprocess=preprocess,
         context_length=model.context_length,
         undecoded=None if tower == "image" else {},
     )
-    encode = _encode_images if tower == "image" else _encode_texts
-    with ProgressBar(
-        f"features of the locked {tower} tower", len(blocks), completed=done, is_silent=rank > 0
-    ) as bar:
-        for number in range(-(-(len(blocks) - done) // world_size)):
-            part = None
-            if number < len(mine):
-                part = encode(model, config, preprocess, mine[number], batches)
-            for computed in all_gather_object(part):  # in the order of blocks
-                if store is not None and computed is not None:
-                    store.add(computed)
-                done += 1
-            bar.update(done)
+    total = sum(map(len, shards))
+    done = total - sum(len(shards[shard]) for shard in missing)
+    label = f"features of the locked {tower} tower"
+    with ProgressBar(label, total, completed=done, is_silent=rank > 0) as bar:
+        for shard in mine:
+            keys, rows, skipped = [], [np.empty((0, model.config.embed_dim), np.float32)], {}
+            for block in shards[shard]:
+                if tower == "image":
+                    batch = next(batches)
+                    keys += batch.indices.tolist()
+                    rows.append(encode_images(model, batch.images, preprocess).numpy())
+                    unreadable = sorted(set(block) - set(batch.indices.tolist()))
+                    skipped |= zip(map(str, unreadable), batch.bad, strict=True)
+                else:
+                    for tokens in _tokens(model, block, batches):
+                        keys += _digests(tokens).tolist()
+                        features = model.encode_text(tokens.to(model.logit_scale.device))
+                        rows.append(F.normalize(features.float(), dim=-1).cpu().numpy())
+                done += world_size
+                bar.update(min(done, total))
+            store.write(shard, keys, np.concatenate(rows), skipped)
 
 
-class _Computed(NamedTuple):
-    """The features of a block."""
-
-    rows: np.ndarray  # (n, E) float32
-    digests: np.ndarray  # (n,) uint64 of captions; (0,) of images
-    bad: dict[int, Bad]  # samples that cannot be used, by index
-
-
-@torch.inference_mode()
-def _encode_images(
-    model: CLIP, config: Config, preprocess: Preprocess, block: Block, batches: Iterator[Batch]
-) -> _Computed:
-    """Unit features of every image of a block, zeros for those that cannot be read."""
-    assert isinstance(block, range)
-    batch = next(batches)
-    rows = torch.zeros(len(block), config.model.embed_dim)
-    if len(batch):
-        with _as_in_training(model, config):
-            rows[batch.indices - block.start] = encode_images(model, batch.images, preprocess)
-    lost = sorted(set(block) - set(batch.indices.tolist()))
-    bad = dict(zip(lost, batch.bad, strict=True))
-    return _Computed(rows.numpy(), np.empty(0, np.uint64), bad)
-
-
-@torch.inference_mode()
-def _encode_texts(
-    model: CLIP, config: Config, preprocess: Preprocess, block: Block, batches: Iterator[Batch]
-) -> _Computed:
-    """Unit features of every caption of a block; those of samples that cannot be read lack."""
+def _tokens(model: CLIP, block: Block, batches: Iterator[Batch]) -> Iterator[torch.Tensor]:
+    """The distinct captions of a block as tokens, (n, L) at a time."""
     if isinstance(block, range):
-        said = [caption for captions in next(batches).captions for caption in captions]
+        captions = [caption for captions in next(batches).captions for caption in captions]
     else:
-        said = block
-    texts = [text for text in dict.fromkeys(said) if text.strip()]
-    rows, digests = [np.empty((0, config.model.embed_dim), np.float32)], []
+        captions = block
+    texts = [text for text in dict.fromkeys(captions) if text.strip()]
     for first in range(0, len(texts), BLOCK):
-        tokens = trim(tokenize(texts[first : first + BLOCK], model.context_length, truncate=True))
-        with _as_in_training(model, config):
-            features = model.encode_text(tokens.to(model.logit_scale.device))
-        rows.append(F.normalize(features.float(), dim=-1).cpu().numpy())
-        digests += _digests(tokens).tolist()
-    return _Computed(np.concatenate(rows), np.array(digests, np.uint64), {})
-
-
-def _as_in_training(model: CLIP, config: Config) -> torch.autocast:
-    dtype = AUTOCAST.get(config.train.precision)
-    return torch.autocast(model.logit_scale.device.type, dtype, enabled=dtype is not None)
+        yield trim(tokenize(texts[first : first + BLOCK], model.context_length, truncate=True))
 
 
 def _sample_blocks(start: int, stop: int) -> list[Block]:
@@ -223,7 +226,7 @@ def _sample_blocks(start: int, stop: int) -> list[Block]:
 
 
 def _text_blocks(dataset: Dataset) -> list[Block]:
-    """Samples of which the captions are to be read, and the prompts of class data."""
+    """Samples whose captions are to be read, and the prompts of class data."""
     blocks: list[Block] = []
     sources = dataset.sources if isinstance(dataset, Mixture) else [dataset]
     start = 0
@@ -238,7 +241,7 @@ def _text_blocks(dataset: Dataset) -> list[Block]:
 
 
 def _digests(tokens: torch.Tensor) -> np.ndarray:
-    """(n, L) -> (n,) uint64: of the tokens up to the end token, whatever is behind it."""
+    """(n, L) -> (n,) uint64: of the tokens up to the end token, whatever follows it."""
     ends = tokens.argmax(dim=1).tolist()  # the end token has the highest id
     found = [
         blake2b(row[: end + 1].tobytes(), digest_size=8).digest()
@@ -247,78 +250,29 @@ def _digests(tokens: torch.Tensor) -> np.ndarray:
     return np.frombuffer(b"".join(found), np.uint64)
 
 
-def _about(
-    model: CLIP, config: Config, dataset: Dataset, preprocess: Preprocess, tower: str
+def _index(
+    model: CLIP,
+    tower: str,
+    dataset: Dataset,
+    data: DataConfig,
+    preprocess: Preprocess,
+    precision: Precision,
 ) -> dict[str, object]:
-    """What the features follow from."""
+    """Everything that the features of a tower follow from."""
     weights = sha256()
     for name, tensor in model.state_dict().items():
-        group = group_of(name, config.model)
+        group = group_of(name, model.config)
         if group is not None and group.tower == tower:
             weights.update(name.encode())
             weights.update(tensor.detach().cpu().contiguous().numpy().data)
     free = ("workers", "max_bad_fraction", "cache_gigabytes", "shuffle_buffer", "epoch_size")
-    data = {name: value for name, value in to_plain(config.data).items() if name not in free}
     return {
         "weights": weights.hexdigest(),
-        "model": to_plain(config.model),
-        "data": data,
+        "model": to_plain(model.config),
+        "data": {name: value for name, value in to_plain(data).items() if name not in free},
         "preprocess": asdict(preprocess),
         "samples": dataset.distinct,
-        "precision": config.train.precision,
+        "precision": precision,
         "block": BLOCK,
+        "blocks_per_shard": BLOCKS_PER_SHARD,
     }
-
-
-class _Store:
-    """Rows in files of a folder, added a block at a time; a block counts with its line of JSON.
-
-    What there is of the same `about` stays, anything else is written over.
-    """
-
-    def __init__(self, folder: Path, about: dict[str, object]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        described, text = folder / "about.json", json.dumps(about, sort_keys=True) + "\n"
-        is_same = described.is_file() and described.read_text() == text
-        lines = _lines(folder) if is_same else []
-        sizes = lines[-1]["sizes"] if lines else {ROWS: 0, DIGESTS: 0}
-        self.blocks, self._files = len(lines), {}
-        for name, size in sizes.items():
-            self._files[name] = file = (folder / name).open("ab")
-            file.truncate(size)  # what was written without its line
-        whole = "".join(json.dumps(line) + "\n" for line in lines)
-        write_text(folder / BLOCKS, whole)  # without a half line
-        write_text(described, text)
-        self._lines = (folder / BLOCKS).open("a")
-
-    def add(self, computed: _Computed) -> None:
-        """Write a block, then that it is there."""
-        for name, array in ((ROWS, computed.rows), (DIGESTS, computed.digests)):
-            self._files[name].write(array.tobytes())
-            self._files[name].flush()
-            os.fsync(self._files[name].fileno())
-        sizes = {name: file.tell() for name, file in self._files.items()}
-        self._lines.write(json.dumps({"sizes": sizes, "bad": computed.bad}) + "\n")
-        self._lines.flush()
-        self.blocks += 1
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the blocks that are there whole."""
-    path, found = folder / BLOCKS, []
-    for line in split_lines(path.read_text()) if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # cut short by a crash
-            break
-    return found
-
-
-def _bad(folder: Path) -> dict[int, Bad]:
-    """The samples that cannot be used, by index."""
-    return {int(i): Bad(*one) for line in _lines(folder) for i, one in line["bad"].items()}
-
-
-def _mapped(path: Path, dtype: type) -> np.ndarray:
-    """An array that is mapped into memory; an empty file cannot be."""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)

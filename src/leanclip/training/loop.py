@@ -145,7 +145,13 @@ def _run(plan: Plan, chosen: Chosen | None, write_report: WriteReport[T]) -> T |
                 if metrics is not None:
                     metrics.write(0, by_evaluation(done.before))
             frozen = build_feature_cache(
-                model, config, plan.dataset, plan.preprocess, plan.folder / "features"
+                model,
+                plan.cached_towers,
+                plan.dataset,
+                config.data,
+                plan.preprocess,
+                plan.folder / "features",
+                config.train.precision,
             )
             report, done = _fit(plan, model, towers, optimizer, tuning, done, metrics, frozen)
     finally:

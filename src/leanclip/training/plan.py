@@ -47,6 +47,7 @@ class Plan:
     tasks: list[Task]
     retention: Task | None
     preprocess: Preprocess
+    cached_towers: list[str]  # that run once, of "image" and "text"
     loss: Kind
     ranks: int
     batch_size: int  # pairs per step over all ranks
@@ -106,6 +107,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         tasks=tasks,
         retention=retention,
         preprocess=model_preprocess(config),
+        cached_towers=cached_towers(config, dataset),
         loss=_loss(config, dataset),
         ranks=world_size,
         batch_size=batch_size,
@@ -217,7 +219,7 @@ def headline(plan: Plan) -> str:
     )
     frozen = "".join(
         f"\nlocked: the {tower} tower runs once, its features are kept in {plan.folder}/features"
-        for tower in cached_towers(config, plan.dataset)
+        for tower in plan.cached_towers
     )
     return "\n".join(
         (
