@@ -25,7 +25,8 @@ from leanclip.data.readers.image_files import list_images, no_images
 from leanclip.data.readers.tar_index import Remarks, shard_index
 from leanclip.data.splits import splits_in
 from leanclip.errors import ConfigError, DataError, SampleError, escaped
-from leanclip.inference.embeddings import index_file, read_index, shards_of
+from leanclip.evaluation.feature_store import read_index
+from leanclip.inference.embeddings import embeddings_index, shards_of
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.preprocess.decoding import open_regular, refusing
 from leanclip.preprocess.images import Preprocess, evaluation_pixels
@@ -56,7 +57,7 @@ class Source:
             raise DataError(f"{given}: no such folder")
         if path.is_file() and path.suffix != ".tar":
             raise DataError(f"{given}: not a folder of images or a .tar")
-        if index_file(path).is_file():
+        if "ids" in read_index(path):
             return cls(str(path), absolute(root or "."))
         if root is not None:
             raise ConfigError(f"{given}: --root is for embeddings, and this folder has none")
@@ -64,7 +65,7 @@ class Source:
 
     def weights(self) -> str | None:
         """The fingerprint of the weights that computed its features; None: it has no features."""
-        return read_index(Path(self.path)).weights if self.root is not None else None
+        return embeddings_index(Path(self.path))["weights"] if self.root is not None else None
 
     def entries(self) -> tuple[int, Iterator[tuple[Entry, np.ndarray | None]]]:
         """The number of images, and each of them, with its features (E,) if there are some.
@@ -78,7 +79,7 @@ class Source:
                 f"{path}: the source is gone; restore it, or build another index without it"
             )
         if self.root is not None:
-            return read_index(path).images, _embedded(path, Path(self.root))
+            return embeddings_index(path)["images"], _embedded(path, Path(self.root))
         is_file = path.is_file()
         images, tars = ([], [path]) if is_file else (list_images(path), sorted(path.glob("*.tar")))
         if not images and not tars:
