@@ -79,7 +79,7 @@ def test_what_an_image_is_given_as_does_not_matter(
     image = photograph("coffee")
     array = np.asarray(image)
     with np.errstate(all="raise"):
-        given = [path, str(path), path.read_bytes(), bytearray(path.read_bytes()), image]
+        given = [path, str(path), path.read_bytes(), image]
         given += [array, array.astype(np.float64) / 255]
     first, *others = (clip.embed_images(one) for one in given)
     assert first.shape == (1, 16)
@@ -270,8 +270,8 @@ def test_rank_both_ways(clip: leanclip.InferenceModel, folder: Path) -> None:
     paths = sorted(folder.glob("*.png"))
     similarity = clip.similarity(paths, TEXTS)
     images = clip.rank(paths, TEXTS[2])
-    assert [one.place for one in images] == list(np.argsort(-similarity[2]))
-    assert [one.item for one in images] == [paths[one.place] for one in images]
+    assert [one.index for one in images] == list(np.argsort(-similarity[2]))
+    assert [one.item for one in images] == [paths[one.index] for one in images]
     assert images[0].similarity == pytest.approx(similarity[2].max(), abs=1e-6)
     assert clip.rank(folder, TEXTS[2], top=3) == images[:3]
     texts = clip.rank(paths[5], TEXTS)
@@ -312,7 +312,7 @@ def test_a_url_is_fetched_up_to_a_size(
         (["chelsea.png", None], "image 1: found None"),
         (5, "images: found an int"),
         (None, "images: found None"),
-        (torch.zeros(1, 3, 32, 32), "images: found a Tensor; .* go to encode_image"),
+        (torch.zeros(1, 3, 32, 32), "images: found a Tensor; .* use encode_image"),
         (np.zeros((3, 32, 32), np.uint8), r"image 0: an array of shape \(3, 32, 32\)"),
         (np.full((8, 8, 3), 200.0), r"image 0: an array of float64 outside \[0, 1\]"),
         (np.zeros((8, 8, 3), np.int64), "image 0: an array of int64"),
@@ -336,7 +336,7 @@ def test_what_is_no_image_is_named(
         (["cat", " "], "label 1 is empty"),
         (["cat", "cat "], "found 1; give two or more"),
         (["cat", 3], "label 1 is of type int; give strings"),
-        ("cat, dog", "labels: cat, dog: no such file; give a list of words, or a file"),
+        ("cat, dog", "labels: cat, dog: no such file; give a list, or a file"),
         (["cat", "word " * 50], "a caption of 57 tokens is over the context of 24"),
     ],
 )
@@ -353,9 +353,7 @@ def test_a_label_of_two_classes_is_both(
     found = clip.classify(folder / "page.png", ["crane", "dog", "crane "])
     assert [guess.label for guess in found].count("crane") == 2
     assert sum(guess.probability for guess in found) == pytest.approx(1)
-    assert caplog.messages == [
-        "labels: 'crane' is given 2 times, and its probability is divided among them"
-    ]
+    assert caplog.messages == ["labels: 'crane' occurs 2 times; its probability is split"]
 
 
 def test_other_mistakes_have_their_words(
@@ -366,8 +364,6 @@ def test_other_mistakes_have_their_words(
     assert clip.embed_texts(["word " * 50], truncate=True).shape == (1, 16)
     with pytest.raises(DataError, match="text 1 is of type PosixPath"):
         clip.embed_texts(["a", tmp_path])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(DataError, match="texts: found 5"):
-        clip.embed_texts(5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match=r"'a photo' has no \{\} for the name"):
         clip.classify(folder / "page.png", ["a", "b"], "a photo")
     with pytest.raises(ConfigError, match="batch_size: should be 1 or more"):
