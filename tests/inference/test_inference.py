@@ -371,7 +371,9 @@ def test_other_mistakes_have_their_words(
     (tmp_path / "model.safetensors").write_bytes((weights / "model.safetensors").read_bytes())
     with pytest.raises(WeightsError, match=r"no config\.json"):
         leanclip.load(tmp_path)
-    with pytest.raises(ConfigError, match="dtype int8: is not one of float32, bfloat16, float16"):
+    with pytest.raises(
+        ConfigError, match="dtype: should be one of float32, bfloat16, float16, found int8"
+    ):
         leanclip.load(weights, dtype="int8")
 
 

@@ -380,7 +380,7 @@ def test_training_evaluation_and_export_go_on_with_the_preprocessing(
     assert torch.equal(batch.images[0], pixels)
     assert not torch.equal(pixels, torch.from_numpy(evaluation_pixels(first, Preprocess(R))))
     facts = export(clip, tmp_path / "exported", "torch")
-    assert "resized to 36 x 40" in facts["preprocess"]["steps"]
+    assert "resize to 36 x 40" in facts["preprocess"]["steps"]
     exported = leanclip.load(tmp_path / "exported", backend="torch")
     assert exported.preprocess == loaded
     np.testing.assert_allclose(exported.embed_images(first), clip.embed_images(first), atol=1e-5)

@@ -1,6 +1,6 @@
-"""Load weights of any format as a model to use.
+"""Load a model for inference, from weights of any format or from an exported folder.
 
-read_weights(source) -> CLIP with its values -> InferenceModel(model, preprocess)
+source -> read_weights -> CLIP -> InferenceModel(model, preprocess)
 """
 
 from contextlib import nullcontext
@@ -22,12 +22,12 @@ from leanclip.weights.hub import OPENAI_FILES
 from leanclip.weights.read import Architecture
 from leanclip.weights.weights import check_shapes
 
-MAX_RESOLUTION = 8192  # pixels a side that a stranger's preprocessing may ask for
+MAX_RESOLUTION = 8192  # pixels per side, of untrusted preprocessing
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def available() -> list[str]:
-    """The published weights that `load` takes by name, and fetches once into the cache."""
+    """The published models that `load` downloads by name into the cache."""
     return list(OPENAI_FILES)
 
 
@@ -41,44 +41,44 @@ def load(
     backend: str | None = None,
     tf32: bool = False,
 ) -> InferenceModel:
-    """Load weights of any dialect, in evaluation mode, or what `leanclip export` wrote.
+    """Load weights of any format, in evaluation mode, or the output of `leanclip export`.
 
     Args:
-        source: a file, a folder, a run's folder, a published name or a hub id.
-        arch: the architecture, where the source does not say it or says it wrongly.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", or another of torch's.
-        dtype: what the towers compute in: "float32", "bfloat16" or "float16".
-        partial: keep a new model's values for missing keys; drop left-over ones.
-        backend: of an exported folder, which runs on the CPU: "onnx", or "torch", whose programs
-            are to be trusted: PyTorch runs pickles that are in them; None: onnx.
-        tf32: let a GPU round the factors of float32 products and convolutions to TF32, which is
-            faster. It is set for the whole process; false turns it off in convolutions too, where
-            PyTorch has it on by default.
+        source: a file, a folder, a training run, the name of a published model or a hub id.
+        arch: the architecture, if the source does not have it or has a wrong one.
+        device: "auto" (CUDA if available), "cpu", "cuda", or any other device of torch.
+        dtype: of the weights and of the computation: "float32", "bfloat16" or "float16".
+        partial: ignore unexpected keys, and initialise missing ones.
+        backend: of an exported folder, which runs on the CPU: "onnx" (None), or "torch" for
+            programs that you trust, because PyTorch executes pickles in them.
+        tf32: allow TF32 in float32 products and convolutions on a GPU, which is faster. It is set
+            for the whole process; false also disables it in convolutions, where PyTorch allows it
+            by default.
 
     Raises:
-        WeightsError: the weights cannot be read, do not fit, or do not say their architecture.
-        ConfigError: `arch`, `device` or `dtype` is none.
+        WeightsError: the weights cannot be read, do not fit, or have no architecture.
+        ConfigError: `arch`, `device`, `dtype` or `backend` is invalid.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise ConfigError(f"dtype {name}: is not one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype: should be one of {', '.join(DTYPES)}, found {name}")
     if is_exported(Path(source)):
         if arch is not None:
-            raise ConfigError(f"{source}: was exported with its architecture; leave arch out")
+            raise ConfigError(f"{source}: an exported folder has its architecture; leave arch out")
         model, preprocess = read_exported(Path(source), backend)
         return InferenceModel(cast(CLIP, model), preprocess)
     if backend is not None:
-        raise ConfigError(f"{source}: backend={backend!r} is for a folder that was exported")
+        raise ConfigError(f"{source}: backend={backend!r} is for exported folders")
     allow_tf32(tf32)
     weights = read_weights(source, arch=arch)
     if weights.model is None or weights.preprocess is None:
         raise WeightsError(
-            f"{weights.source}: a {weights.dialect} without its architecture (the tensors do not "
-            f"tell the activation); say it with arch= (--arch), for example arch='ViT-B-32' (exact "
+            f"{weights.source}: a {weights.dialect} without its architecture (the activation does "
+            f"not follow from the tensors); set arch= (--arch), for example arch='ViT-B-32' (exact "
             f"GELU) or arch='ViT-B-32-quickgelu' (OpenAI's)"
         )
     check_shapes(weights, weights.model)
-    # Where all values come from the file; of an architecture that was said some may be the model's.
+    # With a given architecture or `partial`, some values may not be in the file.
     with SkipInit() if arch is None and not partial else nullcontext():
         model = CLIP(**to_plain(weights.model))
     model = model.to(_device(device))
@@ -86,7 +86,7 @@ def load(
     most = max(weights.preprocess.resolution, *weights.preprocess.sides)
     if most > MAX_RESOLUTION:
         raise WeightsError(
-            f"{weights.source}: images of {most} pixels a side, at most {MAX_RESOLUTION} are made"
+            f"{weights.source}: images of {most} pixels per side; the maximum is {MAX_RESOLUTION}"
         )
     return InferenceModel(model.to(DTYPES[name]).eval(), weights.preprocess)
 
@@ -97,4 +97,4 @@ def _device(name: str | torch.device) -> torch.device:
     try:
         return torch.device(name)
     except (RuntimeError, TypeError):
-        raise ConfigError(f"device {name}: is none; give auto, cpu, cuda or cuda:1") from None
+        raise ConfigError(f"device: should be auto, cpu, cuda or cuda:1, found {name}") from None
