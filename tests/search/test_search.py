@@ -331,7 +331,7 @@ def test_another_model_is_refused(index: Index, place: Path, command: Command) -
         assert_refused(command("search", "find", "index", "x", "--model", name), words, "tiny")
         assert_refused(command("search", "update", "index", "--model", name), words)
         assert_refused(command(*BUILD[:3], "--model", name, "--out", "index"), words)
-    index.items.set_metadata("model", index.model | {"tokenizer": "of another vocabulary"})
+    index.items.set_metadata("model", index.model | {"tokeniser": "of another vocabulary"})
     with pytest.raises(ConfigError, match="different tokeniser"):
         Index.open("index", "tiny")
     without = Index.open("index")

@@ -103,18 +103,7 @@ def embed(
     count = len(source.names)
     if not count:
         raise DataError("embed: no images; give a folder, or one path per line on standard input")
-    for name, value, known in (("format", format, get_args(Format)), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise ConfigError(f"embed: unknown {name} {value}; known: {', '.join(known)}")
-    index = {
-        "images": count,
-        "ids": source.digest(),
-        "weights": fingerprint(clip.model.state_dict()),
-        "embed_dim": clip.model.config.embed_dim,
-        "shard_size": shard_size,
-        "format": format,
-        "dtype": dtype,
-    }
+    index = _index(clip, source, shard_size, format, dtype)
     store = _store(out, index)
     store.begin(index)
     lock = out / f".{rank}-of-{world_size}.lock"
@@ -130,6 +119,23 @@ def embed(
             _write_shards(clip, source, store, parts, np.dtype(dtype), batch_size, workers, tracker)
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _index(
+    clip: InferenceModel, source: Source, shard_size: int, format: str, dtype: str
+) -> dict[str, Any]:
+    for name, value, known in (("format", format, get_args(Format)), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ConfigError(f"embed: unknown {name} {value}; known: {', '.join(known)}")
+    return {
+        "images": len(source.names),
+        "ids": source.digest(),
+        "weights": fingerprint(clip.model.state_dict()),
+        "embed_dim": clip.model.config.embed_dim,
+        "shard_size": shard_size,
+        "format": format,
+        "dtype": dtype,
+    }
 
 
 def _write_shards(

@@ -33,8 +33,6 @@ from leanclip.weights import fingerprint
 
 Query = str | np.ndarray | torch.Tensor | Path | Image.Image | bytes
 
-_MODEL = {"weights": "weights", "preprocess": "preprocessing", "tokenizer": "tokeniser"}
-
 
 @dataclass(frozen=True)
 class Hit(Item):
@@ -131,7 +129,7 @@ class Index:
             ConfigError: it is not the model that built the index.
         """
         identity = _identity(clip)
-        differing = [word for name, word in _MODEL.items() if self.model[name] != identity[name]]
+        differing = [name for name in identity if self.model[name] != identity[name]]
         if differing:
             source = f" ({self.model['source']})" if self.model["source"] else ""
             raise ConfigError(
@@ -325,11 +323,11 @@ class Index:
 
 
 def _identity(clip: InferenceModel) -> dict[str, Any]:
-    """Hashes of what determines a model's features, and their width."""
+    """What determines a model's features, as hashes, and their width."""
     return {
         "weights": fingerprint(clip.model.state_dict()),
-        "preprocess": _hash(asdict(clip.preprocess)),
-        "tokenizer": _hash([merges(), clip.model.context_length]),
+        "preprocessing": _hash(asdict(clip.preprocess)),
+        "tokeniser": _hash([merges(), clip.model.context_length]),
         "embed_dim": clip.model.config.embed_dim,
     }
 

@@ -104,7 +104,7 @@ class Vectors:
 
 def _candidates(values: torch.Tensor, rows: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     """The rows, (k, Q), with the largest products in float32 among those given."""
-    weight = torch.from_numpy(queries)  # (Q, E)
+    weight = torch.tensor(queries)  # (Q, E)
     if len(queries) == 1:
         weight = weight[0]  # a product with a vector is twice as fast
     best, at = [torch.empty(0, len(queries))], [torch.empty(0, len(queries), dtype=torch.int64)]
