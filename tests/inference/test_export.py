@@ -1,6 +1,8 @@
 """Exported towers give the model's features, or are not written."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,26 @@ import leanclip
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.inference import export as exporting
 from leanclip.inference.export import export
+from leanclip.weights import fingerprint
 
 TEXTS = [*DESCRIPTIONS.values(), "a", "a longer text, with more words in it than the others have"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def towers_written_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Towers of the same model are exported once, which takes seconds, and then copied."""
+    write, done = exporting._write_towers, {}  # pyright: ignore[reportPrivateUsage]
+
+    def write_once(model: leanclip.CLIP, folder: Path, description: dict[str, Any]) -> None:
+        key = fingerprint(model.state_dict()), json.dumps(description), exporting.EXTERNAL_BYTES
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("towers")
+            write(model, done[key], description)
+        shutil.copytree(done[key], folder, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "_write_towers", write_once)
+        yield
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> float:
