@@ -52,7 +52,7 @@ FILTERS = {"all rows": 1.0, "30% of rows": 0.3, "1% of rows": 0.01}
 CORES = len(os.sched_getaffinity(0))
 
 Search = Callable[[np.ndarray, np.ndarray | None], np.ndarray]  # queries, mask -> rows (Q, K)
-Update = Callable[[np.ndarray, np.ndarray], None]  # rows, new values
+Update = Callable[[np.ndarray, np.ndarray], object]  # rows, new values
 
 
 def main(words: Sequence[str] | None = None) -> None:
