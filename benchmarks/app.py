@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from leanclip.app.worker import Worker, embed_images
-from leanclip.inference.model import load
+from leanclip.inference.load import load
 from measuring import chosen, command_line, finish, options
 from models import QUICKSTART, write_model
 

@@ -12,9 +12,10 @@ a product in float64. Engines take turns in one process, with a thread per core:
 - faiss, float32: a flat index in memory, with BLAS for batches; a bitmap selects rows.
 - usearch: exact search in the memory-mapped array. It has no filter: selected rows are copied out.
 
-`update` replaces 1,000 random rows until the change is on the disk. Memory is that of fresh
-processes that do nothing but search, above their imports: all that is resident at the peak, mapped
-pages included, and what is the process's own (RssAnon) at the end.
+`update` replaces 1,000 random rows until the change is on the disk; leanclip appends the new rows
+and no longer searches the old ones. Memory is that of fresh processes that do nothing but search,
+above their imports: all that is resident at the peak, mapped pages included, and what is the
+process's own (RssAnon) at the end.
 
 Approximate search is HNSW with 32 links (64 at the bottom) over fp16, of the first `--approximate`
 vectors; leanclip searches the same exactly. Recall@10 is against the product in float64, of queries
@@ -51,7 +52,7 @@ FILTERS = {"all rows": 1.0, "30% of rows": 0.3, "1% of rows": 0.01}
 CORES = len(os.sched_getaffinity(0))
 
 Search = Callable[[np.ndarray, np.ndarray | None], np.ndarray]  # queries, mask -> rows (Q, K)
-Update = Callable[[np.ndarray, np.ndarray], None]  # rows, new values
+Update = Callable[[np.ndarray, np.ndarray], object]  # rows, new values
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -152,14 +153,14 @@ def leanclip_engine(folder: Path, build: bool = False) -> tuple[Search, Update]:
         rows = mapped(folder)
         for first in range(0, count, PART):
             part = rows[first : first + PART]
-            copied.write(range(first, first + len(part)), part)
+            copied.append(part)
         copied.path.unlink()
 
     def search(queries: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         allowed = np.ones(count, bool) if mask is None else mask
         return np.stack([rows for rows, _ in vectors.best(queries, K, allowed)])
 
-    return search, lambda rows, values: vectors.write(rows.tolist(), values)
+    return search, lambda rows, values: vectors.append(values)
 
 
 def faiss_engine(folder: Path, build: bool = False, is_half: bool = True) -> tuple[Search, Update]:

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from leanclip.config.schema import Config, load_config
     from leanclip.errors import ConfigError, DataError, LeanclipError, WeightsError
     from leanclip.evaluation import build_classifier, recall_at_k
-    from leanclip.inference.model import InferenceModel, available, load
+    from leanclip.inference.load import available, load
+    from leanclip.inference.model import InferenceModel
     from leanclip.losses import clip_loss
     from leanclip.model import CLIP
     from leanclip.preprocess.images import Preprocess
@@ -23,7 +24,8 @@ _HOMES = {
     "errors": ("ConfigError", "DataError", "LeanclipError", "WeightsError"),
     "evaluation": ("build_classifier", "recall_at_k"),
     "preprocess.images": ("Preprocess",),
-    "inference.model": ("InferenceModel", "available", "load"),
+    "inference.load": ("available", "load"),
+    "inference.model": ("InferenceModel",),
     "losses": ("clip_loss",),
     "model": ("CLIP",),
     "preprocess.tokenizer": ("decode", "encode", "tokenize"),

@@ -222,7 +222,7 @@ def test_the_index_of_another_model_ends_it_with_a_line(place: Path, tmp_path: P
     other = save_tiny(tmp_path / "other", vision_layers=1)
     with running(tmp_path, "--index", str(tmp_path / "index"), model=str(other)) as (process, _):
         assert process.code() == 2
-        assert "is of another model" in process.said().splitlines()[-1]
+        assert "built with another model" in process.said().splitlines()[-1]
 
 
 def test_mistakes_on_the_command_line(

@@ -133,7 +133,7 @@ def test_they_are_counted_as_skipped(command: Command, workplace: Path) -> None:
     assert kinds == ["unsupported format"] * 2, done.stderr
     done = command("classify", "data", "--labels", "a,b", "--model", "m")
     assert len(done.stdout.splitlines()) == 12
-    assert "skipped 2 images in formats that are not read: data/x.heic, data/y.nef" in done.stderr
+    assert "skipped 2 images in unsupported formats: data/x.heic, data/y.nef" in done.stderr
 
 
 def spoil_weights(folder: Path, name: str) -> Path:

@@ -142,7 +142,7 @@ def test_embedding(workplace: Path, left: Leftovers, kills: int) -> None:
     assert killed == kills
     last = Forked(*words, folder=workplace)
     assert last.code() == 0, last.said()
-    assert f"{len(kept)} of {count // 2} shards are there" in last.said()
+    assert f"{len(kept)} of {count // 2} shards are finished" in last.said()
     ids, features = read_embeddings(out)
     paths = sorted(workplace.glob("data/*.png"))
     assert ids == [path.name for path in paths]

@@ -1,6 +1,8 @@
 """Exported towers give the model's features, or are not written."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,26 @@ import leanclip
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.inference import export as exporting
 from leanclip.inference.export import export
+from leanclip.weights import fingerprint
 
 TEXTS = [*DESCRIPTIONS.values(), "a", "a longer text, with more words in it than the others have"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def towers_written_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Towers of the same model are exported once, which takes seconds, and then copied."""
+    write, done = exporting._write_towers, {}  # pyright: ignore[reportPrivateUsage]
+
+    def write_once(model: leanclip.CLIP, folder: Path, description: dict[str, Any]) -> None:
+        key = fingerprint(model.state_dict()), json.dumps(description), exporting.EXTERNAL_BYTES
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("towers")
+            write(model, done[key], description)
+        shutil.copytree(done[key], folder, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "_write_towers", write_once)
+        yield
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> float:
@@ -64,7 +84,7 @@ def test_the_folder_tells_another_runtime_all(tmp_path: Path, command: Command) 
     save_tiny(tmp_path / "tiny")
     done = command("export", "tiny", "exported", "--to", "onnx")
     assert done.returncode == 0, done.stderr
-    assert "least cosines with the model's features: image 1.000000, text 1.000000" in done.stdout
+    assert "lowest cosines with the model's features: image 1.000000, text 1.000000" in done.stdout
     folder = Path("exported")
     facts = json.loads((folder / "clip.json").read_text())
     table = {"vocab": folder / facts["tokenizer"]["vocabulary"]}
@@ -135,7 +155,7 @@ def test_int8_features_do_not_depend_on_the_batch(tmp_path: Path, changes: dict[
 def test_weights_beside_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, int8: bool
 ) -> None:
-    monkeypatch.setattr(exporting, "_LARGE", 1000)  # bytes; protobuf's bound is 2 GB
+    monkeypatch.setattr(exporting, "EXTERNAL_BYTES", 1000)  # bytes; protobuf's bound is 2 GB
     clip = leanclip.load(save_tiny(tmp_path / "tiny"), device="cpu")
     export(clip, tmp_path / "large", "onnx", int8=int8)
     suffix = ".int8.onnx" if int8 else ".onnx"
@@ -162,21 +182,23 @@ def test_what_falls_short_is_not_written(tmp_path: Path, monkeypatch: pytest.Mon
 def test_mistakes_have_their_words(tmp_path: Path, command: Command) -> None:
     save_tiny(tmp_path / "tiny")
     clip = leanclip.load("tiny", device="cpu")
-    with pytest.raises(ConfigError, match="--to tflite: no such format; known: onnx, torch"):
+    with pytest.raises(ConfigError, match="--to tflite: unknown format; known: onnx, torch"):
         export(clip, tmp_path / "x", "tflite")
-    assert_refused(command("export", "tiny", "x", "--to", "torch", "--int8"), "goes with --to onnx")
-    assert_refused(command("export", "tiny", "data", "--to", "onnx"), "data: is there already")
-    with pytest.raises(ConfigError, match="is for a folder that was exported"):
+    assert_refused(command("export", "tiny", "x", "--to", "torch", "--int8"), "needs --to onnx")
+    assert_refused(command("export", "tiny", "data", "--to", "onnx"), "data: already exists")
+    with pytest.raises(ConfigError, match="is for exported folders"):
         leanclip.load("tiny", backend="onnx")
     folder = tmp_path / "exported"
     export(clip, folder, "torch")
-    with pytest.raises(ConfigError, match="was exported to torch"):
+    with pytest.raises(ConfigError, match="exported to torch"):
         leanclip.load(folder, backend="onnx")
-    with pytest.raises(ConfigError, match=r"may run code .* if you trust it, say backend='torch'"):
+    with pytest.raises(
+        ConfigError, match=r"may execute code .* if you trust this folder, set backend='torch'"
+    ):
         leanclip.load(folder)
     (folder / "image.pt2").write_bytes(b"PK nothing")
-    with pytest.raises(WeightsError, match="no exported model"):
+    with pytest.raises(WeightsError, match="not an exported model"):
         leanclip.load(folder, backend="torch")
     (folder / "clip.json").write_text("{}")
-    with pytest.raises(WeightsError, match="no exported model"):
+    with pytest.raises(WeightsError, match="not an exported model"):
         leanclip.load(folder)

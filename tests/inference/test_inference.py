@@ -79,7 +79,7 @@ def test_what_an_image_is_given_as_does_not_matter(
     image = photograph("coffee")
     array = np.asarray(image)
     with np.errstate(all="raise"):
-        given = [path, str(path), path.read_bytes(), bytearray(path.read_bytes()), image]
+        given = [path, str(path), path.read_bytes(), image]
         given += [array, array.astype(np.float64) / 255]
     first, *others = (clip.embed_images(one) for one in given)
     assert first.shape == (1, 16)
@@ -318,7 +318,7 @@ def test_a_url_is_fetched_up_to_a_size(
         (["chelsea.png", None], "image 1: found None"),
         (5, "images: found an int"),
         (None, "images: found None"),
-        (torch.zeros(1, 3, 32, 32), "images: found a Tensor; .* go to encode_image"),
+        (torch.zeros(1, 3, 32, 32), "images: found a Tensor; .* use encode_image"),
         (np.zeros((3, 32, 32), np.uint8), r"image 0: an array of shape \(3, 32, 32\)"),
         (np.full((8, 8, 3), 200.0), r"image 0: an array of float64 outside \[0, 1\]"),
         (np.zeros((8, 8, 3), np.int64), "image 0: an array of int64"),
@@ -342,7 +342,7 @@ def test_what_is_no_image_is_named(
         (["cat", " "], "label 1 is empty"),
         (["cat", "cat "], "found 1; give two or more"),
         (["cat", 3], "label 1 is of type int; give strings"),
-        ("cat, dog", "labels: cat, dog: no such file; give a list of words, or a file"),
+        ("cat, dog", "labels: cat, dog: no such file; give a list, or a file"),
         (["cat", "word " * 50], "a caption of 57 tokens is over the context of 24"),
     ],
 )
@@ -359,9 +359,7 @@ def test_a_label_of_two_classes_is_both(
     found = clip.classify(folder / "page.png", ["crane", "dog", "crane "])
     assert [prediction.label for prediction in found].count("crane") == 2
     assert sum(prediction.probability for prediction in found) == pytest.approx(1)
-    assert caplog.messages == [
-        "labels: 'crane' is given 2 times, and its probability is divided among them"
-    ]
+    assert caplog.messages == ["labels: 'crane' occurs 2 times; its probability is split"]
 
 
 def test_other_mistakes_have_their_words(
@@ -372,8 +370,6 @@ def test_other_mistakes_have_their_words(
     assert clip.embed_texts(["word " * 50], truncate=True).shape == (1, 16)
     with pytest.raises(DataError, match="text 1 is of type PosixPath"):
         clip.embed_texts(["a", tmp_path])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(DataError, match="texts: found 5"):
-        clip.embed_texts(5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match=r"'a photo' has no \{\} for the name"):
         clip.classify(folder / "page.png", ["a", "b"], "a photo")
     with pytest.raises(ConfigError, match="batch_size: should be 1 or more"):
@@ -381,7 +377,9 @@ def test_other_mistakes_have_their_words(
     (tmp_path / "model.safetensors").write_bytes((weights / "model.safetensors").read_bytes())
     with pytest.raises(WeightsError, match=r"no config\.json"):
         leanclip.load(tmp_path)
-    with pytest.raises(ConfigError, match="dtype int8: is not one of float32, bfloat16, float16"):
+    with pytest.raises(
+        ConfigError, match="dtype: should be one of float32, bfloat16, float16, found int8"
+    ):
         leanclip.load(weights, dtype="int8")
 
 

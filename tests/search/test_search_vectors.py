@@ -18,7 +18,7 @@ def unit(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
 
 def made(folder: Path, values: np.ndarray) -> Vectors:
     vectors = Vectors(folder, values.shape[1])
-    vectors.write(range(len(values)), values)
+    assert vectors.append(values) == 0
     return vectors
 
 
@@ -97,14 +97,16 @@ def test_it_grows_while_it_is_open_and_says_where_it_is_cut(tmp_path: Path) -> N
     vectors = made(tmp_path, values[:20])
     reader = Vectors(tmp_path, 16)
     assert len(reader.best(values[:1].astype(np.float32), 99, np.ones(20, bool))[0][0]) == 20
-    vectors.write(range(20, 90), values[20:])
+    assert vectors.append(values[20:]) == 20
     rows, _ = reader.best(values[70:71].astype(np.float32), 1, np.ones(90, bool))[0]
     assert rows.tolist() == [70]
     os.truncate(tmp_path / "features.f16", 89 * 32 + 5)
-    with pytest.raises(DataError, match=r"features\.f16: was cut short"):
-        vectors.read([88, 89])
-    with pytest.raises(DataError, match=r"features\.f16: was cut short"):
+    assert Vectors(tmp_path, 16).read(np.array([88])).shape == (1, 16)
+    with pytest.raises(DataError, match=r"features\.f16: the file is truncated"):
+        Vectors(tmp_path, 16).read(np.array([88, 89]))
+    with pytest.raises(DataError, match=r"features\.f16: the file is truncated"):
         Vectors(tmp_path, 16).best(values[:1].astype(np.float32), 1, np.ones(90, bool))
+    assert Vectors(tmp_path, 16).append(values[:1]) == 89  # over the row that was cut
 
 
 def test_it_works_in_threads_and_after_a_fork(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from leanclip.app.worker import Worker
 from leanclip.errors import ConfigError, LeanclipError
 from leanclip.evaluation import Calibration
 from leanclip.inference.classifier import check_labels, read_labels
-from leanclip.inference.model import InferenceModel, load
+from leanclip.inference.load import load
+from leanclip.inference.model import InferenceModel
 from leanclip.search import Index
 
 log = logging.getLogger("leanclip")

@@ -137,7 +137,7 @@ def compare(
     from leanclip.distributed.collectives import choose_device
     from leanclip.evaluation import open_tasks
     from leanclip.evaluation.compare import compare as measure
-    from leanclip.inference.model import load
+    from leanclip.inference.load import load
     from leanclip.report.compare_page import write_comparison
     from leanclip.report.text import comparison_text
 

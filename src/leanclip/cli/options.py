@@ -98,7 +98,7 @@ def load_model(
         ConfigError: none is named, and there is none.
         WeightsError: it cannot be loaded.
     """
-    from leanclip.inference.model import load
+    from leanclip.inference.load import load
 
     return load(find_model(model), arch=arch, device=device)
 

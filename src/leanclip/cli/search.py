@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from leanclip.search import Hit, Index
-    from leanclip.search.filters import Range
 
 log = logging.getLogger("leanclip")
 app = typer.Typer(
@@ -64,7 +63,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Make an index of pictures; the same command goes on where an earlier one was killed."""
-    from leanclip.inference.model import load
+    from leanclip.inference.load import load
     from leanclip.search import Index
 
     source = find_model(model)
@@ -151,7 +150,7 @@ def find(
         _draw(opened, hits, grid)
 
 
-def size_range(text: str) -> "Range":
+def size_range(text: str) -> tuple[float | None, float | None]:
     """ "100k..2M" -> (100000, 2000000); either end may be missing.
 
     Raises:
@@ -170,7 +169,7 @@ def size_range(text: str) -> "Range":
     )
 
 
-def date_range(text: str) -> "Range":
+def date_range(text: str) -> tuple[datetime | None, datetime | None]:
     """ "2024-05..2024-06-15" -> from the first of May to the end of 15 June, local time.
 
     A year, a month or a day alone is all of it; either end may be missing.
@@ -220,7 +219,7 @@ def _draw(index: "Index", hits: "list[Hit]", path: Path) -> None:
 
 def _open(path: Path, model: str | None, arch: str | None, device: str) -> "Index":
     from leanclip.errors import ConfigError
-    from leanclip.inference.model import load
+    from leanclip.inference.load import load
     from leanclip.search import Index
 
     opened = Index.open(path)

@@ -254,7 +254,7 @@ def export(
     """Write the towers for other runtimes, checked against the model first."""
     from leanclip.inference.export import export as write
     from leanclip.inference.export import summary
-    from leanclip.inference.model import load
+    from leanclip.inference.load import load
 
     facts = write(load(source, arch=arch, device="cpu"), out, to, int8=int8)
     print(summary(out, facts))

@@ -1,1 +1,1 @@
-"""Loaded models: features, similarity, classification, embeddings, export."""
+"""Use a trained model: features, similarity, classification, embeddings, export."""

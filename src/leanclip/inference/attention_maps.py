@@ -1,12 +1,12 @@
-"""Where a model looked: maps over the places of an image, one value for each.
+"""Maps of a model's attention: one value per place of an image.
 
-    rollout         which places reach the features, through every layer of attention
-    gradient_map    which places are relevant to a text, by attention and its gradients
+    rollout         which places the features depend on, through all layers of attention
+    gradient_map    which places are relevant to a text: attention weighted by its gradients
 
-A ViT's places are its patches, a ResNet's those of its last stage.
+The places of a ViT are its patches, those of a ResNet the cells of its last stage.
 
-Shapes: B batch, R resolution, L tokens (P patches and the class token), D width, H heads,
-h = w places along a side, E embedding.
+Shapes: B batch, R resolution, L tokens (P patches and the class token), Q queries, D width,
+H heads, h = w places per side, E embedding.
 """
 
 import math
@@ -27,11 +27,11 @@ Layer = Attention | AttentionPool2d
 
 @torch.no_grad()
 def rollout(model: CLIP, pixels: torch.Tensor) -> torch.Tensor:
-    """Attention rollout (arXiv 2005.00928): (B, 3, R, R) -> (B, h, w), 1 over an image.
+    """Attention rollout (arXiv 2005.00928): (B, 3, R, R) -> (B, h, w), with a sum of 1 per image.
 
-    A layer passes on half of what a token was and half of what it attends to, its heads
-    averaged; the layers' matrices are multiplied, and read where the features are read. Of a
-    ResNet it is the attention of its pool, the only one it has.
+    The attention of each layer is averaged over its heads and with the identity, for the residual
+    connection; the matrices are multiplied, and read at the token or tokens that are pooled. A
+    ResNet has one layer of attention, its pool.
     """
     visual = model.visual
     layers = _attention_layers(visual)
@@ -39,37 +39,36 @@ def rollout(model: CLIP, pixels: torch.Tensor) -> torch.Tensor:
         visual(pixels)
     if isinstance(visual, ModifiedResNet):
         attention, _ = _attend(visual.attnpool, inputs[visual.attnpool])  # (B, H, 1, L)
-        return _as_map(attention.mean(dim=1)[:, 0, 1:])
+        return _normalized(attention.mean(dim=1)[:, 0, 1:])
     flow = torch.empty(0)
     for layer in layers:
         attention = _attend(layer, inputs[layer])[0].mean(dim=1)  # (B, L, L)
-        eye = torch.eye(attention.shape[-1], device=attention.device)
-        step = (attention + eye) / 2
+        step = (attention + torch.eye(attention.shape[-1], device=attention.device)) / 2
         flow = step @ flow if flow.numel() else step  # (B, L, L)
     read = flow[:, 0] if visual.pool == "tok" else flow[:, 1:].mean(dim=1)  # (B, L)
-    return _as_map(read[:, 1:])
+    return _normalized(read[:, 1:])
 
 
 def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Relevance of the places of images for texts (arXiv 2103.15679): (B, h, w) in [0, 1].
+    """Relevance of the places of images to texts (arXiv 2103.15679): (B, h, w) in [0, 1].
 
-    A layer's relevance is its attention times the gradient of the cosine with respect to that
-    attention, what is below zero set to zero, averaged over the heads. The layers' relevances, each
-    plus the identity, are multiplied and read where the features are read. As in the authors' code
-    for CLIP, an image's map is shifted and scaled so that its lowest value is 0 and its highest 1.
+    The relevance of a layer is its attention times the gradient of the cosine with respect to that
+    attention, clamped at 0 and averaged over the heads. The layers' relevances, each plus the
+    identity, are multiplied and read at the token or tokens that are pooled. As in the authors'
+    code for CLIP, the map of each image is shifted and scaled to a minimum of 0 and a maximum of 1.
 
     Two cases are not in the paper. With average pooling, the rows of all patches are averaged,
-    less the identity that each patch starts from. A ResNet has one layer of attention, its pool.
+    without the identity that each patch starts from. A ResNet has one layer of attention, its pool.
 
     Args:
         model: in evaluation mode.
         pixels: (B, 3, R, R), normalised.
-        text: (B, E) or (E,), the features of each image's text, or of one text for all.
+        text: text features, (B, E), or (E,) for all images.
     """
     visual = model.visual
     layers = _attention_layers(visual)
-    # Gradients with respect to attention follow from those of its products with the values, which
-    # the output projections are given; so the tower runs as it is, by fused kernels.
+    # The gradient of the attention follows from that of its products with the values, which are
+    # the inputs of the output projections; so the tower runs unchanged, with fused kernels.
     outputs = [x.c_proj if isinstance(x, AttentionPool2d) else x.out_proj for x in layers]
     recorded = _inputs_of(*outputs, with_gradient=True)
     with torch.enable_grad(), _inputs_of(*layers) as inputs, recorded as products:
@@ -77,16 +76,15 @@ def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch
         cosine = (features * F.normalize(text.to(features), dim=-1)).sum()
         gradients = torch.autograd.grad(cosine, [products[layer] for layer in outputs])
     with torch.no_grad():
-        start = relevance = torch.empty(0)  # (B, L) of the tokens where the features are read
+        start = relevance = torch.empty(0)  # (B, L), from the pooled tokens
         for layer, gradient in zip(layers[::-1], gradients[::-1], strict=True):
             step = _relevance(layer, inputs[layer], gradient)  # (B, L, L), or (B, 1, L) of a pool
             if not relevance.numel():
-                start = relevance = _read_at(visual, step)
+                start = relevance = _pooling_weights(visual, step)
             relevance = relevance + (relevance[:, None, : step.shape[1]] @ step)[:, 0]
         relevance = (relevance - start)[:, 1:]  # (B, P)
         low, high = relevance.amin(dim=1, keepdim=True), relevance.amax(dim=1, keepdim=True)
-        scaled = (relevance - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
-    return _as_map(scaled, is_share=False)
+        return _as_grid((relevance - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _attention_layers(visual: VisionTransformer | ModifiedResNet) -> list[Layer]:
@@ -95,8 +93,10 @@ def _attention_layers(visual: VisionTransformer | ModifiedResNet) -> list[Layer]
     return [module for module in visual.transformer.modules() if isinstance(module, Attention)]
 
 
-def _read_at(visual: VisionTransformer | ModifiedResNet, step: torch.Tensor) -> torch.Tensor:
-    """How much of each token the features are, (B, L), for a last layer's (B, 1 or L, L)."""
+def _pooling_weights(
+    visual: VisionTransformer | ModifiedResNet, step: torch.Tensor
+) -> torch.Tensor:
+    """The weights of the tokens in the features, (B, L), shaped as a last layer's (B, Q, L)."""
     weights = torch.zeros_like(step[:, 0])
     if isinstance(visual, VisionTransformer) and visual.pool == "avg":
         weights[:, 1:] = 1 / (weights.shape[1] - 1)
@@ -106,13 +106,13 @@ def _read_at(visual: VisionTransformer | ModifiedResNet, step: torch.Tensor) -> 
 
 
 def _relevance(layer: Layer, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The positive part of attention times its gradient, averaged over the heads: (B, Q, L).
+    """Attention times its gradient, clamped at 0 and averaged over the heads: (B, Q, L).
 
     Args:
-        layer: the layer.
+        layer: a layer of attention.
         x: its input.
-        gradient: (B, Q, D), or (B, D) of the first token's query alone, with respect to the
-            products of attention and values.
+        gradient: of the products of attention and values: (B, Q, D), or (B, D) if only the first
+            token is a query.
     """
     attention, values = _attend(layer, x)  # (B, H, Q, L), (B, H, L, D/H)
     if gradient.dim() == 2:
@@ -126,28 +126,28 @@ def _relevance(layer: Layer, x: torch.Tensor, gradient: torch.Tensor) -> torch.T
 def _inputs_of(
     *modules: nn.Module, with_gradient: bool = False
 ) -> Iterator[dict[nn.Module, torch.Tensor]]:
-    """What each module is called with, while it is."""
-    seen: dict[nn.Module, torch.Tensor] = {}
+    """Record the first input of each module in the block."""
+    inputs: dict[nn.Module, torch.Tensor] = {}
 
-    def note(module: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        x = given[0]
-        if with_gradient and not x.requires_grad:  # all before it is locked
+    def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = args[0]
+        if with_gradient and not x.requires_grad:  # the parameters before it are locked
             x = x.detach().requires_grad_()
-        seen[module] = x
-        return (x, *given[1:])
+        inputs[module] = x
+        return (x, *args[1:])
 
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    hooks = [module.register_forward_pre_hook(record) for module in modules]
     try:
-        yield seen
+        yield inputs
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def _attend(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's attention (B, H, L, L) and values (B, H, L, D/H) for its input x.
+    """The attention (B, H, Q, L) and the values (B, H, L, D/H) of a layer for its input x.
 
-    A ViT's layers are given (B, L, D), a ResNet's pool (B, C, h, w); its one query is their mean.
+    The input is (B, L, D), or (B, C, h, w) of a ResNet's pool, whose single query is the mean.
     """
     if isinstance(layer, AttentionPool2d):
         x = x.flatten(2).transpose(1, 2)  # (B, hw, C)
@@ -159,9 +159,11 @@ def _attend(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1), v
 
 
-def _as_map(values: torch.Tensor, *, is_share: bool = True) -> torch.Tensor:
-    """(B, hw) -> (B, h, w), as shares of an image where they are that."""
+def _normalized(values: torch.Tensor) -> torch.Tensor:
+    """(B, hw) -> (B, h, w) with a sum of 1 per image."""
+    return _as_grid(values / values.sum(dim=1, keepdim=True))
+
+
+def _as_grid(values: torch.Tensor) -> torch.Tensor:
     side = math.isqrt(values.shape[1])
-    if is_share:
-        values = values / values.sum(dim=1, keepdim=True)
     return values.float().view(-1, side, side)

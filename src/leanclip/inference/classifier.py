@@ -1,4 +1,4 @@
-"""Labels as a classifier, and what it says of images.
+"""Labels as a zero-shot classifier, and its predictions.
 
 Shapes: N images, C labels, E embedding.
 """
@@ -22,29 +22,29 @@ log = logging.getLogger("leanclip")
 
 @dataclass(frozen=True)
 class RankedItem:
-    """An image or a text, with its similarity to a query."""
+    """An image or a text in a ranking."""
 
-    index: int  # in the given sequence
+    index: int  # among the given ones
     item: Any  # as given: a text, a path, ...
     similarity: float  # cosine
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A unit vector for each label, to compare with images; from `InferenceModel.classifier`."""
+    """A unit vector for each label; made by `InferenceModel.classifier`."""
 
     labels: tuple[str, ...]
-    weights: torch.Tensor  # (C, E) float32, unit, on the CPU
-    logit_scale: float  # the factor on cosines before the softmax
+    weights: torch.Tensor  # (C, E) float32, on the CPU
+    logit_scale: float  # multiplies cosines before the softmax
     calibration: Calibration | None = None  # of these weights, labels and templates
 
 
 def predictions(
     classifier: Classifier, features: torch.Tensor, top: int | None = None
 ) -> list[list[Prediction]]:
-    """The labels of each image by unit features (N, E), the most probable first.
+    """The `top` labels of each image by unit features (N, E), the most probable first.
 
-    Of an image that a calibration finds to be none of the labels it is an empty list.
+    With a calibration, an image that matches none of the labels has an empty list.
     """
     similarity = features @ classifier.weights.T  # (N, C)
     logits = classifier.logit_scale * similarity
@@ -71,59 +71,51 @@ def predictions(
 
 
 def check_labels(labels: Sequence[str]) -> list[str]:
-    """Labels without white space around them; one that is given twice is warned of.
+    """Labels without surrounding white space; duplicates cause a warning.
 
     Raises:
-        DataError: fewer than two different ones, or an empty one.
+        DataError: there are fewer than two different labels, or an empty one.
     """
     names = [label.strip() for label in check_texts(labels, what="label")]
     if "" in names:
-        raise DataError(f"labels: label {names.index('')} is empty; write a word there, or drop it")
-    times = Counter(names)
-    if len(times) < 2:
+        raise DataError(f"labels: label {names.index('')} is empty; give it a name, or remove it")
+    counts = Counter(names)
+    if len(counts) < 2:
         raise DataError(
-            f"labels: found {len(times)}; give two or more to choose from, or use `similarity`, "
-            f"as one label alone always has the probability 1"
+            f"labels: found {len(counts)}; give two or more to choose from, or use `similarity`, "
+            f"because the probability of a single label is always 1"
         )
-    name, count = times.most_common(1)[0]
-    if count > 1:  # as ImageNet's own list has two
-        log.warning(
-            "labels: %r is given %d times, and its probability is divided among them", name, count
-        )
+    name, count = counts.most_common(1)[0]
+    if count > 1:  # the list of ImageNet has such duplicates
+        log.warning("labels: %r occurs %d times; its probability is split", name, count)
     return names
 
 
 def read_labels(file: str | Path) -> list[str]:
-    """A label a line.
+    """The labels in a text file, one per line.
 
     Raises:
-        DataError: there is no such file, or it does not hold such lines.
+        DataError: there is no such file, or it is not a text with one label per line.
     """
     try:
         content = Path(file).read_bytes()
     except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{error}"
         raise DataError(
-            f"labels: {str(file)[:80]}: {reason}; give a list of words, or a file with one a line"
+            f"labels: {str(file)[:80]}: {reason}; give a list, or a file with one label per line"
         ) from None
     return list(class_file_in(content, where=str(file)).names)
 
 
 def check_texts(texts: str | Sequence[str], *, what: str = "text") -> list[str]:
-    """A list of texts; one text is a list of one.
+    """A list of texts; a single text becomes a list of one.
 
     Raises:
-        DataError: something is no text.
+        DataError: an item is not a string.
     """
-    if isinstance(texts, str):
-        return [texts]
-    if not isinstance(texts, Sequence) or isinstance(texts, bytes):
-        try:
-            texts = list(texts)
-        except TypeError:
-            raise DataError(f"{what}s: found {texts!r}; give a list of strings") from None
+    texts = [texts] if isinstance(texts, str) else list(texts)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             found = type(text).__name__
             raise DataError(f"{what}s: {what} {number} is of type {found}; give strings")
-    return list(texts)
+    return texts

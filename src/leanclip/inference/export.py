@@ -1,10 +1,10 @@
-"""Write a model's towers for other runtimes, checked against it before they are there.
+"""Export the towers of a model for other runtimes, after a comparison with the model.
 
-    InferenceModel -> towers -> torch.export -> ONNX, or a .pt2 -> run beside the model -> OUT
+    InferenceModel -> towers -> torch.export -> ONNX or .pt2 -> compared with the model -> OUT
 
-    OUT/image.onnx, text.onnx     or image.pt2, text.pt2; batch and length of text are free
-    OUT/clip.json                 sizes, how images are prepared, how texts are tokenised, checks
-    OUT/vocab.json, merges.txt    the tokeniser's tables, in the field's form
+    OUT/image.onnx, text.onnx     or image.pt2, text.pt2; batch and text length are dynamic
+    OUT/clip.json                 sizes, preprocessing, tokeniser, results of the comparison
+    OUT/vocab.json, merges.txt    the tables of the tokeniser, in the usual format
 
 Shapes: B batch, L tokens, R resolution, E embedding.
 """
@@ -33,8 +33,8 @@ from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
 
-MIN_COSINE = 0.9999  # of features in float32, exported and not
-_LARGE = 1 << 30  # bytes of weights from which on they are put beside an .onnx file
+MIN_COSINE = 0.9999  # between float32 features of the exported towers and of the model
+EXTERNAL_BYTES = 1 << 30  # weights of this size are stored beside an .onnx file
 _SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 _INT8_OPERATORS = (  # in ONNX's text form; %d is the version of its operators
     """
@@ -73,59 +73,64 @@ Embedding (ids, weight, weight_scale) => (y)
 
 
 def export(clip: InferenceModel, out: Path, to: str, *, int8: bool = False) -> dict[str, Any]:
-    """Write a folder that `leanclip.load` and other runtimes take; gives what clip.json holds.
+    """Write a folder for `leanclip.load` and other runtimes; returns the content of clip.json.
 
     Args:
-        clip: a model in float32, on the CPU.
-        out: a folder that is not there yet.
-        to: "onnx" (the extra `export`) or "torch".
-        int8: of ONNX: quantise the products' weights to int8, and measure what that costs.
+        clip: a model in float32 on the CPU.
+        out: a new folder.
+        to: "onnx" (needs the extra `export`) or "torch".
+        int8: quantise the weights of products to int8 (ONNX only), and measure the loss.
 
     Raises:
-        ConfigError: a setting is wrong, or a library is missing.
-        WeightsError: there is something at `out`, or the exported towers fall short of the
-            model's by more than rounding; nothing is written then.
+        ConfigError: an argument is invalid, or a library is missing.
+        WeightsError: `out` exists, or the features of the exported towers differ from those of
+            the model by more than rounding; nothing is written then.
     """
     if to not in BACKENDS:
-        raise ConfigError(f"--to {to}: no such format; known: {', '.join(BACKENDS)}")
+        raise ConfigError(f"--to {to}: unknown format; known: {', '.join(BACKENDS)}")
     if int8 and to != "onnx":
-        raise ConfigError("--int8: goes with --to onnx")
+        raise ConfigError("--int8: needs --to onnx")
     if to == "onnx":
         for library in ("onnxruntime", "onnxscript"):
             need(library, "ONNX", extra="export")
     if clip.dtype != torch.float32 or clip.device.type != "cpu":
-        raise ConfigError("export: load the model in float32 and on the CPU")
+        raise ConfigError("export: load the model in float32 on the CPU")
     if out.exists():
-        raise WeightsError(f"{out}: is there already; choose another name")
+        raise WeightsError(f"{out}: already exists; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name, _quiet():
-        part = Path(name) / "written"
-        part.mkdir()
-        facts = _facts(clip, to)
-        _write_towers(clip.model, part, facts)
-        _write_facts(part, facts)
-        facts["checked"] = _compare(clip, part, to)
-        if min(facts["checked"].values()) < MIN_COSINE:
+        folder = Path(name) / "written"
+        folder.mkdir()
+        description = _describe(clip, to)
+        _write_towers(clip.model, folder, description)
+        _write_description(folder, description)
+        description["checked"] = _compare(clip, folder, to)
+        if min(description["checked"].values()) < MIN_COSINE:
             raise WeightsError(
-                f"export: the exported towers' features differ from the model's: least cosines "
-                f"{_words(facts['checked'])}, wanted {MIN_COSINE}; nothing was written"
+                f"export: the features of the exported towers differ from the model's: lowest "
+                f"cosines {_format(description['checked'])}, required {MIN_COSINE}; nothing was "
+                f"written"
             )
         if int8:
-            _quantize(part, facts)
-            _write_facts(part, facts)
-            facts["int8"] = _compare(clip, part, to)
-        _write_facts(part, facts)
-        _write_tokenizer(clip, part)
-        part.rename(out)
-    return facts
+            _quantize(folder, description)
+            _write_description(folder, description)
+            description["int8"] = _compare(clip, folder, to)
+        _write_description(folder, description)
+        if clip.model.config.vocab_size == VOCAB_SIZE:
+            words = json.dumps(vocabulary(), ensure_ascii=False)
+            (folder / "vocab.json").write_text(words, encoding="utf-8")
+            lines = "\n".join(["#version: 0.2", *merges(), ""])
+            (folder / "merges.txt").write_text(lines, encoding="utf-8")
+        folder.rename(out)
+    return description
 
 
-def summary(out: Path, facts: dict[str, Any]) -> str:
-    """What was written and how near it is, for a person."""
+def summary(out: Path, description: dict[str, Any]) -> str:
+    """The size of an export and its lowest cosines with the model's features, as a line."""
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
-    said = f"{out}: {size:,.1f} MB; least cosines with the model's features: "
-    said += _words(facts["checked"])
-    return f"{said}; in int8: {_words(facts['int8'])}" if "int8" in facts else said
+    line = f"{out}: {size:,.1f} MB; lowest cosines with the model's features: "
+    line += _format(description["checked"])
+    return f"{line}; in int8: {_format(description['int8'])}" if "int8" in description else line
 
 
 class _Tower(nn.Module):
@@ -140,29 +145,32 @@ class _Tower(nn.Module):
         return encode(x)
 
 
-def _facts(clip: InferenceModel, to: str) -> dict[str, Any]:
+def _describe(clip: InferenceModel, to: str) -> dict[str, Any]:
+    """The content of clip.json."""
     config, preprocess = clip.model.config, clip.preprocess
-    is_read_at_end = config.transformer_causal and config.transformer_pool in ("argmax", "eos")
+    output = "features: float32 (batch, embed_dim), not of unit length"
     return {
         "format": FORMAT,
         "backend": to,
         "model": to_plain(config),
         "image": {
             "file": f"image{_SUFFIX[to]}",
-            "input": "pixels: float32 (batch, 3, resolution, resolution), prepared as below",
-            "output": "features: float32 (batch, embed_dim), not of unit length",
+            "input": "pixels: float32 (batch, 3, resolution, resolution), preprocessed as below",
+            "output": output,
         },
         "text": {
             "file": f"text{_SUFFIX[to]}",
-            "input": "tokens: int64 (batch, length), length up to the context",
-            "output": "features: float32 (batch, embed_dim), not of unit length",
-            "dynamic_length": is_read_at_end,
+            "input": "tokens: int64 (batch, length), length up to the context length",
+            "output": output,
+            # Padding after the end token is not seen if the tower is causal and pools there.
+            "dynamic_length": config.transformer_causal
+            and config.transformer_pool in ("argmax", "eos"),
         },
         "logit_scale": clip.logit_scale,
         "preprocess": {
             **asdict(preprocess),
-            "steps": f"to RGB; {_resize_words(preprocess)}; the square in the middle; divided by "
-            "255; minus mean, over std; channels first",
+            "steps": f"RGB; {_describe_resize(preprocess)}; centre crop; divide by 255; subtract "
+            "mean, divide by std; channels first",
         },
         "tokenizer": {
             "kind": "CLIP's byte-pair encoding",
@@ -172,44 +180,50 @@ def _facts(clip: InferenceModel, to: str) -> dict[str, Any]:
             "start": START,
             "end": END,
             "pad": 0,
-            "steps": "ftfy.fix_text; html.unescape twice; white space collapsed, stripped; lower "
+            "steps": "ftfy.fix_text; html.unescape twice; collapse and strip white space; lower "
             "case; byte-pair encoding; start, ids, end, then pad",
         },
     }
 
 
-def _resize_words(preprocess: Preprocess) -> str:
-    """What is done before the crop, for who prepares images without leanclip."""
+def _describe_resize(preprocess: Preprocess) -> str:
+    """The resize before the crop, for implementations of the preprocessing elsewhere."""
     height, width = preprocess.sides
     match preprocess.resize:
         case "none":
-            return "not resized"
+            return "no resize"
         case "squash":
-            what = f"resized to {width} x {height} (width x height)"
+            what = f"resize to {width} x {height} (width x height)"
         case "longest":
-            what = f"long side to {height}, put on grey {preprocess.fill}"
+            what = f"resize the long side to {height}, pad with grey {preprocess.fill}"
         case "shortest":
-            what = f"short side to {height}"
-    return f"{what}, {preprocess.interpolation}, antialiased (Pillow's)"
+            what = f"resize the short side to {height}"
+    return f"{what}, {preprocess.interpolation}, antialiased (as Pillow)"
 
 
-def _write_towers(model: CLIP, folder: Path, facts: dict[str, Any]) -> None:
+def _write_towers(model: CLIP, folder: Path, description: dict[str, Any]) -> None:
     config = model.config
-    batch = torch.export.Dim("batch")
-    pixels = torch.randn(2, 3, config.image_resolution, config.image_resolution)
-    tokens = torch.ones(2, min(9, config.context_length), dtype=torch.int64)
-    sizes: dict[int, Any] = {0: batch}
-    if facts["text"]["dynamic_length"]:
-        sizes[1] = torch.export.Dim("length", max=config.context_length)
-    else:
-        tokens = torch.ones(2, config.context_length, dtype=torch.int64)
-    for tower, x, dynamic in (("image", pixels, {0: batch}), ("text", tokens, sizes)):
+    sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
+    is_dynamic = description["text"]["dynamic_length"]
+    length = torch.export.Dim("length", max=config.context_length)
+    inputs = {
+        "image": (torch.randn(2, 3, config.image_resolution, config.image_resolution), sizes),
+        "text": (
+            torch.ones(
+                2,
+                min(9, config.context_length) if is_dynamic else config.context_length,
+                dtype=torch.int64,
+            ),
+            sizes | ({1: length} if is_dynamic else {}),
+        ),
+    }
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    for tower, (x, dynamic) in inputs.items():
         program = torch.export.export(_Tower(model, tower), (x,), dynamic_shapes=(dynamic,))
-        path = folder / facts[tower]["file"]
-        if facts["backend"] == "torch":
+        path = folder / description[tower]["file"]
+        if description["backend"] == "torch":
             torch.export.save(program, path)
             continue
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
         torch.onnx.export(
             program,
             (x,),
@@ -218,26 +232,22 @@ def _write_towers(model: CLIP, folder: Path, facts: dict[str, Any]) -> None:
             output_names=["features"],
             dynamo=True,
             verbose=False,
-            external_data=weights > _LARGE,
+            external_data=weights > EXTERNAL_BYTES,
         )
 
 
 @torch.no_grad()
 def _compare(clip: InferenceModel, folder: Path, backend: str) -> dict[str, float]:
-    """The least cosine of each tower's features, exported and not, over batches of many sizes."""
+    """The lowest cosine between exported and original features of each tower, over all samples."""
     exported, _ = read_exported(folder, backend)
-    found = {}
-    for tower, samples in (("image", _images(clip)), ("text", _texts(clip))):
-        name = f"encode_{tower}"
-        cosines = [
-            F.cosine_similarity(getattr(exported, name)(x), getattr(clip.model, name)(x)).min()
-            for x in samples
-        ]
-        found[tower] = min(float(cosine) for cosine in cosines)
-    return found
+    cosines = {}
+    for tower, samples in (("image", _sample_pixels(clip)), ("text", _sample_tokens(clip))):
+        ours, theirs = (getattr(one, f"encode_{tower}") for one in (clip.model, exported))
+        cosines[tower] = min(float(F.cosine_similarity(theirs(x), ours(x)).min()) for x in samples)
+    return cosines
 
 
-def _images(clip: InferenceModel) -> list[torch.Tensor]:
+def _sample_pixels(clip: InferenceModel) -> list[torch.Tensor]:
     """Normalised pixels with structure at several sizes, in batches of 1, 2 and 5."""
     generator = torch.Generator().manual_seed(0)
     side, batches = clip.preprocess.resolution, []
@@ -247,8 +257,8 @@ def _images(clip: InferenceModel) -> list[torch.Tensor]:
     return batches
 
 
-def _texts(clip: InferenceModel) -> list[torch.Tensor]:
-    """Token ids of several lengths, the whole context among them, in batches of 1, 3 and 4."""
+def _sample_tokens(clip: InferenceModel) -> list[torch.Tensor]:
+    """Token ids of several lengths up to the context length, in batches of 1, 3 and 4."""
     generator = torch.Generator().manual_seed(0)
     config, batches = clip.model.config, []
     for count, length in ((1, 3), (3, 8), (4, config.context_length)):
@@ -259,30 +269,30 @@ def _texts(clip: InferenceModel) -> list[torch.Tensor]:
     return batches
 
 
-def _quantize(folder: Path, facts: dict[str, Any]) -> None:
-    """Replace the float32 towers by towers in int8."""
+def _quantize(folder: Path, description: dict[str, Any]) -> None:
+    """Replace the float32 towers by int8 towers."""
     import onnx
 
     for tower in ("image", "text"):
-        path, small = folder / facts[tower]["file"], folder / f"{tower}.int8.onnx"
+        path, quantized = folder / description[tower]["file"], folder / f"{tower}.int8.onnx"
         model = _to_int8(onnx.load(path))
         onnx.save(
             model,
-            small,
-            save_as_external_data=model.ByteSize() > _LARGE,
-            location=f"{small.name}.data",
+            quantized,
+            save_as_external_data=model.ByteSize() > EXTERNAL_BYTES,
+            location=f"{quantized.name}.data",
         )
         path.unlink()
         (folder / f"{path.name}.data").unlink(missing_ok=True)
-        facts[tower]["file"] = small.name
+        description[tower]["file"] = quantized.name
 
 
 def _to_int8(model: Any) -> Any:
-    """An ONNX model with its embeddings and its products with a constant matrix in int8.
+    """An ONNX model whose embeddings and products with a constant matrix are in int8.
 
     A matrix has one scale per output channel, an embedding one per row, an activation one per
-    token. onnxruntime's `quantize_dynamic` has one scale for an activation of the whole batch, so
-    that an image's features depend on the other images.
+    token. In onnxruntime's `quantize_dynamic` an activation has one scale for the whole batch, so
+    that the features of an image depend on the other images.
     """
     from onnx import inliner, numpy_helper, parser
     from onnx.helper import get_attribute_value, make_node
@@ -292,17 +302,13 @@ def _to_int8(model: Any) -> Any:
     nodes: list[Any] = []
     for node in model.graph.node:
         is_embedding = node.op_type == "Gather"
-        place = 0 if is_embedding else 1  # of the weight among the inputs
-        name = node.input[place] if node.op_type in ("MatMul", "Gemm", "Gather") else ""
+        position = 0 if is_embedding else 1  # of the weight among the inputs
+        name = node.input[position] if node.op_type in ("MatMul", "Gemm", "Gather") else ""
         if name not in weights or len(weights[name].dims) != 2:
             nodes.append(node)
             continue
         options = {one.name: get_attribute_value(one) for one in node.attribute}
-        x, output, values = (
-            node.input[1 - place],
-            node.output[0],
-            numpy_helper.to_array(weights[name]),
-        )
+        values = numpy_helper.to_array(weights[name])
         if options.pop("transB", 0):
             name, values = f"{name}.T", values.T
         assert all(
@@ -311,15 +317,15 @@ def _to_int8(model: Any) -> Any:
         scale = np.abs(values).max(axis=1 if is_embedding else 0, keepdims=True).clip(1e-20) / 127
         int8[f"{name}.int8"] = np.rint(values / scale).astype(np.int8)
         int8[f"{name}.scale"] = scale.astype(np.float32)
-        inputs = [x, f"{name}.int8", f"{name}.scale"]
-        bias = node.input[2:]
+        inputs = [node.input[1 - position], f"{name}.int8", f"{name}.scale"]
+        output, bias = node.output[0], node.input[2:]
         product = f"{output}.product" if bias else output
         operator = "Embedding" if is_embedding else "Product"
         nodes.append(make_node(operator, inputs, [product], domain="leanclip"))
         if bias:
             nodes.append(make_node("Add", [product, bias[0]], [output]))
-    left = {name for node in nodes for name in node.input}
-    tensors = [one for name, one in weights.items() if name in left]
+    used = {name for node in nodes for name in node.input}
+    tensors = [one for name, one in weights.items() if name in used]
     tensors += [numpy_helper.from_array(values, name) for name, values in int8.items()]
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(nodes)
@@ -329,34 +335,20 @@ def _to_int8(model: Any) -> Any:
     return inliner.inline_local_functions(model)
 
 
-def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    (folder / INDEX).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+def _write_description(folder: Path, description: dict[str, Any]) -> None:
+    (folder / INDEX).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(clip: InferenceModel, folder: Path) -> None:
-    if clip.model.config.vocab_size != VOCAB_SIZE:
-        return  # of no tokeniser that is known
-    (folder / "vocab.json").write_text(json.dumps(vocabulary(), ensure_ascii=False))
-    lines = "\n".join(["#version: 0.2", *merges()])
-    (folder / "merges.txt").write_text(lines + "\n", encoding="utf-8")
-
-
-def _words(cosines: dict[str, float]) -> str:
+def _format(cosines: dict[str, float]) -> str:
     return ", ".join(f"{tower} {cosine:.6f}" for tower, cosine in cosines.items())
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters' own words are for their authors."""
-    logger = logging.getLogger("torch.onnx")
-    others = [logger, logging.getLogger("onnxscript"), logging.getLogger()]
-    levels = [one.level for one in others]
+    """Suppress the exporters' logs and warnings, which are for their developers."""
+    logging.disable(logging.WARNING)
     try:
-        for one in others:
-            one.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        for one, level in zip(others, levels, strict=True):
-            one.setLevel(level)
+        logging.disable(logging.NOTSET)

@@ -1,8 +1,8 @@
-"""Run an exported folder: the towers as ONNX or torch.export programs, in place of a model.
+"""Run an exported folder: the towers as ONNX or torch.export programs instead of a model.
 
-    FOLDER/clip.json -> its towers' files -> `Exported`, with the two encoders of a CLIP
+    FOLDER/clip.json -> the files of the towers -> `Exported`, with the two encoders of a CLIP
 
-clip.json says what the towers read: how images are prepared, how texts are tokenised.
+clip.json describes the inputs of the towers: preprocessing and tokeniser.
 
 Shapes: B batch, L tokens, R resolution, E embedding.
 """
@@ -33,85 +33,87 @@ Tower = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Exported(nn.Module):
-    """The two encoders, with a CLIP's names; there is nothing to train in it.
+    """The two encoders, under the names that a CLIP has; for inference only.
 
     Args:
-        facts: what clip.json holds.
+        description: the content of clip.json.
         image: normalised pixels (B, 3, R, R) -> (B, E).
         text: token ids (B, L) -> (B, E).
-        digest: tells towers apart, as weights would.
+        digest: identifies the towers, as weights identify a model.
     """
 
-    def __init__(self, facts: dict[str, Any], image: Tower, text: Tower, digest: bytes) -> None:
+    def __init__(
+        self, description: dict[str, Any], image: Tower, text: Tower, digest: bytes
+    ) -> None:
         super().__init__()
-        self.config = parse(ModelConfig, facts["model"], where="model")
+        self.config = parse(ModelConfig, description["model"], where="model")
         self.context_length = self.config.context_length
-        self._is_any_length = bool(facts["text"]["dynamic_length"])
+        self._is_any_length = bool(description["text"]["dynamic_length"])
         self._image, self._text = image, text
-        scale = torch.tensor(math.log(float(facts["logit_scale"])))
+        scale = torch.tensor(math.log(float(description["logit_scale"])))
         self.logit_scale = nn.Parameter(scale, requires_grad=False)
         self.register_buffer("digest", torch.frombuffer(bytearray(digest), dtype=torch.uint8))
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels (B, 3, R, R) -> raw image features (B, E)."""
+        """Normalised pixels (B, 3, R, R) -> image features (B, E), not of unit length."""
         return self._image(pixels)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, L), L up to the context length -> raw text features (B, E)."""
+        """Token ids (B, L), L up to the context length -> text features (B, E)."""
         if not self._is_any_length:
             tokens = F.pad(tokens, (0, max(0, self.context_length - tokens.shape[1])))
         return self._text(tokens)
 
     def parameter_count(self) -> int:
-        """None is trained."""
+        """0: nothing is trainable."""
         return 0
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder is of `leanclip export`."""
+    """Whether a folder is the output of `leanclip export`."""
     return (folder / INDEX).is_file()
 
 
 def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, Preprocess]:
-    """The towers of a folder, ready to run on the CPU, and how their images are prepared.
+    """The towers of a folder, on the CPU, and their preprocessing.
 
     Args:
-        folder: what `leanclip export` wrote.
-        backend: "onnx" or "torch", which must be the folder's; None: onnx, for PyTorch's loader
-            of programs runs pickles that are in them.
+        folder: the output of `leanclip export`.
+        backend: "onnx" or "torch", which must be that of the folder; None: onnx, because PyTorch's
+            loader of programs executes pickles in them.
 
     Raises:
         WeightsError: a file is missing or damaged.
-        ConfigError: it is of another backend, of "torch" and that was not said, or onnxruntime
-            is missing.
+        ConfigError: the folder has another backend, "torch" was not set explicitly, or
+            onnxruntime is missing.
     """
     try:
-        facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        assert facts["format"] == FORMAT
-        there = facts["backend"]
-        if backend not in (None, there):
-            raise ConfigError(f"{folder}: was exported to {there}; leave backend={backend!r} out")
-        if there == "torch" and backend is None:
+        description = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise ValueError(f"format {description['format']!r}")
+        found = description["backend"]
+        if backend not in (None, found):
+            raise ConfigError(f"{folder}: exported to {found}; leave backend={backend!r} out")
+        if found == "torch" and backend is None:
             raise ConfigError(
-                f"{folder}: holds torch.export programs, which may run code of their author's when "
-                f"they are loaded; if you trust it, say backend='torch'"
+                f"{folder}: torch.export programs may execute code of their author when they are "
+                f"loaded; if you trust this folder, set backend='torch'"
             )
-        files = [folder / facts[tower]["file"] for tower in ("image", "text")]
+        paths = [(folder / description[tower]["file"]).resolve() for tower in ("image", "text")]
         digest = hashlib.sha256()
-        for path in files:
-            for part in (path, _weights_beside(path)):
+        for path in paths:
+            for part in (path, _external_weights(path)):
                 digest.update(part.read_bytes() if part.exists() else b"")
-        open_tower = _onnx if there == "onnx" else _torch
-        image, text = (_File(open_tower, path.resolve()) for path in files)
-        model = Exported(facts, image, text, digest.digest())
-        preprocess = Preprocess.from_dict(facts["preprocess"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise WeightsError(f"{folder}: no exported model: {error!r}") from None
+        image, text = (_File(_onnx if found == "onnx" else _torch, path) for path in paths)
+        model = Exported(description, image, text, digest.digest())
+        preprocess = Preprocess.from_dict(description["preprocess"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder}: not an exported model: {error!r}") from None
     return model.eval(), preprocess
 
 
 class _File:
-    """An opened tower. It is pickled as its file's path, and opened again where it is unpickled."""
+    """A tower that is pickled as the path of its file, which is opened again by unpickling."""
 
     def __init__(self, open_tower: Callable[[Path], Tower], path: Path) -> None:
         self._arguments = open_tower, path
@@ -124,11 +126,11 @@ class _File:
         return _File, self._arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_File":
-        return self  # there is no state to share
+        return self  # it has no state
 
 
-def _weights_beside(path: Path) -> Path:
-    """Where a large model's weights are, outside its file."""
+def _external_weights(path: Path) -> Path:
+    """The file beside an .onnx file that has the weights of a large model."""
     return path.with_name(f"{path.name}.data")
 
 
@@ -139,11 +141,11 @@ def _onnx(path: Path) -> Tower:
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(
-            str(path) if _weights_beside(path).exists() else path.read_bytes(),
+            str(path) if _external_weights(path).exists() else path.read_bytes(),
             options,
             providers=["CPUExecutionProvider"],
         )
-    except Exception as error:  # onnxruntime's own kinds
+    except Exception as error:  # onnxruntime's own classes
         raise ValueError(f"{path.name}: {one_line(error)}") from None
     name = session.get_inputs()[0].name
 
@@ -156,6 +158,6 @@ def _onnx(path: Path) -> Tower:
 def _torch(path: Path) -> Tower:
     try:
         program = torch.export.load(path).module()
-    except Exception as error:  # of zips, of schemas, of its own
+    except Exception as error:  # errors of zip files, schemas and its own
         raise ValueError(f"{path.name}: {one_line(error)}") from None
     return lambda x: program(x.cpu())

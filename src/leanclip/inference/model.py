@@ -1,29 +1,25 @@
-"""Use a model: images and texts -> features -> similarities, labels, rankings.
+"""A loaded model: features of images and texts, similarities, classification, ranking.
 
-    load(source) -> InferenceModel
     images -> inputs.pixel_batches -> image tower -> unit features (N, E)
-    texts  -> tokens, each once    -> text tower  -> unit features (M, E)
+    texts  -> distinct ones -> tokens -> text tower -> unit features (M, E)
 
-NumPy comes out unless torch is asked for. A row of features depends on its image or text alone,
-not on the batch that it was in (within rounding, 1e-6).
+Results are NumPy arrays unless `as_torch` is set. Features do not depend on the batch that an image
+or a text is in (within 1e-6).
 
 Shapes: N images, M texts, C labels, B batch, R resolution, L tokens, E embedding.
 """
 
 from collections.abc import Generator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast, overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
 
-from leanclip.config.sections import to_plain
 from leanclip.data.dataset import check_templates
 from leanclip.data.prompts import TEMPLATES
-from leanclip.distributed.collectives import choose_device
-from leanclip.errors import ConfigError, WeightsError
+from leanclip.errors import ConfigError
 from leanclip.evaluation import Calibration, build_classifier
 from leanclip.evaluation.classification import Prediction
 from leanclip.evaluation.features import (
@@ -40,31 +36,20 @@ from leanclip.inference.classifier import (
     predictions,
     read_labels,
 )
-from leanclip.inference.exported import is_exported, read_exported
 from leanclip.inference.inputs import ImageInput, ImageInputs, expand_inputs, pixel_batches
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
-from leanclip.model.skip_init import SkipInit
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import tokenize
-from leanclip.training.determinism import allow_tf32
-from leanclip.weights import load_into, read_weights
-from leanclip.weights.hub import OPENAI_FILES
-from leanclip.weights.read import Architecture
-from leanclip.weights.weights import check_shapes
-
-MAX_RESOLUTION = 8192  # pixels a side that a stranger's preprocessing may ask for
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class InferenceModel:
-    """A model with what belongs to it: how its images are prepared and its texts tokenised.
+    """A model with its preprocessing and tokeniser; `leanclip.load` returns one.
 
-    `images` are everywhere one or several of: a path, a folder, bytes, a PIL image, an array
-    (height, width, 3), or a string that is an http or https URL, which is fetched; several are a
-    list, an iterator, or an array of four dimensions. What cannot be read raises a SampleError that
-    names it.
+    Everywhere, `images` is one of: a path, a folder, a URL (http or https, which is fetched),
+    bytes, a PIL image, an array (height, width, 3), a list or an iterator of these, or an array of
+    four dimensions. An image that cannot be read raises a SampleError that names it.
     """
 
     model: CLIP = field(repr=False)
@@ -72,32 +57,32 @@ class InferenceModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.logit_scale.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the towers compute in; features are float32."""
+        """The type of the weights; features are float32."""
         return next(self.model.parameters()).dtype
 
     @property
     def logit_scale(self) -> float:
-        """The factor on cosines before a softmax, about 100 for trained models."""
+        """The factor of cosines before a softmax, about 100 for trained models."""
         return float(self.model.logit_scale.detach().float().exp())
 
     def tokenize(self, texts: str | Sequence[str], *, truncate: bool = False) -> torch.Tensor:
-        """Token ids (B, L) of texts, L the model's context.
+        """Token ids (B, L) of texts, padded to the context length L.
 
         Raises:
             ConfigError: the model has another tokeniser.
-            DataError: a text is over the context, and `truncate` is false.
+            DataError: a text exceeds the context length, and `truncate` is false.
         """
         check_vocabulary(self.model)
         return tokenize(texts, self.model.context_length, truncate=truncate)
 
     @torch.no_grad()
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels (B, 3, R, R) -> raw image features (B, E), not of unit length."""
+        """Normalised pixels (B, 3, R, R) -> image features (B, E), not of unit length."""
         parts = pixels.split(images_at_once(self.model))
         return torch.cat(
             [self.model.encode_image(part.to(self.device, self.dtype)) for part in parts]
@@ -105,7 +90,7 @@ class InferenceModel:
 
     @torch.no_grad()
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, L) -> raw text features (B, E), not of unit length."""
+        """Token ids (B, L) -> text features (B, E), not of unit length."""
         return self.model.encode_text(tokens.to(self.device))
 
     @overload
@@ -134,21 +119,33 @@ class InferenceModel:
         workers: int | None = None,
         as_torch: bool = False,
     ) -> np.ndarray | torch.Tensor:
-        """Unit features of images, (N, E) float32, in their order; (1, E) of one.
+        """Unit features of images, (N, E) float32, in their order; (1, E) for a single image.
 
-        A bar on stderr shows how far work of several batches is.
+        A progress bar is shown on stderr if there are several batches.
 
         Args:
             images: see the class.
-            batch_size: the most images that the model sees at once.
-            workers: threads that decode; None: one per CPU core, eight at most; 0: none.
-            as_torch: give a tensor on the CPU in place of an array.
+            batch_size: maximum images per forward pass.
+            workers: threads that decode; 0: the calling one; None: one per CPU core, at most
+                eight.
+            as_torch: return a tensor on the CPU instead of an array.
 
         Raises:
             SampleError: an image cannot be read.
-            DataError: something given is no image, or a folder has none.
+            DataError: an item is not an image, or a folder has no images.
         """
-        return _given(self._image_features(images, batch_size, workers), as_torch)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: should be 1 or more, found {batch_size}")
+        given = expand_inputs(images)
+        is_short = given.total is not None and given.total <= batch_size
+        features, done = [torch.empty(0, self.model.config.embed_dim)], 0
+        with ProgressBar("embedding", given.total or 1, is_silent=is_short) as bar:
+            for batch in self.image_batches(given.sources, batch_size, workers):
+                features.append(batch)
+                done += len(batch)
+                bar.update(done, total=given.total or done)
+        found = torch.cat(features)
+        return found if as_torch else found.numpy()
 
     @overload
     def embed_texts(
@@ -176,36 +173,34 @@ class InferenceModel:
         truncate: bool = False,
         as_torch: bool = False,
     ) -> np.ndarray | torch.Tensor:
-        """Unit features of texts, (M, E) float32, in their order; (1, E) of one.
+        """Unit features of texts, (M, E) float32, in their order; (1, E) for a single text.
 
-        Each distinct text is encoded once, and no longer than its batch needs.
+        Each distinct text is encoded once, without padding to the context length.
 
         Raises:
-            DataError: a text is over the context and `truncate` does not have it cut, or
-                something given is no text.
+            DataError: a text exceeds the context length and `truncate` is false, or an item is
+                not a string.
         """
-        texts = check_texts(texts)
-        if not texts:
-            return _given(torch.empty(0, self.model.config.embed_dim), as_torch)
         features = encode_texts(
             self.model,
-            texts,
+            check_texts(texts),
             batch_size=batch_size,
             truncate=truncate,
             packed=isinstance(self.model, CLIP),
         )
-        return _given(features, as_torch)
+        # Autograd does not accept tensors that were computed in inference mode.
+        return features.clone() if as_torch else features.numpy()
 
     def similarity(
         self, images: ImageInputs, texts: str | Sequence[str], *, truncate: bool = False
     ) -> np.ndarray:
-        """Cosine similarities, (M, N): a row for each text, a column for each image.
+        """Cosine similarities, (M, N): one row per text, one column per image.
 
         Raises:
-            DataError: as `embed_images` and `embed_texts`.
+            DataError: see `embed_images` and `embed_texts`.
         """
-        texts_ = self.embed_texts(texts, truncate=truncate)
-        return texts_ @ self.embed_images(images).T
+        text_features = self.embed_texts(texts, truncate=truncate)
+        return text_features @ self.embed_images(images).T
 
     def classifier(
         self,
@@ -215,19 +210,19 @@ class InferenceModel:
         calibration: Calibration | str | Path | None = None,
         truncate: bool = False,
     ) -> Classifier:
-        """The labels as a zero-shot classifier, to be used again and again.
+        """A zero-shot classifier for labels, to use many times.
 
         Args:
-            labels: words, or a file with a label a line.
-            templates: sentences with `{}` for the label; the mean over them is taken.
-            calibration: what `leanclip eval --calibrate` wrote for these weights, labels and
-                templates: probabilities then mean what they say, and none of them may fit.
-            truncate: cut prompts that are over the context.
+            labels: names, or a file with one label per line.
+            templates: prompts with `{}` for the label; their features are averaged.
+            calibration: the output of `leanclip eval --calibrate` for these weights, labels and
+                templates: probabilities are calibrated, and none of the labels may match.
+            truncate: cut prompts that exceed the context length.
 
         Raises:
-            DataError: fewer than two different labels, an empty one, a template without `{}`, a
-                prompt over the context, or no such file.
-            ConfigError: the calibration is of something else.
+            DataError: there are fewer than two different labels, an empty one, a template without
+                `{}`, a prompt that exceeds the context length, or no such file.
+            ConfigError: the calibration is for other weights, labels or templates.
         """
         names = check_labels(read_labels(labels) if isinstance(labels, str | Path) else labels)
         templates = [templates] if isinstance(templates, str) else templates
@@ -236,16 +231,11 @@ class InferenceModel:
             calibration = Calibration.load(calibration)
         if calibration is not None:
             calibration.check(self.model, names, templates)
-        weights = build_classifier(
-            self.model,
-            names,
-            templates,
-            truncate=truncate,
-            packed=isinstance(self.model, CLIP),
-        )  # (C, E)
+        packed = isinstance(self.model, CLIP)
+        weights = build_classifier(self.model, names, templates, truncate=truncate, packed=packed)
         return Classifier(tuple(names), weights, self.logit_scale, calibration)
 
-    @overload  # a path may be a folder's too
+    @overload  # the overlap: a path may be that of a folder
     def classify(  # pyright: ignore[reportOverlappingOverload]
         self,
         images: ImageInput,
@@ -274,43 +264,40 @@ class InferenceModel:
         calibration: Calibration | str | Path | None = None,
         top: int | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
-        """Which label fits an image, the most probable first: a list for one image.
+        """The predictions for an image, the most probable first; for several images, a list each.
 
-        For a list, a folder or an iterator of images it is a list of such lists. With a
-        calibration, the list of an image that is none of the labels is empty.
+        With a calibration, an image that matches none of the labels has no predictions.
 
         Args:
-            images: see the class.
-            labels: what `classifier` made, or words or a file that it shall be made of.
-            templates: see `classifier`; of no use with one that is made.
-            calibration: see `classifier`; one that is made has its own.
-            top: only so many of the most probable labels.
+            images: see the class; a folder is several images.
+            labels: a classifier, or labels as for `classifier`.
+            templates: see `classifier`; ignored if `labels` is one.
+            calibration: likewise.
+            top: maximum predictions per image; None: all labels.
 
         Raises:
-            DataError: as `embed_images` and `classifier`.
+            DataError: see `embed_images` and `classifier`.
         """
-        is_single = expand_inputs(images).is_single
+        given = expand_inputs(images)
         if not isinstance(labels, Classifier):
             labels = self.classifier(labels, templates, calibration=calibration)
-        found = predictions(labels, self._image_features(images), top)
-        return found[0] if is_single else found
+        found = predictions(labels, self.embed_images(given.sources, as_torch=True), top)
+        return found[0] if given.is_single else found
 
     def rank(
         self, images: ImageInputs, texts: str | Sequence[str], *, top: int | None = None
     ) -> list[RankedItem]:
-        """Images in the order in which they fit one text, or texts in which they fit one image.
-
-        Give a single text and several images, or a single image and several texts.
+        """Several images by their similarity to a text, or several texts by that to an image.
 
         Raises:
-            ConfigError: both are single, or both several.
-            DataError: as `embed_images` and `embed_texts`.
+            ConfigError: both are single, or both are several.
+            DataError: see `embed_images` and `embed_texts`.
         """
         given = expand_inputs(images)
         if given.is_single == isinstance(texts, str):
             raise ConfigError(
                 "rank: give one text (a string) and several images, or one image and a list of "
-                "texts; `similarity` compares all with all"
+                "texts; `similarity` compares all of them"
             )
         sources = list(given.sources)
         items = check_texts(texts) if given.is_single else sources
@@ -321,119 +308,15 @@ class InferenceModel:
     def image_batches(
         self, images: ImageInputs, batch_size: int = 64, workers: int | None = None
     ) -> Generator[torch.Tensor, None, None]:
-        """Unit features of images batch by batch, (B, E) float32 on the CPU; nothing is kept.
+        """Unit features of images in batches, (B, E) float32 on the CPU.
 
         Raises:
-            DataError: as `embed_images`.
+            DataError: see `embed_images`.
         """
-        for pixels in pixel_batches(
-            expand_inputs(images).sources,
-            self.preprocess,
-            batch_size=batch_size,
-            workers=workers,
-        ):
-            yield self.embed_pixels(pixels)
+        sources = expand_inputs(images).sources
+        batches = pixel_batches(sources, self.preprocess, batch_size=batch_size, workers=workers)
+        yield from map(self.embed_pixels, batches)
 
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Unit features of pixels (B, 3, R, R) uint8: (B, E) float32 on the CPU."""
+        """Pixels (B, 3, R, R) uint8 -> unit features (B, E) float32 on the CPU."""
         return encode_images(self.model, pixels, self.preprocess)
-
-    def _image_features(
-        self, images: ImageInputs, batch_size: int = 64, workers: int | None = None
-    ) -> torch.Tensor:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size: should be 1 or more, found {batch_size}")
-        given = expand_inputs(images)
-        is_short = given.total is not None and given.total <= batch_size
-        features, done = [torch.empty(0, self.model.config.embed_dim)], 0
-        with ProgressBar("embedding", given.total or 1, is_silent=is_short) as bar:
-            sources = [*given.sources] if is_short else given.sources
-            for batch in self.image_batches(iter(sources), batch_size, workers):
-                features.append(batch)
-                done += len(batch)
-                bar.update(done, total=given.total or done)
-        return torch.cat(features)
-
-
-def available() -> list[str]:
-    """The published weights that `load` takes by name, and fetches once into the cache."""
-    return list(OPENAI_FILES)
-
-
-def load(
-    source: str | Path,
-    *,
-    arch: Architecture | None = None,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "float32",
-    partial: bool = False,
-    backend: str | None = None,
-    tf32: bool = False,
-) -> InferenceModel:
-    """Load weights of any format, in evaluation mode, or what `leanclip export` wrote.
-
-    Args:
-        source: a file, a folder, a run's folder, a published name or a hub id.
-        arch: the architecture, where the source does not say it or says it wrongly.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", or another of torch's.
-        dtype: what the towers compute in: "float32", "bfloat16" or "float16".
-        partial: keep a new model's values for missing keys; drop left-over ones.
-        backend: of an exported folder, which runs on the CPU: "onnx", or "torch", whose programs
-            are to be trusted: PyTorch runs pickles that are in them; None: onnx.
-        tf32: let a GPU round the factors of float32 products and convolutions to TF32, which is
-            faster. It is set for the whole process; false turns it off in convolutions too, where
-            PyTorch has it on by default.
-
-    Raises:
-        WeightsError: the weights cannot be read, do not fit, or do not say their architecture.
-        ConfigError: `arch`, `device` or `dtype` is none.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {name}: is not one of {', '.join(DTYPES)}")
-    if is_exported(Path(source)):
-        if arch is not None:
-            raise ConfigError(f"{source}: was exported with its architecture; leave arch out")
-        model, preprocess = read_exported(Path(source), backend)
-        return InferenceModel(cast(CLIP, model), preprocess)
-    if backend is not None:
-        raise ConfigError(f"{source}: backend={backend!r} is for a folder that was exported")
-    allow_tf32(tf32)
-    weights = read_weights(source, arch=arch)
-    if weights.model is None or weights.preprocess is None:
-        raise WeightsError(
-            f"{weights.source}: a {weights.format} without its architecture (the tensors do not "
-            f"tell the activation); say it with arch= (--arch), for example arch='ViT-B-32' (exact "
-            f"GELU) or arch='ViT-B-32-quickgelu' (OpenAI's)"
-        )
-    check_shapes(weights, weights.model)
-    # Where all values come from the file; of an architecture that was said some may be the model's.
-    with SkipInit() if arch is None and not partial else nullcontext():
-        model = CLIP(**to_plain(weights.model))
-    model = model.to(_device(device))
-    load_into(model, weights, partial=partial)
-    most = max(weights.preprocess.resolution, *weights.preprocess.sides)
-    if most > MAX_RESOLUTION:
-        raise WeightsError(
-            f"{weights.source}: images of {most} pixels a side, at most {MAX_RESOLUTION} are made"
-        )
-    return InferenceModel(model.to(DTYPES[name]).eval(), weights.preprocess)
-
-
-def _device(name: str | torch.device) -> torch.device:
-    if name in ("auto", "cpu", "cuda"):
-        return choose_device(str(name))
-    try:
-        return torch.device(name)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device {name}: is none; give auto, cpu, cuda or cuda:1") from None
-
-
-@overload
-def _given(features: torch.Tensor, as_torch: Literal[False]) -> np.ndarray: ...
-@overload
-def _given(features: torch.Tensor, as_torch: bool) -> np.ndarray | torch.Tensor: ...
-def _given(features: torch.Tensor, as_torch: bool) -> np.ndarray | torch.Tensor:
-    if as_torch:  # autograd takes no tensor that was made in inference mode
-        return features.clone() if features.is_inference() else features
-    return features.numpy()

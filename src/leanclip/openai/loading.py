@@ -15,7 +15,7 @@ import torch
 from leanclip.config.model import ModelConfig
 from leanclip.config.sections import to_plain
 from leanclip.errors import DataError, LeanclipError, WeightsError
-from leanclip.inference import model as inference
+from leanclip.inference import load as inference
 from leanclip.inference.model import InferenceModel
 from leanclip.model import CLIP as LeanCLIP
 from leanclip.model.skip_init import meta_device

@@ -1,12 +1,10 @@
-"""Search pictures by words or by pictures: an index on disk.
+"""Search images by texts or by images: an index on disk.
 
 index.py         build, open, search
-update.py        what is new, changed or gone
-sources.py       folders, shards, embeddings -> what is there now
-items.py         pictures and their files, in SQLite
-filters.py       which of them count
-identity.py      which model an index is of
-vectors.py       their features in a memory-mapped file, and the exact product
+update.py        add new files, drop those that are gone
+sources.py       folders, shards and embeddings, and what they contain
+items.py         the files of an index, in SQLite; filters
+vectors.py       their features in a memory-mapped file, and exact top-k search
 """
 
 from leanclip.search.index import Hit, Index

@@ -1,17 +1,19 @@
-"""An index of pictures: build it, keep it up to date, find pictures by words or pictures.
+"""An index of images: build it, keep it up to date, search it with texts or images.
 
-    OUT/items.sqlite        pictures and their files; what the index is of
+    OUT/items.sqlite        the files, and the model of the index
     OUT/features.f16        their features
 
-    words, pictures, vectors -> queries (Q, E) -> rows and scores -> hits
+    texts, images, vectors -> queries (Q, E) -> rows and scores -> hits
 
-Shapes: N rows, E embedding, Q queries, k best.
+Shapes: E embedding, Q queries, k results.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -19,42 +21,39 @@ from PIL import Image
 
 from leanclip.errors import ConfigError, DataError
 from leanclip.inference.inputs import ImageInput
-from leanclip.inference.model import InferenceModel, load
+from leanclip.inference.load import load
+from leanclip.inference.model import InferenceModel
 from leanclip.io.files import try_lock
-from leanclip.search.filters import Range, conditions
-from leanclip.search.identity import check_model, identity
-from leanclip.search.items import FILE, Item, Items
+from leanclip.preprocess.tokenizer import merges
+from leanclip.search.items import FILE, Filters, Item, Items
 from leanclip.search.sources import Source, read_bytes
 from leanclip.search.update import Changes, Update
 from leanclip.search.vectors import Vectors
+from leanclip.weights import fingerprint
 
 Query = str | np.ndarray | torch.Tensor | Path | Image.Image | bytes
 
 
 @dataclass(frozen=True)
 class Hit(Item):
-    """A picture that was found."""
+    """An image that was found."""
 
-    score: float  # cosine similarity; for several, see `Index.query`
+    score: float  # cosine similarity; for several texts or images, see `Index.query`
 
 
 class Index:
-    """Pictures and their features in a folder; any thread may search.
+    """Images and their features in a folder; threads may share it for searching.
 
     Use `Index.build` or `Index.open`.
 
-    Args:
-        path: the folder.
-        items: its database.
-
     Attributes:
-        changes: what the last update came to.
+        changes: the result of the last update.
     """
 
     def __init__(self, path: Path, items: Items) -> None:
         self.path, self.items = path, items
         self.clip: InferenceModel | None = None
-        self.model: dict[str, Any] = items.fact("model")
+        self.model: dict[str, Any] = items.metadata("model")
         self.vectors = Vectors(path, self.model["embed_dim"])
         self.changes = Changes()
 
@@ -67,74 +66,83 @@ class Index:
         *,
         root: str | Path | None = None,
         source: str | Path | None = None,
-        **settings: Any,
+        batch_size: int = 64,
+        workers: int | None = None,
+        max_bad_fraction: float = 0.1,
     ) -> "Index":
-        """Make an index, or go on with one that was begun.
+        """Build an index, or continue an unfinished build.
 
         Args:
-            sources: folders, .tar shards, or folders of `leanclip embed`.
-            model: a loaded model, or what `leanclip.load` takes.
+            sources: folders of images, .tar shards, or outputs of `leanclip embed`.
+            model: a loaded model, or anything that `leanclip.load` accepts.
             out: the folder to write.
-            root: where the paths begin that `leanclip embed` wrote; its FOLDER.
-            source: where a loaded model is from, to be noted.
-            settings: see `update`.
+            root: for outputs of `leanclip embed`, the folder that it embedded.
+            source: where a loaded model comes from, stored for `leanclip search find`.
+            batch_size: see `update`, as for the other arguments.
+            workers: likewise.
+            max_bad_fraction: likewise.
 
         Raises:
-            ConfigError: `out` is of another model, or holds something else.
-            DataError: a source is missing or empty, or too much of it is unreadable.
+            ConfigError: `out` is an index of another model, or contains other files.
+            DataError: a source is missing or empty, or too many images are unreadable.
         """
         given = [sources] if isinstance(sources, str | Path) else sources
-        wanted = [Source.of(one, root) for one in given]
-        if not wanted:
+        if not given:
             raise ConfigError("search: give a folder of images")
+        chosen = [Source.of(one, root) for one in given]
         clip = model if isinstance(model, InferenceModel) else load(model)
-        if source is None and not isinstance(model, InferenceModel):
-            source = model
-        path, facts = Path(out), identity(clip)
-        for one in wanted:
-            _check_embeddings(one, facts)
+        identity = _identity(clip)
+        _check_embeddings(chosen, identity)
+        path = Path(out)
         if not (path / FILE).exists() and path.is_dir() and any(path.iterdir()):
-            raise ConfigError(f"{path}: holds something else; choose another --out")
+            raise ConfigError(f"{path}: contains other files; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         items = Items(path, create=True)
-        with items.transaction():
-            if items.fact("model") is None:
-                name = None if source is None else _name(source)
-                items.note("model", facts | {"source": name})
+        if items.metadata("model") is None:
+            source = source or (None if isinstance(model, InferenceModel) else model)
+            if source is not None and Path(source).exists():
+                source = Path(source).absolute()
+            items.set_metadata("model", identity | {"source": source and str(source)})
         index = cls(path, items)
         index.use(clip)
-        index.update(wanted, **settings)
+        index.update(
+            chosen, batch_size=batch_size, workers=workers, max_bad_fraction=max_bad_fraction
+        )
         return index
 
     @classmethod
     def open(cls, path: str | Path, model: InferenceModel | str | Path | None = None) -> "Index":
-        """An index that is there; with a model, words and pictures can be searched for.
+        """Open an index; without a model only vectors can be searched for.
 
         Raises:
-            ConfigError: there is none, or it is of another model.
+            ConfigError: there is no index, or the model is not the one that built it.
         """
-        items = Items(Path(path))
-        if items.fact("model") is None:
-            raise ConfigError(f"{path}: was not begun in earnest; build it again")
-        index = cls(Path(path), items)
+        index = cls(Path(path), Items(Path(path)))
         if model is not None:
             index.use(model if isinstance(model, InferenceModel) else load(model))
         return index
 
     def use(self, clip: InferenceModel) -> None:
-        """Give it its model, for searching words and pictures, and for updates.
+        """Set the model for queries and updates.
 
         Raises:
-            ConfigError: the index is of another.
+            ConfigError: it is not the model that built the index.
         """
-        check_model(self.model, identity(clip), self.path)
+        identity = _identity(clip)
+        differing = [name for name in identity if self.model[name] != identity[name]]
+        if differing:
+            source = f" ({self.model['source']})" if self.model["source"] else ""
+            raise ConfigError(
+                f"{self.path}: built with another model{source}: different "
+                f"{', '.join(differing)}; use that model, or build another index"
+            )
         self.clip = clip
 
     def __len__(self) -> int:
         return self.items.count()
 
     def close(self) -> None:
-        """Close its database."""
+        """Close the database."""
         self.items.close()
 
     def update(
@@ -145,45 +153,53 @@ class Index:
         workers: int | None = None,
         max_bad_fraction: float = 0.1,
     ) -> Changes:
-        """Add what is new, drop what is gone, embed again what has changed.
+        """Add new files, drop files that are gone, and embed changed ones again.
 
-        A file counts as unchanged while its size and time are. A file that was moved, or that
-        has the content of another, is not embedded again.
+        A file is unchanged if its size and modification time are. A file that was moved, or whose
+        content is in the index already, is not embedded again.
 
         Args:
-            sources: what the index shall be of from now on; None: as before.
-            batch_size: the most images of a forward pass.
-            workers: threads that read and decode; None: one per CPU core, eight at most.
-            max_bad_fraction: the share of images that may be unreadable; they are left out.
+            sources: the new sources of the index; None: as before.
+            batch_size: maximum images per forward pass.
+            workers: threads that read and decode; None: one per CPU core, at most eight.
+            max_bad_fraction: the fraction of images that may be unreadable; they are skipped.
 
         Raises:
-            ConfigError: another process is at it, or the index was opened without its model.
-            DataError: a source is missing or empty, or too much of it is unreadable.
+            ConfigError: another process updates the index, or it was opened without its model.
+            DataError: a source is missing or empty, or too many images are unreadable.
         """
         clip = self._clip()
         with try_lock(self.path / "lock") as is_acquired:
             if not is_acquired:
                 raise ConfigError(f"{self.path}: another process is building or updating it")
             if sources is not None:
-                chosen = [s if isinstance(s, Source) else Source.of(s) for s in sources]
-                for source in chosen:
-                    _check_embeddings(source, self.model)
-                self.items.note("sources", [astuple(source) for source in chosen])
-            there = [Source(*pair) for pair in self.items.fact("sources") or ()]
-            run = Update(self.items, self.vectors, clip, batch_size, workers, max_bad_fraction)
-            self.changes = run.run(there)
+                chosen = [one if isinstance(one, Source) else Source.of(one) for one in sources]
+                _check_embeddings(chosen, self.model)
+                self.items.set_metadata("sources", [astuple(source) for source in chosen])
+            chosen = [Source(*pair) for pair in self.items.metadata("sources") or ()]
+            update = Update(self.items, self.vectors, clip)
+            self.changes = update.run(chosen, batch_size, workers, max_bad_fraction)
             return self.changes
 
-    def search(self, query: Query, **settings: Any) -> list[Hit]:
-        """The pictures that are nearest to a text (str), an image, or a vector (E,).
+    def search(
+        self,
+        query: Query,
+        *,
+        k: int = 10,
+        minimum: float | None = None,
+        **filters: Unpack[Filters],
+    ) -> list[Hit]:
+        """The images nearest to a text (str), an image, or a vector (E,).
 
         Args:
             query: a text, an image (a path as `Path`, bytes, a PIL image), or a vector.
-            settings: see `search_many`.
+            k: see `search_many`, as for the other arguments.
+            minimum: likewise.
+            filters: likewise.
 
         Raises:
-            ConfigError: for words and images: the index was opened without a model.
-            DataError: the query is no text, image or vector of E.
+            ConfigError: the query is a text or an image, and the index has no model.
+            DataError: the query is neither a text, an image nor a vector of size E.
         """
         if isinstance(query, str):
             vector = self.query(texts=[query])
@@ -191,7 +207,7 @@ class Index:
             vector = np.asarray(query)
         else:
             vector = self.query(images=[query])  # pyright: ignore[reportArgumentType]
-        return self.search_many(vector[None], **settings)[0]
+        return self.search_many(vector[None], k=k, minimum=minimum, **filters)[0]
 
     def search_many(
         self,
@@ -199,42 +215,38 @@ class Index:
         *,
         k: int = 10,
         minimum: float | None = None,
-        label: str | Sequence[str] | None = None,
-        folder: str | Path | None = None,
-        size: Range | None = None,
-        date: Range | None = None,
+        **filters: Unpack[Filters],
     ) -> list[list[Hit]]:
-        """The nearest pictures to each of several vectors (Q, E), which cost one pass together.
+        """The nearest images to each of several vectors (Q, E), in one pass over the index.
 
         Args:
-            queries: vectors, of unit length as a rule.
-            k: the most that are found.
-            minimum: the least score.
-            label: one or several that count.
-            folder: one that counts, with all below it: its path, or the end of its path below
-                a source.
-            size: bytes from, and bytes below.
-            date: from, and before: datetimes, or seconds since 1970.
+            queries: vectors, usually of unit length.
+            k: maximum results per query.
+            minimum: minimum score.
+            filters: `label` (one or several), `folder`, `size` in bytes and `date`: ranges as
+                (from, to), where `to` is excluded and None is no limit.
 
         Raises:
-            DataError: they are not of the index's width.
-            ConfigError: a setting is wrong.
+            DataError: the queries have the wrong shape, or values that are not finite.
+            ConfigError: k is less than 1.
         """
         vectors = np.asarray(queries, dtype=np.float32)
         width = self.model["embed_dim"]
         if vectors.ndim != 2 or vectors.shape[1] != width:
-            raise DataError(f"query: of shape {vectors.shape}; this index wants (Q, {width})")
+            raise DataError(f"query: found shape {vectors.shape}; this index needs (Q, {width})")
         if k < 1:
             raise ConfigError(f"k: should be 1 or more, found {k}")
         if not np.isfinite(vectors).all():
-            raise DataError("query: holds values that are no numbers")
-        numbers = self.items.numbers()
-        condition, values = conditions(label=label, folder=folder, size=size, date=date)
-        allowed = numbers > 0
-        if values:
-            allowed &= self.items.rows_where(condition, values, len(numbers))
-        found = self.vectors.best(vectors, k, allowed)
-        return [list(self._hits(*one, numbers, minimum, condition, values)) for one in found]
+            raise DataError("query: values are not finite")
+        results = []
+        for numbers, scores in self.vectors.best(vectors, k, self.items.mask(**filters)):
+            hits: list[Hit] = []
+            for number, score in zip(numbers.tolist(), scores.tolist(), strict=True):
+                item = self.items.item(number, **filters)  # None if it was dropped just now
+                if item is not None and (minimum is None or score >= minimum):
+                    hits.append(Hit(**vars(item), score=score))
+            results.append(hits)
+        return results
 
     def query(
         self,
@@ -243,100 +255,91 @@ class Index:
         without: Sequence[str] = (),
         weights: Sequence[float] | None = None,
     ) -> np.ndarray:
-        """One vector (E,) of several texts and images, and of texts that shall not fit.
+        """One vector (E,) for several texts and images, and negative texts.
 
-        Its score is the weighted mean of the cosines, less the mean cosine with `without`; for one
-        text or image alone that is the cosine.
+        The score of an image is the weighted mean of its cosines with `texts` and `images`, minus
+        the mean cosine with `without`; for a single text or image it is the cosine.
 
         Args:
-            texts: words.
-            images: pictures.
-            without: words for what is not wanted.
-            weights: of texts, then of images; None: all the same.
+            texts: texts to search for.
+            images: images to search for.
+            without: negative texts.
+            weights: of the texts, then of the images; None: all equal.
 
         Raises:
-            ConfigError: nothing is wanted, or weights are not as many or not above 0.
-            DataError: a text is over the context, or an image cannot be read.
+            ConfigError: there are no texts and images, or weights are not positive or their number
+                is wrong.
+            DataError: a text exceeds the context length, or an image cannot be read.
         """
         clip = self._clip()
         if not texts and not len(images):
-            raise ConfigError("search: say what to look for: words, or --image")
+            raise ConfigError("search: give a text, or an image with --image")
         parts = [clip.embed_texts(list(texts)), clip.embed_images(list(images))]
         wanted = np.concatenate(parts).astype(np.float64)
-        weights_ = np.ones(len(wanted)) if weights is None else np.asarray(weights, float)
-        if weights_.shape != (len(wanted),) or not (weights_ > 0).all():
-            raise ConfigError(f"weights: {len(wanted)} above 0 are wanted, found {weights}")
-        vector = weights_ @ wanted / weights_.sum()
+        factors = np.ones(len(wanted)) if weights is None else np.asarray(weights, float)
+        if factors.shape != (len(wanted),) or not (factors > 0).all():
+            raise ConfigError(f"weights: should be {len(wanted)} positive numbers, found {weights}")
+        vector = factors @ wanted / factors.sum()
         if without:
             vector -= clip.embed_texts(list(without)).mean(axis=0)
         return vector.astype(np.float32)
 
     def item(self, number: int) -> Item:
-        """A picture by its number.
+        """An image by its number.
 
         Raises:
-            DataError: there is none of this number.
+            DataError: there is no image with this number.
         """
         found = self.items.item(number)
         if found is None:
-            raise DataError(f"{number}: is the number of no picture in {self.path}")
+            raise DataError(f"{self.path}: no image has the number {number}")
         return found
 
     def read(self, number: int) -> bytes:
-        """The content of a picture's file.
+        """The content of the file of an image.
 
         Raises:
-            DataError: there is no such picture, or its file is gone.
+            DataError: there is no image with this number, or its file is gone.
         """
         item = self.item(number)
         return read_bytes(item.path, item.shard, item.start, item.size)
 
     def vector(self, number: int) -> np.ndarray:
-        """A picture's features (E,), to look for those like it.
+        """The features (E,) of an image, float32, to search for similar ones.
 
         Raises:
-            DataError: there is none of this number.
+            DataError: there is no image with this number.
         """
-        row = self.items.row_of(number)
-        if row is None:
-            raise DataError(f"{number}: is the number of no picture in {self.path}")
-        return self.vectors.read([row])[0].astype(np.float32)
+        return self.vectors.read(np.array([self.item(number).number]))[0].astype(np.float32)
 
     def labels(self) -> dict[str, int]:
-        """Labels, and how many files have each."""
+        """Labels, and the number of files with each."""
         return self.items.labels()
-
-    def _hits(
-        self,
-        rows: np.ndarray,
-        scores: np.ndarray,
-        numbers: np.ndarray,
-        minimum: float | None,
-        condition: str,
-        values: Sequence[object],
-    ) -> Iterator[Hit]:
-        for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
-            if minimum is not None and score < minimum:
-                return
-            item = self.items.item(int(numbers[row]), condition, values)
-            if item is not None:  # else it was dropped a moment ago
-                yield Hit(**vars(item), score=score)
 
     def _clip(self) -> InferenceModel:
         if self.clip is None:
-            raise ConfigError(f"{self.path}: was opened without a model; give it one")
+            raise ConfigError(f"{self.path}: opened without a model; texts and images need one")
         return self.clip
 
 
-def _check_embeddings(source: Source, model: Mapping[str, Any]) -> None:
-    weights = source.weights()
-    if weights is not None and weights != model["weights"]:
-        raise ConfigError(
-            f"{source.path}: its embeddings are of other weights than the model's; give the model "
-            f"that leanclip embed was given"
-        )
+def _identity(clip: InferenceModel) -> dict[str, Any]:
+    """What determines a model's features, as hashes, and their width."""
+    return {
+        "weights": fingerprint(clip.model.state_dict()),
+        "preprocessing": _hash(asdict(clip.preprocess)),
+        "tokeniser": _hash([merges(), clip.model.context_length]),
+        "embed_dim": clip.model.config.embed_dim,
+    }
 
 
-def _name(model: str | Path) -> str:
-    """What a model is called from any folder."""
-    return str(Path(model).absolute()) if Path(model).exists() else str(model)
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _check_embeddings(sources: Sequence[Source], model: dict[str, Any]) -> None:
+    for source in sources:
+        if source.weights() not in (None, model["weights"]):
+            raise ConfigError(
+                f"{source.path}: these embeddings were computed with other weights; use the model "
+                f"of leanclip embed"
+            )

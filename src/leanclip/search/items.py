@@ -1,63 +1,69 @@
-"""What an index holds, in SQLite: pictures, each once, and the files that show them.
+"""The files of an index in SQLite: where each image is, and which row its vector has.
 
-    pictures   number, row of its vector, SHA-256 of the file's content
-    items      a file, or a member of a shard: path, size, time, caption, label -> picture
-    facts      what the index is of: model, sources, sizes
+    items      an image file or a member of a shard: path, size, time, caption, label -> number
+    metadata   the model and the sources of the index, as JSON
 
-A picture's number is never used again; the row of one that is gone is. Paths are bytes, as the
-file system has them.
+Files with the same content share a number, which is the row of their vector. Numbers are never
+used again. Paths are bytes, as in the file system.
 """
 
 import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
+from leanclip.data.dataset import readable
 from leanclip.errors import ConfigError
 
 FILE = "items.sqlite"
-VERSION = 2
-_SCHEMA = f"""
-CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE pictures (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, row INTEGER NOT NULL UNIQUE, hash BLOB NOT NULL UNIQUE
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS metadata (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS items (
+    id INTEGER PRIMARY KEY, number INTEGER NOT NULL, hash BLOB NOT NULL,
+    path BLOB NOT NULL UNIQUE, shard BLOB, start INTEGER NOT NULL, size INTEGER NOT NULL,
+    mtime INTEGER NOT NULL, caption TEXT, caption_mtime INTEGER NOT NULL, label TEXT
 );
-CREATE TABLE items (
-    id INTEGER PRIMARY KEY, number INTEGER NOT NULL REFERENCES pictures (number),
-    path BLOB NOT NULL UNIQUE, below BLOB NOT NULL, shard BLOB, start INTEGER NOT NULL,
-    size INTEGER NOT NULL, mtime INTEGER NOT NULL, caption TEXT, caption_mtime INTEGER NOT NULL,
-    label TEXT
-);
-CREATE INDEX items_by_number ON items (number);
-CREATE INDEX items_by_label ON items (label);
-PRAGMA user_version = {VERSION};
+CREATE INDEX IF NOT EXISTS items_by_number ON items (number);
+CREATE INDEX IF NOT EXISTS items_by_hash ON items (hash);
+CREATE INDEX IF NOT EXISTS items_by_label ON items (label);
 """
+
+Time = datetime | float  # local if it has no zone; or seconds since 1970
+
+
+class Filters(TypedDict, total=False):
+    """Which images to search; `None` does not restrict."""
+
+    label: str | Sequence[str] | None  # one of these labels
+    folder: str | Path | None  # files in this folder or below it
+    size: tuple[float | None, float | None] | None  # bytes: minimum, and an exclusive maximum
+    date: tuple[Time | None, Time | None] | None  # earliest, and an exclusive latest
 
 
 class Entry(NamedTuple):
-    """An image where a source has it."""
+    """An image as a source lists it."""
 
-    path: str  # absolute; of a shard's member the shard's path and the member's name
-    below: str  # the folder that it is in, below its source: "2019/june"
+    path: str  # absolute; for a member of a shard, the path of the shard and the member's name
     size: int  # bytes
-    mtime: int  # nanoseconds since 1970
+    mtime: int  # nanoseconds since 1970; 0: the file is gone
     label: str | None = None
-    caption: str | None = None  # None: not read yet
-    caption_mtime: int = 0  # of the file beside it; 0: none
-    shard: str | None = None  # the tar file that it is in
-    start: int = 0  # where in it
+    caption: str | None = None  # None: not read yet, or there is none
+    caption_mtime: int = 0  # of the text file beside the image; 0: there is none
+    shard: str | None = None  # the tar file that contains the image
+    start: int = 0  # its offset there
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture of an index."""
+    """An image of an index."""
 
     number: int
     path: str
@@ -65,55 +71,48 @@ class Item:
     label: str | None
     size: int  # bytes
     mtime: float  # seconds since 1970
-    paths: tuple[str, ...]  # all files with this content, `path` among them
-    shard: str | None  # the tar file that it is in
-    start: int  # where in it
+    paths: tuple[str, ...]  # all files with the same content, including `path`
+    shard: str | None  # the tar file that contains it
+    start: int  # its offset there
 
 
-class Known(NamedTuple):
-    """What is known of a path."""
+class Indexed(NamedTuple):
+    """An indexed file."""
 
     id: int
     number: int
+    hash: bytes
     size: int
     mtime: int
     start: int
     caption_mtime: int
     label: str | None
-    below: bytes
 
 
 class Items:
-    """The database of an index; any thread may use it.
+    """The database of an index; threads may share it.
 
     Raises:
-        ConfigError: there is none, or it is of another version.
+        ConfigError: there is no index in the folder, and `create` is false.
     """
 
     def __init__(self, folder: Path, *, create: bool = False) -> None:
-        self.path = folder / FILE
-        if not create and not self.path.is_file():
-            raise ConfigError(
-                f"{folder}: no index; make one with: leanclip search build PHOTOS --out {folder}"
-            )
+        path = folder / FILE
+        no_index = ConfigError(
+            f"{folder}: no index; make one with: leanclip search build PHOTOS --out {folder}"
+        )
+        if not create and not path.is_file():
+            raise no_index
         self._lock = threading.RLock()
-        self._base = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
-        self._base.isolation_level = None  # transactions are begun here
-        self._rows: tuple[object, np.ndarray] | None = None
+        self._base = sqlite3.connect(path, timeout=60, check_same_thread=False)
+        self._mask: tuple[object, np.ndarray] = (None, np.empty(0, bool))
         try:
-            (version,) = self._base.execute("PRAGMA user_version").fetchone()
-            if create and version == 0:
-                with self.transaction():
-                    for line in _SCHEMA.split(";"):
-                        self._base.execute(line)
-                version = VERSION
+            if create:
+                self._base.executescript(_SCHEMA)
+            elif self.metadata("model") is None:
+                raise no_index
         except sqlite3.DatabaseError as error:
-            raise ConfigError(f"{self.path}: is no index: {error}") from None
-        if version != VERSION:
-            raise ConfigError(
-                f"{folder}: is an index of version {version}, this leanclip reads {VERSION}; "
-                f"build it again in another folder"
-            )
+            raise ConfigError(f"{path}: not an index: {error}") from None
 
     def close(self) -> None:
         """Close the database."""
@@ -121,138 +120,95 @@ class Items:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is changed inside is kept, or nothing."""
-        with self._lock:
-            self._base.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._base.execute("ROLLBACK")
-                raise
-            self._base.execute("COMMIT")
+        """Commit the changes made in the block if it succeeds, else none of them."""
+        with self._lock, self._base:
+            yield
 
-    def fact(self, name: str) -> Any:
-        """Something that was noted; None: it was not."""
-        row = self._one("SELECT value FROM facts WHERE name = ?", name)
+    def metadata(self, name: str) -> Any:
+        """A value of the metadata; None if it is not set."""
+        row = self._one("SELECT value FROM metadata WHERE name = ?", name)
         return None if row is None else json.loads(row[0])
 
-    def note(self, name: str, value: object) -> None:
-        """Note something, as JSON."""
-        self._all("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, json.dumps(value))
+    def set_metadata(self, name: str, value: object) -> None:
+        """Set a value of the metadata, which must be serialisable as JSON."""
+        with self.transaction():
+            self._all("INSERT OR REPLACE INTO metadata VALUES (?, ?)", name, json.dumps(value))
 
     def count(self) -> int:
-        """Pictures; those with the same content are one."""
-        return self._one("SELECT count(*) FROM pictures")[0]
+        """The number of images; those with the same content count once."""
+        return self._one("SELECT count(DISTINCT number) FROM items")[0]
 
-    def count_items(self) -> int:
-        """Files and members of shards."""
+    def count_files(self) -> int:
+        """The number of files and members of shards."""
         return self._one("SELECT count(*) FROM items")[0]
 
     def labels(self) -> dict[str, int]:
-        """Labels, and how many files have each."""
+        """Labels, and the number of files with each."""
         query = "SELECT label, count(*) FROM items WHERE label IS NOT NULL GROUP BY label"
         return dict(self._all(query))
 
-    def numbers(self) -> np.ndarray:
-        """The number of the picture in each row, (N,) int64; 0: the row is free. Do not change."""
+    def mask(self, **filters: Unpack[Filters]) -> np.ndarray:
+        """Which numbers have a file that passes the filters, (N,) bool; not to be changed."""
+        condition, values = _condition(**filters)
         with self._lock:
-            change = (self._one("PRAGMA data_version")[0], self._base.total_changes)
-            if self._rows is None or self._rows[0] != change:
-                pairs = self._base.execute("SELECT row, number FROM pictures")
-                flat = np.fromiter((value for pair in pairs for value in pair), np.int64)
-                rows = flat[::2]
-                numbers = np.zeros(int(rows.max()) + 1 if len(rows) else 0, np.int64)
-                numbers[rows] = flat[1::2]
-                self._rows = (change, numbers)
-            return self._rows[1]
+            version = self._one("PRAGMA data_version")[0], self._base.total_changes
+            if not values and self._mask[0] == version:
+                return self._mask[1]
+            found = self._all(f"SELECT DISTINCT number FROM items WHERE {condition}", *values)
+            numbers = np.fromiter((number for (number,) in found), np.int64, len(found))
+            mask = np.zeros(numbers.max(initial=-1) + 1, dtype=bool)
+            mask[numbers] = True
+            if not values:
+                self._mask = version, mask
+            return mask
 
-    def rows_where(self, condition: str, values: Sequence[object], total: int) -> np.ndarray:
-        """Which of `total` rows have an item that meets a condition: (N,) bool."""
-        query = f"SELECT DISTINCT row FROM items JOIN pictures USING (number) WHERE {condition}"
-        rows = np.fromiter((row for (row,) in self._all(query, *values)), int)
-        found = np.zeros(total, dtype=bool)
-        found[rows[rows < total]] = True
-        return found
-
-    def row_of(self, number: int) -> int | None:
-        """Where a picture's vector is; None: there is no such picture."""
-        found = self._one("SELECT row FROM pictures WHERE number = ?", number)
-        return None if found is None else found[0]
-
-    def item(self, number: int, condition: str = "1", values: Sequence[object] = ()) -> Item | None:
-        """A picture by its number, as the first of its files that meet a condition."""
-        fields = "path, caption, label, size, mtime, shard, start"
+    def item(self, number: int, **filters: Unpack[Filters]) -> Item | None:
+        """The image with a number, as the first of its files that pass the filters."""
+        condition, values = _condition(**filters)
         found = self._all(
-            f"SELECT {fields} FROM items WHERE number = ? AND {condition} ORDER BY path",
-            number,
-            *values,
+            f"SELECT path, caption, label, size, mtime, shard, start FROM items "
+            f"WHERE number = ? AND {condition} ORDER BY path",
+            *(number, *values),
         )
         if not found:
             return None
-        path, caption, label, size, mtime, shard, start = found[0]
+        _, caption, label, size, mtime, shard, start = found[0]
         paths = tuple(os.fsdecode(row[0]) for row in found)
-        where = None if shard is None else os.fsdecode(shard)
-        return Item(
-            number, os.fsdecode(path), caption, label, size, mtime / 1e9, paths, where, start
-        )
+        shard = None if shard is None else os.fsdecode(shard)
+        return Item(number, paths[0], caption, label, size, mtime / 1e9, paths, shard, start)
 
-    def known(self, path: str) -> Known | None:
-        """What is known of a path."""
+    def ids(self) -> set[int]:
+        """The ids of all indexed files."""
+        return {row[0] for row in self._all("SELECT id FROM items")}
+
+    def find(self, path: str) -> Indexed | None:
+        """What is indexed for a path."""
         found = self._one(
-            "SELECT id, number, size, mtime, start, caption_mtime, label, below "
-            "FROM items WHERE path = ?",
-            os.fsencode(path),
+            f"SELECT {', '.join(Indexed._fields)} FROM items WHERE path = ?", os.fsencode(path)
         )
-        return None if found is None else Known(*found)
+        return None if found is None else Indexed(*found)
 
     def number_of(self, digest: bytes) -> int | None:
-        """The picture with a content."""
-        found = self._one("SELECT number FROM pictures WHERE hash = ?", digest)
+        """The number of the image with a content hash."""
+        found = self._one("SELECT number FROM items WHERE hash = ? LIMIT 1", digest)
         return None if found is None else found[0]
 
-    def add_picture(self, row: int, digest: bytes) -> int:
-        """A new picture, whose vector is in a row; its number."""
-        with self._lock:
-            query = "INSERT INTO pictures (row, hash) VALUES (?, ?)"
-            return int(self._base.execute(query, (row, digest)).lastrowid or 0)
-
-    def put(self, entry: Entry, number: int) -> int:
-        """Note where a picture is; its item's id."""
-        values = (
-            number,
-            os.fsencode(entry.path),
-            os.fsencode(entry.below),
-            None if entry.shard is None else os.fsencode(entry.shard),
-            entry.start,
-            entry.size,
-            entry.mtime,
-            entry.caption,
-            entry.caption_mtime,
-            entry.label,
-        )
-        names = "number, path, below, shard, start, size, mtime, caption, caption_mtime, label"
-        marks = ", ".join("?" * len(values))
-        changes = ", ".join(f"{name} = excluded.{name}" for name in names.split(", "))
+    def put(self, entry: Entry, number: int, digest: bytes) -> int:
+        """Add a file, or replace what is indexed for its path; returns its id."""
+        values = entry._asdict() | {"number": number, "hash": digest}
+        values["path"] = os.fsencode(entry.path)
+        values["shard"] = None if entry.shard is None else os.fsencode(entry.shard)
         query = (
-            f"INSERT INTO items ({names}) VALUES ({marks}) "
-            f"ON CONFLICT (path) DO UPDATE SET {changes} RETURNING id"
+            f"INSERT INTO items ({', '.join(values)}) VALUES ({', '.join('?' * len(values))}) "
+            f"ON CONFLICT (path) DO UPDATE SET {', '.join(f'{n} = excluded.{n}' for n in values)} "
+            f"RETURNING id"
         )
-        return self._one(query, *values)[0]
+        return self._one(query, *values.values())[0]
 
-    def drop_all_but(self, ids: Iterable[int]) -> int:
-        """Forget the other items; how many they were."""
+    def drop(self, ids: Collection[int]) -> None:
+        """Remove files."""
         with self.transaction():
-            self._base.execute("CREATE TEMP TABLE kept (id INTEGER PRIMARY KEY)")
-            self._base.executemany("INSERT OR IGNORE INTO kept VALUES (?)", ((i,) for i in ids))
-            gone = self._base.execute("DELETE FROM items WHERE id NOT IN (SELECT id FROM kept)")
-            self._base.execute("DROP TABLE kept")
-            return gone.rowcount
-
-    def drop_pictures_without_items(self) -> int:
-        """Forget pictures that no file shows any more, which frees their rows; how many."""
-        with self.transaction():
-            query = "DELETE FROM pictures WHERE number NOT IN (SELECT number FROM items)"
-            return self._base.execute(query).rowcount
+            self._base.executemany("DELETE FROM items WHERE id = ?", ((one,) for one in ids))
 
     def _one(self, query: str, *values: object) -> Any:
         with self._lock:
@@ -261,3 +217,30 @@ class Items:
     def _all(self, query: str, *values: object) -> list[Any]:
         with self._lock:
             return self._base.execute(query, values).fetchall()
+
+
+def _condition(**filters: Unpack[Filters]) -> tuple[str, list[object]]:
+    """The filters as an SQL condition, and its parameters."""
+    parts: list[str] = ["1"]
+    values: list[object] = []
+    if label := filters.get("label"):
+        labels = [label] if isinstance(label, str) else label
+        parts.append(f"label IN ({', '.join('?' * len(labels))})")
+        values += map(readable, labels)
+    if (folder := filters.get("folder")) is not None:
+        prefix = os.fsencode(absolute(folder))
+        parts.append("path > ? AND path < ?")  # "0" is the character after "/"
+        values += [prefix + b"/", prefix + b"0"]
+    ranges = (("size", filters.get("size"), 1), ("mtime", filters.get("date"), 10**9))
+    for column, limits, factor in ranges:
+        for operator, limit in zip((">=", "<"), limits or (None, None), strict=True):
+            if limit is not None:
+                number = limit.timestamp() if isinstance(limit, datetime) else limit
+                parts.append(f"{column} {operator} ?")
+                values.append(round(number * factor))
+    return " AND ".join(parts), values
+
+
+def absolute(path: str | Path) -> str:
+    """An absolute path, normalised; symbolic links stay."""
+    return os.path.normpath(Path(path).absolute())

@@ -1,11 +1,13 @@
-"""Where an index's images come from, and what is there now.
+"""Where the images of an index come from, and which images are there now.
 
     a folder       images at any depth, captions beside them (a.jpg, a.txt), and *.tar at its top
-    a .tar         WebDataset's: members of one name are an image, its .txt and its .cls
-    embeddings     what `leanclip embed` wrote: ids, which are paths below `root`, and features
+    a .tar         WebDataset: members of one name are an image, its .txt and its .cls
+    embeddings     the output of `leanclip embed`: features, and ids, which are paths in `root`
 
-An image's label is the first folder below the source, or below its split where the source has
-folders train, val and so on; or what its shard says.
+The label of an image is its first folder below the source, or below its split if the source has
+folders train, val and so on; in a shard, it is the .cls.
+
+Shapes: E embedding, R resolution.
 """
 
 import hashlib
@@ -24,106 +26,112 @@ from leanclip.data.readers.shard_cache import shard_index
 from leanclip.data.readers.tar_index import remarks
 from leanclip.data.splits import splits_in
 from leanclip.errors import ConfigError, DataError, SampleError, escaped
-from leanclip.inference.embeddings import index_file, read_index, shards_of
-from leanclip.io.files import LFS_POINTER, is_lfs_file, read_json_object
+from leanclip.evaluation.feature_store import read_index
+from leanclip.inference.embeddings import embeddings_index, shards_of
+from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.preprocess.decoding import open_regular, refusing
 from leanclip.preprocess.images import Preprocess, evaluation_pixels
-from leanclip.search.filters import absolute
-from leanclip.search.items import Entry
+from leanclip.search.items import Entry, absolute
 
 log = logging.getLogger("leanclip")
 
-MAX_TEXT_BYTES = 1 << 20  # bytes of a shard's text
+MAX_TEXT_BYTES = 1 << 20  # of a text in a shard
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder, a shard or a folder of embeddings; `root` is where the embeddings' ids are."""
+    """A folder, a shard or a folder of embeddings, whose ids are paths in `root`."""
 
     path: str
     root: str | None = None
 
     @classmethod
-    def of(cls, given: str | Path, root: str | Path | None = None) -> "Source":
-        """What a person named; paths become absolute.
+    def of(cls, path: str | Path, root: str | Path | None = None) -> "Source":
+        """A source by its path; relative paths are made absolute.
 
         Raises:
-            DataError: it is not there.
-            ConfigError: a root where none is needed.
+            DataError: there is no such folder or .tar.
+            ConfigError: `root` is set for a source that is not a folder of embeddings.
         """
-        path = Path(absolute(given))
+        given, path = path, Path(absolute(path))
         if not path.exists():
             raise DataError(f"{given}: no such folder")
         if path.is_file() and path.suffix != ".tar":
-            raise DataError(f"{given}: is a file; give a folder of images, or a .tar")
-        if _is_embeddings(path):
+            raise DataError(f"{given}: not a folder of images or a .tar")
+        if "ids" in read_index(path):
             return cls(str(path), absolute(root or "."))
         if root is not None:
-            raise ConfigError(f"{given}: holds no embeddings, which --root is for")
+            raise ConfigError(f"{given}: --root is for embeddings, and this folder has none")
         return cls(str(path))
 
     def weights(self) -> str | None:
-        """The weights that its features are of; None: it has none."""
-        return read_index(Path(self.path)).weights if self.root is not None else None
+        """The fingerprint of the weights that computed its features; None: it has no features."""
+        return embeddings_index(Path(self.path))["weights"] if self.root is not None else None
 
     def entries(self) -> tuple[int, Iterator[tuple[Entry, np.ndarray | None]]]:
-        """What is there: how much, and each image, with features (E,) where there are some.
+        """The number of images, and each of them, with its features (E,) if there are some.
 
         Raises:
-            DataError: it is gone or empty, so that all of it would be dropped.
+            DataError: the source is gone or has no images, so that all of them would be dropped.
         """
         path = Path(self.path)
         if not path.exists():
             raise DataError(
-                f"{path}: is not there any more; put it back, or build another index without it"
+                f"{path}: the source is gone; restore it, or build another index without it"
             )
         if self.root is not None:
-            return read_index(path).images, _embedded(path, Path(self.root))
+            return embeddings_index(path)["images"], _embedded(path, Path(self.root))
         is_file = path.is_file()
         images, tars = ([], [path]) if is_file else (list_images(path), sorted(path.glob("*.tar")))
         if not images and not tars:
             raise no_images(path)
         for tar in filter(is_lfs_file, tars):
             raise DataError(f"{tar}: {LFS_POINTER}")
-        root = path.parent if is_file else path
         total = len(images) + sum(len(shard_index(tar)) for tar in tars)
-        return total, _listed(images, tars, root)
+        return total, ((entry, None) for entry in _listed(path, images, tars))
 
 
-class Found(NamedTuple):
+class Content(NamedTuple):
     """An image that was read."""
 
     entry: Entry
-    digest: bytes  # SHA-256 of its content
-    features: np.ndarray | None  # (E,), where its source has them
-    pixels: np.ndarray | None  # (3, R, R) uint8, where it must be embedded
+    digest: bytes  # SHA-256 of the content
+    number: int | None  # of the image in the index with the same content
+    features: np.ndarray | None  # (E,), from the source
+    pixels: np.ndarray | None  # (3, R, R) uint8, if features are to be computed
 
 
 def read(
     entry: Entry,
     features: np.ndarray | None,
     preprocess: Preprocess,
-    is_known: Callable[[bytes], bool],
-) -> Found:
-    """Read an image's content and caption, and its pixels unless features are there or known.
+    number_of: Callable[[bytes], int | None],
+) -> Content:
+    """Read the content and caption of an image, and its pixels unless features are available.
 
     Raises:
-        SampleError: it cannot be read.
+        SampleError: the image cannot be read.
     """
-    if features is not None and not entry.mtime:  # its features are all that is left of it
-        return Found(entry, hashlib.sha256(features.tobytes()).digest(), features, None)
+    if features is not None and not entry.mtime:  # the file is gone: its features stand for it
+        digest = hashlib.sha256(features.tobytes()).digest()
+        return Content(entry, digest, number_of(digest), features, None)
     content = read_bytes(entry.path, entry.shard, entry.start, entry.size)
     digest = hashlib.sha256(content).digest()
-    is_needed = features is None and not is_known(digest)
-    pixels = evaluation_pixels(content, preprocess) if is_needed else None
-    return Found(with_caption(entry), digest, features, pixels)
+    number, pixels = number_of(digest), None
+    if features is None and number is None:
+        try:
+            pixels = evaluation_pixels(content, preprocess)
+        except SampleError as error:
+            reason = str(error).replace("<bytes>", entry.path, 1)
+            raise SampleError(error.kind, reason) from None
+    return Content(with_caption(entry), digest, number, features, pixels)
 
 
 def read_bytes(path: str, shard: str | None, start: int, size: int) -> bytes:
-    """The content of an image's file, or of a shard's member.
+    """The content of an image file or of a member of a shard.
 
     Raises:
-        SampleError: it is not there any more.
+        SampleError: it cannot be read.
     """
     with refusing(f"{shard or path}: "), open_regular(shard or path) as file:
         if shard is None:
@@ -133,25 +141,21 @@ def read_bytes(path: str, shard: str | None, start: int, size: int) -> bytes:
 
 
 def with_caption(entry: Entry) -> Entry:
-    """The same with the text that lies beside the image, where there is one."""
+    """The entry with the content of the text file beside the image, if there is one."""
     if not entry.caption_mtime:
         return entry
     try:
         lines = read_lines(Path(entry.path).with_suffix(".txt"))
-    except SampleError:  # a text that is none is no reason to lose the image
+    except SampleError:  # an unreadable text is no reason to lose the image
         lines = []
     return entry._replace(caption="\n".join(lines) or None)
 
 
-def _listed(
-    images: Sequence[Path], tars: Sequence[Path], root: Path
-) -> Iterator[tuple[Entry, None]]:
-    splits = splits_in("folder", root)
-    for image in images:
-        if (entry := _file(image, root, splits)) is not None:
-            yield entry, None
+def _listed(path: Path, images: Sequence[Path], tars: Sequence[Path]) -> Iterator[Entry]:
+    splits = splits_in("folder", path) if images else ()
+    yield from filter(None, (_file(image, path, splits) for image in images))
     for tar in tars:
-        yield from ((entry, None) for entry in _members(tar, root))
+        yield from _members(tar)
 
 
 def _embedded(path: Path, root: Path) -> Iterator[tuple[Entry, np.ndarray]]:
@@ -159,19 +163,11 @@ def _embedded(path: Path, root: Path) -> Iterator[tuple[Entry, np.ndarray]]:
     for ids, features in shards_of(path):
         for name, vector in zip(ids, np.asarray(features), strict=True):  # faster than a memmap
             image = root / name
-            found = _file(image, root, splits)
-            yield found or Entry(str(image), _below(image, root), 0, 0), vector
-
-
-def _is_embeddings(path: Path) -> bool:
-    """`leanclip data pack` writes an index.json too, beside its shards."""
-    if any(path.glob("*.tar")):
-        return False
-    return "embed_dim" in read_json_object(index_file(path))
+            yield _file(image, root, splits) or Entry(str(image), 0, 0), vector
 
 
 def _file(path: Path, root: Path, splits: Sequence[str]) -> Entry | None:
-    """A file; None: it is gone."""
+    """An image file; None if it is gone."""
     try:
         stat = path.stat()
     except OSError:
@@ -180,20 +176,28 @@ def _file(path: Path, root: Path, splits: Sequence[str]) -> Entry | None:
         caption_mtime = path.with_suffix(".txt").stat().st_mtime_ns
     except OSError:
         caption_mtime = 0
-    below = _below(path, root)
-    first, _, rest = below.partition("/")
-    label = readable(rest.split("/")[0] if first in splits else first) or None
-    return Entry(
-        str(path), below, stat.st_size, stat.st_mtime_ns, label, caption_mtime=caption_mtime
-    )
+    folders = path.relative_to(root).parts[:-1] if path.is_relative_to(root) else ()
+    if folders and folders[0] in splits:
+        folders = folders[1:]
+    label = readable(folders[0]) if folders else None
+    return Entry(str(path), stat.st_size, stat.st_mtime_ns, label, caption_mtime=caption_mtime)
 
 
-def _members(tar: Path, root: Path) -> Iterator[Entry]:
+def _members(tar: Path) -> Iterator[Entry]:
     """The images of a shard."""
     path = tar.parent / "classes.txt"
     classes, keys = read_class_file(path) if path.is_file() else ClassFile((), ())
     labels = index_labels(classes, keys)
-    stat, below = tar.stat(), _below(tar, root)
+    rows = shard_index(tar)
+    for line in remarks([(str(tar), rows)]):
+        log.warning("%s: %s", escaped(str(tar)), line)
+    is_usable = (rows["image"] > 0) & (rows["problem"] == 0)
+    if count := len(rows) - int(is_usable.sum()):
+        names = ", ".join(map(os.fsdecode, rows["key"][~is_usable][:3].tolist()))
+        names = escaped(names + ", ..." * (count > 3))
+        place = escaped(str(tar))
+        log.warning("%s: samples without a usable image, skipped: %d (%s)", place, count, names)
+    mtime = tar.stat().st_mtime_ns
     with tar.open("rb") as file:
 
         def text(row: np.void, part: str) -> str | None:
@@ -202,37 +206,16 @@ def _members(tar: Path, root: Path) -> Iterator[Entry]:
             content = os.pread(file.fileno(), int(row[f"{part}_size"]), int(row[part]))
             return content.decode("utf-8-sig", "replace").strip() or None
 
-        rows = shard_index(tar)
-        for line in remarks([(str(tar), rows)]):
-            log.warning("%s: %s", escaped(str(tar)), line)
-        is_usable = (rows["image"] > 0) & (rows["problem"] == 0)
-        if count := len(rows) - int(is_usable.sum()):
-            names = ", ".join(map(os.fsdecode, rows["key"][~is_usable][:3].tolist()))
-            names += ", ..." * (count > 3)
-            log.warning(
-                "%s: samples without a usable image, skipped: %d (%s)",
-                *(escaped(str(tar)), count, escaped(names)),
-            )
         for row in rows[is_usable]:
-            name = row["key"].decode("utf-8", "surrogateescape")
             label = text(row, "cls")
             if label in labels:
                 label = classes[labels[label]]
             yield Entry(
-                f"{tar}/{name}",
-                below,
-                int(row["image_size"]),
-                stat.st_mtime_ns,
-                label,
+                path=f"{tar}/{os.fsdecode(row['key'])}",
+                size=int(row["image_size"]),
+                mtime=mtime,
+                label=label,
                 caption=text(row, "txt"),
                 shard=str(tar),
                 start=int(row["image"]),
             )
-
-
-def _below(path: Path, root: Path) -> str:
-    try:
-        below = path.parent.relative_to(root).as_posix()
-    except ValueError:
-        return ""
-    return "" if below == "." else below

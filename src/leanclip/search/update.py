@@ -1,18 +1,17 @@
-"""Bring an index to what its sources are now.
+"""Bring an index up to date with its sources.
 
-    sources -> entries -> what is new or changed -> threads read and decode -> features
-            -> vectors (an fp16 file), then items (SQLite), committed together every so often
+    sources -> entries -> new and changed ones -> threads read and decode -> features
+            -> vectors (a float16 file), then items (SQLite), committed together
 
-A picture is in the index as soon as its row is committed, and its vector is on the disk before
-that: killed at any moment, it holds whole pictures, and the next run goes on.
+A vector is on the disk before the items that refer to it are committed: an update that is killed
+leaves a valid index, and the next one continues.
 
 Shapes: E embedding.
 """
 
+import itertools
 import logging
-import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,163 +23,125 @@ from leanclip.inference.model import InferenceModel
 from leanclip.io.progress import ProgressBar
 from leanclip.io.threads import in_threads
 from leanclip.search.items import Entry, Items
-from leanclip.search.sources import Found, Source, read, with_caption
+from leanclip.search.sources import Content, Source, read, with_caption
 from leanclip.search.vectors import Vectors
 
 log = logging.getLogger("leanclip")
 
-MAX_PENDING = 1024  # pictures, or
-MAX_SECONDS = 5.0  # between two commits
-MAX_NAMED = 20  # of what cannot be read
+COMMIT_EVERY = 1024  # images
 
 
 @dataclass
 class Changes:
-    """What an update came to."""
+    """The result of an update, in files."""
 
-    added: int = 0  # files, as all below
+    added: int = 0
     changed: int = 0
     dropped: int = 0
     unchanged: int = 0
-    skipped: int = 0  # cannot be read
+    skipped: int = 0  # unreadable
     files: int = 0
-    pictures: int = 0  # of different content
+    pictures: int = 0  # with different content
 
 
 class Update:
-    """One run through the sources of an index."""
+    """One pass over the sources of an index; the arguments are those of `Index.update`."""
 
-    def __init__(
+    def __init__(self, items: Items, vectors: Vectors, clip: InferenceModel) -> None:
+        self.items, self.vectors, self.clip = items, vectors, clip
+        self.unseen = items.ids()  # indexed files that the sources have not listed yet
+        self.changes = Changes()
+
+    def run(
         self,
-        items: Items,
-        vectors: Vectors,
-        clip: InferenceModel,
+        sources: Sequence[Source],
         batch_size: int,
         workers: int | None,
         max_bad_fraction: float,
-    ) -> None:
-        self.items, self.vectors, self.clip = items, vectors, clip
-        self.batch_size, self.workers, self.max_bad_fraction = batch_size, workers, max_bad_fraction
-        used = self.items.numbers()
-        self.free = iter(np.flatnonzero(used == 0).tolist())  # of pictures dropped before this run
-        self.end = len(used)
-        self.kept: set[int] = set()  # ids of items
-        self.outdated: set[str] = set()  # paths
-        self.pending: list[tuple[Entry, bytes, np.ndarray | None]] = []
-        self.digests: set[bytes] = set()  # of those
-        self.committed = time.monotonic()
-        self.changes = Changes()
+    ) -> Changes:
+        """Update the index.
 
-    def run(self, sources: Sequence[Source]) -> Changes:
-        """Bring the index to what is there."""
+        Raises:
+            DataError: a source is gone or has no images, or too many images are unreadable.
+        """
         listings = [source.entries() for source in sources]
         total = sum(count for count, _ in listings)
-        tracker = SkipTracker(total, self.max_bad_fraction, option="--max-bad-fraction")
-        preprocess = self.clip.preprocess
-
-        def work(_: int, one: tuple[Entry, np.ndarray | None]) -> Found | tuple[str, SampleError]:
-            try:
-                return read(*one, preprocess, self._is_known)
-            except SampleError as error:
-                return one[0].path, error
-
-        new = (one for _, entries in listings for one in self._new(entries))
-        batch: list[Found] = []
+        tracker = SkipTracker(total, max_bad_fraction, option="--max-bad-fraction")
+        entries = (one for _, entries in listings for one in entries)
+        contents = in_threads(self._read, self._new(entries), workers, batch_size)
+        pending: list[Content] = []
         with ProgressBar("indexing", max(total, 1)) as bar:
-            for done, one in enumerate(in_threads(work, new, self.workers, self.batch_size), 1):
-                if isinstance(one, Found):
-                    batch.append(one)
-                else:
-                    self._skip(*one, tracker)
-                if len(batch) == self.batch_size:
-                    self._embed(batch)
-                    batch = []
-                bar.update(done + self.changes.unchanged)
-            self._embed(batch)
-            self._commit()
-        self.changes.dropped = self.items.drop_all_but(self.kept)
-        self.items.drop_pictures_without_items()
-        self.changes.files, self.changes.pictures = self.items.count_items(), self.items.count()
+            while batch := list(itertools.islice(contents, batch_size)):
+                bad = [one for one in batch if isinstance(one, Bad)]
+                for one in bad:
+                    log.warning("skipped: %s", one.reason)
+                tracker.add(bad)
+                self.changes.skipped += len(bad)
+                pending += self._embed([one for one in batch if isinstance(one, Content)])
+                if len(pending) >= COMMIT_EVERY:
+                    self._commit(pending)
+                    pending = []
+                done = self.changes.added + self.changes.changed + self.changes.skipped
+                bar.update(done + len(pending) + self.changes.unchanged)
+            self._commit(pending)
+        self.items.drop(self.unseen)
+        self.changes.dropped = len(self.unseen)
+        self.changes.files, self.changes.pictures = self.items.count_files(), self.items.count()
         return self.changes
 
     def _new(
-        self, entries: Iterable[tuple[Entry, np.ndarray | None]]
+        self, entries: Iterator[tuple[Entry, np.ndarray | None]]
     ) -> Iterator[tuple[Entry, np.ndarray | None]]:
-        """What must be read; of what is as it was, a new caption or label is noted."""
+        """The entries that are not indexed; the captions and labels of the others are updated."""
         for entry, features in entries:
-            known = self.items.known(entry.path)
+            known = self.items.find(entry.path)
             if known is None:
                 yield entry, features
-            elif known[2:5] != (entry.size, entry.mtime, entry.start):
-                self.outdated.add(entry.path)
-                yield entry, None  # features that came with it are of what it was
+            elif (known.size, known.mtime, known.start) != (entry.size, entry.mtime, entry.start):
+                yield entry, None  # the source's features are those of the former content
             else:
-                self.kept.add(known.id)
+                self.unseen.discard(known.id)
                 self.changes.unchanged += 1
-                there = (known.caption_mtime, known.label, os.fsdecode(known.below))
-                if there != (entry.caption_mtime, entry.label, entry.below):
-                    self.items.put(with_caption(entry), known.number)
+                if (known.caption_mtime, known.label) != (entry.caption_mtime, entry.label):
+                    with self.items.transaction():
+                        self.items.put(with_caption(entry), known.number, known.hash)
 
-    def _is_known(self, digest: bytes) -> bool:
-        return self.items.number_of(digest) is not None
-
-    def _skip(self, path: str, error: SampleError, tracker: SkipTracker) -> None:
-        self.changes.skipped += 1
-        name, reason = escaped(path), str(error)
-        for prefix in ("<bytes>: ", f"{name}: "):  # a message names its source, which may be bytes
-            reason = reason.removeprefix(prefix)
-        if self.changes.skipped <= MAX_NAMED:
-            log.warning("skipped: %s: %s", name, reason)
+    def _read(self, _: int, one: tuple[Entry, np.ndarray | None]) -> Content | Bad:
         try:
-            tracker.add([Bad.of(path, error)])
-        except DataError:
-            self._commit()
-            raise
+            return read(*one, self.clip.preprocess, self.items.number_of)
+        except SampleError as error:
+            return Bad.of(escaped(one[0].path), error)
 
-    def _embed(self, batch: Sequence[Found]) -> None:
-        """Features of those that have none; of the same content once."""
-        new: dict[bytes, np.ndarray] = {}
-        for one in batch:
-            if one.pixels is not None and one.digest not in self.digests:
-                new[one.digest] = one.pixels
-        features = dict(zip(new, self._features(list(new.values())), strict=True))
-        for one in batch:
-            vector = features.get(one.digest) if one.features is None else one.features
-            self.pending.append((one.entry, one.digest, vector))
-            self.digests.add(one.digest)
-        is_late = time.monotonic() - self.committed > MAX_SECONDS
-        if len(self.pending) >= MAX_PENDING or is_late:
-            self._commit()
-
-    def _features(self, pixels: list[np.ndarray]) -> np.ndarray:
+    def _embed(self, batch: Sequence[Content]) -> list[Content]:
+        """The batch with the features of its pixels."""
+        pixels = [one.pixels for one in batch if one.pixels is not None]
         if not pixels:
-            return np.empty((0, self.vectors.width), np.float32)
-        return self.clip.embed_pixels(torch.from_numpy(np.stack(pixels))).numpy()
+            return list(batch)
+        features = iter(self.clip.embed_pixels(torch.from_numpy(np.stack(pixels))).numpy())
+        return [
+            one if one.pixels is None else one._replace(features=next(features), pixels=None)
+            for one in batch
+        ]
 
-    def _commit(self) -> None:
-        """Keep what is pending: vectors on the disk first, then the rows that name them."""
-        new: dict[bytes, np.ndarray] = {}
-        for _, digest, vector in self.pending:
-            if vector is not None and not self._is_known(digest):
-                new.setdefault(digest, vector)
-        rows = dict(zip(new, map(self._free_row, range(len(new))), strict=True))
-        values = np.array(list(new.values()), np.float16)
-        if not np.isfinite(values).all():
-            raise DataError("the model gives features that are no numbers")
-        self.vectors.write(list(rows.values()), values)
+    def _commit(self, contents: Sequence[Content]) -> None:
+        """Write the new vectors to the disk, then the items that refer to them."""
+        numbers: dict[bytes, int | None] = {}
+        for one in contents:
+            is_known = one.number is not None
+            numbers[one.digest] = one.number if is_known else self.items.number_of(one.digest)
+        new = {one.digest: one.features for one in contents if numbers[one.digest] is None}
+        if new:
+            values = np.array(list(new.values()), np.float16)
+            if not np.isfinite(values).all():
+                raise DataError("the model computes features that are not finite")
+            numbers |= zip(new, itertools.count(self.vectors.append(values)), strict=False)
         with self.items.transaction():
-            numbers = {digest: self.items.add_picture(row, digest) for digest, row in rows.items()}
-            for entry, digest, _ in self.pending:
-                number = numbers.get(digest) or self.items.number_of(digest)
+            for one in contents:
+                number = numbers[one.digest]
                 assert number is not None
-                is_outdated = entry.path in self.outdated
-                self.changes.changed += is_outdated
-                self.changes.added += not is_outdated
-                self.kept.add(self.items.put(entry, number))
-        self.pending, self.digests, self.committed = [], set(), time.monotonic()
-
-    def _free_row(self, _: int) -> int:
-        row = next(self.free, None)
-        if row is None:
-            row, self.end = self.end, self.end + 1
-        return row
+                id = self.items.put(one.entry, number, one.digest)
+                if id in self.unseen:
+                    self.unseen.remove(id)
+                    self.changes.changed += 1
+                else:
+                    self.changes.added += 1
