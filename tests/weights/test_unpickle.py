@@ -392,7 +392,6 @@ REFUSED = {
     "item of a list": (b"]NNs", "items of a list"),
     "odd items": (b"}(Nu", "items of a dict"),
     "array as a key": (b"}" + state_program(dtype_program("f4")) + b"Ns", "key is a ndarray"),
-    "protocol": (b"\x80\6N", "protocol 6"),
     "name with a line": (text("os\n\x1b[2J") + text("a") + b"\x93", "names 'os\\n"),
     "name is a number": (b"K\1K\1\x93", "not text"),
     "itself": (b"]\x94h\0a", None),
