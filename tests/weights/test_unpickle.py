@@ -392,7 +392,6 @@ REFUSED = {
     "item of a list": (b"]NNs", "items of a list"),
     "odd items": (b"}(Nu", "items of a dict"),
     "array as a key": (b"}" + state_program(dtype_program("f4")) + b"Ns", "key is a ndarray"),
-    "protocol": (b"\x80\6N", "protocol 6"),
     "name with a line": (text("os\n\x1b[2J") + text("a") + b"\x93", "names 'os\\n"),
     "name is a number": (b"K\1K\1\x93", "not text"),
     "itself": (b"]\x94h\0a", None),
@@ -528,18 +527,18 @@ def test_wrong_zips_are_refused(tmp_path: Path) -> None:
     second = data.index(b"PK\1\2", entry + 1)
     third = data.index(b"PK\1\2", second + 1)  # of the storage
     for where, at, value, words in (
-        (entry, 20, b"\xff\xff\xff\x7f" * 2, None),  # larger than the file: ends with STOP
+        (entry, 20, b"\xff\xff\xff\x7f" * 2, None),  # larger than the file: it ends with STOP
         (entry, 24, b"\1\0\0\0", "truncated"),
         (entry, 42, b"\5\0\0\0", "damaged"),  # no header at its place
         (entry, 42, b"\xff\xff\xff\xff", "damaged"),
         (third, 20, b"\xff\xff\xff\x7f" * 2, "not 6 of"),
-        (third, 42, bytes(4), "not matching counts|bytes, not 6|damaged"),  # over data.pkl
+        (third, 42, bytes(4), None),  # over data.pkl
     ):
-        changed = data[: where + at] + value + data[where + at + len(value) :]
-        if words is None or "|" in words:
-            either(read_torch_zip, write(path, changed))
+        changed = write(path, data[: where + at] + value + data[where + at + len(value) :])
+        if words is None:
+            either(read_torch_zip, changed)
         else:
-            refused(read_torch_zip, write(path, changed), words)
+            refused(read_torch_zip, changed, words)
 
 
 def test_members_that_are_never_unpacked_do_no_harm(tmp_path: Path) -> None:

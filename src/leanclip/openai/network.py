@@ -153,10 +153,10 @@ class VisionTransformer(nn.Module):
         layers: number of blocks.
         heads: attention heads.
         output_dim: E.
-        pre_norm: as in `leanclip.model.vit`, as are patch_bias, pool and norm_after_pool.
+        pre_norm: as in `leanclip.config.ModelConfig`, as are the next.
         patch_bias: see there.
-        pool: see there.
-        norm_after_pool: see there.
+        vision_pool: see there.
+        vision_norm_after_pool: see there.
         settings: further arguments of the blocks.
     """
 
@@ -171,13 +171,13 @@ class VisionTransformer(nn.Module):
         *,
         pre_norm: bool = True,
         patch_bias: bool = False,
-        pool: str = "tok",
-        norm_after_pool: bool = False,
+        vision_pool: str = "tok",
+        vision_norm_after_pool: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
         self.input_resolution, self.output_dim = input_resolution, output_dim
-        self.pool, self.norm_after_pool = pool, norm_after_pool
+        self.pool, self.norm_after_pool = vision_pool, vision_norm_after_pool
         patches = (input_resolution // patch_size) ** 2
         std = width**-0.5
         # In the order of OpenAI's code, so that a seed gives the same initial values.
@@ -210,7 +210,10 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, with OpenAI's arguments in their order and keywords as in `leanclip.CLIP`."""
+    """Both towers, with OpenAI's arguments in their order and keywords as in `leanclip.CLIP`.
+
+    `vision`: keywords of a `VisionTransformer`; a ResNet has none.
+    """
 
     def __init__(
         self,
@@ -227,16 +230,13 @@ class CLIP(nn.Module):
         *,
         vision_heads: int | None = None,
         vision_mlp_ratio: float = 4.0,
-        vision_pool: str = "tok",
-        vision_norm_after_pool: bool = False,
         transformer_mlp_ratio: float = 4.0,
         transformer_pool: str = "argmax",
         transformer_eos_id: int | None = None,
         transformer_causal: bool = True,
         activation: str = "quick_gelu",
-        pre_norm: bool = True,
-        patch_bias: bool = False,
         logit_bias: bool = False,
+        **vision: Any,
     ) -> None:
         super().__init__()
         self.context_length, self.vocab_size = context_length, vocab_size
@@ -256,12 +256,9 @@ class CLIP(nn.Module):
                 vision_layers,
                 vision_heads or vision_width // 64,
                 embed_dim,
-                pre_norm=pre_norm,
-                patch_bias=patch_bias,
-                pool=vision_pool,
-                norm_after_pool=vision_norm_after_pool,
                 activation=activation,
                 mlp_ratio=vision_mlp_ratio,
+                **vision,
             )
         self.transformer = Transformer(
             transformer_width,

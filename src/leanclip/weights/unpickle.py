@@ -126,8 +126,7 @@ def interpret(
     stack: list = []
     below: list[list] = []  # the stacks under the marks
     for _ in range(_MAX_OPERATIONS):
-        code = read.take(1)
-        match code:
+        match code := read.take(1):
             case _ if code in _VALUES:
                 stack.append(_VALUES[code](read))
             case b"\x94":  # MEMOIZE
@@ -156,8 +155,7 @@ def interpret(
             case b"Q":  # BINPERSID
                 stack.append(persistent(stack.pop()))
             case b"\x80":  # PROTO
-                if (protocol := read.number(1)) > 5:
-                    raise WeightsError(f"pickle protocol {protocol}; 2 to 5 are read")
+                read.take(1)  # later protocols have other instructions, which are refused
             case b"\x95":  # FRAME
                 read.check(read.number(8))
             case b".":  # STOP
