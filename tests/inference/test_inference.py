@@ -351,8 +351,8 @@ def test_a_label_of_two_classes_is_both(
     clip: leanclip.InferenceModel, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = clip.classify(folder / "page.png", ["crane", "dog", "crane "])
-    assert [guess.label for guess in found].count("crane") == 2
-    assert sum(guess.probability for guess in found) == pytest.approx(1)
+    assert [prediction.label for prediction in found].count("crane") == 2
+    assert sum(prediction.probability for prediction in found) == pytest.approx(1)
     assert caplog.messages == ["labels: 'crane' occurs 2 times; its probability is split"]
 
 
