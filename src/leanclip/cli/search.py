@@ -2,10 +2,9 @@
 
 import json
 import logging
-import re
 import sys
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,6 +133,8 @@ def find(
     as_json: AsJson = False,
 ) -> None:
     """Find pictures by words, by pictures, or by both."""
+    from leanclip.search.filters import date_range, size_range
+
     opened = _open(index, model, arch, device)
     query = opened.query(texts or (), images or (), without or (), weights)
     hits = opened.search(
@@ -148,56 +149,6 @@ def find(
     _print(hits, as_json)
     if grid:
         _draw(opened, hits, grid)
-
-
-def size_range(text: str) -> tuple[float | None, float | None]:
-    """ "100k..2M" -> (100000, 2000000); either end may be missing.
-
-    Raises:
-        ConfigError: it is no such range.
-    """
-    from leanclip.errors import ConfigError
-
-    ends = re.fullmatch(r"(?:(\d+(?:\.\d+)?)([kMG]?))?\.\.(?:(\d+(?:\.\d+)?)([kMG]?))?", text)
-    if not ends:
-        raise ConfigError(f"--size {text}: should be as 100k..2M, ..2M or 100k.. (bytes, k, M, G)")
-    units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-    low, low_unit, high, high_unit = ends.groups()
-    return (
-        float(low) * units[low_unit] if low else None,
-        float(high) * units[high_unit] if high else None,
-    )
-
-
-def date_range(text: str) -> tuple[datetime | None, datetime | None]:
-    """ "2024-05..2024-06-15" -> from the first of May to the end of 15 June, local time.
-
-    A year, a month or a day alone is all of it; either end may be missing.
-
-    Raises:
-        ConfigError: it is no such range.
-    """
-    from leanclip.errors import ConfigError
-
-    first, dots, last = text.partition("..")
-    last = last if dots else first
-    try:
-        return (_period(first)[0] if first else None, _period(last)[1] if last else None)
-    except ValueError:
-        raise ConfigError(
-            f"--date {text}: should be as 2024-05-31, 2024-05..2024-06-15, 2023.. or ..2023"
-        ) from None
-
-
-def _period(text: str) -> tuple[datetime, datetime]:
-    """When a year, a month or a day begins, and when the next does."""
-    year, *rest = (int(part) for part in text.split("-"))
-    if not rest:
-        return datetime(year, 1, 1), datetime(year + 1, 1, 1)
-    if len(rest) == 1:
-        return datetime(year, rest[0], 1), datetime(year + rest[0] // 12, rest[0] % 12 + 1, 1)
-    month, day = rest
-    return datetime(year, month, day), datetime(year, month, day) + timedelta(days=1)
 
 
 def _draw(index: "Index", hits: "list[Hit]", path: Path) -> None:

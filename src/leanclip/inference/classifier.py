@@ -22,9 +22,9 @@ log = logging.getLogger("leanclip")
 
 @dataclass(frozen=True)
 class RankedItem:
-    """An image or a text in a ranking."""
+    """An image or a text, with its similarity to a query."""
 
-    index: int  # among the given ones
+    index: int  # in the given sequence
     item: Any  # as given: a text, a path, ...
     similarity: float  # cosine
 

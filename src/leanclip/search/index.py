@@ -25,7 +25,8 @@ from leanclip.inference.load import load
 from leanclip.inference.model import InferenceModel
 from leanclip.io.files import try_lock
 from leanclip.preprocess.tokenizer import merges
-from leanclip.search.items import FILE, Filters, Item, Items
+from leanclip.search.filters import Filters
+from leanclip.search.items import FILE, Item, Items
 from leanclip.search.sources import Source, read_bytes
 from leanclip.search.update import Changes, Update
 from leanclip.search.vectors import Vectors

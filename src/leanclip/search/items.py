@@ -11,17 +11,16 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from leanclip.data.dataset import readable
 from leanclip.errors import ConfigError
+from leanclip.search.filters import Filters, condition
 
 FILE = "items.sqlite"
 _SCHEMA = """
@@ -35,17 +34,6 @@ CREATE INDEX IF NOT EXISTS items_by_number ON items (number);
 CREATE INDEX IF NOT EXISTS items_by_hash ON items (hash);
 CREATE INDEX IF NOT EXISTS items_by_label ON items (label);
 """
-
-Time = datetime | float  # local if it has no zone; or seconds since 1970
-
-
-class Filters(TypedDict, total=False):
-    """Which images to search; `None` does not restrict."""
-
-    label: str | Sequence[str] | None  # one of these labels
-    folder: str | Path | None  # files in this folder or below it
-    size: tuple[float | None, float | None] | None  # bytes: minimum, and an exclusive maximum
-    date: tuple[Time | None, Time | None] | None  # earliest, and an exclusive latest
 
 
 class Entry(NamedTuple):
@@ -149,12 +137,12 @@ class Items:
 
     def mask(self, **filters: Unpack[Filters]) -> np.ndarray:
         """Which numbers have a file that passes the filters, (N,) bool; not to be changed."""
-        condition, values = _condition(**filters)
+        where, values = condition(**filters)
         with self._lock:
             version = self._one("PRAGMA data_version")[0], self._base.total_changes
             if not values and self._mask[0] == version:
                 return self._mask[1]
-            found = self._all(f"SELECT DISTINCT number FROM items WHERE {condition}", *values)
+            found = self._all(f"SELECT DISTINCT number FROM items WHERE {where}", *values)
             numbers = np.fromiter((number for (number,) in found), np.int64, len(found))
             mask = np.zeros(numbers.max(initial=-1) + 1, dtype=bool)
             mask[numbers] = True
@@ -164,10 +152,10 @@ class Items:
 
     def item(self, number: int, **filters: Unpack[Filters]) -> Item | None:
         """The image with a number, as the first of its files that pass the filters."""
-        condition, values = _condition(**filters)
+        where, values = condition(**filters)
         found = self._all(
             f"SELECT path, caption, label, size, mtime, shard, start FROM items "
-            f"WHERE number = ? AND {condition} ORDER BY path",
+            f"WHERE number = ? AND {where} ORDER BY path",
             *(number, *values),
         )
         if not found:
@@ -217,30 +205,3 @@ class Items:
     def _all(self, query: str, *values: object) -> list[Any]:
         with self._lock:
             return self._base.execute(query, values).fetchall()
-
-
-def _condition(**filters: Unpack[Filters]) -> tuple[str, list[object]]:
-    """The filters as an SQL condition, and its parameters."""
-    parts: list[str] = ["1"]
-    values: list[object] = []
-    if label := filters.get("label"):
-        labels = [label] if isinstance(label, str) else label
-        parts.append(f"label IN ({', '.join('?' * len(labels))})")
-        values += map(readable, labels)
-    if (folder := filters.get("folder")) is not None:
-        prefix = os.fsencode(absolute(folder))
-        parts.append("path > ? AND path < ?")  # "0" is the character after "/"
-        values += [prefix + b"/", prefix + b"0"]
-    ranges = (("size", filters.get("size"), 1), ("mtime", filters.get("date"), 10**9))
-    for column, limits, factor in ranges:
-        for operator, limit in zip((">=", "<"), limits or (None, None), strict=True):
-            if limit is not None:
-                number = limit.timestamp() if isinstance(limit, datetime) else limit
-                parts.append(f"{column} {operator} ?")
-                values.append(round(number * factor))
-    return " AND ".join(parts), values
-
-
-def absolute(path: str | Path) -> str:
-    """An absolute path, normalised; symbolic links stay."""
-    return os.path.normpath(Path(path).absolute())

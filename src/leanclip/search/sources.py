@@ -31,7 +31,8 @@ from leanclip.inference.embeddings import embeddings_index, shards_of
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.preprocess.decoding import open_regular, refusing
 from leanclip.preprocess.images import Preprocess, evaluation_pixels
-from leanclip.search.items import Entry, absolute
+from leanclip.search.filters import absolute
+from leanclip.search.items import Entry
 
 log = logging.getLogger("leanclip")
 
