@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from leanclip.errors import escaped, is_shortage
-from leanclip.preprocess.image_formats import SUFFIXES, UNREAD_SUFFIXES
+from leanclip.preprocess.image_formats import SUFFIXES
 
 log = logging.getLogger("leanclip")
 
@@ -37,7 +37,8 @@ PROBLEMS = (  # by their number in an index; 0: none
     "unknown extension",
 )
 _READ = frozenset((*IMAGES, *TEXTS))
-_IMAGE_LIKE = _READ | {suffix[1:] for suffix in UNREAD_SUFFIXES}
+_DOCUMENTS = ("md", "rst", "html", "pdf", "csv", "tsv", "parquet", "yaml", "yml", "toml", "ini",
+              "log", "db", "py", "sh")  # beside samples  # fmt: skip
 _EXAMPLES = 5  # names in a warning
 _MAX_KEY_BYTES = 255  # of a key in the index
 _BLOCK = 512  # bytes of a tar's block
@@ -185,19 +186,18 @@ def _sample(group: _Group, key: str, extensions: Mapping[str, Sequence[_Member]]
 def _samples(members: Sequence[_Member]) -> list[_Sample]:
     """Samples in the order of their first members.
 
-    What belongs to no sample (`README.md`, `a.npy` alone) is listed with one that lacks nothing.
+    Files that belong to no sample, such as `README.md`, are listed with one that lacks nothing.
     """
     strays = [member.rest for member in members if not member.key]
     samples: list[_Sample] = []
     for group in _groups(member for member in members if member.key):
         for sample in _split(group):
-            if sample.parts or sample.problem:
-                samples.append(sample)
-            elif any(name.rpartition(".")[2].lower() in _IMAGE_LIKE for name in sample.unread):
+            if not sample.parts and not sample.problem:
+                if all(name.rpartition(".")[2].lower() in _DOCUMENTS for name in sample.unread):
+                    strays += [f"{sample.key}{name}" for name in sample.unread]
+                    continue
                 sample.problem = "unknown extension"
-                samples.append(sample)
-            else:
-                strays += [f"{sample.key}{name}" for name in sample.unread]
+            samples.append(sample)
     if strays and not samples:
         samples.append(_Sample("the whole file", problem="unknown extension"))
     if strays:
