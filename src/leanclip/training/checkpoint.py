@@ -31,7 +31,7 @@ from leanclip.distributed.collectives import (
     rank_and_world_size,
     tensors_from_first,
 )
-from leanclip.distributed.fsdp import is_sharded
+from leanclip.distributed.wrap_model import is_sharded
 from leanclip.errors import WeightsError
 from leanclip.io.files import digest, digests, sync, write_text
 from leanclip.model import CLIP

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from leanclip.config.training import TrainConfig
 from leanclip.data.loader import Batch
 from leanclip.distributed.collectives import mean_over_ranks_, rank_and_world_size
-from leanclip.distributed.fsdp import is_sharded
-from leanclip.distributed.wrap_model import eval_mode_batch_norm, gradient_sync
+from leanclip.distributed.wrap_model import eval_mode_batch_norm, gradient_sync, is_sharded
 from leanclip.losses import Kind, contrastive_loss
 from leanclip.model import CLIP
 from leanclip.model.parameters import SCALARS
