@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoint.py --out benchmarks/checkpoint.json
 
-ViT-B/32 with AdamW's moments. leanclip writes safetensors with checksums, syncs them to
-the disk, reads them once more to verify, and renames; it never runs a pickle. `torch.save` writes
+ViT-B/32 with AdamW's moments. leanclip writes safetensors, reads them once for their checksums,
+flushes them to the disk, and renames; it never runs a pickle. `torch.save` writes
 what the page cache takes: with `and synced` it is made to reach the disk too, as a checkpoint must.
 Loading verifies the checksums (`newest`) and puts weights, moments and random states back;
 `torch.load` is with `weights_only=True`. In turn, in one process, the file in the page cache. What

@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from leanclip import CLIP, Preprocess, WeightsError
 from leanclip.config.training import OptimizerConfig, TrainConfig
-from leanclip.distributed.fsdp import full_model
-from leanclip.distributed.wrap_model import wrap_model
+from leanclip.distributed.wrap_model import full_model, wrap_model
 from leanclip.model.parameters import local
 from leanclip.training import checkpoint
 from leanclip.training.optimizer import build_optimizer

@@ -22,11 +22,16 @@ OPTIONS = (
 SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 
 
+WHOLE: list[str] = []  # made once: it depends on nothing of a test
+
+
 @pytest.fixture
 def whole(command: Command, workplace: Path) -> str:
     """The weights of the run that nothing stopped."""
-    command(*OPTIONS, "--output-dir", "whole")
-    return weights_hash(workplace / "whole")
+    if not WHOLE:
+        command(*OPTIONS, "--output-dir", "whole")
+        WHOLE.append(weights_hash(workplace / "whole"))
+    return WHOLE[0]
 
 
 def state_of(run: Path) -> str:

@@ -201,8 +201,5 @@ def sum_rows_back(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
     """Rows followed by zeros: all ranks must have the same shape."""
-    if len(rows) == length:
-        return rows.contiguous()
-    padded = rows.new_zeros(length, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    return padded
+    padding = [0, 0] * (rows.dim() - 1) + [0, length - len(rows)]
+    return nn.functional.pad(rows, padding).contiguous()

@@ -2,7 +2,7 @@
 
     model -> checkpointed blocks -> compiled towers -> DDP or FSDP -> `train_step`
 
-The names of parameters do not change.
+The names of parameters do not change. FSDP2 is imported on use: DTensor alone takes a second.
 """
 
 import ctypes
@@ -15,12 +15,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from leanclip.config.sections import to_plain
 from leanclip.config.training import TrainConfig
 from leanclip.distributed.collectives import rank_and_world_size
-from leanclip.distributed.fsdp import is_sharded, shard_model
 from leanclip.model import CLIP
-from leanclip.model.parameters import SCALARS
+from leanclip.model.parameters import SCALARS, is_shard
 from leanclip.model.resnet import Bottleneck
+from leanclip.model.skip_init import meta_device
 from leanclip.model.transformer import Block
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -102,12 +103,28 @@ def wrap_ddp(model: CLIP, sharding: str = "ddp") -> nn.Module:
     if rank_and_world_size()[1] == 1:
         return model
     if sharding == "fsdp":
-        shard_model(model, _blocks(model))
+        shard_model(model)
         return model
     # DDP has two names for parameters of the top module, with and without a leading dot.
     names = [prefix + name for name in SCALARS for prefix in ("", ".")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def shard_model(model: CLIP) -> None:
+    """Replace every parameter by this rank's part; those of a block are gathered when it runs.
+
+    The scalars of the loss stay whole on every rank.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = model.logit_scale.device
+    mesh = init_device_mesh(device.type, (rank_and_world_size()[1],))
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    scalars = {p for name, p in model.named_parameters() if name in SCALARS}
+    fully_shard(model, mesh=mesh, ignored_params=scalars)
 
 
 def gradient_sync(towers: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
@@ -120,6 +137,24 @@ def gradient_sync(towers: nn.Module, *, is_last: bool) -> AbstractContextManager
         assert isinstance(towers, FSDPModule)
         towers.set_requires_gradient_sync(is_last)
     return nullcontext()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard_model` was applied."""
+    return any(is_shard(parameter) for parameter in model.parameters())
+
+
+def full_model(model: CLIP) -> CLIP:
+    """The model, or an unsharded copy of a sharded one on each rank; every rank calls this."""
+    if not is_sharded(model):
+        return model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with meta_device():
+        copy = CLIP(**to_plain(model.config))
+    copy.load_state_dict(tensors, assign=True)
+    return copy
 
 
 def _blocks(model: CLIP) -> list[nn.Module]:

@@ -31,7 +31,7 @@ from leanclip.distributed.collectives import (
     rank_and_world_size,
     tensors_from_first,
 )
-from leanclip.distributed.fsdp import is_sharded
+from leanclip.distributed.wrap_model import is_sharded
 from leanclip.errors import WeightsError
 from leanclip.io.files import digest, digests, sync, write_text
 from leanclip.model import CLIP
@@ -127,12 +127,7 @@ def save(
     best = progress.best and f"step-{progress.best.step:08d}"
     if best and (root / best).is_dir():
         write_text(root / "best", best + "\n")
-    newest_first = _newest_first(root)
-    place = newest_first.index(folder)
-    # Checkpoints of later steps were damaged: the run was resumed from an earlier one.
-    for old in (*newest_first[:place], *newest_first[place + keep :]):
-        if old.name != best:
-            shutil.rmtree(old)
+    _remove_old(root, folder, keep, best)
     return folder
 
 
@@ -278,6 +273,16 @@ def _make_empty(temporary: Path) -> None:
     """Make an empty folder to write a checkpoint in."""
     sweep(temporary.parent)
     temporary.mkdir(parents=True)
+
+
+def _remove_old(root: Path, last: Path, keep: int, best: str | None) -> None:
+    """Remove all checkpoints but the `keep` newest, of which `last` is the first, and the best."""
+    newest_first = _newest_first(root)
+    place = newest_first.index(last)
+    # Checkpoints of later steps were damaged: the run was resumed from an earlier one.
+    for old in (*newest_first[:place], *newest_first[place + keep :]):
+        if old.name != best:
+            shutil.rmtree(old)
 
 
 def _problems(folder: Path) -> Iterator[str]:

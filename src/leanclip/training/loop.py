@@ -32,9 +32,8 @@ from leanclip.distributed.collectives import (
     raise_if_any,
     rank_and_world_size,
 )
-from leanclip.distributed.fsdp import full_model
 from leanclip.distributed.preemption import STOP_SIGNALS, Preempted, Signals, catch_signals
-from leanclip.distributed.wrap_model import wrap_model
+from leanclip.distributed.wrap_model import full_model, wrap_model
 from leanclip.errors import DataError, one_line
 from leanclip.evaluation import Report, evaluate
 from leanclip.io.files import try_lock, write_text
