@@ -57,19 +57,8 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return _upright_rgb(image)
 
 
-def open_small(source: Source, most: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
-    """As `open_image`, (height, width, 3); None for a JPEG, or more than `most` pixels.
-
-    `open_part` may decode a JPEG at a smaller size.
-    """
-    with _opened(source, max_pixels) as (image, _):
-        if image.format in ("JPEG", "MPO") or image.width * image.height > most:
-            return None
-        return np.array(_upright_rgb(image))
-
-
 def open_part(
-    source: Source | np.ndarray,
+    source: Source,
     choose: Callable[[int, int], tuple[Box, int]],
     *,
     max_pixels: int = MAX_PIXELS,
@@ -77,7 +66,7 @@ def open_part(
     """A part of the upright image, (height, width, 3) uint8; possibly a view of a larger array.
 
     Args:
-        source: a result of `open_small`, or anything that `open_image` takes.
+        source: as of `open_image`.
         choose: takes the width and height of the upright image and returns a box and 1, 2, 4 or
             8: a JPEG is decoded at this fraction of its size, and the part is as much smaller.
             The box's edges move to multiples of that number, by half of it at most.
@@ -86,10 +75,6 @@ def open_part(
     Raises:
         SampleError: as `open_image`.
     """
-    if isinstance(source, np.ndarray):
-        height, width, _ = source.shape
-        left, top, right, bottom = choose(width, height)[0]
-        return source[top:bottom, left:right]
     with _opened(source, max_pixels) as (image, file):
         if isinstance(file, Image.Image) or not _is_plain_jpeg(image):
             image = _upright_rgb(image)

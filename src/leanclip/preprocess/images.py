@@ -155,7 +155,7 @@ def evaluation_pixels(
 
 
 def training_pixels(
-    source: Source | np.ndarray,
+    source: Source,
     resolution: int,
     rng: np.random.Generator,
     *,
@@ -169,7 +169,7 @@ def training_pixels(
     Within one grey level of Pillow's crop and resize where it shrinks, two where it enlarges.
 
     Args:
-        source: an image, or upright RGB, (height, width, 3) uint8.
+        source: an image.
         resolution: R.
         rng: draws the crop, on the size of the whole upright image.
         scale: the range of the crop's fraction of the area.
