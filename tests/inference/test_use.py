@@ -154,7 +154,7 @@ main(["classify", "photos/0.png", "--labels", "[cat], dog", "--model", "tiny"])
         ("classify config.yaml --labels cat,dog", ["config.yaml", "cannot be read as an image"]),
         ("classify photos --labels cat", ["give two or more"]),
         ("classify photos --labels cat,,dog", ["label 1 is empty"]),
-        ("classify - --labels -", ["for one thing only"]),
+        ("classify - --labels -", ["read only once"]),
         ("classify ftp://x/a.png --labels a,b", ["ftp://x/a.png", "not an http or https address"]),
         ("similarity --images photos --texts " + "word-" * 20, ["tokens", "truncate"]),
     ],
@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(
 
 def test_without_a_model_it_says_what_to_give(photos: Path, command: Command) -> None:
     done = command("classify", "photos", "--labels", "cat, dog")
-    assert_refused(done, "--model", "a run's folder", "runs/quickstart")
+    assert_refused(done, "--model", "a run folder", "runs/quickstart")
 
 
 def reference_rollout(model: leanclip.CLIP, pixels: torch.Tensor) -> torch.Tensor:

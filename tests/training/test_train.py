@@ -175,7 +175,7 @@ def test_ctrl_c_says_how_to_go_on(workplace: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; the same command goes on from the last checkpoint" in errors
+    assert "interrupted; run the same command again to continue" in errors
     assert "Traceback" not in errors
 
 
@@ -184,7 +184,7 @@ def test_resume_options(command: Command, workplace: Path) -> None:
         command("train", "-c", "config.yaml", "--resume"), "--resume: no checkpoint in runs/config"
     )
     assert_refused(
-        command("train", "--resume", "a", "--output-dir", "b"), "--resume a: goes on in that folder"
+        command("train", "--resume", "a", "--output-dir", "b"), "--resume a: resumes in that folder"
     )
     assert_refused(command("train", "--resume", "nowhere"), "nowhere/config.yaml", "no such config")
     command("train", "-c", "config.yaml", "--output-dir", "a")

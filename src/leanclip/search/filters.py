@@ -1,8 +1,9 @@
 """Which pictures of an index count: by label, folder, size and date, as a condition in SQL."""
 
 import os
+import re
 from collections.abc import Sequence
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,48 @@ def _number(limit: object) -> float:
     if isinstance(limit, date) and not isinstance(limit, datetime):
         limit = datetime(limit.year, limit.month, limit.day)
     return limit.timestamp() if isinstance(limit, datetime) else float(limit)  # pyright: ignore[reportArgumentType]
+
+
+def size_range(text: str) -> Range:
+    """ "100k..2M" -> (100000, 2000000), in bytes; either end may be missing.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    ends = re.fullmatch(r"(?:([\d.]+)([kMG]?))?\.\.(?:([\d.]+)([kMG]?))?", text)
+    if not ends:
+        raise ConfigError(f"--size {text}: use 100k..2M, ..2M or 100k.. (bytes, k, M, G)")
+    units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+    low, low_unit, high, high_unit = ends.groups()
+    return (
+        float(low) * units[low_unit] if low else None,
+        float(high) * units[high_unit] if high else None,
+    )
+
+
+def date_range(text: str) -> Range:
+    """ "2024-05..2024-06-15" -> the start of 1 May to the end of 15 June, in local time.
+
+    A year, month or day alone stands for all of it; either end may be missing.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    first, dots, last = text.partition("..")
+    last = last if dots else first
+    try:
+        return (_period(first)[0] if first else None, _period(last)[1] if last else None)
+    except ValueError:
+        raise ConfigError(
+            f"--date {text}: use 2024-05-31, 2024-05..2024-06-15, 2023.. or ..2023"
+        ) from None
+
+
+def _period(text: str) -> tuple[datetime, datetime]:
+    """The start of a year, month or day, and that of the next one."""
+    for form, days in (("%Y", 366), ("%Y-%m", 31), ("%Y-%m-%d", 1)):
+        if form.count("-") == text.count("-"):
+            start = datetime.strptime(text, form)
+            later = start + timedelta(days=days)
+            return start, datetime.strptime(later.strftime(form), form)
+    raise ValueError(text)
