@@ -331,14 +331,19 @@ def _loss_bytes(plan: Plan, own: int) -> int:
 
 def _kept_by_autograd(model: CLIP, pairs: int) -> int:
     """Bytes that a forward pass of a model on the meta device keeps, besides its parameters."""
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # by id
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[id(storage)] = storage
+        return tensor
+
     side, length = model.visual.input_resolution, model.context_length
     pixels = torch.empty(pairs, 3, side, side, device="meta")
     tokens = torch.empty(pairs, length, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor), lambda kept: kept
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         features = model(pixels, tokens)
     del features
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    for parameter in model.parameters():
+        kept.pop(id(parameter.untyped_storage()), None)
+    return sum(storage.nbytes() for storage in kept.values())
