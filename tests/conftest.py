@@ -1,16 +1,21 @@
 """What the tests share: tiny models, small folders of data, and the command line as a process."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import multiprocessing
 import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -348,6 +353,32 @@ def command(workplace: Path) -> Command:
         return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
     return run
+
+
+@contextlib.contextmanager
+def terminal(columns: int = 100) -> Iterator[Callable[[], str]]:
+    """Print to a terminal; call the value after the block for what it shows."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(reader, 65536):
+                shown.append(part)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        with (
+            open(writer, "w") as stream,  # noqa: PTH123, a descriptor
+            contextlib.redirect_stdout(stream),
+            contextlib.redirect_stderr(stream),
+        ):
+            yield lambda: b"".join(shown).decode()
+    finally:
+        thread.join()
+        os.close(reader)
 
 
 @pytest.fixture(autouse=True)

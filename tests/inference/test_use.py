@@ -3,9 +3,6 @@
 import contextlib
 import io
 import json
-import os
-import pty
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command, assert_refused, noise_image
+from conftest import Command, assert_refused, noise_image, terminal
 from PIL import Image
 from sklearn.decomposition import PCA
 from test_inference import save_tiny
@@ -22,6 +19,7 @@ from torch.nn import functional as F
 from web import serving
 
 import leanclip
+from leanclip.cli.main import main
 from leanclip.evaluation.classification import Prediction
 from leanclip.inference.attention_maps import gradient_map, rollout
 from leanclip.model.lora import add_low_rank
@@ -128,23 +126,13 @@ def test_urls_are_fetched_when_named_as_arguments_and_not_from_standard_input(
         assert len(server.asked) == 2
 
 
-def test_a_terminal_gets_a_table_and_a_bar(photos: Path) -> None:
-    code = """
-import leanclip
-from leanclip.cli.main import main
-leanclip.load("tiny").embed_images(["photos/0.png"] * 40, batch_size=1)
-main(["classify", "photos/0.png", "--labels", "[cat], dog", "--model", "tiny"])
-"""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    said = b""
-    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
-        while part := os.read(ours, 10_000):
-            said += part
-    assert process.wait(60) == 0
+def test_a_terminal_gets_a_table_and_a_bar(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal() as shown, contextlib.suppress(SystemExit):
+        leanclip.load("tiny").embed_images(["photos/0.png"] * 40, batch_size=1)
+        main(["classify", "photos/0.png", "--labels", "[cat], dog", "--model", "tiny"])
     for word in ("embedding", "/40", "probability", "[cat]", "%"):
-        assert word in said.decode()
+        assert word in shown()
 
 
 @pytest.mark.parametrize(
