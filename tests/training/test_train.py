@@ -388,7 +388,7 @@ def test_tools_train_on_a_food101_shaped_folder(
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr(sys, "argv", list(words))
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit, match="^0$"):
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(words[0], run_name="__main__")
     metrics = json.loads((tmp_path / "run/report.json").read_text())["metrics"]
     assert metrics["zeroshot_top1"] == 1.0  # every class is one picture here

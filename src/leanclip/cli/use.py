@@ -186,13 +186,10 @@ def embed(
 
         join_launch()
         clip = load(find_model(model), arch=arch, device=device)
-        if folder == "-":
-            source = embeddings.Source(None, paths_in(sys.stdin.buffer.read()))
-        else:
-            source = embeddings.Source.of(Path(folder))
+        paths = paths_in(sys.stdin.buffer.read()) if folder == "-" else None
         embeddings.embed(
             clip,
-            source,
+            embeddings.Source.of(Path(folder)) if paths is None else embeddings.Source(None, paths),
             out,
             shard_size=shard_size,
             batch_size=batch_size,
