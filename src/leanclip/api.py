@@ -24,7 +24,7 @@ from leanclip.distributed.collectives import (
     rank_and_world_size,
 )
 from leanclip.errors import ConfigError, SampleError
-from leanclip.evaluation import Report, evaluate, evaluation_config, open_retention, open_tasks
+from leanclip.evaluation import Report, evaluate, open_retention, open_tasks
 from leanclip.evaluation.calibrated import calibrate, open_held_out
 from leanclip.evaluation.compare import compare as compare_models
 from leanclip.evaluation.sweep import Sweep, parse_alphas, sweep
@@ -233,27 +233,26 @@ def compare(
     return comparison_text(found), write_comparison(folder, found, tasks)
 
 
-def interpolate_swept(
+def sweep_and_write(
+    config: Config,
+    retention_config: Config | None,
     first: str,
     second: str,
     alphas: str,
     folder: Path,
     *,
-    data_spec: str | None = None,
-    retention_spec: str | None = None,
-    task: str | None = None,
     max_drop: float | None = None,
     arch: str | None = None,
     num_gpus: int | None = None,
 ) -> list[str]:
-    """Evaluate mixtures of two models and write the best; a table and what was written, as lines.
+    """Evaluate mixtures of two models and write the best one; a table and the files, as lines.
 
     Args:
+        config: for the tasks, and for the retention benchmark if it has no `retention_config`.
+        retention_config: its last task is the retention benchmark.
         first, second: weights; alpha is the fraction of the second.
         alphas: as "0,0.1,...,1".
         folder: new, for the weights, sweep.json and pareto.png.
-        data_spec, retention_spec: FORMAT:ROOT; None: what the second's run was evaluated on.
-        task: see `evaluation_config`.
         max_drop: see `sweep`.
         arch, num_gpus: as on the command line.
 
@@ -261,18 +260,13 @@ def interpolate_swept(
         ConfigError: the folder exists, or there is no data to evaluate on.
         WeightsError: the weights cannot be read, or differ in architecture.
     """
-    weights = read_weights(first, arch=arch), read_weights(second, arch=arch)
-    values = parse_alphas(alphas)
     if folder.exists():
-        raise ConfigError(f"{folder}: is there already; name a folder that is not")
-    config = evaluation_config(second, data_spec, task, arch=arch)
-    tasks = open_tasks(config)
-    if retention_spec is None:
-        retention = open_retention(config)
-    else:
-        retention = open_tasks(evaluation_config(second, retention_spec, arch=arch))[-1]
+        raise ConfigError(f"{folder}: already exists; choose another name")
+    values, tasks = parse_alphas(alphas), open_tasks(config)
+    retention = open_tasks(retention_config)[-1] if retention_config else open_retention(config)
     if retention is None or not tasks:
         raise ConfigError("--sweep: needs --data and --retention, or a run that has evaluated both")
+    weights = read_weights(first, arch=arch), read_weights(second, arch=arch)
     allow_tf32(config.tf32)
     device = choose_device("auto", num_gpus)
     found = sweep(*weights, values, tasks, retention, device=device, max_drop=max_drop)

@@ -119,7 +119,7 @@ def test_a_sweep_measures_what_eval_does(mean: float, command: Command, workplac
             assert (workplace / "best/model.safetensors").read_bytes() == same
     assert f"chosen: {found['chosen']:g}, the best zeroshot_top1" in done.stdout
     assert min(open_image(workplace / "best/pareto.png").size) > 300
-    assert_refused(command(*words), "best: is there already")
+    assert_refused(command(*words), "best: already exists")
 
 
 def test_options_that_do_not_go_together(command: Command, workplace: Path) -> None:

@@ -88,21 +88,23 @@ def interpolate(
     With --sweep, evaluate each alpha on --data and --retention (default: the data of SECOND's run)
     and write the best.
     """
-    from leanclip.api import interpolate_swept
+    from leanclip.api import sweep_and_write
     from leanclip.errors import ConfigError
+    from leanclip.evaluation import evaluation_config
     from leanclip.weights import interpolate, read_weights, write_weights
 
     if sweep is not None:
         if alpha is not None:
             raise ConfigError("--alpha: cannot be combined with --sweep; remove one of them")
-        lines = interpolate_swept(
+        own = evaluation_config(second, data_spec, task, arch=arch)
+        other = evaluation_config(second, retention, arch=arch) if retention else None
+        lines = sweep_and_write(
+            own,
+            other,
             first,
             second,
             sweep,
             out,
-            data_spec=data_spec,
-            retention_spec=retention,
-            task=task,
             max_drop=max_drop,
             arch=arch,
             num_gpus=num_gpus,
