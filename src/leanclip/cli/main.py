@@ -94,6 +94,7 @@ def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _run(words: list[str]) -> None:
+    from leanclip.distributed.preemption import Preempted
     from leanclip.errors import LeanclipError
 
     try:
@@ -104,11 +105,13 @@ def _run(words: list[str]) -> None:
         is_memory = isinstance(error, MemoryError)
         message = "out of memory; reduce the batch size" if is_memory else str(error)
         leave(2, f"error: {' '.join(message.split())}")
-    except SystemExit as end:
+    except (SystemExit, Preempted) as end:
+        can_resume = any(word in RESUMABLE for word in words[:2])
+        advice = "; run the same command again to continue" if can_resume else ""
         if end.code == 130 and not is_rank():  # Ctrl-C; the launcher reports it for its ranks
-            can_resume = any(word in RESUMABLE for word in words[:2])
-            advice = "; run the same command again to continue" if can_resume else ""
             print(f"interrupted{advice}", file=sys.stderr)
+        elif end.code == 143 and isinstance(end, Preempted):
+            log.info("%s%s", end, advice)
         if end.code in (130, 143):
             leave(end.code)
         raise
@@ -136,7 +139,7 @@ def train(
     from --load, or from scratch.
     """
     from leanclip.config.schema import load_config
-    from leanclip.distributed.preemption import Preempted, nothing_to_save
+    from leanclip.distributed.preemption import nothing_to_save
     from leanclip.errors import ConfigError
 
     run = resume or None  # a bare --resume names no folder
@@ -162,20 +165,15 @@ def train(
             )
         from leanclip.api import run_training
 
-        try:
-            text = run_training(
-                settings,
-                num_gpus=num_gpus,
-                ranks=ranks,
-                must_resume=resume is not None,
-                dry_run=dry_run,
-                only_evaluate=evaluate_only,
-                source=load,
-            )
-        except Preempted as stopped:
-            if stopped.code != 130:  # `_run` reports Ctrl-C
-                log.info("%s; run the same command again to continue", stopped)
-            raise SystemExit(stopped.code) from None
+        text = run_training(
+            settings,
+            num_gpus=num_gpus,
+            ranks=ranks,
+            must_resume=resume is not None,
+            dry_run=dry_run,
+            only_evaluate=evaluate_only,
+            source=load,
+        )
         if text is not None:
             print(text)
 
