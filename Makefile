@@ -1,15 +1,14 @@
 # make quickstart   set up, draw the built-in data, train a small CLIP, evaluate it
-# make test         set up, run the tests
-# make test-fast    those of the core in under a minute: model, losses, data order, tokeniser
-# make lint         style and types
-# make test-slow    the longer tests; CHOICE="..." says which, in words of pytest
-# make bench        measure everything, on a machine without other work: an hour or two on two cores
-#                   (an estimate: it was not yet run whole)
-# make bench-tiny   every benchmark with sizes of a moment, to see that it works
+# make test         set up, run the default tests
+# make test-fast    the core in under a minute: model, losses, data order, tokeniser
+# make lint         formatting, linting and type checking
+# make test-slow    the slow tests; CHOICE="..." holds options for pytest
+# make bench        run all benchmarks, on an idle machine: an hour or two on two cores (estimated)
+# make bench-tiny   run all benchmarks with tiny sizes, to check that they work
 
 PYTHON ?= python3
 RUN := .venv/bin
-# A process a core for the tests; those of a file, which share models and folders, stay together.
+# One test process per core; the tests of a file share fixtures and stay together.
 PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 READY := .venv/.ready
 
@@ -17,7 +16,7 @@ READY := .venv/.ready
 
 setup: $(READY)
 
-# Made anew only when the requirements change.
+# Only when the requirements change.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "leanclip needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 2; }
@@ -25,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(RUN)/python || $(PYTHON) -m venv .venv
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt -e '.[app,dev,export,hub,tensorboard]'
-# OpenAI's own code, which some tests read: without torchvision, which it asks for and they do not need.
+# OpenAI's code, as a reference in tests; without torchvision, which they do not need.
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps clip-anytorch==2.6.0 \
 	  || echo "no clip-anytorch could be installed: THE DROP-IN WILL NOT BE COMPARED WITH OPENAI'S CODE"
 	@touch $@
@@ -47,7 +46,7 @@ test-slow: $(READY)
 BENCHMARKS := train_step roofline encode images pipeline tokenizer loss checkpoint read_weights \
   startup scaling growth pack table embed search app
 
-# Each on its own: make bench BENCHMARKS="loss startup"
+# One or a few: make bench BENCHMARKS="loss startup"
 bench: $(READY)
 	@for name in $(BENCHMARKS); do echo "$$name ..."; \
 	  $(RUN)/python benchmarks/$$name.py --out benchmarks/$$name.json || exit 1; done

@@ -1,16 +1,21 @@
-"""What the tests share: tiny models, small folders of data, and the command line as a process."""
+"""Shared by the tests: tiny models, small data sets, and the command line as a process."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import multiprocessing
 import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -37,7 +42,7 @@ from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.weights import save_weights
 
-# Models this small gain nothing from a second thread, and processes side by side lose by it.
+# Models this small gain nothing from a second thread, which slows down parallel tests.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -46,7 +51,7 @@ DATA = Path(__file__).parent / "golden"
 PROJECT = Path(__file__).parent.parent
 
 CLASSES = ("ant", "bee", "cow", "dog", "eel")
-TINY = {  # a model of a moment
+TINY = {  # a model that runs in milliseconds
     "embed_dim": 16,
     "image_resolution": 32,
     "vision_layers": 2,
@@ -74,15 +79,15 @@ def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 
 
 class Forked:
-    """`leanclip` as a process that is forked off this one, for it imports torch once and for all.
+    """`leanclip` as a fork of this process, which has imported torch already.
 
-    It has a session of its own; what it prints goes to a file.
+    It has its own session; its output goes to a file.
 
     Args:
-        words: of the command line.
-        folder: where the file is put.
-        environment: more of it.
-        before: called in the process first.
+        words: the command line.
+        folder: the folder of the output file.
+        environment: additional variables.
+        before: called first in the process.
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class Forked:
         before: Callable[[], object] = lambda: None,
     ) -> None:
         for name in ("leanclip.training.loop", "torch._dynamo", "torch.utils.tensorboard"):
-            import_module(name)  # or every process that is forked does, which takes a second
+            import_module(name)  # or each fork does, which takes a second
         tokenize("a")  # reads the vocabulary
         self.folder = folder
         number = len(list(folder.glob("*.said")))
@@ -122,11 +127,11 @@ class Forked:
         os.killpg(self.pid, number)
 
     def is_running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it is running."""
         return self._process.is_alive()
 
     def kill_after(self, is_so: Callable[[], object], seconds: float, *, all_of_it: bool) -> bool:
-        """End it some time after something is so, or all its processes; false if it was done."""
+        """Kill it, or its whole group, some time after a condition; false if it had finished."""
         deadline = time.monotonic() + 120
         while self.is_running() and not is_so():
             assert time.monotonic() < deadline
@@ -139,7 +144,7 @@ class Forked:
         return code != 0
 
     def until(self, is_so: Callable[[], object]) -> None:
-        """Wait until something is so, while it runs."""
+        """Wait for a condition while it runs."""
         deadline = time.monotonic() + 120
         while not is_so():
             assert self._process.is_alive(), f"it ended: {self.said()}"
@@ -147,7 +152,7 @@ class Forked:
             time.sleep(0.002)
 
     def code(self) -> int:
-        """Wait for its end; the exit code, or the signal that it was ended by, below 0."""
+        """Wait for its end; the exit code, or minus the signal that ended it."""
         self._process.join(120)
         if self._process.exitcode is None:
             os.killpg(self.pid, signal.SIGKILL)
@@ -155,14 +160,14 @@ class Forked:
         return self._process.exitcode
 
     def said(self) -> str:
-        """What it printed."""
+        """Its output so far."""
         return self._file.read_text()
 
 
 def fork_ranks(
     world_size: int, *words: str, folder: Path, own: Sequence[Sequence[str]] = ()
 ) -> list[Forked]:
-    """The ranks of a job, as an outer launcher would start them; `own` are more words of each."""
+    """The ranks of a job, as torchrun would start them; `own`: additional words of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -177,12 +182,12 @@ def fork_ranks(
 
 
 def tries(default: int) -> int:
-    """How often a slow test hurts something: LEANCLIP_TRIES, for a long run, or `default`."""
+    """Repetitions of a slow test: the variable LEANCLIP_TRIES, or `default`."""
     return int(os.environ.get("LEANCLIP_TRIES", default))
 
 
 def some_of(names: Iterable[str], *quick: str) -> list[Any]:
-    """Parameters of a test: those that are not quick are of the slow tests."""
+    """Parameters of a test; those that are not quick are marked slow."""
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
@@ -193,7 +198,7 @@ def weights_hash(run: Path) -> str:
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """A user's mistake: exit code 2, and a last line that holds every word."""
+    """A user's mistake: exit code 2, and a last line that contains every word."""
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: "), done.stderr
@@ -203,7 +208,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def noise_image(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """An image of random blocks: nothing like another."""
+    """An image of random blocks, different for each seed."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
 
@@ -239,7 +244,7 @@ def configured_tasks(config: Config) -> list[Task]:
 
 
 def report_of(folder: Path) -> dict[str, Any]:
-    """What an evaluation wrote."""
+    """The report.json of an evaluation."""
     return json.loads((folder / "report.json").read_text())
 
 
@@ -253,7 +258,7 @@ def make_model(folder: Path, **changes: Any) -> Path:
 
 
 def make_table(root: Path, count: int) -> Path:
-    """Tables of `count` small images: with captions, some the same; and with classes."""
+    """Two tables of `count` small images: with captions, some repeated, and with classes."""
     root.mkdir()
     lines = []
     for i in range(count):
@@ -266,7 +271,7 @@ def make_table(root: Path, count: int) -> Path:
 
 
 def ranks_of(world_size: int, work: Callable[[int], object], folder: Path) -> list[Any]:
-    """What `work(rank)` gives in each of `world_size` processes of a gloo group."""
+    """The results of `work(rank)` in `world_size` processes of a gloo group."""
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
 
@@ -327,7 +332,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def left(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
-    """Sees at the end, and at every `left.check()`, that nothing is left of what was hurt."""
+    """Checks at the end, and at `left.check()`, that killed processes have left nothing behind."""
     with watched(workplace) as leftovers:
         monkeypatch.setenv("TMPDIR", str(leftovers.temporary))
         monkeypatch.setattr(tempfile, "tempdir", None)
@@ -338,8 +343,7 @@ def left(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers
 def command(workplace: Path) -> Command:
     """`command("train", "-c", ...)` in the workplace, as `run_cli` but in this process.
 
-    A process of its own takes seconds to import torch; the tests that are about processes
-    use `run_cli`.
+    A new process takes seconds to import torch; tests of processes use `run_cli` or `Forked`.
     """
     from leanclip.cli.main import main
 
@@ -358,6 +362,32 @@ def command(workplace: Path) -> Command:
     return run
 
 
+@contextlib.contextmanager
+def terminal(columns: int = 100) -> Iterator[Callable[[], str]]:
+    """Print to a terminal; call the value after the block for what it shows."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(reader, 65536):
+                shown.append(part)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        with (
+            open(writer, "w") as stream,  # noqa: PTH123, a descriptor
+            contextlib.redirect_stdout(stream),
+            contextlib.redirect_stderr(stream),
+        ):
+            yield lambda: b"".join(shown).decode()
+    finally:
+        thread.join()
+        os.close(reader)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -365,7 +395,7 @@ def _seeded() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Escape what cannot be encoded, as names in logs: pytest-xdist sends reports as UTF-8."""
+    """Escape what cannot be encoded, such as file names: pytest-xdist sends reports as UTF-8."""
     report = yield
     report.sections = [
         (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections

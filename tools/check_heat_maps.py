@@ -1,11 +1,13 @@
-"""Check heat maps of a model of the built-in drawings, on new drawings with known figures.
+"""Check the heat maps of a model trained on the built-in drawings, on new drawings.
 
 python tools/check_heat_maps.py runs/quickstart
 
-Prints, and fails below: the mean of `gradient_map` on the figure over that on the background, for
-the figure's own label (2.0), and in drawings of two figures, how much of the map is on the figure
-that the label names (two thirds), and how often its own label puts more of the map on a figure
-than the other figure's label does (0.9).
+Prints three numbers, and fails if one is below its minimum:
+
+- drawings of one shape: the mean of `gradient_map` for its label on the shape, divided by that on
+  the background (2.0);
+- drawings of two shapes: the fraction of the map on the shape that the label names (two thirds);
+- how often a shape's own label puts a larger fraction on it than the other label does (0.9).
 
 Shapes: N drawings, S side of a drawing.
 """
@@ -29,7 +31,7 @@ MIN_RATIO, MIN_SHARE, MIN_ORDERED = 2.0, 2 / 3, 0.9
 
 
 def main(source: str, seed: int = 0) -> None:
-    """Measure and compare with the bounds."""
+    """Measure, print and compare with the minima."""
     clip = leanclip.load(source, device="cpu")
     rng = random.Random(f"heat maps {seed}")
     classes = sorted(UNSEEN)
@@ -38,17 +40,17 @@ def main(source: str, seed: int = 0) -> None:
     on, off = _on_and_off(_maps(clip, single, 0), single, 0)
     ratio = float(on.mean() / off.mean())
     on, off = _on_and_off(_maps(clip, single, None), single, 0)
-    print(f"one figure: on it {ratio:.2f} of the background (rollout {on.mean() / off.mean():.2f})")
+    print(f"one shape: {ratio:.2f} times the background (rollout {on.mean() / off.mean():.2f})")
     shares = np.array([_shares(_maps(clip, double, named), double) for named in (0, 1)])  # (2, N)
     share = float((shares[0].mean() + 1 - shares[1].mean()) / 2)
     ordered = float((shares[0] > shares[1]).mean())
-    print(f"two figures: {share:.1%} on the named one; ordered by label in {ordered:.1%}")
+    print(f"two shapes: {share:.1%} on the named one; ordered by label in {ordered:.1%}")
     if ratio < MIN_RATIO or share < MIN_SHARE or ordered < MIN_ORDERED:
         sys.exit(f"below {MIN_RATIO}, {MIN_SHARE:.1%} or {MIN_ORDERED:.1%}")
 
 
 def _scene(classes: Sequence[tuple[str, str, str]], rng: random.Random) -> Scene:
-    """One figure about the middle, or two side by side or above each other."""
+    """One shape near the centre, or two beside or above each other."""
     dx, dy = rng.choice([(0.25, 0.0), (0.0, 0.25)]) if len(classes) == 2 else (0.0, 0.0)
     figures = []
     for chosen, sign in zip(classes, (1, -1), strict=False):

@@ -1,34 +1,76 @@
 """Training, evaluation and sweeps joined with their reports, for Python and the command line."""
 
 import json
+import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from leanclip.config.data import DataConfig
 from leanclip.config.schema import Config
 from leanclip.config.sections import to_plain
 from leanclip.data.skipped import SkipTracker
-from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
-from leanclip.errors import ConfigError
+from leanclip.data.tools.check import examples, open_parts, read_parts
+from leanclip.data.tools.findings import find, paired_images
+from leanclip.distributed.collectives import (
+    barrier,
+    choose_device,
+    from_first,
+    join_group,
+    rank_and_world_size,
+)
+from leanclip.errors import ConfigError, SampleError
 from leanclip.evaluation import Report, evaluate, open_retention, open_tasks
 from leanclip.evaluation.calibration import calibrate, open_held_out
-from leanclip.evaluation.sweep import Sweep
+from leanclip.evaluation.compare import compare as compare_models
+from leanclip.evaluation.sweep import Sweep, parse_alphas, sweep
+from leanclip.evaluation.tasks import evaluation_data
 from leanclip.evaluation.zero_shot import ZeroShotResult
+from leanclip.inference.load import load
 from leanclip.io.files import write_text
+from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
-from leanclip.report.plots import pareto_picture, run_pictures
+from leanclip.report.compare_page import write_comparison
+from leanclip.report.data_check import problems
+from leanclip.report.plots import check_pictures, image_grid, pareto_picture, run_pictures
 from leanclip.report.report_page import write_report
-from leanclip.report.text import count, headlines, sentences, sweep_rule
+from leanclip.report.text import (
+    comparison_text,
+    count,
+    headlines,
+    sentences,
+    sweep_rule,
+    sweep_text,
+)
+from leanclip.search import Hit, Index
 from leanclip.training import checkpoint
 from leanclip.training.determinism import allow_tf32
 from leanclip.training.loop import SKIPPED
 from leanclip.training.loop import train as run
-from leanclip.training.plan import Plan, model_preprocess, split_and_classes
+from leanclip.training.plan import (
+    Plan,
+    batch_warnings,
+    describe,
+    headline,
+    make_plan,
+    model_preprocess,
+    split_and_classes,
+)
 from leanclip.training.start import read_on_all_ranks
-from leanclip.weights import SHARDS, Weights, interpolate, load_into, write_weights
+from leanclip.weights import (
+    SHARDS,
+    Weights,
+    interpolate,
+    load_into,
+    read_weights,
+    write_weights,
+)
+
+log = logging.getLogger("leanclip")
 
 
 @dataclass(frozen=True)
@@ -186,3 +228,160 @@ def write_sweep(
     write_text(folder / "sweep.json", json.dumps(values | data, indent=1) + "\n")
     pareto_picture(sweep, folder / "pareto.png")
     return [folder / "sweep.json", folder / "pareto.png"]
+
+
+def compare(
+    config: Config,
+    first: str,
+    second: str,
+    folder: Path,
+    *,
+    arch: str | None = None,
+    num_gpus: int | None = None,
+) -> tuple[str, list[Path]]:
+    """Evaluate two models on `config`'s tasks and write a comparison; its text and its files."""
+    tasks = open_tasks(config.data, config.evaluate)
+    device = choose_device(config.device, num_gpus)
+    loaded = [load(s, arch=arch, device=device, tf32=config.tf32) for s in (first, second)]
+    models = [(clip.model, clip.preprocess) for clip in loaded]
+    found = compare_models(models[0], models[1], (first, second), tasks)
+    return comparison_text(found), write_comparison(folder, found, tasks)
+
+
+def sweep_and_write(
+    config: Config,
+    retention_config: Config | None,
+    first: str,
+    second: str,
+    alphas: str,
+    folder: Path,
+    *,
+    max_drop: float | None = None,
+    arch: str | None = None,
+    num_gpus: int | None = None,
+) -> list[str]:
+    """Evaluate mixtures of two models and write the best one; a table and the files, as lines.
+
+    Args:
+        config: for the tasks, and for the retention benchmark if it has no `retention_config`.
+        retention_config: its last task is the retention benchmark.
+        first, second: weights; alpha is the fraction of the second.
+        alphas: as "0,0.1,...,1".
+        folder: new, for the weights, sweep.json and pareto.png.
+        max_drop: see `sweep`.
+        arch, num_gpus: as on the command line.
+
+    Raises:
+        ConfigError: the folder exists, or there is no data to evaluate on.
+        WeightsError: the weights cannot be read, or differ in architecture.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder}: already exists; choose another name")
+    values, tasks = parse_alphas(alphas), open_tasks(config.data, config.evaluate)
+    if retention_config:
+        retention = open_tasks(retention_config.data, retention_config.evaluate)[-1]
+    else:
+        retention = open_retention(config.data, config.evaluate)
+    if retention is None or not tasks:
+        raise ConfigError("--sweep: needs --data and --retention, or a run that has evaluated both")
+    weights = read_weights(first, arch=arch), read_weights(second, arch=arch)
+    allow_tf32(config.tf32)
+    device = choose_device("auto", num_gpus)
+    found = sweep(*weights, values, tasks, retention, device=device, max_drop=max_drop)
+    roots = {"task_data": [one.data.root for one in tasks], "retention_data": retention.data.root}
+    written = write_sweep(folder, found, *weights, roots)
+    mixture = f"{1 - found.chosen:g} * {weights[0].source} + {found.chosen:g} * {weights[1].source}"
+    return [sweep_text(found), f"{mixture} -> {folder}", *map(str, written)]
+
+
+def check_data(
+    data: DataConfig,
+    config: Config | None,
+    folder: Path,
+    *,
+    splits: Sequence[str] = (),
+    batch_size: int | None = None,
+    max_problems: float = 0.01,
+    max_leakage: float | None = None,
+    workers: int | None = None,
+) -> tuple[dict[str, Any], list[str], list[Path]]:
+    """Check all samples of a data set, and of `config`'s evaluation data unless splits are named.
+
+    Args:
+        data: the training data.
+        config: for its evaluation data, batch size and context length; None: 1024 and 77.
+        folder: for check.json and pictures.
+        splits: the splits to check; none: all.
+        batch_size: see `findings.find`.
+        max_problems, max_leakage: see `problems`.
+        workers: see `read_parts`.
+
+    Returns:
+        The findings, those above the thresholds as one line each, and the files written.
+    """
+    more = evaluation_data(config.data, config.evaluate) if config and not splits else []
+    parts = open_parts([data, *more], splits)
+    with ProgressBar("reading", sum(len(part.dataset) for part in parts)) as bar:
+        read_parts(parts, workers=workers, progress=lambda done, total: bar.update(done))
+    findings = find(
+        parts,
+        batch_size=batch_size or (config.train.batch_size if config else 1024),
+        context_length=config.model.context_length if config else 77,
+    )
+    over = problems(findings.values, max_problems=max_problems, max_leakage=max_leakage)
+    text = json.dumps(findings.values | {"problems": over}, indent=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "check.json", text + "\n")
+    pictures = check_pictures(folder, examples(parts), paired_images(parts, findings))
+    return findings.values, over, [folder / "check.json", *pictures]
+
+
+def draw_hits(index: Index, hits: Sequence[Hit], path: Path) -> None:
+    """Draw search results as a grid, except for images that can no longer be read."""
+    images, titles = [], []
+    for hit in hits:
+        try:
+            images.append(index.read(hit.number))
+        except SampleError as error:
+            log.warning("not drawn: %s", error)
+        else:
+            titles.append(f"{hit.score:.3f} {Path(hit.path).name}")
+    if images:
+        image_grid(images, titles, path)
+        log.info("%s", path)
+
+
+def run_training(
+    config: Config,
+    *,
+    num_gpus: int | None = None,
+    ranks: int = 1,
+    must_resume: bool = False,
+    dry_run: bool = False,
+    only_evaluate: bool = False,
+    source: str | None = None,
+) -> str | None:
+    """What `leanclip train` does on each rank; the text to print, None on every rank but the first.
+
+    Args:
+        config: the configuration.
+        num_gpus: see `choose_device`.
+        ranks: how many processes a dry run plans for.
+        must_resume: see `train`.
+        dry_run: only describe the plan.
+        only_evaluate: evaluate `source` or the run's weights, without training.
+        source: weights.
+    """
+    device = choose_device(config.device, num_gpus)
+    join_group(device)
+    if only_evaluate:
+        result = evaluate_only(config, device, source)
+        return summary(result) if result else None
+    plan = make_plan(config, device, ranks=ranks)
+    if dry_run:
+        return describe(plan) if rank_and_world_size()[0] == 0 else None
+    log.info("%s", headline(plan))
+    for warning in batch_warnings(plan):
+        log.warning("%s", warning)
+    result = train(plan, must_resume=must_resume)
+    return summary(result) if result else None

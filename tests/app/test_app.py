@@ -26,12 +26,12 @@ from leanclip.app.safety import HEADERS, MAX_BODY
 from leanclip.app.schemas import LabelSet
 from leanclip.app.server import make_app
 from leanclip.app.service import MAX_PIXELS, Cache, Service
-from leanclip.app.worker import MAX_BATCH, Worker, attention_maps, embed_images, embed_texts
+from leanclip.app.worker import MAX_BATCH, Worker, embed_images, embed_texts, rollouts
 from leanclip.evaluation import Calibration
 from leanclip.inference.attention_maps import gradient_map, rollout
 from leanclip.weights import fingerprint
 
-TOKEN = "a-token-that-nobody-predictions"
+TOKEN = "a-token-that-nobody-guesses"
 LABELS = ["cat", "dog", "red fox"]
 
 
@@ -205,7 +205,7 @@ def test_each_kind_of_job_has_its_own_pass(clip: leanclip.InferenceModel) -> Non
         jobs = (
             worker.run(embed_images, pixels),
             worker.run(embed_texts, "a cat"),
-            worker.run(attention_maps, (pixels, None)),
+            worker.run(rollouts, pixels),
             worker.run(embed_texts, "a dog"),
         )
         return list(await asyncio.gather(*jobs))
@@ -277,13 +277,11 @@ def test_a_failed_classifier_is_not_cached(clip: leanclip.InferenceModel, monkey
     assert len(calls) == 2  # the three shared one
 
 
-def test_a_cache_keeps_the_values_used_last() -> None:
-    kept = Cache(2)
-    kept.put("a", 1)
-    kept.put("b", 2)
-    assert kept.get("a") == 1
-    kept.put("c", 3)
-    assert [kept.get(key) for key in "abc"] == [1, None, 3]
+def test_a_cache_keeps_the_newest_values() -> None:
+    cache = Cache(2)
+    for number, key in enumerate("abc"):
+        cache[key] = number
+    assert cache == {"b": 1, "c": 2}
 
 
 def test_while_the_model_loads_requests_are_told_to_wait(clip: leanclip.InferenceModel) -> None:
@@ -384,7 +382,6 @@ def test_fields_that_are_wrong(client: TestClient) -> None:
     refused(compare(files=wrong), 400, "images: found text")
     refused(compare(files=[*files, ("texts", ("a.txt", b"a"))]), 400, "texts: ", "valid string")
     refused(compare(files=files, data={"texts": "word " * 400}), 400, "context")
-    refused(compare(files=files, data={"texts": "x" * 20_000}), 400, "10,000")
     refused(compare(files=files, data={"texts": "a\n" * 3000}), 400, "2,000")
     refused(compare(files=files, data={"texts": ["a"] * 3000}), 400, "fields", "2000")
     refused(compare(files=upload(*[b""] * 70), data={"texts": "a"}), 400, "files", "64")
@@ -425,8 +422,9 @@ def test_a_request_over_the_limit(client: TestClient) -> None:
     ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost@evil.example", ""],
 )
 def test_another_host_is_refused(client: TestClient, host: str) -> None:
-    refused(client.get("/", headers={"host": host}), 403, "Host")
-    refused(client.get("/healthz", headers={"host": host}), 403, "Host")
+    for path in ("/", "/healthz", "/api/about"):
+        answer = client.get(path, headers={"host": host})
+        assert (answer.status_code, answer.text) == (400, "Invalid host header")
 
 
 def test_hosts_of_this_machine(client: TestClient) -> None:
@@ -538,14 +536,13 @@ def test_a_token_is_asked_for(clip: leanclip.InferenceModel) -> None:
         refused(client.post("/sign-in", data={"token": TOKEN}, headers=origin), 403, "Origin")
 
 
-def test_a_bound_address_answers_to_numbers_and_its_own_names(
-    clip: leanclip.InferenceModel,
-) -> None:
+def test_with_a_token_the_server_may_have_any_name(clip: leanclip.InferenceModel) -> None:
     with serving(clip, token=TOKEN) as client:
-        client.headers["authorization"] = f"Bearer {TOKEN}"
-        for host in ("10.1.2.3:8000", "localhost", "[fe80::1]"):
-            assert client.get("/api/about", headers={"host": host}).status_code == 200, host
-        refused(client.get("/api/about", headers={"host": "evil.example"}), 403, "Host")
+        for host in ("10.1.2.3:8000", "localhost", "[fe80::1]", "box.example"):
+            headers = {"host": host}
+            refused(client.get("/api/about", headers=headers), 401, "token")
+            headers["authorization"] = f"Bearer {TOKEN}"
+            assert client.get("/api/about", headers=headers).status_code == 200, host
 
 
 def test_a_fault_of_our_own_is_no_trace(client: TestClient, monkeypatch: Any) -> None:

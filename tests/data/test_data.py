@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import make_pairs, noise_image
 
-from leanclip.cli.use import _images_of
+from leanclip.cli.arguments import images_in
 from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.dataset import read_class_names, read_lines, read_templates
@@ -95,7 +95,7 @@ def test_only_line_ends_end_lines(tmp_path: Path, end: str) -> None:
     whole = pairs.model_copy(update={"one_caption_per_line": False})
     assert open_dataset(whole)[0].captions == [f"{ODD}\ntwo"]
     assert read_class_names(path) == read_templates(path) == read_lines(path) == lines
-    assert _images_of(path.read_bytes()) == lines
+    assert images_in(path.read_bytes()) == lines
     (tmp_path / "lines.jsonl").write_bytes(end.join(['{"a": "\u2028"}', "[1]", ""]).encode())
     assert read_json_lines(tmp_path / "lines.jsonl") == [{"a": "\u2028"}, [1]]
 

@@ -91,7 +91,7 @@ def test_the_command_downloads_unpacks_and_then_leaves_alone(
     dataset = open_dataset(DataConfig(format="food101", root="data/food-101"))
     assert (len(dataset), dataset.classes) == (2, ["apple pie", "french fries"])
     done = command(*words)
-    assert done.stdout == "data/food-101: Food-101 is there already, and was left alone\n"
+    assert done.stdout == "data/food-101: Food-101 exists already\n"
     assert len(server.asked) == 2
 
 

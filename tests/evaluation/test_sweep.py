@@ -87,16 +87,18 @@ def test_a_sweep_measures_what_eval_does(mean: float, command: Command, workplac
             assert (workplace / "best/model.safetensors").read_bytes() == same
     assert f"chosen: {found['chosen']:g}, the best zeroshot_top1" in done.stdout
     assert min(open_image(workplace / "best/pareto.png").size) > 300
-    assert_refused(command(*words), "best: is there already")
+    assert_refused(command(*words), "best: already exists")
 
 
 def test_options_that_do_not_go_together(command: Command, workplace: Path) -> None:
     make_model(workplace / "a", 1)
     words = ("interpolate", "a", "a", "--out", "b")
-    assert_refused(command(*words, "--data", "pairs:data"), "--data: goes with --sweep")
+    assert_refused(command(*words, "--data", "pairs:data"), "--data: needs --sweep")
     assert_refused(command(*words, "--sweep", "0,1"), "--data: missing; give FORMAT:ROOT")
     only = ("--sweep", "0,1", "--data", "pairs:data")
     assert_refused(command(*words, *only), "--sweep: needs --data and --retention")
     both = ("--data", "pairs:data", "--retention", "pairs:nope")
     assert_refused(command(*words, "--sweep", "0,1", *both), "no such folder: nope")
-    assert_refused(command(*words, "--sweep", "0,1", "--alpha", "0.5", *both), "--alpha: one alone")
+    assert_refused(
+        command(*words, "--sweep", "0,1", "--alpha", "0.5", *both), "--alpha: cannot be combined"
+    )

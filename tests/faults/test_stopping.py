@@ -62,7 +62,7 @@ def test_a_signal_stops_at_a_steps_edge(
     process.until(lambda: len(read_metrics(run)) >= 5)
     (process.send_all if to_all else process.send)(number)
     assert process.code() == code
-    assert "the same command goes on from" in process.said()
+    assert "run the same command again" in process.said()
     assert "Traceback" not in process.said()
     assert_stopped_at_an_edge(run)
     done = command(*options)
@@ -147,6 +147,6 @@ def test_a_signal_to_the_launcher_stops_all_ranks(workplace: Path, number: int, 
     os.killpg(process.pid, number)  # a terminal's group: the ranks are in others
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code
-    assert errors.count("the same command goes on from") == 1
+    assert errors.count("run the same command again") == 1
     assert errors.count("Traceback") == 0
     assert_stopped_at_an_edge(run)

@@ -1,19 +1,18 @@
 """The named architectures: published sizes, counted FLOPs, and the command that lists them."""
 
+import contextlib
 import json
-import os
-import pty
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, terminal
 
 from leanclip import CLIP, ConfigError
+from leanclip.cli.main import main
 from leanclip.config.model import ModelConfig
 from leanclip.config.presets import PRESETS, preset
 from leanclip.config.sections import parse
+from leanclip.model import cost
 from leanclip.model.cost import forward_gflops
 
 PUBLISHED = {  # millions of parameters; open_clip's docs/model_profile.csv
@@ -139,22 +138,14 @@ def test_models_prints_a_json_line_each_when_piped(command) -> None:
     }
 
 
-def test_models_draws_a_table_on_a_terminal() -> None:
-    code = (
-        "import leanclip.model.cost as cost; from leanclip.cli.main import main;"
-        "cost.PRESETS = {'ViT-B-32': cost.PRESETS['ViT-B-32']}; main(['models'])"
-    )
-    reader, terminal = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    subprocess.run(
-        [sys.executable, "-c", code], stdout=terminal, env=environment, check=True, timeout=120
-    )
-    os.close(terminal)
-    shown = os.read(reader, 65536).decode()
-    os.close(reader)
+def test_models_draws_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "PRESETS", {"ViT-B-32": PRESETS["ViT-B-32"]})
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal() as shown, contextlib.suppress(SystemExit):
+        main(["models"])
     for word in ("model", "parameters (M)", "forward GFLOPs", "ViT-B-32", "151.28", "224", "gelu"):
-        assert word in shown
-    assert "{" not in shown
+        assert word in shown()
+    assert "{" not in shown()
 
 
 def test_models_help_shows_an_example(command) -> None:

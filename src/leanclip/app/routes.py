@@ -1,4 +1,4 @@
-"""The API's endpoints. Their signatures describe, check and convert what a request holds."""
+"""The API's endpoints. FastAPI validates requests and describes them by the signatures."""
 
 import asyncio
 import io
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from leanclip.app import schemas
 from leanclip.app.heat import heat_picture
 from leanclip.app.service import Service, file_name, to_image
-from leanclip.app.worker import RETRY_AFTER, attention_maps
+from leanclip.app.worker import RETRY_AFTER, gradient_maps, rollouts
 from leanclip.data.prompts import TEMPLATES
 from leanclip.errors import DataError
 from leanclip.inference.classifier import predictions
@@ -27,7 +27,6 @@ from leanclip.preprocess.images import as_jpeg
 from leanclip.search import Index
 
 MAX_IMAGES, MAX_TEXTS = 64, 2000
-MAX_TEXT = 10_000  # characters
 MAX_LABELS = 1000  # of an index, listed
 MAX_HITS = 2000  # of a search, over all its pages
 JPEG: Any = {"response_class": Response, "responses": {200: {"content": {"image/jpeg": {}}}}}
@@ -39,8 +38,6 @@ def texts_in(values: list[str]) -> list[str]:
     texts = [line.strip() for value in values for line in split_lines(value) if line.strip()]
     if len(texts) > MAX_TEXTS:
         raise ValueError(f"found {len(texts):,}; give at most {MAX_TEXTS:,}")
-    if any(len(text) > MAX_TEXT for text in texts):
-        raise ValueError(f"one is over {MAX_TEXT:,} characters")
     return texts
 
 
@@ -50,7 +47,7 @@ def get_service(request: Request) -> Service:
 
 
 def get_index(service: Annotated[Service, Depends(get_service)]) -> Index:
-    """The index, which is opened once the model is loaded."""
+    """The index, which can be searched once the model is loaded."""
     _ = service.worker.clip
     if service.index is None:
         raise HTTPException(409, "no index: start the page with one: leanclip app --index ...")
@@ -153,9 +150,12 @@ async def attention(service: TheService, image: ImageFile, texts: OptionalLines)
     """The image under a map of what the model attended to: for the texts' mean, or in general."""
     pixels = await service.decode(image, service.to_pixels)
     picture = await service.decode(image, to_image)
-    features = await asyncio.gather(*map(service.text, texts))
-    text = F.normalize(torch.stack(features).mean(dim=0), dim=-1) if features else None
-    heat = await service.worker.run(attention_maps, (pixels, text))
+    if texts:
+        features = await asyncio.gather(*map(service.text, texts))
+        text = F.normalize(torch.stack(features).mean(dim=0), dim=-1)
+        heat = await service.worker.run(gradient_maps, (pixels, text))
+    else:
+        heat = await service.worker.run(rollouts, pixels)
     preprocess = service.worker.clip.preprocess
     jpeg = await run_sync(heat_picture, picture, heat.numpy(), preprocess)
     return Response(jpeg, media_type="image/jpeg")

@@ -56,7 +56,7 @@ class LabelSet(BaseModel):
 
 
 class About(BaseModel):
-    """What the server was started with. The model and the index are null until loaded."""
+    """What the server was started with. The model is null until it is loaded."""
 
     version: str
     state: State

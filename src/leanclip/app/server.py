@@ -1,4 +1,4 @@
-"""The server: the FastAPI application with its pages, the socket, and the process.
+"""The server: the FastAPI application with its pages, and the process.
 
 Requests are answered while the model loads. If it cannot be loaded, the server stops.
 """
@@ -12,16 +12,23 @@ from pathlib import Path
 from typing import Annotated
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request
+from fastapi import APIRouter, FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from leanclip.app.routes import MAX_IMAGES, MAX_TEXTS, router
-from leanclip.app.safety import MAX_BODY, Safety, cookie_name, error_response, is_loopback, is_same
+from leanclip.app.safety import (
+    MAX_BODY,
+    TOO_LARGE,
+    check_token,
+    cookie_name,
+    error,
+    guard,
+    is_same,
+)
 from leanclip.app.schemas import LabelSet
 from leanclip.app.service import Service
 from leanclip.app.worker import Worker
@@ -34,14 +41,13 @@ from leanclip.search import Index
 
 log = logging.getLogger("leanclip")
 ROOM = Path(__file__).parent
-MIN_TOKEN = 16  # characters
 HANDLED = (StarletteHTTPException, RequestValidationError, LeanclipError, Exception)
 
 html = Jinja2Templates(ROOM / "templates")  # escapes by default
-pages = APIRouter()
+pages = APIRouter(include_in_schema=False)
 
 
-def make_app(service: Service, *, host: str = "127.0.0.1", token: str | None = None) -> Safety:
+def make_app(service: Service, *, host: str = "127.0.0.1", token: str | None = None) -> FastAPI:
     """The whole application, for a server that is bound to `host`."""
     app = FastAPI(
         title="leanclip",
@@ -49,15 +55,15 @@ def make_app(service: Service, *, host: str = "127.0.0.1", token: str | None = N
         description="The API behind `leanclip app`. Errors are JSON: `error` is one sentence.",
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
         form_limits={"max_files": MAX_IMAGES, "max_fields": MAX_TEXTS},
         exception_handlers=dict.fromkeys(HANDLED, report_error),
     )
-    app.state.service, app.state.safety = service, Safety(app, host=host, token=token)
+    app.state.service = service
+    guard(app, host=host, token=token)
     app.include_router(router)
+    app.include_router(pages)
     app.mount("/static", StaticFiles(directory=ROOM / "static"))
-    app.include_router(pages, include_in_schema=False)
-    return app.state.safety
+    return app
 
 
 @pages.head("/")
@@ -76,32 +82,35 @@ async def sign_in_page(request: Request) -> HTMLResponse:
 @pages.post("/sign-in")
 async def sign_in(request: Request, token: Annotated[str, Form()] = "") -> Response:
     """A cookie for the right token."""
-    safety: Safety = request.app.state.safety
-    if safety.token is None or not is_same(token.strip(), safety.token):
+    state = request.app.state
+    if state.token is None or not is_same(token.strip(), state.token):
         await asyncio.sleep(0.5)  # slows down guessing
         context = {"error": "That is not the token."}
         return html.TemplateResponse(request, "sign-in.html", context, status_code=401)
     response = RedirectResponse("./", 303)
-    response.set_cookie(cookie_name(request), safety.session, httponly=True, samesite="strict")
+    response.set_cookie(cookie_name(request), state.session, httponly=True, samesite="strict")
     return response
 
 
-async def report_error(request: Request, error: Exception) -> Response:
+async def report_error(request: Request, problem: Exception) -> Response:
     """Any error as the API reports it."""
-    match error:
+    match problem:
+        case StarletteHTTPException(status_code=413):
+            return error(413, TOO_LARGE)
         case StarletteHTTPException():
-            return error_response(error)
+            response = error(problem.status_code, problem.detail)
+            response.headers.update(problem.headers or {})
+            return response
         case RequestValidationError():
-            first = error.errors()[0]
+            first = problem.errors()[0]
             message = first["msg"].removeprefix("Value error, ")
             if "UploadFile" in message:
                 message = "found text; give an image as a file of the form"
-            return error_response(HTTPException(400, f"{first['loc'][1]}: {message}"))
+            return error(400, f"{first['loc'][1]}: {message}")
         case LeanclipError():
-            return error_response(HTTPException(400, " ".join(str(error).split())))
-    log.error("%s %s: %r", request.method, request.url.path, error, exc_info=error)
-    message = "something went wrong on the server; its log has the details"
-    return error_response(HTTPException(500, message))
+            return error(400, " ".join(str(problem).split()))
+    log.error("%s %s: %r", request.method, request.url.path, problem, exc_info=problem)
+    return error(500, "something went wrong on the server; its log has the details")
 
 
 def serve(
@@ -123,19 +132,19 @@ def serve(
         model: weights, as `load` takes them; None: those that the index was built with.
         port: 0 for a free one.
         arch: the architecture, where the weights do not tell it.
-        token: required of every request; a must if other machines can reach `host`.
+        token: required of every request; mandatory if other machines can reach `host`.
         labels: files with one label per line, offered as label sets.
         calibration: offered as a label set, too.
         started: called with the page's address.
     """
     check_token(host, token)
-    if index is not None and model is None:
-        opened = Index.open(index)
-        model = opened.model.get("source")
-        opened.close()
+    opened = Index.open(index) if index else None
+    if model is None and opened is not None:
+        model = opened.model["source"]
     if model is None:
         raise ConfigError(f"{index}: does not name its model; give it with --model")
-    service = Service(Worker(lambda: load_model(service, device, index, arch)), model)
+    worker = Worker(lambda: load_model(service, device, arch))
+    service = Service(worker, model, index=opened)
     if calibration:
         known = service.calibration = Calibration.load(calibration)
         classes, templates = list(known.classes), list(known.templates)
@@ -146,39 +155,17 @@ def serve(
     with bind(host, port) as listener:
         config = uvicorn.Config(
             make_app(service, host=host, token=token),
-            http="h11",
-            ws="none",
             log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=5,  # seconds
         )
-        server, loaded = uvicorn.Server(config), service.worker.loaded
-        service.worker.start(failed=lambda: setattr(server, "should_exit", True))
+        server = uvicorn.Server(config)
+        worker.start(failed=lambda: setattr(server, "should_exit", True))
         address = listener.getsockname()
         name = f"[{address[0]}]" if ":" in address[0] else address[0]
         started(f"http://{name}:{address[1]}/")
         server.run(sockets=[listener])
-        if loaded.done() and (error := loaded.exception()):
-            raise error
-
-
-def check_token(host: str, token: str | None) -> None:
-    """Require a token of some length if others can reach the server.
-
-    Raises:
-        ConfigError: it is missing or too short.
-    """
-    if token is None and not is_loopback(host):
-        raise ConfigError(
-            f"--host {host}: others can reach that address, so it needs a token: set "
-            f"LEANCLIP_TOKEN or --token to {MIN_TOKEN} characters or more that nobody predictions, "
-            f"for example by: openssl rand -hex 16"
-        )
-    if token is not None and (len(token) < MIN_TOKEN or not token.isascii()):
-        raise ConfigError(f"--token: give {MIN_TOKEN} or more ASCII characters")
+        if worker.loaded.done() and (problem := worker.loaded.exception()):
+            raise problem
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -195,14 +182,12 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--host {host} --port {port}: {message}") from None
 
 
-def load_model(
-    service: Service, device: str, index: Path | None, arch: str | None = None
-) -> InferenceModel:
+def load_model(service: Service, device: str, arch: str | None) -> InferenceModel:
     """The model, which must be that of the calibration and of the index."""
     clip = load(service.model_name, device=device, arch=arch)
     if known := service.calibration:
         known.check(clip.model, known.classes, known.templates)
-    if index is not None:
-        service.index = Index.open(index, clip)
-    log.info("the model is loaded: %s", service.model_name)
+    if service.index is not None:
+        service.index.use(clip)
+    log.info("model loaded: %s", service.model_name)
     return clip

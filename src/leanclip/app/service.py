@@ -8,7 +8,6 @@ Shapes: R resolution, E embedding.
 import asyncio
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -37,24 +36,17 @@ CACHE_SIZE = 4096  # features
 DECODERS = min(4, os.cpu_count() or 1)  # uploads in memory at once
 
 
-class Cache(OrderedDict[Any, Any]):
-    """The `size` values that were used last."""
+class Cache(dict[Any, Any]):
+    """At most `size` values; the oldest one makes room for a new one."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
 
-    def get(self, key: Any, default: Any = None) -> Any:
-        """A value, from now on the one used last."""
-        if key in self:
-            self.move_to_end(key)
-        return super().get(key, default)
-
-    def put(self, key: Any, value: Any) -> None:
-        """Add a value, in place of the one that has not been used for longest."""
-        self[key] = value
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
         if len(self) > self.size:
-            self.popitem(last=False)
+            del self[next(iter(self))]
 
 
 @dataclass
@@ -65,7 +57,7 @@ class Service:
     model_name: str = ""
     label_sets: list[LabelSet] = field(default_factory=list)
     calibration: Calibration | None = None
-    index: Index | None = None  # opened once the model is loaded
+    index: Index | None = None
     decoders: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DECODERS))
     image_features: Cache = field(default_factory=lambda: Cache(CACHE_SIZE))
     text_features: Cache = field(default_factory=lambda: Cache(CACHE_SIZE))
@@ -90,7 +82,7 @@ class Service:
         if (features := self.image_features.get(key)) is None:
             pixels = await self.decode(upload, self.to_pixels)
             features = await self.worker.run(embed_images, pixels)
-            self.image_features.put(key, features)
+            self.image_features[key] = features
         return features
 
     def to_pixels(self, content: bytes) -> torch.Tensor:
@@ -104,7 +96,7 @@ class Service:
             # Checked here: in a batch, a text that is too long would fail the others.
             await run_sync(self.worker.clip.tokenize, text)
             features = await self.worker.run(embed_texts, text)
-            self.text_features.put(text, features)
+            self.text_features[text] = features
         return features
 
     async def classifier(self, labels: list[str], templates: list[str]) -> Classifier:
@@ -119,7 +111,7 @@ class Service:
             # A task, which concurrent requests for the same labels share.
             work = self.worker.call(self.worker.clip.classifier, names, templates)
             task = asyncio.ensure_future(work)
-            self.classifiers.put(key, task)
+            self.classifiers[key] = task
         try:
             classifier = await asyncio.shield(task)
         except Exception:

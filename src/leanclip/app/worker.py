@@ -1,6 +1,6 @@
-"""Runs the model on waiting requests, in batches.
+"""Runs the model on batches of waiting requests.
 
-request -> the open batch of its kind -> up to 64, or those of 4 ms -> one pass -> each its result
+requests -> one open batch per function -> full (64), or 4 ms after the first -> one forward pass
 
 Ten concurrent requests then cost little more than one. While one batch runs, the next one fills.
 
@@ -120,22 +120,19 @@ def embed_texts(clip: InferenceModel, items: Sequence[str]) -> Sequence[torch.Te
     return list(clip.embed_texts(list(items), as_torch=True))
 
 
-def attention_maps(clip: InferenceModel, items: Sequence[tuple]) -> Sequence[torch.Tensor]:
-    """Pixels (3, R, R) uint8, each with unit features (E,) or None -> maps (h, w).
+def gradient_maps(clip: InferenceModel, items: Sequence[tuple]) -> Sequence[torch.Tensor]:
+    """Pixels (3, R, R) uint8, each with unit text features (E,) -> maps (h, w) for the texts."""
+    pixels, texts = zip(*items, strict=True)
+    texts = torch.stack(texts).to(clip.device)
+    return list(gradient_map(clip.model, normalized(clip, pixels), texts).cpu())
 
-    Those for texts in one pass, those without in another.
-    """
-    maps: dict[int, torch.Tensor] = {}
-    for is_for_text in (True, False):
-        places = [i for i, (_, text) in enumerate(items) if (text is not None) == is_for_text]
-        if not places:
-            continue
-        pixels = torch.stack([items[i][0] for i in places]).to(clip.device)
-        pixels = normalize(pixels, clip.preprocess.mean, clip.preprocess.std).to(clip.dtype)
-        if is_for_text:
-            texts = torch.stack([items[i][1] for i in places]).to(clip.device)
-            found = gradient_map(clip.model, pixels, texts)
-        else:
-            found = rollout(clip.model, pixels)
-        maps |= dict(zip(places, found.cpu(), strict=True))
-    return [maps[i] for i in range(len(items))]
+
+def rollouts(clip: InferenceModel, items: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Pixels (3, R, R) uint8 -> text-independent maps (h, w)."""
+    return list(rollout(clip.model, normalized(clip, items)).cpu())
+
+
+def normalized(clip: InferenceModel, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Pixels (3, R, R) uint8 -> the model's input (B, 3, R, R)."""
+    batch = torch.stack(list(pixels)).to(clip.device)
+    return normalize(batch, clip.preprocess.mean, clip.preprocess.std).to(clip.dtype)

@@ -1,39 +1,53 @@
-"""The commands under `leanclip data`: make, fetch, pack and check data sets."""
+"""The commands under `leanclip data`: create, download, pack and check data sets."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Exit, Option, Typer
 
 if TYPE_CHECKING:
     from leanclip.config.data import DataConfig
     from leanclip.config.schema import Config
 
-app = typer.Typer(help="Make and look at data sets.", no_args_is_help=True, rich_markup_mode=None)
+app = Typer(help="Create, download, pack and check data sets.", no_args_is_help=True,
+            rich_markup_mode=None)  # fmt: skip
 
-DataSource = Annotated[
-    str, typer.Argument(metavar="SRC", help="FORMAT:ROOT, or a config file (.yaml).")
-]
+DataSource = Annotated[str, Argument(metavar="SRC", help="FORMAT:ROOT, or a config file (.yaml).")]
 DataOverrides = Annotated[
     list[str] | None,
-    typer.Option("-o", metavar="KEY=VALUE", help="Set one setting of data; may be repeated."),
+    Option("-o", metavar="KEY=VALUE", help="Set one setting of `data` (repeatable)."),
 ]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes; default: one per CPU core.")]
+Workers = Annotated[int | None, Option(min=0, help="Processes. Default: one per CPU core.")]
+
+BatchSize = Annotated[
+    int | None,
+    Option(min=1, help="For false negatives. Default: that of the config, or 1024."),
+]
+MaxProblems = Annotated[float, Option(min=0, max=1, help="Maximum fraction of unusable samples.")]
+MaxLeakage = Annotated[
+    float | None,
+    Option(
+        min=0,
+        max=1,
+        help="Maximum fraction of a split's images found in another split. "
+        "Default: 0 for exact, 0.01 for near-duplicates.",
+    ),
+]
 
 
 @app.command(epilog="Example: leanclip data shapes data/shapes")
 def shapes(
-    root: Annotated[Path, typer.Argument(help="The folder to draw into.")],
-    seed: Annotated[int, typer.Option(help="Another seed draws other pictures.")] = 0,
+    root: Annotated[Path, Argument(help="The folder to write.")],
+    seed: Annotated[int, Option(help="Random seed.")] = 0,
 ) -> None:
-    """Draw the built-in data set of coloured, textured figures (about 10,000 images)."""
+    """Draw the built-in data set of coloured, textured shapes (about 10,000 images)."""
     from leanclip.data.formats.shapes import draw_dataset
     from leanclip.io.progress import ProgressBar
 
-    done, total = 0, 1
-    with ProgressBar("drawing", total) as bar:
+    total = 0
+    with ProgressBar("drawing", 1) as bar:
         for done, total in draw_dataset(root, seed=seed):
             bar.update(done, total=total)
     print(f"{total} drawings in {root}: train and val with captions, unseen by class")
@@ -41,21 +55,21 @@ def shapes(
 
 @app.command(epilog="Example: leanclip data food101 data/food-101")
 def food101(
-    root: Annotated[Path, typer.Argument(help="The folder to make.")] = Path("data/food-101"),
+    root: Annotated[Path, Argument(help="The folder to create.")] = Path("data/food-101"),
     archive: Annotated[
-        Path | None, typer.Option(help="A copy of food-101.tar.gz, in place of a download.")
+        Path | None, Option(help="A local food-101.tar.gz, instead of a download.")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Where to download it; default: its own.")] = None,
+    url: Annotated[str | None, Option(help="Another download URL.")] = None,
     checksum: Annotated[
-        str | None, typer.Option(help="MD5 or SHA-256 of another archive; none: do not check.")
+        str | None, Option(help="MD5 or SHA-256 of another archive; none: no check.")
     ] = None,
     keep_archive: Annotated[
-        bool, typer.Option("--keep-archive", help="Do not remove the archive that was downloaded.")
+        bool, Option("--keep-archive", help="Keep the downloaded archive.")
     ] = False,
 ) -> None:
-    """Download Food-101 and unpack it (5 GB, twice that while it is unpacked).
+    """Download and unpack Food-101 (5 GB; twice that while unpacking).
 
-    The same command goes on where it was interrupted.
+    Repeat the command to continue an interrupted download.
     """
     from leanclip.data.readers import food101_archive
     from leanclip.io.progress import ProgressBar
@@ -69,28 +83,26 @@ def food101(
             keep_archive=keep_archive,
             progress=bar.update_bytes,
         )
-    print(f"{root}: Food-101 {'is ready' if is_new else 'is there already, and was left alone'}")
+    print(f"{root}: Food-101 {'is ready' if is_new else 'exists already'}")
 
 
-@app.command(
-    name="pack", epilog="Example: leanclip data pack pairs:data/my-photos data/my-photos-packed"
-)
-def pack_(
+@app.command(epilog="Example: leanclip data pack pairs:data/my-photos data/my-photos-packed")
+def pack(
     source: DataSource,
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
-    split: Annotated[str | None, typer.Option(help="The part of the data to pack.")] = None,
+    destination: Annotated[Path, Argument(metavar="DST", help="The folder to write.")],
+    split: Annotated[str | None, Option(help="The split to pack. Default: train.")] = None,
     side: Annotated[
-        int, typer.Option(min=16, max=8192, help="Short side in pixels; none is enlarged.")
+        int, Option(min=16, max=8192, help="Short side in pixels; smaller images keep their size.")
     ] = 256,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of the JPEGs.")] = 90,
-    shard_size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
+    quality: Annotated[int, Option(min=1, max=100, help="JPEG quality.")] = 90,
+    shard_size: Annotated[int, Option(min=1, help="Samples per shard.")] = 1000,
     workers: Workers = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of the shuffle.")] = 0,
     overrides: DataOverrides = None,
 ) -> None:
-    """Write any source as shards of small, shuffled JPEGs, from which training is fast.
+    """Write a data set as tar shards of resized, shuffled JPEGs, which train faster.
 
-    The same command goes on where an earlier one was interrupted.
+    Repeat the command to continue after an interruption.
     """
     from leanclip.data.tools.pack import pack, summary
     from leanclip.io.progress import ProgressBar
@@ -112,72 +124,46 @@ def pack_(
     print(summary(index, destination))
 
 
-@app.command(name="check", epilog="Example: leanclip data check shapes:data/shapes")
-def check_(
+@app.command(epilog="Example: leanclip data check shapes:data/shapes")
+def check(
     source: DataSource,
     splits: Annotated[
-        list[str] | None, typer.Option("--split", help="A part to check; may be repeated.")
+        list[str] | None, Option("--split", help="A split to check (repeatable). Default: all.")
     ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="For false negatives; default: the config's, or 1024."),
-    ] = None,
-    max_problems: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of samples that may be unusable.")
-    ] = 0.01,
-    max_leakage: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Share of a split's images that may be in another; default: 0, and 0.01 nearly.",
-        ),
-    ] = None,
+    batch_size: BatchSize = None,
+    max_problems: MaxProblems = 0.01,
+    max_leakage: MaxLeakage = None,
     workers: Workers = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of check.json and pictures; default: runs/check-…")
+        Path | None, Option(help="Folder for check.json and pictures. Default: runs/check-...")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     overrides: DataOverrides = None,
 ) -> None:
-    """Look at all the data before training: unusable, odd, duplicate, leaked.
+    """Check all data before training: unusable, unusual, duplicate and leaked samples.
 
-    Exit code 1 where there are problems above the thresholds.
+    The exit code is 1 if there are problems above the thresholds.
     """
-    import json
-
-    from leanclip.data.tools.check import examples, open_parts, read_parts
-    from leanclip.data.tools.findings import find, paired_images
-    from leanclip.evaluation.tasks import evaluation_data
-    from leanclip.io.files import write_text
-    from leanclip.io.progress import ProgressBar
-    from leanclip.report.data_check import check_text, problems
-    from leanclip.report.plots import check_pictures
+    from leanclip.api import check_data
+    from leanclip.report.data_check import check_text
 
     settings, config = _data_settings(source, overrides or ())
-    more = evaluation_data(config.data, config.evaluate) if config and not splits else []
-    parts = open_parts([settings, *more], splits or ())
-    with ProgressBar("reading", sum(len(part.dataset) for part in parts)) as bar:
-        read_parts(parts, workers=workers, progress=lambda done, total: bar.update(done))
-    findings = find(
-        parts,
-        batch_size=batch_size or (config.train.batch_size if config else 1024),
-        context_length=config.model.context_length if config else 77,
+    out = out or Path("runs") / f"check-{Path(settings.root or source).stem}"
+    findings, problems, written = check_data(
+        settings,
+        config,
+        out,
+        splits=splits or (),
+        batch_size=batch_size,
+        max_problems=max_problems,
+        max_leakage=max_leakage,
+        workers=workers,
     )
-    over = problems(findings.values, max_problems=max_problems, max_leakage=max_leakage)
-    if out is None:
-        out = Path("runs") / f"check-{Path(settings.root or source).stem}"
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(findings.values | {"problems": over}, indent=2)
-    write_text(out / "check.json", text + "\n")
-    drawn = check_pictures(out, examples(parts), paired_images(parts, findings))
-    print(
-        text if as_json else check_text(findings.values, over).encode("utf-8", "replace").decode()
-    )
-    for path in (out / "check.json", *drawn):
-        print(path, file=sys.stderr if as_json else sys.stdout)
-    if over:
-        sys.exit(1)
+    text = (out / "check.json").read_text() if as_json else check_text(findings, problems)
+    print(text.encode("utf-8", "replace").decode().rstrip("\n"))
+    print(*written, sep="\n", file=sys.stderr if as_json else sys.stdout)
+    if problems:
+        raise Exit(1)
 
 
 def _data_settings(source: str, overrides: Sequence[str]) -> "tuple[DataConfig, Config | None]":

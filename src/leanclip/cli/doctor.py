@@ -1,4 +1,4 @@
-"""What is installed: the machine, the packages, and the line that gets what is missing."""
+"""`leanclip doctor`: the machine, and which of leanclip's dependencies are installed."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 
 def diagnose() -> str:
-    """A table of the machine and of leanclip's needed and optional packages."""
+    """A table of the machine and the packages, with commands that install missing ones."""
     lines = [
         f"leanclip {version('leanclip')}, Python {platform.python_version()}, "
         f"{platform.platform()}",
@@ -21,11 +21,13 @@ def diagnose() -> str:
         except PackageNotFoundError:
             found = "missing"
             missing.setdefault(extra, []).append(name)
-        lines.append(f"{f'[{extra}]' if extra else 'needed':14} {name:14} {found}")
+        lines.append(f"{f'[{extra}]' if extra else 'required':14} {name:14} {found}")
     lines.append("")
     for extra, names in missing.items():
         project = f"'.[{extra}]'" if extra else "."
-        lines.append(f"get {', '.join(names)} with: pip install -c constraints.txt -e {project}")
+        lines.append(
+            f"install {', '.join(names)} with: pip install -c constraints.txt -e {project}"
+        )
     return "\n".join(lines if missing else [*lines, "nothing is missing"])
 
 
@@ -44,6 +46,6 @@ def _devices() -> str:
     try:
         import torch
     except ImportError:
-        return f"{os.cpu_count()} CPU cores; others unknown, torch is missing"
+        return f"{os.cpu_count()} CPU cores; GPUs unknown, as torch is missing"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ", ".join((f"{os.cpu_count()} CPU cores ({torch.get_num_threads()} threads)", *gpus))

@@ -1,9 +1,9 @@
-"""The commands that measure: eval, compare, interpolate."""
+"""The commands that evaluate: eval, compare."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
+from typer import Argument, Context, Option, Typer
 
 from leanclip.cli.options import (
     Arch,
@@ -18,80 +18,76 @@ from leanclip.cli.options import (
     count_ranks,
     launch_ranks,
 )
-from leanclip.distributed import is_rank
-from leanclip.distributed.launch import join_launch
 
-if TYPE_CHECKING:
-    import torch
+app = Typer(rich_markup_mode=None)
 
-    from leanclip.weights import Weights
-
-app = typer.Typer(rich_markup_mode=None)
+Split = Annotated[str | None, Option(help="Split. Default: a held-out one.")]
+Classes = Annotated[
+    str | None, Option(metavar="FILE", help="Class names, one per line, in label order.")
+]
+Templates = Annotated[
+    str | None, Option(metavar="FILE", help="Prompts, one per line, with {} for the name.")
+]
+TrainSplit = Annotated[
+    str | None, Option(help="Split that probes train on. Default: train, else half the data.")
+]
+Shots = Annotated[
+    int | None, Option(min=1, help="Images per class for the linear probe. Default: all.")
+]
+Neighbours = Annotated[
+    int | None, Option("--k", min=1, help="Neighbours of the k-NN probe. Default: 20.")
+]
+Calibration = Annotated[
+    str | None,
+    Option(
+        "--calibrate",
+        metavar="SPLIT|FRACTION",
+        help="Fit calibration.json on this split, or on this fraction of the images.",
+    ),
+]
+Coverage = Annotated[
+    float, Option(help="With --calibrate: how often a prediction set has the right class.")
+]
 
 
 @app.command(
-    name="eval",
-    epilog="Example: leanclip eval --model runs/quickstart --data folder:data/shapes/unseen",
+    "eval", epilog="Example: leanclip eval --model runs/quickstart --data folder:data/shapes/unseen"
 )
 def evaluate(
-    context: typer.Context,
+    context: Context,
     model: Annotated[
-        str, typer.Option(help="A run's folder, a folder of weights, or a file (then with -c).")
+        str, Option(help="A run folder, or weights (with -c if they lack an architecture).")
     ],
     data_spec: DataSpec = None,
     task: TaskName = None,
-    split: Annotated[
-        str | None, typer.Option(help="The part of the data; default: one held out.")
-    ] = None,
-    classes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Names of classes, one a line, by label.")
-    ] = None,
-    templates: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Prompts, one a line, {} for the name.")
-    ] = None,
-    train_split: Annotated[
-        str | None, typer.Option(help="What probes learn from; default: train, else a half.")
-    ] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=1, help="Images a class for the linear probe; default: all.")
-    ] = None,
-    k: Annotated[
-        int | None, typer.Option("--k", min=1, help="Neighbours of the k-NN probe; default: 20.")
-    ] = None,
+    split: Split = None,
+    classes: Classes = None,
+    templates: Templates = None,
+    train_split: TrainSplit = None,
+    shots: Shots = None,
+    k: Neighbours = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     num_gpus: NumGpus = None,
     num_procs: NumProcs = 1,
     arch: Arch = None,
     tf32: Tf32 = False,
-    out: Annotated[
-        str | None, typer.Option(help="Where to write report.json and pictures.")
-    ] = None,
-    held_out: Annotated[
-        str | None,
-        typer.Option(
-            "--calibrate",
-            metavar="SPLIT|SHARE",
-            help="Write calibration.json, fitted to that split, or to a share of the images.",
-        ),
-    ] = None,
-    coverage: Annotated[
-        float, typer.Option(help="With --calibrate: how often a set is to hold the right class.")
-    ] = 0.9,
+    out: Annotated[str | None, Option(help="Folder of the report. Default: runs/eval-...")] = None,
+    calibration: Calibration = None,
+    coverage: Coverage = 0.9,
 ) -> None:
-    """Evaluate weights: zero-shot, retrieval, and probes of the image features.
+    """Evaluate weights: zero-shot, retrieval, linear and k-NN probes.
 
-    Writes report.json: metrics with 95% intervals, classes, hashes, the command to reproduce it.
+    Writes report.html and report.json: metrics with 95% intervals, hashes, how to reproduce them.
     """
     import shlex
 
     from leanclip.api import evaluate_only, summary
     from leanclip.cli.evaluation_config import EvalOptions, evaluation_config
     from leanclip.distributed.collectives import choose_device, join_group
+    from leanclip.distributed.launch import join_launch
 
-    ranks = count_ranks(num_gpus, num_procs)
-    if ranks > 1 and not is_rank():
-        launch_ranks(context.obj, "auto", num_gpus, ranks)
+    launch_ranks(context.obj, count_ranks(num_gpus, num_procs), num_gpus)
     join_launch()
     settings = evaluation_config(
         model,
@@ -107,17 +103,19 @@ def evaluate(
     device = choose_device(settings.device, 0 if num_procs > 1 else num_gpus)
     join_group(device)
     command = shlex.join(["leanclip", *context.obj])
-    outcome = evaluate_only(settings, device, model, command, held_out=held_out, coverage=coverage)
-    if outcome is not None:
-        print(summary(outcome))
+    result = evaluate_only(
+        settings, device, model, command, held_out=calibration, coverage=coverage
+    )
+    if result is not None:
+        print(summary(result))
 
 
 @app.command(
     epilog="Example: leanclip compare ViT-B-32.pt runs/food101 --data food101:data/food-101"
 )
 def compare(
-    first: Annotated[str, typer.Argument(metavar="A", help="Weights of any format.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Weights of any format.")],
+    first: Annotated[str, Argument(metavar="A", help="Weights in any supported format.")],
+    second: Annotated[str, Argument(metavar="B", help="Weights in any supported format.")],
     data_spec: DataSpec = None,
     task: TaskName = None,
     config: ConfigFile = None,
@@ -126,140 +124,20 @@ def compare(
     num_gpus: OneGpu = None,
     tf32: Tf32 = False,
     out: Annotated[
-        Path | None, typer.Option(help="The folder to write; default: runs/compare-A-B.")
+        Path | None, Option(help="The folder to write. Default: runs/compare-A-B.")
     ] = None,
 ) -> None:
-    """Measure two models on the same samples: differences, and whether they could be luck.
+    """Evaluate two models on the same samples, and test whether they differ significantly.
 
-    Writes compare.json and compare.html: which samples changed for better and worse.
+    Writes compare.json and compare.html: metrics, and the samples that only one model gets right.
     """
+    from leanclip.api import compare
     from leanclip.cli.evaluation_config import evaluation_config
-    from leanclip.distributed.collectives import choose_device
-    from leanclip.evaluation import open_tasks
-    from leanclip.evaluation.compare import compare as measure
-    from leanclip.inference.load import load
-    from leanclip.report.compare_page import write_comparison
-    from leanclip.report.text import comparison_text
 
     settings = evaluation_config(
         first, data_spec, task, config=config, arch=arch, overrides=overrides or ()
     )
-    device = choose_device(settings.device, num_gpus)
-    tasks = open_tasks(settings.data, settings.evaluate)
-    tf32 = tf32 or settings.tf32
-    loaded = [load(one, arch=arch, device=device.type, tf32=tf32) for one in (first, second)]
-    models = [(clip.model, clip.preprocess) for clip in loaded]
-    found = measure(models[0], models[1], (first, second), tasks)
-    folder = out or Path("runs") / f"compare-{Path(first).name}-{Path(second).name}"
-    written = write_comparison(folder, found, tasks)
-    print(comparison_text(found))
-    for path in written:
-        print(path)
-
-
-@app.command(
-    epilog="Example: leanclip interpolate ViT-B-32.pt runs/food101 --alpha 0.5 --out runs/between"
-)
-def interpolate(
-    first: Annotated[str, typer.Argument(help="Weights of any format, such as those loaded.")],
-    second: Annotated[str, typer.Argument(help="Weights of any format, such as those tuned.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="The share of the second; 0 is the first alone. Default: 0.5."
-        ),
-    ] = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option(metavar="0,0.1,...,1", help="Alphas to measure; the best is written."),
-    ] = None,
-    data_spec: DataSpec = None,
-    retention: Annotated[
-        str | None,
-        typer.Option(metavar="FORMAT:ROOT", help="With --sweep: what must not be forgotten."),
-    ] = None,
-    task: TaskName = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="With --sweep: the most that the retention metric may lose, such as 0.01; "
-            "without it the best mean of both metrics is taken.",
-        ),
-    ] = None,
-    arch: Arch = None,
-    num_gpus: OneGpu = None,
-) -> None:
-    """Write weights between two others: (1 - alpha) * first + alpha * second, in float32.
-
-    With --sweep, measure many alphas on --data and --retention, by default on what the second's run
-    measured, and write the best.
-    """
-    from leanclip.errors import ConfigError
-    from leanclip.weights import interpolate as between
-    from leanclip.weights import read_weights, write_weights
-
-    needs_sweep = {"--data": data_spec, "--retention": retention, "--max-drop": max_drop}
-    given = [name for name, value in needs_sweep.items() if value is not None]
-    if sweep is None and given:
-        raise ConfigError(f"{given[0]}: goes with --sweep, for example --sweep 0,0.1,...,1")
-    if sweep is not None and alpha is not None:
-        raise ConfigError("--alpha: one alone is not swept; leave it or --sweep out")
-    weights = read_weights(first, arch=arch), read_weights(second, arch=arch)
-    if sweep is not None:
-        from leanclip.distributed.collectives import choose_device
-
-        device = choose_device("auto", num_gpus)
-        _sweep(weights, second, sweep, data_spec, retention, task, max_drop, arch, device, out)
-        return
-    mixture = between(*weights, 0.5 if alpha is None else alpha)
-    write_weights(mixture, out, "leanclip", provenance=str(mixture.source))
-    print(f"{mixture.source} -> {out}")
-
-
-def _sweep(
-    weights: "tuple[Weights, Weights]",
-    second: str,
-    words: str,
-    data_spec: str | None,
-    retention_spec: str | None,
-    task: str | None,
-    max_drop: float | None,
-    arch: str | None,
-    device: "torch.device",
-    out: Path,
-) -> None:
-    """Measure, choose, write, print."""
-    from leanclip.api import write_sweep
-    from leanclip.cli.evaluation_config import evaluation_config
-    from leanclip.errors import ConfigError
-    from leanclip.evaluation import open_retention, open_tasks
-    from leanclip.evaluation.sweep import parse_alphas, sweep
-    from leanclip.report.text import sweep_text
-    from leanclip.training.determinism import allow_tf32
-
-    alphas = parse_alphas(words)
-    if out.exists():
-        raise ConfigError(f"{out}: is there already; name a folder that is not")
-    settings = evaluation_config(second, data_spec, task, arch=arch)
-    tasks = open_tasks(settings.data, settings.evaluate)
-    if retention_spec is not None:
-        own = evaluation_config(second, retention_spec, arch=arch)
-        retention = open_tasks(own.data, own.evaluate)[-1]
-    else:
-        retention = open_retention(settings.data, settings.evaluate)
-    allow_tf32(settings.tf32)
-    if retention is None or not tasks:
-        raise ConfigError(
-            "--sweep: needs --data and --retention, or what the second's run measured"
-        )
-    found = sweep(*weights, alphas, tasks, retention, device=device, max_drop=max_drop)
-    roots = {"task_data": [one.data.root for one in tasks], "retention_data": retention.data.root}
-    written = write_sweep(out, found, *weights, roots)
-    print(sweep_text(found))
-    print(f"{1 - found.chosen:g} * {weights[0].source} + {found.chosen:g} * {weights[1].source} "
-          f"-> {out}")  # fmt: skip
-    for path in written:
-        print(path)
+    settings = settings.model_copy(update={"tf32": tf32 or settings.tf32})
+    out = out or Path("runs") / f"compare-{Path(first).name}-{Path(second).name}"
+    text, written = compare(settings, first, second, out, arch=arch, num_gpus=num_gpus)
+    print(text, *written, sep="\n")

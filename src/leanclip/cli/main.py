@@ -1,7 +1,7 @@
-"""The command line: parses, calls, prints. Heavy imports wait until a command needs them.
+"""The command line: parses arguments, calls, prints. A command imports what it needs when it runs.
 
-Results go to stdout; notes, warnings, errors and progress to stderr. A user's mistake is one
-line and exit code 2; `--debug`, anywhere in the command, shows the traceback.
+Results go to stdout; logs, warnings, errors and progress to stderr. A user's mistake is one line
+and exit code 2; with `--debug`, anywhere in the command, also a traceback.
 """
 
 import codecs
@@ -12,50 +12,55 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
+from typer import Context, Option, Typer
 
 from leanclip.cli import app as cli_app
-from leanclip.cli import data as cli_data
-from leanclip.cli import evaluate as cli_eval
-from leanclip.cli import search as cli_search
-from leanclip.cli import use as cli_use
+from leanclip.cli import data, evaluate, search, use, weights
 from leanclip.cli.options import (
     Arch,
     ConfigFile,
     NumGpus,
     NumProcs,
     Overrides,
-    Rows,
     count_ranks,
     launch_ranks,
 )
 from leanclip.distributed import is_rank, rank
 from leanclip.distributed.launch import end_lost_rank, end_rank, join_launch, leave
 
-if TYPE_CHECKING:
-    from leanclip.config.schema import Config
-
 log = logging.getLogger("leanclip")
-app = typer.Typer(
-    help="Train, fine-tune, evaluate and use CLIP. Start with: make quickstart",
+app = Typer(
+    help="Train, fine-tune, evaluate and use CLIP. To get started: make quickstart",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(cli_data.app, name="data")
-app.add_typer(cli_search.app, name="search")
-app.add_typer(cli_use.app)
-app.add_typer(cli_eval.app)
-app.add_typer(cli_app.app)
+RESUMABLE = ("train", "embed", "pack", "build", "update")  # commands
+
+MaxRestarts = Annotated[
+    int, Option(min=0, help="Restarts from the last checkpoint after a process has died.")
+]
+InitialWeights = Annotated[str | None, Option(help="Initial weights, with a new optimiser state.")]
+Partial = Annotated[
+    bool, Option("--partial", help="With --load: allow missing and unexpected keys.")
+]
+Resume = Annotated[
+    str | None, Option(metavar="[RUN_DIR]", help="Resume a run (an error without a checkpoint).")
+]
+OutputDir = Annotated[
+    str | None, Option(help="The run folder. Default: runs/ and the config's name.")
+]
+DryRun = Annotated[bool, Option("--dry-run", help="Print the plan and exit.")]
+EvaluateOnly = Annotated[bool, Option("--evaluate-only", help="Evaluate the weights, no training.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 2 a user's mistake, 130 interrupted, 143 by SIGTERM."""
+    """Run a command and exit: 0 success, 2 a user's mistake, 130 interrupted, 143 SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    _show_log()
+    _log_to_stderr()
     warnings.filterwarnings("ignore", module="PIL")  # on damaged EXIF blocks, large images
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("leanclip", _encode_anyway)
@@ -77,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Prints file names that are not UTF-8 as they are, and ? for what an encoding lacks (→)."""
+    """Keep the bytes of file names that are not UTF-8; print ? for what an encoding lacks (→)."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -85,30 +90,24 @@ def _encode_anyway(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _run(words: list[str]) -> None:
+    from leanclip.distributed.preemption import Preempted
     from leanclip.errors import LeanclipError
 
-    debug = "--debug" in words
     try:
         app([word for word in _with_resume_value(words) if word != "--debug"], obj=words)
-    except (LeanclipError, OSError) as error:
-        if debug:
+    except (LeanclipError, OSError, MemoryError) as error:
+        if "--debug" in words:
             raise
-        leave(2, f"error: {' '.join(str(error).split())}")
-    except MemoryError:
-        if debug:
-            raise
-        leave(2, "error: there is not enough memory; give it more, or a smaller batch")
-    except SystemExit as end:
-        if end.code == 130 and not is_rank():  # Ctrl-C; for ranks the launcher speaks
-            resumes = {
-                "train": "; the same command goes on from the last checkpoint",
-                "pack": "; the same command goes on at the shards that are not finished",
-                "embed": "; the same command goes on at the shards that are not finished",
-                "build": "; the same command goes on with what is not in the index",
-                "update": "; the same command goes on with what is not in the index",
-            }
-            command = words[1] if words[0] in ("data", "search") else words[0]
-            print(f"interrupted{resumes.get(command, '')}", file=sys.stderr)
+        is_memory = isinstance(error, MemoryError)
+        message = "out of memory; reduce the batch size" if is_memory else str(error)
+        leave(2, f"error: {' '.join(message.split())}")
+    except (SystemExit, Preempted) as end:
+        can_resume = any(word in RESUMABLE for word in words[:2])
+        advice = "; run the same command again to continue" if can_resume else ""
+        if end.code == 130 and not is_rank():  # Ctrl-C; the launcher reports it for its ranks
+            print(f"interrupted{advice}", file=sys.stderr)
+        elif end.code == 143 and isinstance(end, Preempted):
+            log.info("%s%s", end, advice)
         if end.code in (130, 143):
             leave(end.code)
         raise
@@ -116,41 +115,24 @@ def _run(words: list[str]) -> None:
 
 @app.command(epilog="Example: leanclip train -c configs/quickstart.yaml -o train.epochs=2")
 def train(
-    context: typer.Context,
+    context: Context,
     config: ConfigFile = None,
     overrides: Overrides = None,
     num_gpus: NumGpus = None,
     num_procs: NumProcs = 1,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="Start again from the last checkpoint when a rank dies.")
-    ] = 0,
-    load: Annotated[
-        str | None, typer.Option(help="Weights to start from, with a fresh optimiser.")
-    ] = None,
+    max_restarts: MaxRestarts = 0,
+    load: InitialWeights = None,
     arch: Arch = None,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="With --load: list keys that do not match, go on.")
-    ] = False,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[RUN_DIR]", help="Go on with a run; there must be a checkpoint to go on from."
-        ),
-    ] = None,
-    output_dir: Annotated[
-        str | None, typer.Option(help="The run's folder; default: runs/ and the config's name.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, and stop.")
-    ] = False,
-    evaluate_only: Annotated[
-        bool, typer.Option("--evaluate-only", help="Measure the weights, without training.")
-    ] = False,
+    partial: Partial = False,
+    resume: Resume = None,
+    output_dir: OutputDir = None,
+    dry_run: DryRun = False,
+    evaluate_only: EvaluateOnly = False,
 ) -> None:
-    """Train CLIP, or go on with a run, then evaluate it.
+    """Train a model, or resume a run, then evaluate it.
 
-    The same command in the same output folder goes on from the newest checkpoint. What a run
-    starts from, in this order: a run in the output folder, --resume, --load, scratch.
+    A run whose folder has a checkpoint is resumed from the newest one. Otherwise training starts
+    from --load, or from scratch.
     """
     from leanclip.config.schema import load_config
     from leanclip.distributed.preemption import nothing_to_save
@@ -160,7 +142,7 @@ def train(
     if config is None and run is None:
         raise ConfigError("-c: give a config file, for example -c configs/quickstart.yaml")
     if run and output_dir and Path(run) != Path(output_dir):
-        raise ConfigError(f"--resume {run}: goes on in that folder; leave --output-dir out")
+        raise ConfigError(f"--resume {run}: resumes in that folder; remove --output-dir")
     ranks = count_ranks(num_gpus, num_procs)
     with nothing_to_save():
         join_launch()
@@ -173,125 +155,43 @@ def train(
             output_dir=run or output_dir,
             device="cpu" if num_procs > 1 else None,
         )
-        if ranks == 1 or is_rank() or dry_run:
-            _train(settings, num_gpus, ranks, resume is not None, dry_run, evaluate_only, load)
-            return
-    launch_ranks(context.obj, settings.device, num_gpus, ranks, max_restarts)
+        if not dry_run:
+            launch_ranks(
+                context.obj, ranks, num_gpus, device=settings.device, max_restarts=max_restarts
+            )
+        from leanclip.api import run_training
+
+        text = run_training(
+            settings,
+            num_gpus=num_gpus,
+            ranks=ranks,
+            must_resume=resume is not None,
+            dry_run=dry_run,
+            only_evaluate=evaluate_only,
+            source=load,
+        )
+        if text is not None:
+            print(text)
 
 
-def _train(
-    settings: "Config",
-    num_gpus: int | None,
-    ranks: int,
-    must_resume: bool,
-    dry_run: bool,
-    evaluate_only: bool,
-    load: str | None,
-) -> None:
-    """Train, or what is asked for in its place, as one of the ranks or alone."""
-    from leanclip import api as outcomes
-    from leanclip.distributed.collectives import choose_device, join_group
-    from leanclip.distributed.preemption import Preempted
-    from leanclip.training.plan import batch_warnings, describe, headline, make_plan
-
-    device = choose_device(settings.device, num_gpus)
-    join_group(device)
-    if evaluate_only:
-        outcome = outcomes.evaluate_only(settings, device, load)
-        if outcome is not None:
-            print(outcomes.summary(outcome))
-        return
-    plan = make_plan(settings, device, ranks=ranks)
-    if dry_run:
-        if rank() == 0:
-            print(describe(plan))
-        return
-    log.info("%s", headline(plan))
-    for warning in batch_warnings(plan):
-        log.warning("%s", warning)
-    try:
-        outcome = outcomes.train(plan, must_resume=must_resume)
-    except Preempted as stopped:
-        if stopped.code != 130:  # of Ctrl-C `main` speaks
-            log.info("%s; the same command goes on from its last checkpoint", stopped)
-        raise SystemExit(stopped.code) from None
-    if outcome is not None:
-        print(outcomes.summary(outcome))
-
-
-@app.command(epilog="Example: leanclip convert runs/quickstart quickstart-hf --to hf")
-def convert(
-    source: Annotated[str, typer.Argument(help="Weights of any format.")],
-    destination: Annotated[Path, typer.Argument(help="The file or folder to write.")],
-    to: Annotated[str, typer.Option(help="leanclip, openai, open_clip, hf or passl.")],
-    arch: Arch = None,
-) -> None:
-    """Write weights in another system's format, to the bit."""
-    from leanclip.weights import read_weights, write_weights
-
-    weights = read_weights(source, arch=arch)
-    write_weights(weights, destination, to)
-    print(f"{weights.source} ({weights.format}) -> {destination} ({to})")
-
-
-@app.command(epilog="Example: leanclip merge runs/big merged")
-def merge(
-    source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
-    destination: Annotated[Path, typer.Argument(help="The folder to write.")],
-) -> None:
-    """Write a checkpoint in shards (train.sharding fsdp) as a normal one, for every use."""
-    from leanclip.training.checkpoint import merge as merge_shards
-
-    print(f"{merge_shards(source, destination)} -> {destination}")
-
-
-@app.command(epilog="Example: leanclip inspect runs/quickstart")
-def inspect(
-    source: Annotated[str, typer.Argument(help="Weights of any format.")],
-    arch: Arch = None,
-) -> None:
-    """Say what a file or folder of weights is, without running anything in it."""
-    from leanclip.weights import read_weights
-    from leanclip.weights.inspection import inspection
-    from leanclip.weights.weights import check_fits
-
-    weights = read_weights(source, arch=arch)
-    if arch is not None and weights.model is not None:
-        check_fits(weights, weights.model)
-    print(inspection(weights))
-
-
-@app.command(epilog="Example: leanclip models | grep RN50")
-def models() -> None:
-    """List the named architectures with their sizes; JSON lines where stdout is not a terminal.
-
-    GFLOPs are of one image and one caption of the whole context, forward; a multiply-add is two.
-    """
-    from rich.console import Console
-
-    from leanclip.model.cost import summaries
-
-    headings = ("model", "parameters (M)", "forward GFLOPs", "pixels", "activation")
-    rows = Rows(*headings, numbers=range(1, 4), as_json=False)
-    with Console(stderr=True).status("counting operations ..."):
-        for summary in summaries():
-            if rows.is_json:
-                rows.add_json(summary)
-            else:
-                rows.add(*map(str, summary.values()))
-    rows.end()
-
-
-@app.command()
+@app.command(epilog="Example: leanclip doctor")
 def doctor() -> None:
-    """Show what is installed, what is missing, and how to get it."""
+    """Show which dependencies are installed, and how to install missing ones."""
     from leanclip.cli.doctor import diagnose
 
     print(diagnose())
 
 
+app.add_typer(evaluate.app)
+app.add_typer(use.app)
+app.add_typer(weights.app)
+app.add_typer(data.app, name="data")
+app.add_typer(search.app, name="search")
+app.add_typer(cli_app.app)
+
+
 def _with_resume_value(words: list[str]) -> list[str]:
-    """Give a bare `--resume` the empty value that an option without optional values needs."""
+    """Give a bare `--resume` an empty value, as Typer has no options with an optional value."""
     bare = [
         word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("-"))
         for i, word in enumerate(words)
@@ -299,8 +199,8 @@ def _with_resume_value(words: list[str]) -> list[str]:
     return [f"{word}=" if is_bare else word for word, is_bare in zip(words, bare, strict=True)]
 
 
-def _show_log() -> None:
-    """Print leanclip's notes and warnings as plain lines to whatever stderr is at the time."""
+def _log_to_stderr() -> None:
+    """Log plain lines to the current stderr."""
 
     class ToStderr(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,14 +1,12 @@
-"""The commands under `leanclip search`: build an index of pictures, update it, find pictures."""
+"""The commands under `leanclip search`: build, update and search an index of images."""
 
-import json
-import logging
 import sys
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer
 
 from leanclip.cli.options import (
     Arch,
@@ -18,42 +16,43 @@ from leanclip.cli.options import (
     Device,
     MaxBadFraction,
     Model,
-    Rows,
     find_model,
-    is_json,
-    sanitize,
 )
+from leanclip.cli.output import print_json, print_table, wants_json
+from leanclip.errors import escaped
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from leanclip.search import Hit, Index
 
-log = logging.getLogger("leanclip")
-app = typer.Typer(
-    help="Search your pictures by words or by pictures.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = Typer(help="Search images by text or by image.", no_args_is_help=True, rich_markup_mode=None)
 
-IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder of an index.")]
-IndexModel = Annotated[
-    str | None,
-    typer.Option(help="The index's model, where it is not where it was when it was built."),
+IndexFolder = Annotated[Path, Argument(metavar="INDEX", help="The folder of an index.")]
+IndexModel = Annotated[str | None, Option(help="The index's model, if it has moved since.")]
+
+Weights = Annotated[
+    list[float] | None, Option("--weight", help="One per text, then one per --image.")
+]
+SizeRange = Annotated[str | None, Option(help="File size: 100k..2M, ..2M or 100k.. .")]
+DateRange = Annotated[
+    str | None, Option(help="Date of the file: 2024, 2024-05..2024-06-15 or 2023.. .")
+]
+Without = Annotated[
+    list[str] | None, Option("--not", help="Penalise images that match this text (repeatable).")
 ]
 
 
 @app.command(epilog="Example: leanclip search build photos --model runs/quickstart --out index")
 def build(
     sources: Annotated[
-        list[str],
-        typer.Argument(help="Folders of images, .tar shards, or what leanclip embed wrote."),
+        list[str], Argument(help="Image folders, .tar shards, or folders from leanclip embed.")
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write, new or of an earlier start.")],
+    out: Annotated[Path, Option(help="The folder to write, new or from an interrupted build.")],
     model: Model = None,
     arch: Arch = None,
     root: Annotated[
-        Path | None, typer.Option(help="The folder that leanclip embed was given; default: here.")
+        Path | None, Option(help="The folder given to leanclip embed. Default: here.")
     ] = None,
     batch_size: BatchSize = 64,
     workers: Decoders = None,
@@ -61,7 +60,7 @@ def build(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Make an index of pictures; the same command goes on where an earlier one was killed."""
+    """Build an index of images. Repeat the command to continue after an interruption."""
     from leanclip.inference.load import load
     from leanclip.search import Index
 
@@ -90,7 +89,7 @@ def update(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Add what is new in an index's folders, drop what is gone, embed again what has changed."""
+    """Add new images, remove deleted ones, and embed changed ones again."""
     opened = _open(index, model, arch, device)
     opened.update(batch_size=batch_size, workers=workers, max_bad_fraction=max_bad_fraction)
     _print_changes(opened, as_json)
@@ -102,37 +101,27 @@ def update(
 def find(
     index: IndexFolder,
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Words; several are searched for together.")
+        list[str] | None, Argument(help="Texts; several are combined into one query.")
     ] = None,
     images: Annotated[
-        list[str] | None, typer.Option("--image", help="A picture or its URL; may be repeated.")
+        list[str] | None, Option("--image", help="An image file or URL (repeatable).")
     ] = None,
-    without: Annotated[
-        list[str] | None, typer.Option("--not", help="Words that shall not fit; may be repeated.")
-    ] = None,
-    weights: Annotated[
-        list[float] | None,
-        typer.Option("--weight", help="One for each text, then for each picture."),
-    ] = None,
-    top: Annotated[int, typer.Option("--top", "-k", min=1, help="The most to find.")] = 10,
-    minimum: Annotated[float | None, typer.Option(help="The least score to show.")] = None,
-    label: Annotated[
-        list[str] | None, typer.Option(help="A label that counts; may be repeated.")
-    ] = None,
-    folder: Annotated[
-        Path | None, typer.Option(help="A folder that counts, with all below it.")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="Of files: 100k..2M, ..2M, 100k.. .")] = None,
-    date: Annotated[
-        str | None, typer.Option(help="Of files: 2024, 2024-05..2024-06-15, 2023.. .")
-    ] = None,
-    grid: Annotated[Path | None, typer.Option(help="Draw what is found: a .png or .svg.")] = None,
+    without: Without = None,
+    weights: Weights = None,
+    top: Annotated[int, Option("--top", "-k", min=1, help="Maximum number of results.")] = 10,
+    minimum: Annotated[float | None, Option(help="Minimum score.")] = None,
+    label: Annotated[list[str] | None, Option(help="Only this label (repeatable).")] = None,
+    folder: Annotated[Path | None, Option(help="Only below this folder.")] = None,
+    size: SizeRange = None,
+    date: DateRange = None,
+    grid: Annotated[Path | None, Option(help="Also draw the results: a .png or .svg.")] = None,
     model: IndexModel = None,
     arch: Arch = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Find pictures by words, by pictures, or by both."""
+    """Find images by text, by image, or by both."""
+    from leanclip.api import draw_hits
     from leanclip.search.filters import date_range, size_range
 
     opened = _open(index, model, arch, device)
@@ -146,26 +135,13 @@ def find(
         size=None if size is None else size_range(size),
         date=None if date is None else date_range(date),
     )
-    _print(hits, as_json)
+    if wants_json(as_json):
+        for hit in hits:
+            print_json(_record(hit))
+    else:
+        _print_hits(hits)
     if grid:
-        _draw(opened, hits, grid)
-
-
-def _draw(index: "Index", hits: "list[Hit]", path: Path) -> None:
-    """Draw the pictures that can still be read."""
-    from leanclip.errors import SampleError
-    from leanclip.report.plots import image_grid
-
-    pictures, titles = [], []
-    for hit in hits:
-        try:
-            pictures.append(index.read(hit.number))
-            titles.append(f"{hit.score:.3f} {Path(hit.path).name}")
-        except SampleError as error:
-            log.warning("not drawn: %s", error)
-    if pictures:
-        image_grid(pictures, titles, path)
-        log.info("%s", path)
+        draw_hits(opened, hits, grid)
 
 
 def _open(path: Path, model: str | None, arch: str | None, device: str) -> "Index":
@@ -173,46 +149,42 @@ def _open(path: Path, model: str | None, arch: str | None, device: str) -> "Inde
     from leanclip.inference.load import load
     from leanclip.search import Index
 
-    opened = Index.open(path)
-    source = model or opened.model["source"]
+    index = Index.open(path)
+    source = model or index.model["source"]
     if source is None:
-        raise ConfigError(f"{path}: does not say where its model is; give it with --model")
-    opened.use(load(source, arch=arch, device=device))
-    return opened
+        raise ConfigError(f"{path}: does not name its model; give it with --model")
+    index.use(load(source, arch=arch, device=device))
+    return index
 
 
 def _print_changes(index: "Index", as_json: bool) -> None:
     changes = index.changes
-    if is_json(as_json):
-        print(json.dumps({"index": str(index.path), **asdict(changes)}))
+    if wants_json(as_json):
+        print_json({"index": str(index.path), **asdict(changes)})
         return
     print(
-        f"{changes.files:,} files in {index.path}, {changes.pictures:,} different pictures: "
-        f"{changes.added:,} added, {changes.changed:,} changed, {changes.dropped:,} dropped, "
+        f"{changes.files:,} files in {index.path}, {changes.pictures:,} distinct images: "
+        f"{changes.added:,} added, {changes.changed:,} changed, {changes.dropped:,} removed, "
         f"{changes.skipped:,} unreadable"
     )
 
 
-def _print(hits: "list[Hit]", as_json: bool) -> None:
-    """A table, or JSON lines; the former without columns that say nothing."""
-    has_labels, has_captions = any(hit.label for hit in hits), any(hit.caption for hit in hits)
-    headings = ["score", "path", *["label"] * has_labels, *["caption"] * has_captions]
-    rows = Rows(*headings, numbers=[0], as_json=as_json)
-    if not hits and not rows.is_json:
-        print("nothing found", file=sys.stderr)
+def _print_hits(hits: "list[Hit]") -> None:
+    """Print a table, without columns that are empty."""
+    if not hits:
+        print("no results", file=sys.stderr)
         return
-    for hit in hits:
-        if rows.is_json:
-            rows.add_json(_facts(hit))
-            continue
-        cells = [f"{hit.score:.3f}", _link(hit)]
-        cells += [hit.label or ""] * has_labels
-        cells += [(hit.caption or "").split("\n")[0]] * has_captions
-        rows.add(*cells)
-    rows.end()
+    columns: dict[str, list[str | Text]] = {
+        "score": [f"{hit.score:.3f}" for hit in hits],
+        "path": [_link(hit) for hit in hits],
+        "label": [hit.label or "" for hit in hits],
+        "caption": [(hit.caption or "").split("\n")[0] for hit in hits],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    print_table(list(columns), zip(*columns.values(), strict=True), numbers=[0])
 
 
-def _facts(hit: "Hit") -> dict[str, Any]:
+def _record(hit: "Hit") -> dict[str, Any]:
     return {
         "score": round(hit.score, 6),
         "number": hit.number,
@@ -230,7 +202,7 @@ def _link(hit: "Hit") -> "Text":
     from rich.style import Style
     from rich.text import Text
 
-    path = sanitize(hit.path.removeprefix(f"{Path.cwd()}/"))
+    path = escaped(hit.path.removeprefix(f"{Path.cwd()}/"))
     link = Text(path, style=Style(link=Path(hit.shard or hit.path).as_uri()))
     more = f" (and {len(hit.paths) - 1} more)" if len(hit.paths) > 1 else ""
     return link.append(more, style=Style(link=None))

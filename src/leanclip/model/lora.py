@@ -70,7 +70,7 @@ def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
     state = module.__dict__.copy()
     parameters = {name: one.original for name, one in lists.items()}
     state["_parameters"] = state["_parameters"] | parameters
-    state["_modules"] = {k: v for k, v in module._modules.items() if k != "parametrizations"}
+    state["_modules"] = {k: m for k, m in module.named_children() if k != "parametrizations"}
     updates = {name: cast(nn.ModuleList, one)[0] for name, one in lists.items()}
     return _restore, (type(module).__bases__[0], state, updates)
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from leanclip.config.model import ModelConfig
 from leanclip.config.training import FinetuneConfig
@@ -60,8 +59,8 @@ class Tuning:
         if not any(group_of(name, model.config) for name, _ in trained):
             raise ConfigError("finetune: nothing is left to train; lock fewer groups of a tower")
         for module in model.modules():
-            if isinstance(module, _BatchNorm) and not _is_trained(module):
-                module.eval()  # it keeps the loaded statistics
+            if isinstance(module, nn.BatchNorm2d) and not _is_trained(module):
+                module.eval()  # it goes on with the statistics that it was loaded with
         self.factors = {name: _factor(name, model.config, config, new) for name, _ in trained}
         self.average: dict[str, torch.Tensor] = {}
         if config.ema_decay is not None:

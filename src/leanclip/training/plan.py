@@ -328,14 +328,19 @@ def _loss_bytes(plan: Plan, own: int) -> int:
 
 def _saved_by_autograd(model: CLIP, pairs: int) -> int:
     """Bytes that a forward pass of a model on the meta device saves, besides its parameters."""
-    saved: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.UntypedStorage] = {}  # by id
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[id(storage)] = storage
+        return tensor
+
     side, length = model.visual.input_resolution, model.context_length
     pixels = torch.empty(pairs, 3, side, side, device="meta")
     tokens = torch.empty(pairs, length, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: saved.setdefault(tensor.untyped_storage()._cdata, tensor), lambda one: one
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         features = model(pixels, tokens)
     del features
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights)
+    for parameter in model.parameters():
+        saved.pop(id(parameter.untyped_storage()), None)
+    return sum(storage.nbytes() for storage in saved.values())

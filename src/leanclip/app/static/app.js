@@ -1,11 +1,10 @@
-// The tabs, and the name of the model.
+// The tabs and the model's name.
 import { startCompare } from "./compare.js";
-import { startClassify } from "./classify.js";
-import { startSearch } from "./search.js";
+import { describeClassify, startClassify } from "./classify.js";
+import { describeSearch, startSearch } from "./search.js";
 import { ask, byId, wait } from "./shared.js";
 
 const names = ["compare", "classify", "search"];
-const shown = {}; // callbacks, called when a tab is shown or hidden
 
 function show(name, focus) {
   for (const other of names) {
@@ -17,7 +16,6 @@ function show(name, focus) {
     if (isIt && focus) tab.focus();
   }
   if (location.hash !== `#${name}`) history.replaceState(null, "", `#${name}`);
-  for (const other of names) shown[other]?.(other === name);
 }
 
 function startTabs() {
@@ -46,18 +44,16 @@ function modelWords(about) {
 async function start() {
   let about = { state: "loading", label_sets: [], templates: [] };
   startTabs();
-  shown.compare = startCompare();
-  const classify = startClassify();
-  shown.classify = classify.shown;
-  const search = startSearch();
-  shown.search = search.shown;
+  startCompare();
+  startClassify();
+  startSearch();
   show(wanted());
   while (true) {
     try {
       about = await ask("api/about");
       byId("model").textContent = modelWords(about);
-      classify.about(about);
-      search.about(about);
+      describeClassify(about);
+      describeSearch(about);
       if (about.state !== "loading") return;
     } catch (error) {
       byId("model").textContent = error.message;

@@ -38,10 +38,9 @@ export function startClassify() {
   });
   offerSets();
   offerTemplates();
-  return { shown: () => {}, about };
 }
 
-function about(facts) {
+export function describeClassify(facts) {
   if (facts.templates.length) {
     TEMPLATES.default = { name: facts.templates.join(" / "), templates: facts.templates };
   }

@@ -24,7 +24,6 @@ export function startCompare() {
     const canvas = await drawn();
     canvas.toBlob((blob) => download(blob, "similarity.png"), "image/png");
   });
-  return () => {};
 }
 
 function add(files) {

@@ -34,10 +34,9 @@ export function startSearch() {
   new IntersectionObserver((entries) => {
     if (entries.some((entry) => entry.isIntersecting)) more();
   }, { rootMargin: "300px" }).observe(byId("search-more"));
-  return { shown: () => {}, about };
 }
 
-function about(facts) {
+export function describeSearch(facts) {
   if (facts.state === "loading") return;
   const words = byId("search-status");
   if (!facts.index) {
