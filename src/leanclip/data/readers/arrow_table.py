@@ -1,6 +1,9 @@
-"""Rows of a table of any kind, by index: one Arrow file in the cache, mapped into memory.
+"""Rows of a table of any kind, by index, from one Arrow file in the cache.
 
 CSV, TSV, JSON lines, Parquet -> record batches, read once -> Arrow file -> {column: value}
+
+The file is read a small batch at a time and not memory-mapped: where a mapped file is damaged, or
+its disk fails, the process is killed (SIGBUS) in place of an exception.
 """
 
 import json
@@ -18,7 +21,7 @@ from leanclip.data.readers.columns import check_count, several_labels, sorted_va
 from leanclip.errors import DataError, SampleError
 
 ERROR = "leanclip.error"  # a column of a batch: "kind: reason" of a malformed row, else null
-_BATCH_BYTES, _BATCH_ROWS = 1 << 18, 4096  # pyarrow has a batch read ahead for any row of it
+_BATCH_BYTES, _BATCH_ROWS = 1 << 16, 4096  # upper bounds of what is read for one row
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class ArrowTable:
 
     @cached_property
     def _arrow(self) -> Any:
-        return pa.ipc.open_file(pa.memory_map(str(self.path)))
+        return pa.ipc.open_file(pa.OSFile(str(self.path)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_arrow"}
@@ -136,5 +139,6 @@ def _write(file: TableFile, columns: Sequence[str], path: Path) -> None:
 
 def _check_arrow_file(path: Path) -> Path:
     """The path; pyarrow raises a ValueError where the file is not whole."""
-    pa.ipc.open_file(pa.memory_map(str(path)))
+    with pa.OSFile(str(path)) as file:
+        pa.ipc.open_file(file)
     return path
