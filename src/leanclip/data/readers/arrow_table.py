@@ -90,7 +90,7 @@ class ArrowTable:
         """
         if pa.types.is_nested(self._arrow.schema.field(column).type):
             raise several_labels(column, self.name)
-        found = pa.array([], self._arrow.schema.field(column).type)
+        found = self._arrow.get_batch(0).column(column).slice(0, 0)  # pa.array imports pandas
         for number in range(self._arrow.num_record_batches):
             values = self._arrow.get_batch(number).column(column).unique()
             found = pa.concat_arrays([found, values]).unique()
