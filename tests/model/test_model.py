@@ -16,7 +16,7 @@ from leanclip import CLIP, ConfigError
 from leanclip.config.model import ModelConfig
 from leanclip.config.schema import load_config
 from leanclip.config.sections import parse, to_plain
-from leanclip.data.loader import TEXT_LENGTHS, trim
+from leanclip.data.batch import TEXT_LENGTHS, trim
 from leanclip.model import MAX_LOGIT_SCALE
 from leanclip.model.skip_init import SkipInit, meta_device
 from leanclip.model.transformer import Block, Transformer

@@ -18,7 +18,7 @@ from leanclip.config.model import ModelConfig
 from leanclip.config.schema import Config, load_config
 from leanclip.config.sections import parse, to_plain
 from leanclip.config.strict_yaml import load_yaml
-from leanclip.data.loader import trim
+from leanclip.data.batch import trim
 from leanclip.model.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
