@@ -545,7 +545,7 @@ def test_convert_and_inspect_on_the_command_line(command, tmp_path: Path) -> Non
     assert_refused(command("inspect", str(tmp_path / "none")), "no such file")
 
 
-def test_training_starts_from_any_dialect(command, workplace: Path) -> None:
+def test_training_starts_from_any_format(command, workplace: Path) -> None:
     tmp_path = workplace
     make_config(tmp_path / "c.yaml", train={"epochs": 1, "batch_size": 4})
     write_weights(tiny(), tmp_path / "w", "hf")
