@@ -21,7 +21,7 @@ from leanclip.cli.options import (
 
 app = Typer(rich_markup_mode=None)
 
-Split = Annotated[str | None, Option(help="Split. Default: a held-out one.")]
+Split = Annotated[str | None, Option(help="Split to evaluate on. Default: held out.")]
 Classes = Annotated[
     str | None, Option(metavar="FILE", help="Class names, one per line, in label order.")
 ]
@@ -78,7 +78,7 @@ def evaluate(
 ) -> None:
     """Evaluate weights: zero-shot, retrieval, linear and k-NN probes.
 
-    Writes report.html and report.json: metrics with 95% intervals, hashes, how to reproduce them.
+    Writes report.html and report.json: metrics with 95% intervals, and how to reproduce them.
     """
     import shlex
 
