@@ -52,12 +52,12 @@ def load_shards(folder: Path, model: CLIP, optimizer: torch.optim.Optimizer) -> 
                 parameter_name, _, key = name.removeprefix("optimizer.").rpartition(".")
                 parameter = model.get_parameter(parameter_name)
                 tensors[name] = (
-                    torch.zeros_like(parameter, requires_grad=False)
-                    if facts.size == parameter.shape and key != "step"
-                    else torch.zeros(facts.size, device=parameter.device)
+                    torch.zeros(facts.size, device=parameter.device)
+                    if key == "step"
+                    else torch.zeros_like(parameter, requires_grad=False)
                 )
                 optimizer.state[parameter][key] = tensors[name]
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+        _load(folder, tensors)
 
 
 def read_shards(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,10 +71,15 @@ def read_shards(folder: Path) -> dict[str, torch.Tensor]:
             name: torch.empty(facts.size, dtype=facts.properties.dtype)
             for name, facts in _contents(folder).items()
         }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+        _load(folder, tensors)
     return tensors
+
+
+def _load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill the tensors in place."""
+    with warnings.catch_warnings():  # of a single process
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def _contents(folder: Path) -> dict[str, TensorStorageMetadata]:
