@@ -128,7 +128,7 @@ PRIVATE = {
     "_foreach_mul_",  # torch
     "_modules", "_parameters",  # nn.Module, in one function of model/lora.py
 }  # fmt: skip
-REPLACED = {"_config", "_on_queue_feeder_error", "_workers", "_Unpickler"}  # by the next merge
+REPLACED: set[str] = set()
 # Names with an underscore that are documented.
 PUBLIC = {"os._exit", "_asdict", "_fields", "_make", "_replace"}
 
