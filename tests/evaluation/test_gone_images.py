@@ -18,7 +18,7 @@ from test_same_images import (
 )
 from test_sweep import make_classes
 
-from leanclip.evaluation import compare
+from leanclip import api
 from leanclip.evaluation import evaluator as measure
 from leanclip.preprocess.images import open_image, warn_not_shown
 
@@ -99,7 +99,7 @@ def test_a_comparison_and_a_training_end_too(
     make_model(workplace / "a")
     make_other(workplace / "b")
     with monkeypatch.context() as patch:
-        damage_after(patch, compare, "compare", spoil)
+        damage_after(patch, api, "compare_models", spoil)
         done = command("compare", "a", "b", "--data", "folder:d", "--out", "out")
     assert done.returncode == 0, done.stderr
     assert "not shown: " in done.stderr
