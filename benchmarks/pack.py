@@ -130,7 +130,7 @@ def grey_levels() -> dict[str, float]:
         size = tuple(round(64 * side / min(whole.size)) for side in whole.size)
         whole = whole.resize((size[0], size[1]), Image.Resampling.BICUBIC)
         header = reduced.open_header(file.getvalue(), max_pixels=10**9)
-        part = reduced.open_reduced(header, 64, max_pixels=10**9)
+        part = reduced.open_scaled(header, 64, max_pixels=10**9)
         resized = part.resize(whole.size, Image.Resampling.BICUBIC)
         again = simplejpeg.encode_jpeg(np.asarray(whole), 90, "RGB", colorsubsampling="420")
         small.append(difference(whole, resized))

@@ -6,9 +6,9 @@ Photographs of 512 x 384 pixels (made as images.py makes them) with a caption ea
 cache. The loader alone: images a second, wall-clock, from files to batches of 32 at 224 pixels, by
 the number of workers, in turn; the batches must be the same, whatever that number. Then the real
 `leanclip train` on the same files: its images a second and the share of its time that it waited for
-data (`train/data_wait_share` of metrics.jsonl, without the first line), with the quickstart's small
-model at 50 pixels, which waits most, and with ViT-B/32. On a CPU the towers and the workers share
-the cores. Per-core figures of each stage are those of images.py.
+data (`train/data_wait_fraction` of metrics.jsonl, without the first line), with the quickstart's
+small model at 50 pixels, which waits most, and with ViT-B/32. On a CPU the towers and the workers
+share the cores. Per-core figures of each stage are those of images.py.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def training(name: str, root: Path, folder: Path, steps: int, given: argparse.Na
         results[f"{workers} workers"] = {
             "images_per_second": spread(rates),
             "share_waiting": round(
-                statistics.mean(x["train/data_wait_share"] for x in lines[1:]), 3
+                statistics.mean(x["train/data_wait_fraction"] for x in lines[1:]), 3
             ),
         }
     return results

@@ -140,14 +140,14 @@ class Forked:
         with contextlib.suppress(ProcessLookupError):  # it has ended just now
             (self.send_all if all_of_it else self.send)(signal.SIGKILL)
         code = self.code()
-        assert code in (0, -signal.SIGKILL), self.said()
+        assert code in (0, -signal.SIGKILL), self.output()
         return code != 0
 
     def until(self, is_so: Callable[[], object]) -> None:
         """Wait for a condition while it runs."""
         deadline = time.monotonic() + 120
         while not is_so():
-            assert self._process.is_alive(), f"it ended: {self.said()}"
+            assert self._process.is_alive(), f"it ended: {self.output()}"
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
@@ -156,10 +156,10 @@ class Forked:
         self._process.join(120)
         if self._process.exitcode is None:
             os.killpg(self.pid, signal.SIGKILL)
-            raise AssertionError(f"it does not end: {self.said()}")
+            raise AssertionError(f"it does not end: {self.output()}")
         return self._process.exitcode
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Its output so far."""
         return self._file.read_text()
 

@@ -45,7 +45,7 @@ def test_training_evaluating_and_classifying_ask_nobody(workplace: Path) -> None
     ):
         process = Forked(*words.split(), folder=workplace, before=watching(noted))
         code = process.code()
-        assert code == 0, process.said()
+        assert code == 0, process.output()
         assert attempts(noted) == [], words
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from leanclip.distributed.collectives import (
     gather_rows,
     rank_and_world_size,
+    reduce_scatter_rows,
     sum_over_ranks,
-    sum_rows_back,
 )
 
 Kind = Literal["clip", "multi-positive", "siglip"]
@@ -185,7 +185,7 @@ class _Tiled(torch.autograd.Function):
         factor = upstream / max(1, len(texts))
         return (
             to_images * (factor * scale),
-            sum_rows_back(to_texts, ctx.sizes) * (factor * scale),
+            reduce_scatter_rows(to_texts, ctx.sizes) * (factor * scale),
             (to_scale * factor).to(scale.dtype),
             ((to_bias - len(zimg)) * factor).to(bias.dtype) if ctx.kind == "siglip" else None,
             None,

@@ -28,8 +28,8 @@ def running(folder: Path, *words: str, model: str = "tiny") -> Iterator[tuple[Fo
     """The server and its port."""
     process = Forked("app", "--port", "0", "--model", model, *words, folder=folder)
     try:
-        process.until(lambda: "http://" in process.said())
-        yield process, int(process.said().split("/   ")[0].rpartition(":")[2])
+        process.until(lambda: "http://" in process.output())
+        yield process, int(process.output().split("/   ")[0].rpartition(":")[2])
     finally:
         with suppress(ProcessLookupError):  # it may have ended
             process.send(signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_it_ends_when_it_is_told_to(place: Path, number: int) -> None:
         process.send(number)
         code = process.code()
         assert code in (130, -number)
-        assert "Traceback" not in process.said()
+        assert "Traceback" not in process.output()
         with pytest.raises(httpx2.ConnectError):
             httpx2.get(f"http://127.0.0.1:{port}/healthz")
 
@@ -210,7 +210,7 @@ def test_it_ends_when_it_is_told_to(place: Path, number: int) -> None:
 def test_a_model_that_is_none_ends_it_with_a_line(tmp_path: Path) -> None:
     with running(tmp_path, model=str(tmp_path / "nothing")) as (process, _):
         assert process.code() == 2
-        last = process.said().splitlines()[-1]
+        last = process.output().splitlines()[-1]
         assert last.startswith("error: ")
         assert "nothing" in last
 
@@ -221,7 +221,7 @@ def test_the_index_of_another_model_ends_it_with_a_line(place: Path, tmp_path: P
     other = save_tiny(tmp_path / "other", vision_layers=1)
     with running(tmp_path, "--index", str(tmp_path / "index"), model=str(other)) as (process, _):
         assert process.code() == 2
-        assert "built with another model" in process.said().splitlines()[-1]
+        assert "built with another model" in process.output().splitlines()[-1]
 
 
 def test_mistakes_on_the_command_line(

@@ -310,7 +310,7 @@ def test_a_stream_in_a_mixture_has_a_size_of_its_own(tmp_path: Path) -> None:
     streamed |= {"streaming": True, "epoch_size": 60}
     dataset = open_dataset(config("", format="mixture", sources=(pairs, streamed)))
     assert isinstance(dataset, Mixture)
-    assert (len(dataset), dataset.shares.tolist()) == (80, [0.25, 0.75])
+    assert (len(dataset), dataset.fractions.tolist()) == (80, [0.25, 0.75])
     visits = list(itertools.islice(dataset.visits((0, 0)), 80))
     came = [visit for visit in visits if not isinstance(visit, int)]
     assert 40 < len(came) < 75

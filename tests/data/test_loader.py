@@ -270,7 +270,7 @@ def test_a_mixture_without_weights_is_drawn_by_size(tmp_path: Path) -> None:
     dataset = open_dataset(config(tmp_path, "mixture", sources=tuple(sources)))
     assert isinstance(dataset, Mixture)
     assert len(dataset) == 16
-    assert dataset.shares.tolist() == [0.25, 0.75]
+    assert dataset.fractions.tolist() == [0.25, 0.75]
     assert dataset.name(4) == str(tmp_path / "b" / "000.png") == dataset[4].id
 
 

@@ -19,7 +19,7 @@ from skimage import data as photographs
 from leanclip.config.data import DataConfig
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.data import parse_source
-from leanclip.data.scaled_decode import open_header, open_reduced
+from leanclip.data.scaled_decode import open_header, open_scaled
 from leanclip.data.tools.pack import pack, packed_image
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import DataError, SampleError
@@ -146,7 +146,7 @@ def test_images_are_resized_as_if_decoded_whole(size: tuple[int, int]) -> None:
     assert min(packed.size) == 64
     assert abs(packed.width / packed.height - size[0] / size[1]) < 0.02
     header = open_header(file.getvalue(), max_pixels=LIMIT)
-    small = open_reduced(header, 64, max_pixels=LIMIT)
+    small = open_scaled(header, 64, max_pixels=LIMIT)
     assert 2 * 64 <= min(small.size) < 4 * 64 + 1
     whole = open_image(file.getvalue()).resize(packed.size, Image.Resampling.BICUBIC)
     small = small.resize(packed.size, Image.Resampling.BICUBIC)

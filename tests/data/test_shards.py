@@ -224,7 +224,7 @@ def test_no_member_is_left_out_silently(
     good = [i for i in range(len(dataset)) if dataset.name(i).rpartition("tar/")[2] not in kinds]
     assert [Path(dataset[i].id).name for i in good] == usable
     assert all(dataset[i].captions[0].endswith(dataset[i].id.rpartition("0.tar/")[2]) for i in good)
-    found = dataset.remarks()
+    found = dataset.data_warnings()
     assert len(found) == len(remarks)
     for line, wanted in zip(found, remarks, strict=True):
         assert line.startswith(wanted.replace("SHARD", str(shard)))

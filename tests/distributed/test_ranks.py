@@ -56,8 +56,8 @@ def test_ranks_reach_the_losses_of_one(
     one, many = losses(workplace / "one"), losses(workplace / "many")
     assert len(one) == 12
     assert many == pytest.approx(one, abs=1e-4)
-    assert [rank.said() for rank in ranks[1:]] == [""] * (world_size - 1)
-    assert ranks[0].said().count("skipped: data/003.png") == 1
+    assert [rank.output() for rank in ranks[1:]] == [""] * (world_size - 1)
+    assert ranks[0].output().count("skipped: data/003.png") == 1
     (skipped,) = (workplace / "many/skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["id"].endswith("003.png")
 
@@ -178,7 +178,7 @@ def test_the_same_global_batch_goes_on_with_fewer_ranks(workplace: Path) -> None
     assert [rank.code() for rank in ranks] == [143, 143]
     (other,) = start(1, 3, "run")
     assert other.code() == 2
-    assert "train.batch_size" in other.said()
+    assert "train.batch_size" in other.output()
     assert [rank.code() for rank in start(1, 4, "run", "-o", "train.micro_batches=2")] == [0]
     assert [rank.code() for rank in start(1, 4, "whole")] == [0]
     assert losses(run) == pytest.approx(losses(workplace / "whole"), rel=1e-4)

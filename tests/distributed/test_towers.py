@@ -55,7 +55,7 @@ def test_checkpointed_activations_give_the_same_bits(arch: dict, micro_batches: 
 
 def test_checkpointed_activations_of_packed_texts_give_the_same_bits() -> None:
     def packed(model: CLIP) -> None:
-        model.packs_texts = True
+        model.uses_packing = True
 
     def packed_and_checkpointed(model: CLIP) -> None:
         packed(model)

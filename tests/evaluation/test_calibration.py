@@ -158,7 +158,7 @@ def test_two_ranks_calibrate_as_one(command: Command, workplace: Path) -> None:
     make_config(workplace / "small.yaml", evaluate={"batch_size": 4, "retrieval": None})
     assert command(*words, "--out", "one").returncode == 0
     ranks = fork_ranks(2, *words, "--out", "two", folder=workplace)
-    assert [rank.code() for rank in ranks] == [0, 0], ranks[0].said()
+    assert [rank.code() for rank in ranks] == [0, 0], ranks[0].output()
     assert Calibration.load(workplace / "one") == Calibration.load(workplace / "two")
 
 

@@ -38,9 +38,9 @@ def test_three_ranks_give_the_metrics_of_one(command: Command, workplace: Path) 
         assert ("1,002 images" in one.stdout) == (task != "knn")  # which learns from a half
         assert one.stderr.count("skipped: t/7.bmp") == 1
         ranks = fork_ranks(3, *options, "--out", f"three-{task}", folder=workplace)
-        assert [rank.code() for rank in ranks] == [0, 0, 0], ranks[0].said()
-        assert [rank.said() for rank in ranks[1:]] == ["", ""]
-        assert ranks[0].said().count("skipped: t/7.bmp") == 1
+        assert [rank.code() for rank in ranks] == [0, 0, 0], ranks[0].output()
+        assert [rank.output() for rank in ranks[1:]] == ["", ""]
+        assert ranks[0].output().count("skipped: t/7.bmp") == 1
         reports = [report_of(workplace / f"{which}-{task}") for which in ("one", "three")]
         for part in ("metrics", "intervals", "sentences", "weights", "data", "classes", "bad"):
             assert reports[0][part] == reports[1][part], part
@@ -66,7 +66,7 @@ def test_metrics_during_training_are_shared_too(command: Command, workplace: Pat
         evaluate={"batch_size": 5},
     )  # fmt: skip
     ranks = fork_ranks(3, "train", "-c", "config.yaml", folder=workplace)
-    assert [rank.code() for rank in ranks] == [0, 0, 0], ranks[0].said()
+    assert [rank.code() for rank in ranks] == [0, 0, 0], ranks[0].output()
     done = command("eval", "--model", "runs/config", "--out", "again")
     assert done.returncode == 0, done.stderr
     run, again = report_of(workplace / "runs/config"), report_of(workplace / "again")
@@ -83,7 +83,7 @@ def test_unreadable_data_ends_all_ranks(workplace: Path) -> None:
     options = ("eval", "--model", "m", "--data", "pairs:data")
     ranks = fork_ranks(2, *options, folder=workplace)
     assert [rank.code() for rank in ranks] == [2, 2]
-    assert "bad of 12 samples" in ranks[0].said()
+    assert "bad of 12 samples" in ranks[0].output()
 
 
 def test_texts_are_encoded_once_each_without_padding(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from test_sweep import make_classes
 
 from leanclip import api
 from leanclip.evaluation import evaluator as measure
-from leanclip.preprocess.images import open_image, warn_not_shown
+from leanclip.preprocess.images import open_image, warn_unreadable_once
 
 
 def spoil(root: Path) -> None:
@@ -50,7 +50,7 @@ def damage_after(
 
 @pytest.fixture(autouse=True)
 def _new_warnings() -> None:
-    warn_not_shown.cache_clear()
+    warn_unreadable_once.cache_clear()
 
 
 def classes(root: Path) -> Path:

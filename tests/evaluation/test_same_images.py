@@ -178,7 +178,7 @@ def test_two_ranks_give_the_same_as_one(command: Command, workplace: Path) -> No
             words = ["eval", "--model", "m", "-c", "c.yaml", *limit, "--out", f"out-{number}"]
             if number:
                 ranks = fork_ranks(2, *words, folder=workplace)
-                assert [rank.code() for rank in ranks] == [0, 0], ranks[0].said()
+                assert [rank.code() for rank in ranks] == [0, 0], ranks[0].output()
             else:
                 done = command(*words)
                 assert done.returncode == 0, done.stderr

@@ -54,8 +54,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
         *_, before, newest = sorted((run / "checkpoints").glob("step-*"))
         what = hurt(chance.choice(sorted(newest.iterdir())), chance)
         process = Forked(*OPTIONS, "--output-dir", run.name, folder=workplace)
-        assert process.code() == 0, f"{what}: {process.said()}"
-        said = process.said()
+        assert process.code() == 0, f"{what}: {process.output()}"
+        said = process.output()
         assert f"warning: checkpoint skipped: {run.name}/checkpoints/{newest.name}" in said, what
         assert f"resuming from {run.name}/checkpoints/{before.name}," in said, what
         assert weights_hash(run) == weights_hash(workplace / "whole"), what
@@ -96,8 +96,8 @@ def test_a_changed_configuration_is_refused(
     options = (*OPTIONS, "--output-dir", "stopped")
     for change in ("optimizer.learning_rate=0.5", "seed=3", "train.batch_size=6"):
         process = Forked(*options, "-o", change, folder=workplace)
-        assert process.code() == 2, process.said()
-        last = process.said().splitlines()[-1]
+        assert process.code() == 2, process.output()
+        last = process.output().splitlines()[-1]
         assert last.startswith("error: stopped: holds a run of another configuration (")
         assert change.partition("=")[0] in last
         for path, content in before.items():
@@ -130,13 +130,13 @@ def test_a_second_start_in_the_same_folder_is_refused(
     first.until(lambda: list((workplace / "out").glob(begun)))
     first.send(signal.SIGSTOP)  # not to end before the second is there
     second = Forked(*words, folder=workplace)
-    assert second.code() == 2, second.said()
-    assert "error: out: another process" in second.said()
+    assert second.code() == 2, second.output()
+    assert "error: out: another process" in second.output()
     first.send(signal.SIGKILL)
     assert first.code() == -signal.SIGKILL
     third = Forked(*words, folder=workplace)  # though a worker may still be there
     if name == "train":
-        third.until(lambda: "resuming from" in third.said())
+        third.until(lambda: "resuming from" in third.output())
         third.send(signal.SIGTERM)
-    assert third.code() == (143 if name == "train" else 0), third.said()
+    assert third.code() == (143 if name == "train" else 0), third.output()
     left.check()

@@ -141,8 +141,8 @@ def test_embedding(workplace: Path, left: Leftovers, kills: int) -> None:
     print(f"embedding: {killed} kills")
     assert killed == kills
     last = Forked(*words, folder=workplace)
-    assert last.code() == 0, last.said()
-    assert f"{len(kept)} of {count // 2} shards are finished" in last.said()
+    assert last.code() == 0, last.output()
+    assert f"{len(kept)} of {count // 2} shards are finished" in last.output()
     ids, features = read_embeddings(out)
     paths = sorted(workplace.glob("data/*.png"))
     assert ids == [path.name for path in paths]
@@ -201,7 +201,7 @@ def test_downloading(server: Server, workplace: Path, left: Leftovers, kills: in
     if not fetched.exists() and not (workplace / "food/food-101").exists():
         have.append(part.stat().st_size)
     last = Forked(*words, folder=workplace)
-    assert last.code() == 0, last.said()
+    assert last.code() == 0, last.output()
     assert [wanted for _, wanted in server.asked] == [
         f"bytes={size}-" if size else None for size in have
     ]

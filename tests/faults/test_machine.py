@@ -57,10 +57,10 @@ def assert_said(process: Forked, *words: str) -> None:
     code = process.code()
     if code == NO_RIGHT:
         pytest.skip("NOT TESTED: this user may not mount file systems")
-    assert code == 2, process.said()
-    said = [line for line in process.said().splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, process.said()
-    assert "Traceback" not in process.said(), process.said()
+    assert code == 2, process.output()
+    said = [line for line in process.output().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, process.output()
+    assert "Traceback" not in process.output(), process.output()
     assert any(word in said[0] for word in words), said
 
 
@@ -129,7 +129,7 @@ def test_a_megabyte_of_shared_memory_is_enough(workplace: Path) -> None:
     code = process.code()
     if code == NO_RIGHT:
         pytest.skip("NOT TESTED: this user may not mount file systems")
-    assert code == 0, process.said()
+    assert code == 0, process.output()
 
 
 def open_no_more_than(more: int) -> None:
@@ -184,7 +184,7 @@ def test_a_file_that_cannot_be_written_is_said(
     assert_said(process, "File too large", "cannot be written", "no space")
     left.check(goes_on=name == "download")
     process = Forked(*prepared[name], folder=workplace)
-    assert process.code() == 0, process.said()
+    assert process.code() == 0, process.output()
 
 
 @pytest.fixture
@@ -206,8 +206,8 @@ def test_a_full_disk_leaves_the_checkpoints_before(small_disk: Path, workplace: 
     run = small_disk / "run"
     process = Forked(*TRAIN, "-o", "train.epochs=3", "--output-dir", str(run), folder=workplace)
     assert_said(process, "step-00000009: cannot be written")
-    assert process.said().count("no checkpoint at step") == 9 - 2 - 1
-    assert "earlier ones are unchanged" in process.said()
+    assert process.output().count("no checkpoint at step") == 9 - 2 - 1
+    assert "earlier ones are unchanged" in process.output()
     assert len(read_metrics(run)) == 9
     found, skipped = checkpoint.newest(run / "checkpoints")
     assert skipped == []
@@ -227,7 +227,7 @@ def test_a_full_disk_does_not_end_a_run(small_disk: Path, workplace: Path) -> No
         while other.write(bytes(4096)):  # nothing is left, not even for metrics
             continue
     process.send(signal.SIGCONT)
-    process.until(lambda: "metrics" in process.said())
+    process.until(lambda: "metrics" in process.output())
     (small_disk / "other").unlink()
     assert_said(process, "step-00000045: cannot be written")  # there is no room for a third
     assert read_metrics(run)[-1]["step"] == 45
@@ -254,7 +254,7 @@ def test_a_folder_that_is_read_only_is_said(
     assert_said(process, "Read-only file system")
     assert digests(workplace / "out") == before
     process = Forked(*prepared[name], folder=workplace)
-    assert process.code() == 0, process.said()
+    assert process.code() == 0, process.output()
 
 
 # --- the clock
@@ -276,14 +276,14 @@ def test_a_clock_that_goes_back_changes_nothing(command: Command, workplace: Pat
     process.send(signal.SIGTERM)
     assert process.code() == 143
     process = Forked(*options, "--output-dir", "run", folder=workplace, before=go_back)
-    assert process.code() == 0, process.said()
+    assert process.code() == 0, process.output()
     assert weights_hash(run) == weights_hash(workplace / "whole")
     lines = read_metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 46))
     changes = [b["time"] - a["time"] for a, b in pairwise(lines)]
     assert sum(change < -DAY / 2 for change in changes) == 2
     assert all(line["train/samples_per_second"] > 0 for line in lines)
-    assert all(0 <= line["train/data_wait_share"] <= 1 for line in lines)
+    assert all(0 <= line["train/data_wait_fraction"] <= 1 for line in lines)
     names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert names == ["step-00000044", "step-00000045"]
     assert json.loads((run / "status.json").read_text())["state"] == "done"

@@ -50,11 +50,11 @@ def test_a_killed_worker_is_said_and_the_run_goes_on(
         process.until(lambda before=lines: len(read_metrics(run)) > before)
         time.sleep(chance.uniform(0, 0.1))
         os.kill(chance.choice(children(process.pid)), signal.SIGKILL)
-        assert process.code() == 2, process.said()
-        last = process.said().splitlines()[-1]
+        assert process.code() == 2, process.output()
+        last = process.output().splitlines()[-1]
         assert last.startswith("error: ")
         assert "the process that was reading it died; if the system ended it" in last
-        assert "Traceback" not in process.said()
+        assert "Traceback" not in process.output()
         assert json.loads((run / "status.json").read_text())["state"] == "failed"
         left.check()
         assert checkpoint.newest(run / "checkpoints")[1] == []
@@ -73,9 +73,9 @@ def test_a_worker_without_memory_is_said(workplace: Path, left: Leftovers) -> No
     limit = 1 << 28  # less than it has: nothing more can be had
     resource.prlimit(worker, resource.RLIMIT_AS, (limit, limit))
     (workplace / "large.png").replace(workplace / "data/000.png")
-    assert process.code() == 2, process.said()
-    assert "Traceback" not in process.said()
-    assert "memory" in process.said().splitlines()[-1]
+    assert process.code() == 2, process.output()
+    assert "Traceback" not in process.output()
+    assert "memory" in process.output().splitlines()[-1]
     assert not (workplace / "run/skipped.jsonl").exists()
     left.check()
 
@@ -118,8 +118,8 @@ def test_a_worker_killed_amid_a_message_is_not_waited_for(
     time.sleep(2)  # they fill it
     os.kill(children(process.pid)[which], signal.SIGKILL)
     process.send(signal.SIGCONT)
-    assert process.code() == 2, process.said()
-    assert "the process that was reading it died" in process.said().splitlines()[-1]
+    assert process.code() == 2, process.output()
+    assert "the process that was reading it died" in process.output().splitlines()[-1]
     left.check()
 
 
@@ -134,7 +134,7 @@ def test_a_killed_packer_is_said_and_packing_goes_on(
     process.until(lambda: list(workplace.glob("packed/*.tar.part")))
     os.kill(children(process.pid)[0], signal.SIGKILL)
     assert process.code() == 2
-    assert "the process that was reading it died" in process.said().splitlines()[-1]
+    assert "the process that was reading it died" in process.output().splitlines()[-1]
     left.check()
     assert command(*words).returncode == 0
 
@@ -262,8 +262,8 @@ def test_a_fault_on_one_rank_is_said_before_others_miss_it(
     second.until(lambda: children(second.pid) and len(read_metrics(Path("two"))) >= 3)
     os.kill(children(second.pid)[0], signal.SIGKILL)  # what reads its data
     assert second.code() == 2
-    assert "the process that was reading it died" in second.said()
+    assert "the process that was reading it died" in second.output()
     assert first.code() == 1
-    assert first.said().splitlines()[-1] == "rank 0: another rank is gone"
-    assert "Traceback" not in first.said() + second.said()
+    assert first.output().splitlines()[-1] == "rank 0: another rank is gone"
+    assert "Traceback" not in first.output() + second.output()
     left.check()

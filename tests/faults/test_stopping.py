@@ -62,8 +62,8 @@ def test_a_signal_stops_at_a_steps_edge(
     process.until(lambda: len(read_metrics(run)) >= 5)
     (process.send_all if to_all else process.send)(number)
     assert process.code() == code
-    assert "run the same command again" in process.said()
-    assert "Traceback" not in process.said()
+    assert "run the same command again" in process.output()
+    assert "Traceback" not in process.output()
     assert_stopped_at_an_edge(run)
     done = command(*options)
     assert "resuming from run/checkpoints/step-" in done.stderr
@@ -104,7 +104,7 @@ def test_a_signal_before_the_first_step_ends(workplace: Path, number: int, code:
         process.send(number)
         assert process.code() == code
     assert not (workplace / "run").exists()
-    assert "Traceback" not in process.said()
+    assert "Traceback" not in process.output()
 
 
 @pytest.mark.slow
@@ -124,8 +124,8 @@ def test_a_signal_to_one_rank_stops_all(workplace: Path) -> None:
     assert_stopped_at_an_edge(run)
     ranks = fork_ranks(2, *options, "--output-dir", "run", folder=workplace)
     assert [rank.code() for rank in ranks] == [0, 0]
-    assert "resuming from run/checkpoints/step-" in ranks[0].said()
-    assert ranks[1].said() == ""
+    assert "resuming from run/checkpoints/step-" in ranks[0].output()
+    assert ranks[1].output() == ""
     assert weights_hash(run) == weights_hash(workplace / "w")
 
 

@@ -12,7 +12,7 @@ from mutations import EDITS, Edits, bounded, check_words, edited, examples
 from PIL import Image
 
 from leanclip.data.dataset import Sample
-from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, open_reduced
+from leanclip.data.scaled_decode import image_bytes, is_rotated, open_header, open_scaled
 from leanclip.errors import LeanclipError, SampleError
 from leanclip.preprocess.decoding import MAX_SCANS, open_image
 from leanclip.preprocess.images import Preprocess, evaluation_pixels, training_pixels
@@ -84,8 +84,8 @@ def everything(data: bytes) -> None:
 
 def packed(data: bytes) -> None:
     image = open_header(image_bytes(Sample("x", data, ())), max_pixels=MANY)
-    is_turned(image)
-    open_reduced(image, 16, max_pixels=MANY)
+    is_rotated(image)
+    open_scaled(image, 16, max_pixels=MANY)
 
 
 @pytest.mark.parametrize("name", SEEDS)

@@ -76,8 +76,8 @@ def test_ranks_share_the_shards(photos: Path) -> None:
 @pytest.mark.slow
 def test_it_starts_the_ranks_itself(photos: Path) -> None:
     done = Forked(*WORDS, "--num-procs", "2", folder=photos)
-    assert done.code() == 0, done.said()
-    assert json.loads(done.said().splitlines()[-1])["missing_shards"] == 0
+    assert done.code() == 0, done.output()
+    assert json.loads(done.output().splitlines()[-1])["missing_shards"] == 0
     assert read_embeddings("out")[0] == expected_rows()[0]
 
 

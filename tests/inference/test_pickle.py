@@ -51,7 +51,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def test_a_copied_model_is_the_model(changes: dict[str, Any], low_rank: bool, how: str) -> None:
     torch.manual_seed(0)
     model = leanclip.CLIP(**TINY | changes).eval()
-    model.packs_texts = True
+    model.uses_packing = True
     if low_rank:
         model.visual.conv1.requires_grad_(False)
         add_low_rank(model, 2, 4.0)

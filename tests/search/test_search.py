@@ -286,7 +286,7 @@ def test_killed_at_random_it_goes_on(place: Path) -> None:
         code = run.code()
         if code == 0:
             break
-        assert code == -signal.SIGKILL, run.said()
+        assert code == -signal.SIGKILL, run.output()
         kills += 1
         with_some = Index.open("index", "tiny")  # what is in it is whole
         hits = with_some.search(np.ones(16, np.float32), k=100)

@@ -164,7 +164,7 @@ def test_ranks_on_two_disks_go_on_from_the_first_ones_checkpoint(workplace: Path
     own = [("--output-dir", name) for name in "ab"]
     ranks = fork_ranks(2, *options, folder=workplace, own=own)
     assert [rank.code() for rank in ranks] == [0, 0]
-    assert "resuming from a/checkpoints/step-00000008, step 8 of 9" in ranks[0].said()
+    assert "resuming from a/checkpoints/step-00000008, step 8 of 9" in ranks[0].output()
     assert weights_hash(workplace / "a") == weights_hash(workplace / "whole")
     state = (
         Path(name) / "checkpoints/step-00000009/training.safetensors" for name in ("a", "whole")
@@ -179,7 +179,7 @@ def test_ranks_that_see_two_runs_all_end_and_say_so(run: Path, workplace: Path) 
     ranks = fork_ranks(2, *OF_TWO, folder=workplace, own=own)
     assert [rank.code() for rank in ranks] == [2, 2]
     for rank in ranks:
-        assert "error: rank 1 sees b/checkpoints/step-00000009 (step 9, digest" in rank.said()
+        assert "error: rank 1 sees b/checkpoints/step-00000009 (step 9, digest" in rank.output()
     assert len(list((run / "checkpoints").glob("step-*"))) == 1
 
 
@@ -252,7 +252,7 @@ def test_ranks_of_other_weights_all_end_and_say_so(
     ranks = fork_ranks(2, *OF_TWO, "--output-dir", "run", folder=workplace, own=own)
     assert [rank.code() for rank in ranks] == [2, 2]
     for rank in ranks:
-        assert words in rank.said().splitlines()[-1]
+        assert words in rank.output().splitlines()[-1]
 
 
 def test_features_of_a_locked_tower_are_the_first_ranks(workplace: Path) -> None:
@@ -268,7 +268,7 @@ def test_features_of_a_locked_tower_are_the_first_ranks(workplace: Path) -> None
     ranks = fork_ranks(2, *locked, *more, folder=workplace, own=own)
     assert [rank.code() for rank in ranks] == [2, 2]
     for rank in ranks:
-        assert "/features/text: rank 1 does not see what rank 0 wrote" in rank.said()
+        assert "/features/text: rank 1 does not see what rank 0 wrote" in rank.output()
 
 
 def test_shards_want_one_folder(workplace: Path) -> None:
@@ -276,8 +276,8 @@ def test_shards_want_one_folder(workplace: Path) -> None:
     ranks = fork_ranks(2, *OF_TWO, "-o", "train.sharding=fsdp", folder=workplace, own=own)
     assert [rank.code() for rank in ranks] == [2, 2]
     for rank in ranks:
-        assert "rank 1 does not see a/" in rank.said()
-        assert "train.sharding fsdp needs an output folder that all ranks share" in rank.said()
+        assert "rank 1 does not see a/" in rank.output()
+        assert "train.sharding fsdp needs an output folder that all ranks share" in rank.output()
     assert not list(workplace.glob("[ab]/.*"))
 
 

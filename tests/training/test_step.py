@@ -75,7 +75,7 @@ def results_of(rank: int, world_size: int) -> list[tuple[float, dict[str, np.nda
     results = []
     for kind, is_tiled, micro_batches, scale in CASES:
         model = model_of(kind, scale)
-        model.packs_texts = micro_batches == 4
+        model.uses_packing = micro_batches == 4
         optimizer = Recording(model.parameters(), lr=0.1, fused=True)
         loss, _, is_finite, _ = train_step(
             model,

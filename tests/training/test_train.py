@@ -167,7 +167,7 @@ def test_ctrl_c_says_how_to_go_on(workplace: Path) -> None:
     process.until((workplace / "runs/config/checkpoints").is_dir)
     process.send_all(signal.SIGINT)  # as a terminal does: the workers get it too
     assert process.code() == 130
-    errors = process.said()
+    errors = process.output()
     assert "interrupted; run the same command again to continue" in errors
     assert "Traceback" not in errors
 

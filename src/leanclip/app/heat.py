@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from leanclip.preprocess.images import Preprocess, as_jpeg, view
+from leanclip.preprocess.images import Preprocess, encode_jpeg, view
 
 SIDE = 448  # pixels
 MIN_OPACITY, MAX_OPACITY = 0.15, 0.75
@@ -23,4 +23,4 @@ def heat_picture(
     color = 255 * colormaps["plasma"](x)[..., :3]
     opacity = (MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * x)[..., None]
     mixed = seen * (1 - opacity) + color * opacity
-    return as_jpeg(Image.fromarray(mixed.round().astype(np.uint8)))
+    return encode_jpeg(Image.fromarray(mixed.round().astype(np.uint8)))

@@ -23,7 +23,7 @@ from leanclip.data.prompts import TEMPLATES
 from leanclip.errors import DataError
 from leanclip.inference.classifier import predictions
 from leanclip.io.files import split_lines
-from leanclip.preprocess.images import as_jpeg
+from leanclip.preprocess.images import encode_jpeg
 from leanclip.search import Index
 
 MAX_IMAGES, MAX_TEXTS = 64, 2000
@@ -212,7 +212,7 @@ async def picture(
     def shrink(content: bytes) -> bytes:
         image = to_image(content)
         image.thumbnail((side, side), Image.Resampling.BICUBIC)
-        return as_jpeg(image)
+        return encode_jpeg(image)
 
     try:
         content = await run_sync(index.read, number)

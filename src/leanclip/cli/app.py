@@ -33,10 +33,10 @@ def serve_page(
     device: Device = "auto",
 ) -> None:
     """Compare, classify and search images in the browser, or through the page's JSON API."""
-    from leanclip.io.optional_imports import need
+    from leanclip.io.optional_imports import import_optional
 
     for library in ("fastapi", "uvicorn", "python_multipart"):
-        need(library, "the page", extra="app")
+        import_optional(library, "the page", extra="app")
     from leanclip.app.server import serve
 
     serve(

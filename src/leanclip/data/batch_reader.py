@@ -50,12 +50,12 @@ class BatchReader:
         context_length: int,
         truncate: bool,
         seed: int | None,
-        undecoded: Mapping[int, Bad] | None,
+        known_bad: Mapping[int, Bad] | None,
     ) -> None:
         self.dataset, self.config, self.seed = dataset, config, seed
         self.preprocess, self.context_length = preprocess, context_length
-        self.truncate, self.undecoded = truncate, undecoded
-        self.side = 0 if undecoded is not None else preprocess.resolution
+        self.truncate, self.known_bad = truncate, known_bad
+        self.side = 0 if known_bad is not None else preprocess.resolution
 
     def share(self, workers: int, slots: int, batch_size: int) -> None:
         """Allocate memory for the images of `slots` batches, and the samples being read.
@@ -113,7 +113,7 @@ class BatchReader:
                 try:
                     sample = what if isinstance(what, Sample) else self.dataset[what]
                     caption = self._read_sample(sample, visit, images[len(samples)])
-                    if self.seed is None and self.undecoded is None:
+                    if self.seed is None and self.known_bad is None:
                         digests.append(_digest(sample))
                 except SampleError as error:
                     bad.append(Bad.of(sample.id if sample else self.dataset.name(index), error))
@@ -146,9 +146,9 @@ class BatchReader:
         if self.seed is not None:
             rng = np.random.default_rng([self.seed, visit.epoch, visit.position])
             caption = sample.captions[int(rng.integers(len(sample.captions)))]
-        if self.undecoded is None:
+        if self.known_bad is None:
             pixels[:] = self._pixels(sample, rng)
-        elif isinstance(visit.sample, int) and (bad := self.undecoded.get(visit.sample)):
+        elif isinstance(visit.sample, int) and (bad := self.known_bad.get(visit.sample)):
             raise SampleError(bad.kind, bad.reason)
         self._check_caption(sample, caption)
         return caption

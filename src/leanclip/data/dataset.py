@@ -77,7 +77,7 @@ class Dataset(ABC):
         """A sample's name for messages, without reading the sample."""
         return f"sample {index}"
 
-    def remarks(self) -> list[str]:
+    def data_warnings(self) -> list[str]:
         """Warnings about the data set as a whole, one line each."""
         return []
 

@@ -50,7 +50,7 @@ def training_batches(
     start: Position = Position(),  # noqa: B008, a constant
     rank: int = 0,
     world_size: int = 1,
-    undecoded: Mapping[int, Bad] | None = None,
+    known_bad: Mapping[int, Bad] | None = None,
 ) -> Generator[tuple[Batch, Position], None, None]:
     """Shuffled batches without end, from `start`, each with the position after it.
 
@@ -67,12 +67,12 @@ def training_batches(
         start: where to begin.
         rank: takes every `world_size`-th sample of each batch, from the rank-th.
         world_size: number of ranks that share a batch.
-        undecoded: leave the images out; these samples, by index, are known to be bad.
+        known_bad: leave the images out; these samples, by index, are known to be bad.
     """
     size = len(dataset)
     if start.sample + batch_size > size:  # the batch size was smaller at the checkpoint
         start = Position(start.epoch + 1, 0)
-    reader = BatchReader(dataset, config, preprocess, context_length, truncate, seed, undecoded)
+    reader = BatchReader(dataset, config, preprocess, context_length, truncate, seed, known_bad)
     visits = (v[rank::world_size] for v in _training_visits(dataset, batch_size, seed, start))
     own_size = len(range(rank, batch_size, world_size))
     position = start
@@ -109,10 +109,10 @@ def batches_at(
     *,
     preprocess: Preprocess,
     context_length: int,
-    undecoded: Mapping[int, Bad] | None = None,
+    known_bad: Mapping[int, Bad] | None = None,
 ) -> Iterator[Batch]:
-    """Batches of these indices, as `evaluation_batches`; `undecoded` as in `training_batches`."""
-    reader = BatchReader(dataset, config, preprocess, context_length, True, None, undecoded)
+    """Batches of these indices, as `evaluation_batches`; `known_bad` as in `training_batches`."""
+    reader = BatchReader(dataset, config, preprocess, context_length, True, None, known_bad)
     visits = ([Visit(0, index, index) for index in batch] for batch in places)
     return _load(reader, visits, config.workers, max(map(len, places), default=0))
 

@@ -6,11 +6,11 @@ from PIL import Image
 
 from leanclip.data.dataset import Sample
 from leanclip.preprocess.decoding import (
+    exif_orientation,
+    image_errors,
     open_image,
-    open_regular,
-    orientation_of,
+    open_regular_file,
     read_header,
-    refusing,
 )
 from leanclip.preprocess.images import decoding_factor
 
@@ -25,7 +25,7 @@ def image_bytes(sample: Sample) -> bytes:
     """
     if isinstance(sample.image, bytes):
         return sample.image
-    with refusing(f"{sample.image}: "), open_regular(sample.image) as file:
+    with image_errors(f"{sample.image}: "), open_regular_file(sample.image) as file:
         return file.read()
 
 
@@ -35,11 +35,11 @@ def open_header(data: bytes, *, max_pixels: int) -> Image.Image:
     Raises:
         SampleError: it is no image, or over `max_pixels`.
     """
-    with refusing():
+    with image_errors():
         return read_header(io.BytesIO(data), max_pixels)
 
 
-def open_reduced(image: Image.Image, side: int, *, max_pixels: int) -> Image.Image:
+def open_scaled(image: Image.Image, side: int, *, max_pixels: int) -> Image.Image:
     """Decode the result of `open_header` into RGB, at a smaller size if it is a large JPEG.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side is still MARGIN x `side`.
@@ -54,8 +54,8 @@ def open_reduced(image: Image.Image, side: int, *, max_pixels: int) -> Image.Ima
     return open_image(image, max_pixels=max_pixels)
 
 
-def is_turned(image: Image.Image) -> bool:
+def is_rotated(image: Image.Image) -> bool:
     """Whether the header of an image has an orientation other than upright."""
     if image.format == "PNG" and "exif" not in image.info:
         return False  # Pillow would decode the pixels to look for EXIF behind them
-    return orientation_of(image) != 1
+    return exif_orientation(image) != 1

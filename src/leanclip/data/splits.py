@@ -75,7 +75,7 @@ def default_split(
     return chosen
 
 
-def split_in_use(config: SourceConfig) -> str | None:
+def training_split(config: SourceConfig) -> str | None:
     """The split that training reads, if the format has splits."""
     if config.split is not None or config.format == "mixture":
         return config.split

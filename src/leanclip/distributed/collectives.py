@@ -164,7 +164,7 @@ def mean_over_ranks_(values: Sequence[torch.Tensor]) -> None:
         value /= world_size
 
 
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Broadcast the buffers of the first rank: BatchNorm's statistics differ between ranks."""
     if rank_and_world_size()[1] > 1:
         for buffer in model.buffers():
@@ -188,7 +188,7 @@ def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), counts
 
 
-def sum_rows_back(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def reduce_scatter_rows(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """Sum (N, ...) over ranks and return this rank's rows (n, ...)."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:

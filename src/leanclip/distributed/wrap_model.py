@@ -35,7 +35,7 @@ def wrap_model(model: CLIP, settings: TrainConfig) -> nn.Module:
         compile_towers(model)
     is_on_cpu = model.logit_scale.device.type == "cpu"
     # On a GPU packing synchronizes for the lengths; compiled, it causes many recompilations.
-    model.packs_texts = is_on_cpu and not settings.compile
+    model.uses_packing = is_on_cpu and not settings.compile
     if is_on_cpu:
         keep_freed_memory()
     return wrap_ddp(model, settings.sharding)

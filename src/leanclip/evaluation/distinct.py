@@ -22,8 +22,8 @@ from leanclip.data import Dataset, Sample
 from leanclip.distributed.collectives import all_gather_object, gather_rows, rank_and_world_size
 from leanclip.errors import SampleError, is_shortage
 from leanclip.io.progress import ProgressBar
-from leanclip.io.threads import in_threads
-from leanclip.preprocess.decoding import open_regular
+from leanclip.io.threads import map_in_threads
+from leanclip.preprocess.decoding import open_regular_file
 
 _AHEAD = 64  # images read ahead
 _CHUNK = 1 << 20  # bytes of a file read at a time
@@ -109,7 +109,7 @@ def image_digests(dataset: Dataset, workers: int | None = None) -> np.ndarray:
     found = np.empty((end - begin, 2), np.int64)
     sources = (_image(dataset, row) for row in range(begin, end))
     with ProgressBar("comparing images", len(found), is_silent=rank > 0) as bar:
-        for i, both in enumerate(in_threads(_digests, sources, workers, _AHEAD)):
+        for i, both in enumerate(map_in_threads(_digests, sources, workers, _AHEAD)):
             found[i] = both
             bar.update(i + 1)
     _DIGESTS[dataset] = gather_rows(torch.from_numpy(found))[0].numpy()
@@ -135,7 +135,7 @@ def _digests(_: int, named: tuple[str, Path | bytes]) -> tuple[int, int]:
     found, is_empty = blake2b(digest_size=8), True
     by_name = blake2b(ascii(name).encode(), digest_size=8, person=b"name")
     try:
-        with io.BytesIO(image) if isinstance(image, bytes) else open_regular(image) as file:
+        with io.BytesIO(image) if isinstance(image, bytes) else open_regular_file(image) as file:
             while chunk := file.read(_CHUNK):
                 found.update(chunk)
                 is_empty = False

@@ -13,8 +13,12 @@ import torch
 
 from leanclip.config.data import DataConfig
 from leanclip.data import Dataset
-from leanclip.data.splits import split_in_use
-from leanclip.distributed.collectives import all_gather_object, rank_and_world_size, share_buffers
+from leanclip.data.splits import training_split
+from leanclip.distributed.collectives import (
+    all_gather_object,
+    broadcast_buffers,
+    rank_and_world_size,
+)
 from leanclip.evaluation.classification import classify
 from leanclip.evaluation.features import Encoded, encode_dataset, encode_texts
 from leanclip.evaluation.probe import (
@@ -59,7 +63,7 @@ def evaluate(
     """
     report = Report()
     with _eval_mode(model):
-        share_buffers(model)
+        broadcast_buffers(model)
         report.weights = fingerprint(merged_state(model))
         evaluator = _Evaluator(model, preprocess, report)
         for task in tasks:
@@ -206,7 +210,7 @@ def _data_facts(task: Task, images: Encoded) -> dict[str, Any]:
     return {
         "format": data.format,
         "root": data.root,
-        "split": split_in_use(data),
+        "split": training_split(data),
         "samples": len(images.indices),
         "limit": task.limit,
         "available": images.available,

@@ -23,7 +23,6 @@ import numpy as np
 
 from leanclip.errors import ConfigError
 from leanclip.io.files import atomic_write, read_json_object, write_array, write_text
-from leanclip.io.optional_imports import need
 
 INDEX = "_index.json"
 Format = Literal["npy", "parquet"]
@@ -69,7 +68,7 @@ class FeatureStore:
             )
         elif shards:
             raise ConfigError(f"{self.folder}: has other files; choose another folder")
-        with atomic_write(self.folder / INDEX, by_several=True) as part:
+        with atomic_write(self.folder / INDEX, is_concurrent=True) as part:
             part.write_text(text)
 
     def missing(self) -> list[int]:
@@ -132,7 +131,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _write_parquet(path: Path, ids: list[str], features: np.ndarray) -> None:
-    pa, pq = _pyarrow()
+    import pyarrow as pa  # takes 0.1 s
+    import pyarrow.parquet as pq
+
     values = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
     texts = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in ids]
     table = pa.table({"id": pa.array(texts, pa.string()), "embedding": values})
@@ -142,7 +143,9 @@ def _write_parquet(path: Path, ids: list[str], features: np.ndarray) -> None:
 
 
 def _read_parquet(path: Path) -> tuple[list[str], np.ndarray]:
-    table = _pyarrow()[1].read_table(path)
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
     column = table["embedding"].combine_chunks()
     ids = table["id"].to_pylist()
     for row in json.loads((table.schema.metadata or {}).get(_ESCAPED, b"[]")):
@@ -152,7 +155,3 @@ def _read_parquet(path: Path) -> tuple[list[str], np.ndarray]:
         ids[row] = os.fsdecode(content)
     flat = column.flatten().to_numpy(zero_copy_only=False)
     return ids, flat.reshape(-1, column.type.list_size)
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    return tuple(need(name, "parquet", extra="table") for name in ("pyarrow", "pyarrow.parquet"))

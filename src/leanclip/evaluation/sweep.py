@@ -15,7 +15,7 @@ from leanclip.evaluation.evaluator import evaluate
 from leanclip.evaluation.tasks import HEADLINES, Task
 from leanclip.model import CLIP
 from leanclip.weights import Weights, interpolate
-from leanclip.weights.interpolate import between
+from leanclip.weights.interpolate import interpolate_tensor
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ def sweep(
     model = CLIP(**to_plain(ends[0].model)).to(device)
     points = []
     for alpha in alphas:
-        model.load_state_dict({name: between(start[name], stop[name], alpha) for name in start})
+        model.load_state_dict(
+            {name: interpolate_tensor(start[name], stop[name], alpha) for name in start}
+        )
         preprocess = ends[alpha >= 0.5].preprocess
         assert preprocess is not None
         own, other = (evaluate(model, some, preprocess) for some in (tasks, [retention]))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from leanclip.config.data import DataConfig
 from leanclip.config.evaluation import EvaluateConfig, EvaluationData, NeighbourData, ProbeData
 from leanclip.data import Dataset, open_dataset, source_configs
-from leanclip.data.splits import default_split, find_splits, split_in_use
+from leanclip.data.splits import default_split, find_splits, training_split
 from leanclip.errors import ConfigError, DataError
 
 log = logging.getLogger("leanclip")
@@ -93,7 +93,7 @@ def other_split(task: Task, split: str, setting: str) -> Part:
     here, there = list(task.dataset.classes), list(part.dataset.classes)
     if here == there:
         return part
-    where = f"{data.root}, split {split_in_use(task.data)}"
+    where = f"{data.root}, split {training_split(task.data)}"
     missing = [name for name in there if name not in here]
     if not missing:
         missing, where = [n for n in here if n not in there], f"{data.root}, split {split}"
@@ -132,7 +132,7 @@ def data_of(
     trained = _trained(data, format, root)
     place = {"format": format, "root": root, "split": settings.split}
     if settings.split is None:
-        used = [split for split in map(split_in_use, trained) if split is not None]
+        used = [split for split in map(training_split, trained) if split is not None]
         here = data.model_copy(update=place | {"sources": ()})
         place["split"] = default_split(here, task, used=used)
     changes = {
@@ -168,7 +168,7 @@ def _open_task(data: DataConfig, settings: EvaluationData, name: str, batch_size
         task = replace(task, k=settings.k)
     else:
         return task
-    found, used, split = find_splits(own), split_in_use(own), settings.train_split
+    found, used, split = find_splits(own), training_split(own), settings.train_split
     if split is None and "train" in found and used != "train" and own.format != "shapes":
         split = "train"
     if split is None:
@@ -202,7 +202,7 @@ def _is_training(data: DataConfig, settings: EvaluationData, chosen: DataConfig)
     if settings.root is not None and not data.sources:
         # For weights without a config, `data` is the data to evaluate on.
         trained = [one for one in trained if one.split is not None]
-    return split_in_use(chosen) in map(split_in_use, trained)
+    return training_split(chosen) in map(training_split, trained)
 
 
 def _columns(settings: EvaluationData, trained: DataConfig | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from leanclip.evaluation.feature_store import FeatureStore, Format, read_index
 from leanclip.inference.model import InferenceModel
 from leanclip.io.files import try_lock
 from leanclip.io.progress import ProgressBar
-from leanclip.io.threads import in_threads
+from leanclip.io.threads import map_in_threads
 from leanclip.preprocess.images import evaluation_pixels
 from leanclip.weights import fingerprint
 
@@ -164,7 +164,7 @@ def _write_shards(
         log.info("%d of %d shards are finished", len(parts) - len(pending), len(parts))
     _check_skipped(tracker, store, {})
     numbers = (number for shard in pending for number in parts[shard])
-    decoded = in_threads(read, numbers, workers, batch_size)
+    decoded = map_in_threads(read, numbers, workers, batch_size)
     with ProgressBar("embedding", total, completed=done, is_silent=0 not in parts) as bar:
         for shard in pending:
             ids, skipped = [], {}

@@ -28,7 +28,7 @@ from leanclip.config.sections import to_plain
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.inference.exported import BACKENDS, FORMAT, INDEX, read_exported
 from leanclip.inference.model import InferenceModel
-from leanclip.io.optional_imports import need
+from leanclip.io.optional_imports import import_optional
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
@@ -92,7 +92,7 @@ def export(clip: InferenceModel, out: Path, to: str, *, int8: bool = False) -> d
         raise ConfigError("--int8: needs --to onnx")
     if to == "onnx":
         for library in ("onnxruntime", "onnxscript"):
-            need(library, "ONNX", extra="export")
+            import_optional(library, "ONNX", extra="export")
     if clip.dtype != torch.float32 or clip.device.type != "cpu":
         raise ConfigError("export: load the model in float32 on the CPU")
     if out.exists():
@@ -104,11 +104,11 @@ def export(clip: InferenceModel, out: Path, to: str, *, int8: bool = False) -> d
         description = _describe(clip, to)
         _write_towers(clip.model, folder, description)
         _write_description(folder, description)
-        description["checked"] = _compare(clip, folder, to)
-        if min(description["checked"].values()) < MIN_COSINE:
+        description["cosines"] = _compare(clip, folder, to)
+        if min(description["cosines"].values()) < MIN_COSINE:
             raise WeightsError(
                 f"export: the features of the exported towers differ from the model's: lowest "
-                f"cosines {_format(description['checked'])}, required {MIN_COSINE}; nothing was "
+                f"cosines {_format(description['cosines'])}, required {MIN_COSINE}; nothing was "
                 f"written"
             )
         if int8:
@@ -129,7 +129,7 @@ def summary(out: Path, description: dict[str, Any]) -> str:
     """The size of an export and its lowest cosines with the model's features, as a line."""
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     line = f"{out}: {size:,.1f} MB; lowest cosines with the model's features: "
-    line += _format(description["checked"])
+    line += _format(description["cosines"])
     return f"{line}; in int8: {_format(description['int8'])}" if "int8" in description else line
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError, one_line
-from leanclip.io.optional_imports import need
+from leanclip.io.optional_imports import import_optional
 from leanclip.preprocess.images import Preprocess
 
 INDEX = "clip.json"
@@ -135,7 +135,7 @@ def _external_weights(path: Path) -> Path:
 
 
 def _onnx(path: Path) -> Tower:
-    onnxruntime = need("onnxruntime", "ONNX", extra="export")
+    onnxruntime = import_optional("onnxruntime", "ONNX", extra="export")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

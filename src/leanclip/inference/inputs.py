@@ -22,7 +22,7 @@ from leanclip.data.readers.image_files import find_images, suffix_of
 from leanclip.errors import DataError, SampleError
 from leanclip.io.download import fetch_bytes
 from leanclip.io.files import is_url
-from leanclip.io.threads import in_threads
+from leanclip.io.threads import map_in_threads
 from leanclip.preprocess.decoding import Source, open_image
 from leanclip.preprocess.image_formats import SUFFIXES
 from leanclip.preprocess.images import Preprocess, evaluation_pixels
@@ -96,7 +96,7 @@ def pixel_batches(
         except DataError as error:
             raise DataError(f"image {number}: {error}") from None
 
-    arrays = in_threads(read, sources, workers, batch_size)
+    arrays = map_in_threads(read, sources, workers, batch_size)
     while part := list(islice(arrays, batch_size)):
         yield torch.from_numpy(np.stack(part))
 

@@ -44,7 +44,7 @@ def is_lfs_file(path: str | Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, without flushing it to the disk."""
-    with atomic_write(path, is_flushed=False) as part:
+    with atomic_write(path, is_durable=False) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -57,19 +57,19 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 @contextmanager
 def atomic_write(
-    path: Path, *, by_several: bool = False, is_flushed: bool = True
+    path: Path, *, is_concurrent: bool = False, is_durable: bool = True
 ) -> Iterator[Path]:
     """Yield a temporary path; what was written there replaces `path` if the block succeeds.
 
     Args:
         path: of the file.
-        by_several: other processes may write the file at the same time.
-        is_flushed: flush it to the disk first.
+        is_concurrent: other processes may write the file at the same time.
+        is_durable: flush it to the disk first.
     """
-    part = path.with_name(f".{path.name}.{f'{os.getpid()}.' if by_several else ''}part")
+    part = path.with_name(f".{path.name}.{f'{os.getpid()}.' if is_concurrent else ''}part")
     try:
         yield part
-        if is_flushed:
+        if is_durable:
             sync(part)
         part.replace(path)
     finally:

@@ -6,7 +6,9 @@ from typing import Any
 from leanclip.errors import ConfigError, LeanclipError
 
 
-def need(library: str, what: str, *, extra: str, error: type[LeanclipError] = ConfigError) -> Any:
+def import_optional(
+    library: str, what: str, *, extra: str, error: type[LeanclipError] = ConfigError
+) -> Any:
     """Import a module of an optional dependency.
 
     Args:

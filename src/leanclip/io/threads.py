@@ -11,7 +11,7 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 
-def in_threads(
+def map_in_threads(
     read: Callable[[int, S], R], sources: Iterable[S], workers: int | None, batch_size: int
 ) -> Iterator[R]:
     """Yield `read(index, source)` of each source, in order, reading two batches ahead.

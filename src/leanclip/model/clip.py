@@ -48,7 +48,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config = parse(ModelConfig, arch, where="CLIP")
         self.context_length = config.context_length
-        self.packs_texts = False  # whether `forward` uses `encode_packed`
+        self.uses_packing = False  # whether `forward` uses `encode_packed`
         self.visual = _vision_tower(config)
         width = config.transformer_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
@@ -104,7 +104,7 @@ class CLIP(nn.Module):
         if pixels.dim() != 2:
             image = F.normalize(self.encode_image(pixels).float(), dim=-1)
         if not tokens.is_floating_point():
-            encode = self.encode_packed if self.packs_texts else self.encode_text
+            encode = self.encode_packed if self.uses_packing else self.encode_text
             text = F.normalize(encode(tokens).float(), dim=-1)
         return Features(image, text, self.logit_scale.float().exp())
 

@@ -79,7 +79,7 @@ def open_part(
         if isinstance(file, Image.Image) or not _is_plain_jpeg(image):
             image = _upright_rgb(image)
             return np.array(image.crop(choose(*image.size)[0]))
-        orientation = orientation_of(image)
+        orientation = exif_orientation(image)
         width, height = image.size
         box, factor = choose(*((height, width) if orientation in _SWAPPED else (width, height)))
         pixels = _decode_jpeg(file, image.size, factor)
@@ -93,12 +93,12 @@ def open_part(
 def _opened(source: Source, max_pixels: int) -> Iterator[tuple[Image.Image, File]]:
     """The image with only its header read, and its file; errors within become SampleErrors."""
     name = source if isinstance(source, str | Path) else f"<{type(source).__name__}>"
-    with refusing(f"{name}: "), _file(source) as file:
+    with image_errors(f"{name}: "), _file(source) as file:
         yield read_header(file, max_pixels), file
 
 
 @contextmanager
-def refusing(name: str = "") -> Iterator[None]:
+def image_errors(name: str = "") -> Iterator[None]:
     """Turn the errors of reading an image into a SampleError that begins with `name`."""
     try:
         yield
@@ -188,7 +188,7 @@ def check_scans(data: bytes) -> None:
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular_file(path: str | Path) -> BinaryIO:
     """Open a regular file for reading; reading a pipe would block, a device might not end.
 
     Raises:
@@ -211,7 +211,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 def _file(source: Source) -> AbstractContextManager[File]:
     if isinstance(source, Image.Image):
         return nullcontext(source)
-    return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+    return io.BytesIO(source) if isinstance(source, bytes) else open_regular_file(source)
 
 
 def _fault(error: Exception) -> tuple[str, str]:
@@ -223,7 +223,7 @@ def _fault(error: Exception) -> tuple[str, str]:
     return "damaged image", str(error) or type(error).__name__
 
 
-def orientation_of(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """EXIF's (or XMP's) orientation, 1 to 8; 1 where there is none or it is damaged."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -280,7 +280,7 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()  # for a TIFF this applies and removes the orientation
-    orientation = orientation_of(image)
+    orientation = exif_orientation(image)
     image = _rgb(image)
     return image if orientation == 1 else Image.fromarray(_turned(np.asarray(image), orientation))
 

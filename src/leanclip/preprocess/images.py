@@ -118,13 +118,15 @@ class Preprocess:
         rest = {name: values[name] for name in _LATER_FIELDS if name in values}
         if isinstance(rest.get("size"), list):
             rest["size"] = tuple(map(int, rest["size"]))
-        return cls(int(values["resolution"]), triple(values["mean"]), triple(values["std"]), **rest)
+        return cls(
+            int(values["resolution"]), rgb_triple(values["mean"]), rgb_triple(values["std"]), **rest
+        )
 
 
 _LATER_FIELDS = ("resize", "size", "interpolation", "rounding", "fill")
 
 
-def triple(values: Any, name: str = "mean or std") -> tuple[float, float, float]:
+def rgb_triple(values: Any, name: str = "mean or std") -> tuple[float, float, float]:
     """Numbers for red, green and blue from JSON: three, or one for all.
 
     Raises:
@@ -271,24 +273,24 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     return fit(image, Preprocess(resolution))
 
 
-def image_to_show(source: Source) -> Image.Image | None:
+def image_or_none(source: Source) -> Image.Image | None:
     """The image for a figure or a page; None, with a warning, where it cannot be read."""
     if source == b"":  # was not readable before, and logged
         return None
     try:
         return open_image(source)
     except (SampleError, OSError, MemoryError) as error:
-        warn_not_shown(one_line(error))
+        warn_unreadable_once(one_line(error))
         return None
 
 
 @lru_cache(1000)
-def warn_not_shown(reason: str) -> None:
+def warn_unreadable_once(reason: str) -> None:
     """Log once why an image is missing in figures."""
     log.warning("not shown: %s", reason)
 
 
-def middle_square(image: Image.Image) -> Box:
+def center_square(image: Image.Image) -> Box:
     """The box of the largest centred square."""
     short = min(image.size)
     left, top = ((side - short) // 2 for side in image.size)
@@ -322,7 +324,7 @@ def draw_box(
     return left, top, left + w, top + h
 
 
-def as_jpeg(image: Image.Image, quality: int = 88) -> bytes:
+def encode_jpeg(image: Image.Image, quality: int = 88) -> bytes:
     """An RGB image as a JPEG without metadata."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)

@@ -22,20 +22,21 @@ def problems(
     """
     lines = []
     for name, part in values["parts"].items():
-        if part["unusable_share"] > max_problems:
+        if part["unusable_fraction"] > max_problems:
             count = sum(part["unusable"].values())
             lines.append(
-                f"{name}: {count:,} of {part['samples']:,} samples ({part['unusable_share']:.1%}) "
-                f"are unusable; the limit is {max_problems:.1%} (--max-problems)"
+                f"{name}: {count:,} of {part['samples']:,} samples "
+                f"({part['unusable_fraction']:.1%}) are unusable; "
+                f"the limit is {max_problems:.1%} (--max-problems)"
             )
     limits = (0.0, NEAR_LEAKAGE) if max_leakage is None else (max_leakage, max_leakage)
     for one in values["duplicates"]["across"]:
         for kind, limit in zip(("exact", "near"), limits, strict=True):
-            if one[f"{kind}_share"] > limit:
+            if one[f"{kind}_fraction"] > limit:
                 copies = {"exact": "exact copies", "near": "near-duplicates"}[kind]
                 lines.append(
                     f"{' and '.join(one['parts'])}: {one[kind]:,} {copies} "
-                    f"({one[f'{kind}_share']:.1%}); the limit is {limit:.1%} (--max-leakage)"
+                    f"({one[f'{kind}_fraction']:.1%}); the limit is {limit:.1%} (--max-leakage)"
                 )
     return lines
 

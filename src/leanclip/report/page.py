@@ -16,7 +16,7 @@ from PIL import Image
 
 from leanclip.io.files import write_text
 from leanclip.preprocess.decoding import Source
-from leanclip.preprocess.images import as_jpeg, image_to_show, middle_square
+from leanclip.preprocess.images import center_square, encode_jpeg, image_or_none
 from leanclip.report.plots import COLORS, printable
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def shorten(text: str, length: int = 200) -> str:
 
 def tile(source: Source, alt: str, *, title: str = "", caption: str = "", kind: str = "") -> Tile:
     """A tile of an image, cut to a square; `alt` is its text alternative."""
-    image = image_to_show(source)
+    image = image_or_none(source)
     if image is None:
         return Tile(None, alt, title, caption, kind)
-    image = image.crop(middle_square(image))
+    image = image.crop(center_square(image))
     if image.width > THUMBNAIL:
         image = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    data = base64.b64encode(as_jpeg(image, 85)).decode()
+    data = base64.b64encode(encode_jpeg(image, 85)).decode()
     return Tile(f"data:image/jpeg;base64,{data}", alt, title, caption, kind)
 
 

@@ -18,7 +18,7 @@ from leanclip.evaluation import Report
 from leanclip.evaluation.sweep import Sweep
 from leanclip.evaluation.tasks import RETENTION
 from leanclip.io.files import read_metrics
-from leanclip.preprocess.images import Source, image_to_show
+from leanclip.preprocess.images import Source, image_or_none
 from leanclip.report.samples import examples, predictions
 from leanclip.report.text import metric_label
 
@@ -263,7 +263,7 @@ def image_grid(
 
 def _draw(axes: "Axes", image: Source) -> None:
     """Draw an image, or "no picture" where it cannot be read."""
-    shown = image_to_show(image)
+    shown = image_or_none(image)
     if shown is not None:
         axes.imshow(shown)
     else:

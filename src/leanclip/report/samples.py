@@ -11,7 +11,7 @@ from leanclip.evaluation.results import Report
 from leanclip.evaluation.retrieval import RetrievalResult
 from leanclip.evaluation.tasks import Task
 from leanclip.evaluation.zero_shot import ZeroShotResult
-from leanclip.preprocess.images import warn_not_shown
+from leanclip.preprocess.images import warn_unreadable_once
 
 MAX_EXAMPLES = 8  # in the similarity matrix
 MAX_PREDICTIONS = 24
@@ -30,7 +30,7 @@ def image_of(task: Task, index: int) -> Path | bytes:
     try:
         return task.dataset[index].image
     except Exception as error:  # of any library; the metrics are not to be lost with a picture
-        warn_not_shown(f"{task.dataset.name(index)}: {one_line(error)}")
+        warn_unreadable_once(f"{task.dataset.name(index)}: {one_line(error)}")
         return b""
 
 

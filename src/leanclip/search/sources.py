@@ -23,13 +23,13 @@ import numpy as np
 from leanclip.data.dataset import ClassFile, index_labels, read_class_file, read_lines, readable
 from leanclip.data.readers.image_files import list_images, no_images
 from leanclip.data.readers.shard_cache import shard_index
-from leanclip.data.readers.tar_index import remarks
+from leanclip.data.readers.tar_index import shard_warnings
 from leanclip.data.splits import splits_in
 from leanclip.errors import ConfigError, DataError, SampleError, escaped
 from leanclip.evaluation.feature_store import read_index
 from leanclip.inference.embeddings import embeddings_index, shards_of
 from leanclip.io.files import LFS_POINTER, is_lfs_file
-from leanclip.preprocess.decoding import open_regular, refusing
+from leanclip.preprocess.decoding import image_errors, open_regular_file
 from leanclip.preprocess.images import Preprocess, evaluation_pixels
 from leanclip.search.filters import absolute
 from leanclip.search.items import Entry
@@ -134,7 +134,7 @@ def read_bytes(path: str, shard: str | None, start: int, size: int) -> bytes:
     Raises:
         SampleError: it cannot be read.
     """
-    with refusing(f"{shard or path}: "), open_regular(shard or path) as file:
+    with image_errors(f"{shard or path}: "), open_regular_file(shard or path) as file:
         if shard is None:
             return file.read()
         file.seek(start)
@@ -190,7 +190,7 @@ def _members(tar: Path) -> Iterator[Entry]:
     classes, keys = read_class_file(path) if path.is_file() else ClassFile((), ())
     labels = index_labels(classes, keys)
     rows = shard_index(tar)
-    for line in remarks([(str(tar), rows)]):
+    for line in shard_warnings([(str(tar), rows)]):
         log.warning("%s: %s", escaped(str(tar)), line)
     is_usable = (rows["image"] > 0) & (rows["problem"] == 0)
     if count := len(rows) - int(is_usable.sum()):

@@ -21,7 +21,7 @@ from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import DataError, SampleError, escaped
 from leanclip.inference.model import InferenceModel
 from leanclip.io.progress import ProgressBar
-from leanclip.io.threads import in_threads
+from leanclip.io.threads import map_in_threads
 from leanclip.search.items import Entry, Items
 from leanclip.search.sources import Content, Source, read, with_caption
 from leanclip.search.vectors import Vectors
@@ -68,7 +68,7 @@ class Update:
         total = sum(count for count, _ in listings)
         tracker = SkipTracker(total, max_bad_fraction, option="--max-bad-fraction")
         entries = (one for _, entries in listings for one in entries)
-        contents = in_threads(self._read, self._new(entries), workers, batch_size)
+        contents = map_in_threads(self._read, self._new(entries), workers, batch_size)
         pending: list[Content] = []
         with ProgressBar("indexing", max(total, 1)) as bar:
             while batch := list(itertools.islice(contents, batch_size)):

@@ -160,7 +160,7 @@ def restore(
     sharded checkpoint, each rank reads its own part.
     """
     tensors = tensors_from_first(lambda: load_file(folder / "training.safetensors"))
-    has_shards = from_first(lambda: is_in_shards(folder))
+    has_shards = from_first(lambda: is_sharded_checkpoint(folder))
     if has_shards or is_sharded(model):
         from leanclip.training.sharded_checkpoint import load_shards
 
@@ -204,12 +204,12 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def is_whole(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Whether every file of a checkpoint agrees with its manifest."""
     return next(_problems(folder), None) is None
 
 
-def is_in_shards(folder: Path) -> bool:
+def is_sharded_checkpoint(folder: Path) -> bool:
     """Whether a checkpoint is sharded."""
     return (folder / SHARDS).is_dir()
 
@@ -235,7 +235,7 @@ def merge(source: Path, destination: Path) -> Path:
         folder = newest(source / "checkpoints")[0] or source
     for problem in _problems(folder):
         raise WeightsError(f"{problem}; name a run's folder or one of its checkpoints")
-    if not is_in_shards(folder):
+    if not is_sharded_checkpoint(folder):
         raise WeightsError(f"{folder}: is not sharded; it can be used without merging")
     if destination.exists():
         raise OSError(f"{destination}: exists already; name another folder")

@@ -77,7 +77,7 @@ class FeatureCache:
 
     image: CachedTower | None = None
     text: CachedTower | None = None
-    undecoded: Mapping[int, Bad] | None = None  # as `training_batches` takes it
+    known_bad: Mapping[int, Bad] | None = None  # as `training_batches` takes it
 
     @property
     def is_used(self) -> bool:
@@ -148,8 +148,8 @@ def build_feature_cache(
         found = CachedTower(store)
         if tower == "image":
             skipped = [store.skipped(shard) for shard in range(store.shards)]
-            undecoded = {int(i): Bad(*bad) for part in skipped for i, bad in part.items()}
-            cache = replace(cache, image=found, undecoded=undecoded)
+            known_bad = {int(i): Bad(*bad) for part in skipped for i, bad in part.items()}
+            cache = replace(cache, image=found, known_bad=known_bad)
         else:
             cache = replace(cache, text=found)
     return cache
@@ -187,7 +187,7 @@ def _compute(
         [block for shard in mine for block in shards[shard] if isinstance(block, range)],
         preprocess=preprocess,
         context_length=model.context_length,
-        undecoded=None if tower == "image" else {},
+        known_bad=None if tower == "image" else {},
     )
     total = sum(map(len, shards))
     done = total - sum(len(shards[shard]) for shard in missing)

@@ -333,7 +333,7 @@ def _batches(
         start=Position(done.epoch, done.sample),
         rank=rank,
         world_size=world_size,
-        undecoded=cache.undecoded,
+        known_bad=cache.known_bad,
     )
 
 

@@ -120,7 +120,7 @@ class Monitor:
             "train/skipped": skipped,
             "train/skipped_steps": self.nonfinite.count,
             "train/samples_per_second": (done.samples - self.samples) / seconds,
-            "train/data_wait_share": self.waited / seconds,
+            "train/data_wait_fraction": self.waited / seconds,
             **self.work.fraction(seconds),
         }
         sources = plan.config.data.sources
@@ -208,7 +208,7 @@ def format_metrics(line: Mapping[str, float]) -> str:
             f"lr {line['train/lr']:.1e}",
             f"scale {line['train/logit_scale']:.1f}",
             f"{line['train/samples_per_second']:.0f} images/s",
-            f"{line['train/data_wait_share']:.0%} waiting for data",
+            f"{line['train/data_wait_fraction']:.0%} waiting for data",
             f"{line['train/peak_memory_gb']:.1f} GB",
         )
     )

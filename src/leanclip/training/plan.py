@@ -17,7 +17,7 @@ from leanclip.config.strict_yaml import dump_yaml
 from leanclip.config.training import FinetuneConfig, Precision
 from leanclip.data import Dataset, open_dataset, source_configs
 from leanclip.data.formats.mixture import Mixture
-from leanclip.data.splits import split_in_use
+from leanclip.data.splits import training_split
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.distributed.wrap_model import checkpoint_activations
 from leanclip.errors import ConfigError, WeightsError
@@ -55,7 +55,7 @@ class Plan:
     steps_per_epoch: int
     steps: int  # of all epochs, in batches of this size
     peak_learning_rate: float
-    warmup: int  # steps
+    warmup_steps: int  # steps
     offset: int = 0  # steps made so far, minus those that this batch size would have taken
 
     @property
@@ -112,7 +112,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         peak_learning_rate=scaled_learning_rate(config.optimizer, batch_size),
-        warmup=round(config.optimizer.warmup_fraction * steps),
+        warmup_steps=round(config.optimizer.warmup_fraction * steps),
     )
 
 
@@ -219,7 +219,7 @@ def headline(plan: Plan) -> str:
         f"steps: {plan.steps:,} = {count(config.train.epochs, 'epoch')} x "
         f"{count(plan.steps_per_epoch, 'batch', 'batches')} of {plan.batch_size}{smaller}",
         f"learning rate: peak {plan.peak_learning_rate:.3g}, "
-        f"{count(plan.warmup, 'warm-up step')}, cosine to 0 ({scaling})",
+        f"{count(plan.warmup_steps, 'warm-up step')}, cosine to 0 ({scaling})",
         f"folder: {plan.folder}",
     ]
     lines += [
@@ -255,7 +255,7 @@ def _data_line(plan: Plan) -> str:
         f"{fraction:.1%} of {len(source):,} from {settings.root} ({settings.format})"
         f"{split_and_classes(settings, source)}"
         for fraction, source, settings in zip(
-            dataset.shares, dataset.sources, source_configs(data), strict=True
+            dataset.fractions, dataset.sources, source_configs(data), strict=True
         )
     )
     return f"{len(dataset):,} samples per epoch: {'; '.join(parts)}"
@@ -263,7 +263,7 @@ def _data_line(plan: Plan) -> str:
 
 def split_and_classes(data: DataConfig, dataset: Dataset) -> str:
     """The split and classes of a data set, if it has them: ", split val, 2 classes: ant, bee"."""
-    split, names = split_in_use(data), dataset.classes
+    split, names = training_split(data), dataset.classes
     found = f", split {split}" if split else ""
     if names:
         more = ", ..." if len(names) > MAX_CLASSES else ""

@@ -13,7 +13,7 @@ from leanclip.training.plan import Plan
 def learning_rate_at(plan: Plan, step: int) -> float:
     """The learning rate of a step, by its place in the data."""
     return learning_rate(
-        step - plan.offset, peak=plan.peak_learning_rate, warmup=plan.warmup, steps=plan.steps
+        step - plan.offset, peak=plan.peak_learning_rate, warmup=plan.warmup_steps, steps=plan.steps
     )
 
 

@@ -227,7 +227,7 @@ def _choose(plan: Plan, must_resume: bool) -> Chosen | None:
         )
     if plan.config.load is not None:
         _check_load(plan, plan.config.load, old.load, progress.loaded, must_resume)
-    is_sharded = checkpoint.is_in_shards(found)
+    is_sharded = checkpoint.is_sharded_checkpoint(found)
     return Chosen(found, progress, old, is_sharded, digests)
 
 
@@ -277,7 +277,7 @@ def _contradiction(plan: Plan, chosen: Chosen | None) -> str:
         expected = chosen.digests.get(name) if chosen else None
         is_newer = chosen is None or name > chosen.folder.name
         is_other = digest != expected if expected else _is_of_another_run(root / name, chosen)
-        if (is_newer or is_other) and checkpoint.is_whole(root / name):
+        if (is_newer or is_other) and checkpoint.is_intact(root / name):
             if chosen is None:
                 return _sees(root / name, digest, None, "")
             first = chosen.folder.with_name(name) if expected and is_other else chosen.folder

@@ -10,7 +10,7 @@ from pathlib import Path
 from leanclip.errors import DataError, WeightsError, one_line
 from leanclip.io.download import cache_folder, fetch
 from leanclip.io.files import digest
-from leanclip.io.optional_imports import need
+from leanclip.io.optional_imports import import_optional
 from leanclip.io.progress import ProgressBar
 
 # openai/CLIP, clip/clip.py: the SHA-256 of each file is a part of its address.
@@ -102,7 +102,7 @@ def _fetch_hub(repository: str, *, weights: bool = True) -> Path:
     """A snapshot of a repository; huggingface_hub's cache and offline mode apply."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     what = f"{repository}: no such file, and fetching it from the hub"
-    hub = need("huggingface_hub", what, extra="hub", error=WeightsError)
+    hub = import_optional("huggingface_hub", what, extra="hub", error=WeightsError)
     try:
         patterns = _SETTINGS + (_SAFE if weights else ())
         folder = Path(hub.snapshot_download(repository, allow_patterns=list(patterns)))

@@ -43,7 +43,9 @@ def interpolate(first: Weights, second: Weights, alpha: float) -> Weights:
     return Weights(
         source=Path(f"{1 - alpha:g} * {first.source} + {alpha:g} * {second.source}"),
         format="interpolation",
-        tensors={name: between(states[0][name], states[1][name], alpha) for name in states[0]},
+        tensors={
+            name: interpolate_tensor(states[0][name], states[1][name], alpha) for name in states[0]
+        },
         model=model,
         preprocess=nearer.preprocess or next(iter(given), None),
     )
@@ -57,7 +59,7 @@ def _state(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
     return clip.state_dict()
 
 
-def between(first: torch.Tensor, second: torch.Tensor, alpha: float) -> torch.Tensor:
+def interpolate_tensor(first: torch.Tensor, second: torch.Tensor, alpha: float) -> torch.Tensor:
     """One tensor between two others; at 0 and 1 exactly the one or the other."""
     if alpha in (0, 1) or not first.is_floating_point():  # a sum would turn -0 into 0
         return first if alpha < 0.5 else second

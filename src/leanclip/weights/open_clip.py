@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
-from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, triple
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, rgb_triple
 from leanclip.weights.files import MALFORMED, find_file, read_json
 from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights, square_side
@@ -260,8 +260,8 @@ def _preprocess(where: Path, values: Any, model: ModelConfig) -> Preprocess:
             raise ValueError(f"resize_mode: {given['resize_mode']!r} is not open_clip's")
         options = {ours: given[theirs] for ours, theirs in _PREPROCESS.items() if theirs in given}
         mean, std = (
-            triple(given.get("mean", CLIP_MEAN), "mean"),
-            triple(given.get("std", CLIP_STD), "std"),
+            rgb_triple(given.get("mean", CLIP_MEAN), "mean"),
+            rgb_triple(given.get("std", CLIP_STD), "std"),
         )
         if not all(std):
             raise ValueError(f"std: {std} has a zero")

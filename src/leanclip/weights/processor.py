@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from leanclip.errors import WeightsError
-from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, Resize, triple
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, Resize, rgb_triple
 from leanclip.weights.files import MALFORMED, read_json
 
 FILES = ("processor_config.json", "preprocessor_config.json")  # the first wins
@@ -175,7 +175,7 @@ def _mean_and_std(fields: Mapping[str, Any]) -> tuple[Any, Any]:
     """Those of pixels in [0, 1], whatever pixels are multiplied with there."""
     mean, std, factor = (0.0,) * 3, (1.0,) * 3, 1.0
     if fields["do_normalize"]:
-        mean, std = (triple(fields[name], name) for name in ("image_mean", "image_std"))
+        mean, std = (rgb_triple(fields[name], name) for name in ("image_mean", "image_std"))
     if fields["do_rescale"]:
         factor = fields["rescale_factor"]
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor:

@@ -17,7 +17,7 @@ import torch
 from leanclip.errors import WeightsError
 from leanclip.weights.files import INDEX, read_json, read_safetensors, sniff
 from leanclip.weights.torch_file import module_tensors, read_torch_legacy, read_torch_zip
-from leanclip.weights.unpickle import Module, check_sharing, refusing
+from leanclip.weights.unpickle import Module, check_sharing, image_errors
 
 log = logging.getLogger("leanclip")
 
@@ -57,7 +57,7 @@ def read_state_dict(
         tensors, unexpected = module_tensors(loaded), TORCHSCRIPT
     else:
         tensors, unexpected = _unwrap(loaded, path, key)
-    with refusing(path, "file of PyTorch's"):
+    with image_errors(path, "file of PyTorch's"):
         check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
     return tensors, unexpected
 

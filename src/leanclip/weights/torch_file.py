@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 
 from leanclip.errors import WeightsError
-from leanclip.weights.unpickle import Module, Name, interpret, numpy_names, refusing
+from leanclip.weights.unpickle import Module, Name, image_errors, interpret, numpy_names
 
 _MAX_MODULES = 200_000
 _LEGACY_PROTOCOL = 1001
@@ -52,7 +52,7 @@ def read_torch_zip(path: str | Path) -> object:
             anything but data; a tensor does not fit in its storage.
     """
     path = Path(path)
-    with refusing(path, "zip of PyTorch's"), path.open("rb") as file:
+    with image_errors(path, "zip of PyTorch's"), path.open("rb") as file:
         members = _members(file)
         roots = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
         if len(roots) != 1:
@@ -93,7 +93,7 @@ def read_torch_legacy(path: str | Path) -> object:
         WeightsError: the file is missing or damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
-    with refusing(path, "file of PyTorch's"), path.open("rb") as file:
+    with image_errors(path, "file of PyTorch's"), path.open("rb") as file:
         left = size = path.stat().st_size
         storages: dict[str, torch.Tensor] = {}
 

@@ -36,7 +36,7 @@ _DAMAGE += (AttributeError, MemoryError, RuntimeError, struct.error, zipfile.Bad
 
 
 @contextmanager
-def refusing(path: Path, kind: str) -> Iterator[None]:
+def image_errors(path: Path, kind: str) -> Iterator[None]:
     """Turn what goes wrong while reading `path` into a one-line WeightsError that names it."""
     try:
         yield
@@ -60,7 +60,7 @@ def read_numpy_pickle(path: str | Path) -> object:
         WeightsError: the file is missing or damaged, or mentions anything else by name.
     """
     path = Path(path)
-    with refusing(path, "pickle"), path.open("rb") as file:
+    with image_errors(path, "pickle"), path.open("rb") as file:
         return interpret(file, path.stat().st_size, numpy_names())
 
 

@@ -32,7 +32,7 @@ from leanclip.data.readers.columns import (
 )
 from leanclip.errors import DataError, SampleError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
-from leanclip.io.optional_imports import need
+from leanclip.io.optional_imports import import_optional
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -54,7 +54,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         DataError: `datasets` is missing, it cannot be opened, or lacks columns.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
-    datasets = need("datasets", "data.format: hub", extra="hub", error=DataError)
+    datasets = import_optional("datasets", "data.format: hub", extra="hub", error=DataError)
     with _errors_of(config.root):
         rows = _load(config)
         # A stream of text files has no features; its first row has the columns.

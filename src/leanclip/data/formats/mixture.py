@@ -34,7 +34,7 @@ class Mixture(Dataset):
     ) -> None:
         sizes = [len(source) for source in sources]
         self.sources, self.size = list(sources), epoch_size or sum(sizes)
-        self.shares = np.array(weights or sizes, float) / sum(weights or sizes)
+        self.fractions = np.array(weights or sizes, float) / sum(weights or sizes)
         self.firsts = np.cumsum([0, *sizes])
         self.is_stream = any(source.is_stream for source in sources)
         if len(sources) == 1:
@@ -59,9 +59,9 @@ class Mixture(Dataset):
         source = self._source_of(index)
         return self.sources[source].name(index - int(self.firsts[source]))
 
-    def remarks(self) -> list[str]:
+    def data_warnings(self) -> list[str]:
         """Those of all sources."""
-        return [line for source in self.sources for line in source.remarks()]
+        return [line for source in self.sources for line in source.data_warnings()]
 
     def visits(self, key: Sequence[int], start: int = 0) -> Iterator[int | Sample]:
         """Sources drawn by weight, and each one's next sample, from position `start` on."""
@@ -88,7 +88,7 @@ class Mixture(Dataset):
     def _draws(self, key: Sequence[int], block: int) -> np.ndarray:
         """The source of each position of a block."""
         rng = np.random.default_rng([*key, block])
-        return rng.choice(len(self.shares), _BLOCK, p=self.shares)
+        return rng.choice(len(self.fractions), _BLOCK, p=self.fractions)
 
     def _source_of(self, index: int) -> int:
         return int(np.searchsorted(self.firsts, index, side="right")) - 1

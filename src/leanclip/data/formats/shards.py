@@ -49,7 +49,7 @@ from leanclip.data.readers.shard_cache import (
     shard_index,
 )
 from leanclip.data.readers.shard_list import count_samples, find_shards, stated_sizes
-from leanclip.data.readers.tar_index import PROBLEMS, decoded, remarks
+from leanclip.data.readers.tar_index import PROBLEMS, decoded, shard_warnings
 from leanclip.errors import DataError, SampleError
 from leanclip.io.files import LFS_POINTER, is_lfs_file, split_lines
 
@@ -79,7 +79,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     classes, keys = _classes(shards[0], config)
     templates = _templates(shards[0], config) if classes else ()
     dataset = Shards(shards, sizes, config, classes, templates, keys)
-    dataset.has_remarked = len(unknown) == len(shards) and not is_remote(shards[0])
+    dataset.has_reported = len(unknown) == len(shards) and not is_remote(shards[0])
     if len(shards) == 1 and (unknown or not is_remote(shards[0])):
         with suppress(SampleError):
             dataset.check_tar(0)
@@ -95,7 +95,7 @@ class Shards(Dataset):
     """Samples in tar files.
 
     Attributes:
-        has_remarked: what is odd about a shard has been logged; further shards are not reported.
+        has_reported: what is odd about a shard has been logged; further shards are not reported.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Shards(Dataset):
         self.one_caption_per_line = config.one_caption_per_line
         self.classes, self.labels = classes, index_labels(classes, keys)
         self.templates = templates
-        self.has_remarked = self._has_warned = False
+        self.has_reported = self._has_warned = False
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()  # least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Shards(Dataset):
                 return f"{self.shards[shard]}/{decoded(rows[i]['key'])}"
         return f"{self.shards[shard]}/sample {i}"
 
-    def remarks(self) -> list[str]:
+    def data_warnings(self) -> list[str]:
         """What is odd about the shards on this machine."""
 
         def indices() -> Iterator[tuple[str, np.ndarray]]:
@@ -170,7 +170,7 @@ class Shards(Dataset):
                     if not is_remote(shard) or fetched_path(shard).is_file():
                         yield shard, shard_index(shard, self.limit)
 
-        return remarks(indices())
+        return shard_warnings(indices())
 
     def visits(self, key: Sequence[int], start: int = 0) -> Iterator[int | Sample]:
         """Shards in an order drawn by `key`, the samples of a window of shards mixed.
@@ -254,8 +254,8 @@ class Shards(Dataset):
             self._has_warned = True
             message = "%s: of its %d samples only the %d stated in the file beside it are used"
             log.warning(message, shard, len(rows), stated)
-        if not self.has_remarked and (lines := remarks([(shard, rows)])):
-            self.has_remarked = True
+        if not self.has_reported and (lines := shard_warnings([(shard, rows)])):
+            self.has_reported = True
             log.warning("%s: %s (further shards are not reported)", shard, "; ".join(lines))
 
     def _captions(self, opened: _OpenShard, row: np.void, name: str) -> Sequence[str]:

@@ -43,7 +43,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         raise DataError(f"{folder}: no samples in {len(shards)} shards")
     templates = choose_templates(config.templates, root / TEMPLATES) if classes else ()
     dataset = Shards(shards, sizes, config, classes, templates)
-    dataset.has_remarked = True  # by count_samples
+    dataset.has_reported = True  # by count_samples
     return dataset
 
 

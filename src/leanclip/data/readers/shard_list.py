@@ -29,7 +29,7 @@ from leanclip.data.readers.shard_cache import (
     shard_index,
     shard_name,
 )
-from leanclip.data.readers.tar_index import remarks
+from leanclip.data.readers.tar_index import shard_warnings
 from leanclip.errors import DataError
 from leanclip.io.progress import ProgressBar
 
@@ -124,7 +124,9 @@ def count_samples(shards: Sequence[str], limit: float) -> list[int]:
         bar = stack.enter_context(ProgressBar("indexing shards", len(new)))
         for done, _ in enumerate(indexing, 1):
             bar.update(done)
-    for line in remarks((shard, shard_index(shard)) for shard in shards if not is_remote(shard)):
+    for line in shard_warnings(
+        (shard, shard_index(shard)) for shard in shards if not is_remote(shard)
+    ):
         log.warning("%s: %s", Path(shards[0]).parent if len(shards) > 1 else shards[0], line)
     return [_size(shard, limit) for shard in shards]
 

@@ -91,7 +91,7 @@ def decoded(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def remarks(indices: Iterable[tuple[str, np.ndarray]]) -> list[str]:
+def shard_warnings(indices: Iterable[tuple[str, np.ndarray]]) -> list[str]:
     """Warnings, one per line, on members that are not read and members that stand apart.
 
     Args:

@@ -22,7 +22,7 @@ from PIL import Image
 from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.dataset import Dataset, Sample
-from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, open_reduced
+from leanclip.data.scaled_decode import image_bytes, is_rotated, open_header, open_scaled
 from leanclip.data.skipped import Bad
 from leanclip.data.splits import find_splits
 from leanclip.data.tools.duplicates import FINGERPRINT, fingerprint
@@ -207,7 +207,7 @@ def _describe(sample: Sample, max_pixels: int, row: np.void) -> None:
     header = open_header(data, max_pixels=max_pixels)
     row["width"], row["height"] = header.size
     name = sample.image if isinstance(sample.image, Path) else Path(sample.id)
-    image = open_reduced(header, 2 * 17, max_pixels=max_pixels)
+    image = open_scaled(header, 2 * 17, max_pixels=max_pixels)
     row["signs"], row["colors"] = fingerprint(image)
     header = open_header(data, max_pixels=max_pixels)  # `is_animated` seeks among the frames
     oddities = _oddities(header, name.suffix.lower())
@@ -226,7 +226,7 @@ def _oddities(header: Image.Image, suffix: str) -> tuple[bool, ...]:
         mode == "P",
         header.has_transparency_data,
         mode in ("L", "LA", "1"),
-        is_turned(header),
+        is_rotated(header),
         format != "MPO" and getattr(header, "is_animated", False),
         suffix in SUFFIXES and suffix not in _SUFFIXES.get(format, SUFFIXES),
     )

@@ -100,10 +100,10 @@ def _part(part: Part, batch_size: int, context_length: int) -> dict[str, Any]:
         "root": part.config.root,
         "samples": size,
         "unusable": dict(Counter(one.kind for one in part.bad).most_common()),
-        "unusable_share": len(part.bad) / max(size, 1),
+        "unusable_fraction": len(part.bad) / max(size, 1),
         "examples": {kind: reasons[:EXAMPLES] for kind, reasons in examples.items()},
-        "remarks": part.dataset.remarks(),
-        "odd_images": {word: count for word, count in odd.items() if count},
+        "warnings": part.dataset.data_warnings(),
+        "unusual_images": {word: count for word, count in odd.items() if count},
     }
     if len(images):
         short = np.minimum(images["width"], images["height"])
@@ -144,12 +144,12 @@ def _captions(part: Part, context_length: int) -> dict[str, Any]:
     return {
         "captions": len(captions),
         "distinct": len(texts),
-        "duplicate_share": (len(captions) - len(texts)) / total,
+        "duplicate_fraction": (len(captions) - len(texts)) / total,
         "most_common": common,
         "blank": int((captions["length"] == 0).sum()),
         "context_length": context_length,
         "over_context": over,
-        "over_context_share": over / total,
+        "over_context_fraction": over / total,
         "very_long": int((captions["length"] > VERY_LONG).sum()),
     }
 
@@ -186,7 +186,7 @@ def _duplicates(parts: Sequence[Part]) -> tuple[dict[str, Any], list[Pair]]:
     for a, b in combinations(range(len(parts)), 2):
         found, examples = _copies(images, group, near, a, b)
         smaller = max(1, min(len(parts[a].images), len(parts[b].images)))
-        found |= {f"{kind}_share": count / smaller for kind, count in found.items()}
+        found |= {f"{kind}_fraction": count / smaller for kind, count in found.items()}
         names = {"parts": [parts[a].name, parts[b].name]}
         across.append(names | found | {"examples": _named(parts, examples)})
         pairs += examples

@@ -32,7 +32,7 @@ from leanclip.config.strict_yaml import dump_yaml
 from leanclip.data import open_dataset
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.order import shuffled
-from leanclip.data.scaled_decode import image_bytes, is_turned, open_header, open_reduced
+from leanclip.data.scaled_decode import image_bytes, is_rotated, open_header, open_scaled
 from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import DataError, SampleError
@@ -173,9 +173,9 @@ def packed_image(data: bytes, side: int, quality: int, *, max_pixels: int) -> by
         SampleError: it cannot be read, or would be too long for a JPEG.
     """
     header = open_header(data, max_pixels=max_pixels)
-    is_plain = header.format == "JPEG" and header.mode == "RGB" and not is_turned(header)
+    is_plain = header.format == "JPEG" and header.mode == "RGB" and not is_rotated(header)
     short, long = sorted(header.size)  # `image` may be smaller
-    image = open_reduced(header, side, max_pixels=max_pixels)
+    image = open_scaled(header, side, max_pixels=max_pixels)
     if is_plain and short <= side:
         return data
     if short > side:
