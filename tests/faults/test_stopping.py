@@ -142,13 +142,18 @@ def _is_handling_sigterm(pid: int) -> bool:
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_signals_wait_for_an_import_of_pytorch(number: int, code: int) -> None:
-    with pytest.raises(SystemExit) as end, nothing_to_save():
-        with deferred_signals():
-            signal.raise_signal(number)
-            is_imported = True
-        is_over = True
-    assert is_imported
-    assert "is_over" not in locals()
+    reached: list[str] = []
+
+    def work() -> None:
+        with nothing_to_save():
+            with deferred_signals():
+                signal.raise_signal(number)
+                reached.append("imported")
+            reached.append("over")
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert reached == ["imported"]
     assert end.value.code == code
 
 
