@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import Command, Forked, fork_ranks, weights_hash
+from leftovers import children
 
+from leanclip.distributed.preemption import deferred_signals, nothing_to_save
 from leanclip.io.files import read_metrics
 from leanclip.training import checkpoint
 
@@ -105,6 +108,53 @@ def test_a_signal_before_the_first_step_ends(workplace: Path, number: int, code:
         assert process.code() == code
     assert not (workplace / "run").exists()
     assert "Traceback" not in process.output()
+
+
+def test_a_rank_that_dies_before_the_first_step_is_a_failure(workplace: Path) -> None:
+    """The launcher sends SIGTERM to the other one, which nobody asked to stop."""
+    config = (workplace / "config.yaml").read_text()
+    os.mkfifo(workplace / "wait.yaml")  # read by the launcher, then waited for by the ranks
+    process = subprocess.Popen(
+        [
+            sys.executable, "-c", "from leanclip.cli.main import main; main()",
+            "train", "-c", "wait.yaml", "--output-dir", "run", "--num-procs", "2",
+        ],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    (workplace / "wait.yaml").write_text(config)
+    while sum(map(_is_handling_sigterm, children(process.pid))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 0: -9" in errors
+
+
+def _is_handling_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught, blocked = (
+        int(status.split(f"{name}:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1
+        for name in ("SigCgt", "SigBlk")
+    )
+    return bool(caught and not blocked)
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_signals_wait_for_an_import_of_pytorch(number: int, code: int) -> None:
+    reached: list[str] = []
+
+    def work() -> None:
+        with nothing_to_save():
+            with deferred_signals():
+                signal.raise_signal(number)
+                reached.append("imported")
+            reached.append("over")
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert reached == ["imported"]
+    assert end.value.code == code
 
 
 @pytest.mark.slow

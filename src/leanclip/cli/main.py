@@ -108,7 +108,8 @@ def _run(words: list[str]) -> None:
             print(f"interrupted{advice}", file=sys.stderr)
         elif end.code == 143 and isinstance(end, Preempted):
             log.info("%s%s", end, advice)
-        if end.code in (130, 143):
+        # A rank that training did not stop may be ended by the launcher because another has died.
+        if end.code in (130, 143) and (isinstance(end, Preempted) or not is_rank()):
             leave(end.code)
         raise
 
@@ -135,7 +136,7 @@ def train(
     from --load, or from scratch.
     """
     from leanclip.config.schema import load_config
-    from leanclip.distributed.preemption import nothing_to_save
+    from leanclip.distributed.preemption import deferred_signals, nothing_to_save
     from leanclip.errors import ConfigError
 
     run = resume or None  # a bare --resume names no folder
@@ -155,6 +156,8 @@ def train(
             output_dir=run or output_dir,
             device="cpu" if num_procs > 1 else None,
         )
+        with deferred_signals():
+            import torch  # noqa: F401
         if not dry_run:
             launch_ranks(
                 context.obj, ranks, num_gpus, device=settings.device, max_restarts=max_restarts

@@ -79,8 +79,9 @@ def join_launch() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[_LAUNCHER].split()[0]):  # it died before
         os._exit(1)
+    store = _store()  # imports PyTorch, in which a handler may not raise
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
-    if _store().check(["code"]):
+    if store.check(["code"]):
         sys.exit(0)
 
 

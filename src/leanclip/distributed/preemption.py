@@ -57,6 +57,19 @@ def nothing_to_save() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Within the block SIGTERM and SIGINT wait for its end.
+
+    For imports of PyTorch, whose C++ code aborts if a signal handler raises in it.
+    """
+    received: list[int] = []
+    with signal_handlers(dict.fromkeys(STOP_SIGNALS, lambda number, _: received.append(number))):
+        yield
+    for number in received:
+        signal.raise_signal(number)
+
+
 class Signals:
     """The signals that this process received."""
 
