@@ -173,6 +173,13 @@ def test_values_of_csv_are_text(tmp_path: Path) -> None:
     assert captions(path, caption_column="label") == [[text] for text in texts]
 
 
+@pytest.mark.parametrize("values", [("007", "08"), ("1e3", "2.50"), ("NA", "null"), ("true",) * 2])
+def test_columns_of_one_kind_are_text(tmp_path: Path, values: tuple[str, str]) -> None:
+    """A reader that guesses types would make numbers, truth values or nothing of them."""
+    path = write(tmp_path / "a.csv", "image,label\n" + "".join(f"0.png,{v}\n" for v in values))
+    assert captions(path, caption_column="label") == [[value] for value in values]
+
+
 def test_a_row_that_is_changed_is_read_anew_and_its_index_made_anew(
     tmp_path: Path, cache: Path
 ) -> None:
