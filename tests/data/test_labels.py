@@ -133,6 +133,7 @@ def test_a_whole_number_is_an_index_whatever_names_look_like(
         (["1", "2", "3"], ["1", "3"], ["2", None]),  # never both: 3 is no index
         (["crane", "fox", "crane"], ["fox", "crane", "2"], ["fox", None, "crane"]),
         (["7\tant", "3\tbee"], ["3", "7", "0"], ["bee", "ant", None]),
+        (["cat\tdog", "dog\tcat"], ["cat", "dog", "1"], ["dog", "cat", "cat"]),  # keys before names
         (SYNSETS, ["n02012849", "n01440764", "2"], ["crane", "tench", "crane"]),
     ],
 )

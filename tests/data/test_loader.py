@@ -14,7 +14,7 @@ from conftest import make_pairs, noise_image, small_batches
 from leanclip.config.data import DataConfig
 from leanclip.config.sections import parse, to_plain
 from leanclip.data import open_dataset
-from leanclip.data.batch import Batch, Position
+from leanclip.data.batch import TEXT_LENGTHS, Batch, Position, trim
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.formats.mixture import Mixture
 from leanclip.data.loader import PREFETCH, evaluation_batches, training_batches
@@ -22,6 +22,7 @@ from leanclip.data.order import SMALL, permuted, shuffled
 from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import ConfigError, DataError
 from leanclip.preprocess.images import Preprocess, normalize
+from leanclip.preprocess.tokenizer import END, START
 
 
 def config(root: Path, format: str = "pairs", **more: object) -> DataConfig:
@@ -101,6 +102,32 @@ def test_each_visit_draws_a_caption_and_a_crop(tmp_path: Path) -> None:
     assert len(captions) == 10  # both captions of each of the five
     crops = {image.numpy().tobytes() for batch, _ in found for image in batch.images}
     assert len(crops) > 50
+
+
+def test_crops_and_captions_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    settings = config(make_pairs(tmp_path / "p", 12))
+    dataset = open_dataset(settings)
+    streams = []
+    for size, batches in ((2, 6), (4, 3), (12, 1)):
+        found = [
+            batch for batch, _ in itertools.islice(open_stream(dataset, settings, size), batches)
+        ]
+        images = torch.cat([batch.images for batch in found])
+        streams.append((images, [row[:6].tolist() for batch in found for row in batch.tokens]))
+    for images, tokens in streams[1:]:
+        assert torch.equal(images, streams[0][0])
+        assert tokens == streams[0][1]
+
+
+@pytest.mark.parametrize("length", [*range(2, 20), 32, 33, 64, 65, 77])
+def test_tokens_are_trimmed_behind_the_end_of_the_longest(length: int) -> None:
+    tokens = torch.zeros(2, 77, dtype=torch.int64)
+    tokens[0, :2] = torch.tensor([START, END])
+    tokens[1, :length] = torch.tensor([START, *range(1, length - 1), END])
+    cut = trim(tokens)
+    assert cut.shape[1] in (*TEXT_LENGTHS, 77)
+    assert cut.shape[1] == min(n for n in (*TEXT_LENGTHS, 77) if n >= length)
+    assert cut[1, length - 1] == END
 
 
 def test_unreadable_images_are_left_out_and_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from leanclip.config.data import DataConfig
 from leanclip.data import Dataset, open_dataset
 from leanclip.data.batch import Position
-from leanclip.data.readers import csv_rows
+from leanclip.data.readers import csv_rows, json_lines
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError, SampleError
 
@@ -159,6 +159,18 @@ def test_spoilt_json_lines(tmp_path: Path) -> None:
     assert captions(path) == [expected for _, expected in rows]
 
 
+def test_large_and_undecodable_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(json_lines, "_BATCH_BYTES", 60)
+    good = '{"image": "x.jpg", "caption": "%s"}'
+    lines = [good % n for n in range(9)]
+    lines[2:2] = [good % ("long " * 50), good % "caf\udce9", good % "long " + " " * 300]
+    content = "\n".join(lines).encode("utf-8", "surrogateescape")
+    expected: list[object] = [[str(n)] for n in range(9)]
+    expected[2:2] = ["oversized row", "caption not UTF-8", "oversized row"]
+    assert captions(write(tmp_path / "a.jsonl", content)) == expected
+
+
 def test_several_caption_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "image,en,de\nx.jpg,dog,Hund\ny.jpg,cat,\n")
     assert captions(path, caption_column=("en", "de")) == [["dog", "Hund"], ["cat"]]
@@ -171,6 +183,13 @@ def test_values_of_csv_are_text(tmp_path: Path) -> None:
     texts = [value.strip('"') for value in values]
     assert open_dataset(config(path)).classes == sorted(texts)
     assert captions(path, caption_column="label") == [[text] for text in texts]
+
+
+@pytest.mark.parametrize("values", [("007", "08"), ("1e3", "2.50"), ("NA", "null"), ("true",) * 2])
+def test_columns_of_one_kind_are_text(tmp_path: Path, values: tuple[str, str]) -> None:
+    """A reader that guesses types would make numbers, truth values or nothing of them."""
+    path = write(tmp_path / "a.csv", "image,label\n" + "".join(f"0.png,{v}\n" for v in values))
+    assert captions(path, caption_column="label") == [[value] for value in values]
 
 
 def test_a_row_that_is_changed_is_read_anew_and_its_index_made_anew(
@@ -422,6 +441,14 @@ def test_parquet_batches_are_of_equal_rows(tmp_path: Path) -> None:
         ("a.csv", "image caption\nx.jpg one\n", {}, "separated by ' '; save it with commas"),
         ("a.csv", 'image;"x, y"\na;b\n', {}, r"data\.caption_column \(columns: image, 'x, y'\)$"),
         ("a.csv.gz", b"\x1f\x8b", {}, "is none of .csv .*unpack it first"),
+        ("a.csv", 'image,"caption\n' + "a,b\n" * 2000, {}, "header: an open quote, or over 65536"),
+        ("a.jsonl", "\n \n", {}, "has no rows"),
+        (
+            "a.jsonl",
+            '{"image": "a", "label": ["b"]}\n',
+            {},
+            "the column 'label' has lists of labels",
+        ),
         ("a.jsonl", "[1]\n", {}, "none of the first rows is a JSON object"),
         ("a.parquet", b"PAR1 but no more", {}, r"a\.parquet: cannot be read as Parquet"),
     ],

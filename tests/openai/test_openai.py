@@ -31,8 +31,8 @@ import leanclip
 import leanclip.openai as clip
 from leanclip.openai.network import CLIP, build_model, convert_weights
 from leanclip.openai.simple_tokenizer import SimpleTokenizer
-from leanclip.openai.transforms import steps_of
-from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess
+from leanclip.openai.transforms import CenterCrop, steps_of
+from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, Rounding
 from leanclip.weights import hub
 
 # embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, context_length,
@@ -457,6 +457,18 @@ def test_the_steps_of_the_transform(tmp_path: Path) -> None:
     assert pixels.grad is not None
     one = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
     assert (preprocess(one) - expected).abs().mean() < 0.01  # no rounding between the steps
+
+
+@pytest.mark.parametrize(
+    ("width", "even", "down"), [(5, 0, 0), (6, 1, 1), (7, 2, 1), (9, 2, 2), (11, 4, 3), (3, 0, -1)]
+)
+def test_half_a_pixel_of_a_crop_is_rounded(width: int, even: int, down: int) -> None:
+    image = Image.fromarray(np.arange(1, width + 1, dtype=np.uint8)[None].repeat(4, 0))
+    offsets: dict[Rounding, int] = {"even": even, "down": down}
+    for rounding, left in offsets.items():
+        crop = CenterCrop(4, rounding)(image)
+        expected = [n + 1 if 0 <= n < width else 0 for n in range(left, left + 4)]
+        assert np.asarray(crop)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("size", [(40, 31), (20, 9), (9, 20)])

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from leanclip.report.text import retention_sentence
 from leanclip.training import checkpoint
 from leanclip.training.checkpoint import Best
 from leanclip.training.plan import Plan, make_plan
-from leanclip.training.schedule import improved, should_stop, update_best
+from leanclip.training.schedule import (
+    improved,
+    is_due,
+    learning_rate_at,
+    should_stop,
+    update_best,
+)
 from leanclip.weights import save_weights
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -76,6 +83,21 @@ def test_the_best_is_the_first_of_equals_and_counts_what_came_after(workplace: P
     assert not should_stop(plan, other)
     assert update_best(plan, other, {R1: 0.1}, 7) == Best(R1, 0.1, 7, 0)
     assert update_best(plan_of(), None, {R1: 0.1}, 7) is None
+
+
+def test_what_is_due_follows_the_data_after_a_change_of_the_batch_size(workplace: Path) -> None:
+    plan = replace(plan_of("train.epochs=4"), offset=5)  # five steps more than at this batch size
+    size, last = plan.steps_per_epoch, plan.last_step
+    assert last == 4 * size + 5
+    every_two_epochs = [step for step in range(5, last + 1) if is_due(step, plan, 2)]
+    assert every_two_epochs == [5, 5 + 2 * size, last]
+    assert [step for step in range(1, 9) if is_due(step, plan, None, 4)] == [4, 8]
+    assert not is_due(last - 1, plan, None)
+    assert is_due(last, plan, None)
+    unchanged = replace(plan, offset=0)
+    rates = [learning_rate_at(unchanged, step) for step in range(4 * size)]
+    assert [learning_rate_at(plan, step + 5) for step in range(4 * size)] == rates
+    assert len(set(rates)) > 1
 
 
 def test_a_run_without_gain_ends_and_keeps_its_best(command: Command, workplace: Path) -> None:

@@ -154,9 +154,13 @@ def test_another_rank_may_see_less_but_nothing_else(
         assert before[-13:-1] != after.partition("digest ")[2][:12]
 
 
-def test_ranks_on_two_disks_go_on_from_the_first_ones_checkpoint(workplace: Path) -> None:
+@pytest.mark.parametrize("ema_decay", ["0.9", "null"])
+def test_ranks_on_two_disks_go_on_from_the_first_ones_checkpoint(
+    ema_decay: str, workplace: Path
+) -> None:
     """Moments, the weights' mean and random states too: the bits of a run in one folder."""
-    options = (*OF_TWO, "-o", "finetune.ema_decay=0.9", "-o", "finetune.patch_dropout=0.3")
+    more = f"finetune.ema_decay={ema_decay}"
+    options = (*OF_TWO, "-o", more, "-o", "finetune.patch_dropout=0.3")
     ranks = fork_ranks(2, *options, "--output-dir", "whole", folder=workplace)
     assert [rank.code() for rank in ranks] == [0, 0]
     shutil.copytree("whole", "a")

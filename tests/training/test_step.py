@@ -180,6 +180,14 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert not torch.equal(before["text_projection"], model.text_projection)
 
 
+@pytest.mark.parametrize(("scale", "bounded"), [(200.0, 100.0), (0.5, 1.0), (30.0, 30.0)])
+def test_a_step_keeps_the_scale_within_its_bounds(scale: float, bounded: float) -> None:
+    model = model_of("clip", scale)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    train_step(model, optimizer, batch_of(), Preprocess(32), rate=1e-6)
+    assert model.logit_scale.exp().item() == pytest.approx(bounded, rel=1e-4)
+
+
 def test_micro_batches_keep_one_graph_at_a_time() -> None:
     """The most that autograd keeps at once falls with the number of micro-batches."""
     peaks = {}

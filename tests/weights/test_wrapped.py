@@ -106,7 +106,7 @@ def test_any_nesting_of_prefixes(prefix: str, form: str, tensors: Tensors, tmp_p
         lambda tensors: {"model": {"module": {"clip": tensors}}, "args": None},
         lambda tensors: {"app": {"model": tensors, "step": torch.tensor(1)}, "name": "x"},
         lambda tensors: tensors | {"epoch": 3},
-        lambda tensors: {"net": tensors, "optimizer": {"exp_avg": tensors, "step": 1}},
+        lambda tensors: {"net": tensors, "optimizer": {"momentum": under("", tensors), "step": 1}},
         lambda tensors: under("a.", tensors) | {f"b.{name}": t for name, t in tensors.items()},
     ],
     ids=[
