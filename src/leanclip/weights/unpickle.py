@@ -28,6 +28,7 @@ from leanclip.errors import WeightsError
 
 _MAX_OPERATIONS = 5_000_000  # a ViT-L/14 with its optimiser takes about 50,000
 _MAX_NAME_LENGTH = 1000
+_MAX_PATH_LENGTH = 500  # of a tensor's name with its dicts or modules: names multiply
 _MAX_SHARED_BYTES = 64 << 20
 _DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 # What parsing something damaged raises; RecursionError and torch's errors are RuntimeErrors.
@@ -82,6 +83,17 @@ def check_sharing(places: Iterable[tuple[int, int]]) -> None:
         raise WeightsError(
             f"{total:,} bytes of tensors in {present:,} bytes of values: too many share them"
         )
+
+
+def check_path(path: str) -> str:
+    """The path of a tensor or dict in a file.
+
+    Raises:
+        WeightsError: it is too long: a long name before each of many short ones fills the memory.
+    """
+    if len(path) > _MAX_PATH_LENGTH:
+        raise WeightsError(f"the name {path[:60]!r}... is over {_MAX_PATH_LENGTH} characters long")
+    return path
 
 
 @dataclass(frozen=True, slots=True, eq=False)
