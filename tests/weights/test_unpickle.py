@@ -546,7 +546,7 @@ def test_lists_of_storages_are_not_compared_deeply(tmp_path: Path) -> None:
     data = path.read_bytes()
     assert data.endswith(b"\x80\2]q\0.")
     write(path, data[: -len(b"\x80\2]q\0.")] + program)
-    refused(read_torch_legacy, path, "list of storages")
+    refused(read_torch_legacy, path, "not of texts")
 
 
 def test_wrong_zips_are_refused(tmp_path: Path) -> None:

@@ -130,8 +130,9 @@ def read_torch_legacy(path: str | Path) -> object:
             raise WeightsError("of an unknown protocol, or written on a big-endian machine")
         loaded, keys = pickle(), pickle()
         # Comparing lists that share lists takes exponential time: only texts are compared.
-        is_texts = type(keys) is list and all(type(key) is str for key in keys)
-        if not is_texts or sorted(keys) != sorted(storages):
+        if type(keys) is not list or any(type(key) is not str for key in keys):
+            raise WeightsError("its list of storages is not of texts")
+        if sorted(keys) != sorted(storages):
             raise WeightsError("its list of storages is not that of its tensors")
         for key in keys:
             _fill(storages[key], key, file)
