@@ -23,7 +23,7 @@ import leanclip
 from leanclip.training.sharded_checkpoint import read_shards, save_shards
 from leanclip.weights import read_weights
 from leanclip.weights.convert import write_weights
-from leanclip.weights.unpickle import image_errors, interpret, numpy_names
+from leanclip.weights.unpickle import interpret, numpy_names, weights_errors
 
 SMALL = {"vocab_size": 64, "vision_width": 64, "transformer_width": 64, "vision_heads": 1}
 SMALL |= {"transformer_heads": 1, "vision_layers": 1, "transformer_layers": 1}
@@ -177,7 +177,10 @@ OPERATIONS = st.one_of(
 @given(st.lists(OPERATIONS, max_size=30))
 def test_a_pickle_of_any_instructions(operations: list[bytes]) -> None:
     data = b"\x80\2" + b"".join(operations) + b"."
-    with bounded(data, "program.pkl", seconds=5, megabytes=100), image_errors(Path("x"), "pickle"):
+    with (
+        bounded(data, "program.pkl", seconds=5, megabytes=100),
+        weights_errors(Path("x"), "pickle"),
+    ):
         value = interpret(io.BytesIO(data), len(data), numpy_names())
         assert not callable(value)
 

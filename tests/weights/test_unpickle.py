@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from leanclip.errors import WeightsError
 from leanclip.weights.files import read_safetensors, sniff
 from leanclip.weights.passl import paddle_arrays
+from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.torch_file import module_tensors, read_torch_legacy, read_torch_zip
 from leanclip.weights.unpickle import read_numpy_pickle
 
@@ -501,10 +502,51 @@ def test_modules_shared_without_end(tmp_path: Path) -> None:
     for _ in range(45):  # 2**45 names
         program += module + b"}(" + text("a") + b"h\0" + text("b") + b"h\0ubq\0"
     itself = module + b"q\0}" + text("a") + b"h\0sb"
-    for endless in (program, itself):
+    for endless, words in ((program, "modules"), (itself, "over 500 characters")):
         root = read_torch_zip(torch_zip(tmp_path / "a.pt", b"\x80\2" + endless + b"."))
-        with pytest.raises(WeightsError, match="modules"):
+        with pytest.raises(WeightsError, match=words):
             module_tensors(root)
+
+
+def test_one_long_name_before_many(tmp_path: Path) -> None:
+    """A name of 100 kB before 2,000 short ones would be 200 MB of names."""
+    many = b"".join(text(f"{i:05}") + b"h\0" for i in range(2000))
+    tensor = tensor_program()[2:-1] + b"q\0"
+    nested = b"}" + text("k" * 100_000) + b"}(" + text("a") + tensor + many + b"us"
+    module = name("__torch__", "X") + b")\x81"
+    modules = module + b"}" + text("k" * 100_000) + module + b"}(" + text("a") + tensor + many
+    for program in (nested, modules + b"ubsb"):
+        path = torch_zip(tmp_path / "a.pt", b"\x80\2" + program + b".")
+        refused(read_state_dict, path, "over 500 characters")
+
+
+def test_storages_that_lie_over_each_other(tmp_path: Path) -> None:
+    """Were each copied, for it is not aligned, a short file would fill the memory."""
+    count = 20
+    tensors = [tensor_program(key=str(i), count=2500)[2:-1] for i in range(count)]
+    program = b"\x80\2](" + b"".join(tensors) + b"e."
+    values = {f"archive/data/{i}": bytes(10_000 if i == 0 else 1) for i in range(count)}
+    data = bytearray(torch_zip(tmp_path / "a.pt", program, values).read_bytes())
+    first = place = 0
+    while (place := data.find(b"PK\1\2", place + 1)) >= 0:
+        length = int.from_bytes(data[place + 28 : place + 30], "little")
+        if b"/data/" in data[place + 46 : place + 46 + length]:
+            first = first or place  # the directory's entry of the storage that is there
+            data[place + 20 : place + 28] = data[first + 20 : first + 28]
+            data[place + 42 : place + 46] = data[first + 42 : first + 46]
+    refused(read_torch_zip, write(tmp_path / "a.pt", bytes(data)), "overlap")
+
+
+def test_lists_of_storages_are_not_compared_deeply(tmp_path: Path) -> None:
+    """Two lists that hold one list twice, and so on: comparing them takes 2^60 steps."""
+    path = tmp_path / "a.pt"
+    torch.save({}, path, _use_new_zipfile_serialization=False)
+    shared = b"]" + b"q\0](h\0h\0eq\0" * 60
+    program = b"\x80\2](" + shared + shared + b"e."
+    data = path.read_bytes()
+    assert data.endswith(b"\x80\2]q\0.")
+    write(path, data[: -len(b"\x80\2]q\0.")] + program)
+    refused(read_torch_legacy, path, "not of texts")
 
 
 def test_wrong_zips_are_refused(tmp_path: Path) -> None:

@@ -116,11 +116,11 @@ def image_errors(name: str = "") -> Iterator[None]:
 
 
 def read_header(file: File, max_pixels: int) -> Image.Image:
-    """The image, its pixels not yet decoded; to be called within `refusing`.
+    """The image, its pixels not yet decoded; to be called within `image_errors`.
 
     Raises:
         SampleError: the file is empty, in another format, or over `max_pixels`.
-        Exception: another one that `refusing` turns into a SampleError.
+        Exception: another one that `image_errors` turns into a SampleError.
     """
     if isinstance(file, Image.Image):
         image = file

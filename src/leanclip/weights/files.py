@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from leanclip.errors import WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
-from leanclip.weights.unpickle import image_errors
+from leanclip.weights.unpickle import weights_errors
 
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of wrong values
 INDEX = ".index.json"  # ends the name of a file that lists shards
@@ -34,7 +34,7 @@ def sniff(path: str | Path) -> Literal["safetensors", "zip", "pickle", "torch-le
         WeightsError: the file is missing, empty or something else; names what.
     """
     path = Path(path)
-    with image_errors(path, "file"), path.open("rb") as file:
+    with weights_errors(path, "file"), path.open("rb") as file:
         head = file.read(64)
         size = path.stat().st_size
     if not head:
@@ -62,7 +62,7 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
             leave gaps or end outside the file.
     """
     path = Path(path)
-    with image_errors(path, "safetensors file"):
+    with weights_errors(path, "safetensors file"):
         if is_lfs_file(path):
             raise WeightsError(LFS_POINTER)
         try:

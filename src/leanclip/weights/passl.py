@@ -19,7 +19,7 @@ from leanclip.config.model import ModelConfig
 from leanclip.errors import WeightsError
 from leanclip.preprocess.images import Preprocess
 from leanclip.weights.names import Rule, to_ours, to_theirs
-from leanclip.weights.unpickle import check_sharing, image_errors, read_numpy_pickle
+from leanclip.weights.unpickle import check_sharing, read_numpy_pickle, weights_errors
 from leanclip.weights.weights import VISION_POSITIONS, Weights, infer_architecture
 
 log = logging.getLogger("leanclip")
@@ -147,7 +147,7 @@ def paddle_arrays(loaded: object, source: Path) -> dict[str, np.ndarray]:
     Raises:
         WeightsError: the values have another form.
     """
-    with image_errors(source, "file of PaddlePaddle's"):
+    with weights_errors(source, "file of PaddlePaddle's"):
         if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
             loaded = loaded["state_dict"]
         if not isinstance(loaded, dict):

@@ -17,7 +17,7 @@ import torch
 from leanclip.errors import WeightsError
 from leanclip.weights.files import INDEX, read_json, read_safetensors, sniff
 from leanclip.weights.torch_file import module_tensors, read_torch_legacy, read_torch_zip
-from leanclip.weights.unpickle import Module, check_sharing, image_errors
+from leanclip.weights.unpickle import Module, check_path, check_sharing, weights_errors
 
 log = logging.getLogger("leanclip")
 
@@ -54,10 +54,11 @@ def read_state_dict(
     """
     loaded = _read_shards(path) if path.name.endswith(INDEX) else _read_file(path)
     if isinstance(loaded, Module):
-        tensors, unexpected = module_tensors(loaded), TORCHSCRIPT
+        with weights_errors(path, "TorchScript"):
+            tensors, unexpected = module_tensors(loaded), TORCHSCRIPT
     else:
         tensors, unexpected = _unwrap(loaded, path, key)
-    with image_errors(path, "file of PyTorch's"):
+    with weights_errors(path, "file of PyTorch's"):
         check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
     return tensors, unexpected
 
@@ -99,8 +100,9 @@ def _unwrap(
     if not isinstance(loaded, dict):
         raise WeightsError(f"{source}: holds a {type(loaded).__name__}, not a state dict")
     every = {}
-    for name, tensor in _leaves(loaded, "", _MAX_DEPTH, set()):
-        every.setdefault(_WRAPPERS.sub("", name), tensor)
+    with weights_errors(source, "state dict"):
+        for name, tensor in _leaves(loaded, "", _MAX_DEPTH, set()):
+            every.setdefault(_WRAPPERS.sub("", name), tensor)
     if not every:
         raise WeightsError(
             f"{source}: holds no state dict; its keys are {', '.join(map(str, loaded))[:100]}"
@@ -128,9 +130,9 @@ def _leaves(
         if not isinstance(name, str):
             continue
         if isinstance(value, torch.Tensor):
-            yield path + name, value
+            yield check_path(path + name), value
         elif isinstance(value, dict) and depth and id(value) not in seen:
-            yield from _leaves(value, f"{path}{name}.", depth - 1, seen)
+            yield from _leaves(value, check_path(f"{path}{name}."), depth - 1, seen)
 
 
 def _choose(every: dict[str, torch.Tensor], source: Path, key: str | None) -> str | None:

@@ -20,7 +20,14 @@ from typing import BinaryIO
 import torch
 
 from leanclip.errors import WeightsError
-from leanclip.weights.unpickle import Module, Name, image_errors, interpret, numpy_names
+from leanclip.weights.unpickle import (
+    Module,
+    Name,
+    check_path,
+    interpret,
+    numpy_names,
+    weights_errors,
+)
 
 _MAX_MODULES = 200_000
 _LEGACY_PROTOCOL = 1001
@@ -52,7 +59,7 @@ def read_torch_zip(path: str | Path) -> object:
             anything but data; a tensor does not fit in its storage.
     """
     path = Path(path)
-    with image_errors(path, "zip of PyTorch's"), path.open("rb") as file:
+    with weights_errors(path, "zip of PyTorch's"), path.open("rb") as file:
         members = _members(file)
         roots = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
         if len(roots) != 1:
@@ -60,6 +67,7 @@ def read_torch_zip(path: str | Path) -> object:
         root = roots[0].removesuffix("data.pkl")
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         storages: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        left = len(mapped)  # bytes of storages: one that is not aligned is copied
 
         def content(name: str) -> memoryview:
             if root + name not in members:
@@ -67,8 +75,12 @@ def read_torch_zip(path: str | Path) -> object:
             return mapped[members[root + name]]
 
         def storage(identity: object) -> torch.Tensor:
+            nonlocal left
             key, dtype, count = _storage_id(identity)
             if (key, dtype) not in storages:
+                left -= len(content(f"data/{key}"))
+                if left < 0:
+                    raise WeightsError("its storages overlap")
                 storages[key, dtype] = _flat(content(f"data/{key}"), dtype)
             found = storages[key, dtype]
             if len(found) != count or found.nbytes != len(content(f"data/{key}")):
@@ -93,7 +105,7 @@ def read_torch_legacy(path: str | Path) -> object:
         WeightsError: the file is missing or damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
-    with image_errors(path, "file of PyTorch's"), path.open("rb") as file:
+    with weights_errors(path, "file of PyTorch's"), path.open("rb") as file:
         left = size = path.stat().st_size
         storages: dict[str, torch.Tensor] = {}
 
@@ -117,7 +129,10 @@ def read_torch_legacy(path: str | Path) -> object:
         if protocol != _LEGACY_PROTOCOL or not is_little:
             raise WeightsError("of an unknown protocol, or written on a big-endian machine")
         loaded, keys = pickle(), pickle()
-        if type(keys) is not list or sorted(keys) != sorted(storages):
+        # Comparing lists that share lists takes exponential time: only texts are compared.
+        if type(keys) is not list or any(type(key) is not str for key in keys):
+            raise WeightsError("its list of storages is not of texts")
+        if sorted(keys) != sorted(storages):
             raise WeightsError("its list of storages is not that of its tensors")
         for key in keys:
             _fill(storages[key], key, file)
@@ -140,9 +155,9 @@ def module_tensors(root: object) -> dict[str, torch.Tensor]:
         prefix, module = waiting.pop()
         for name, value in module.attributes.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{prefix}{name}"] = value
+                tensors[check_path(f"{prefix}{name}")] = value
             elif isinstance(value, Module):
-                waiting.append((f"{prefix}{name}.", value))
+                waiting.append((check_path(f"{prefix}{name}."), value))
     raise WeightsError(f"an object of TorchScript has more than {_MAX_MODULES:,} modules")
 
 

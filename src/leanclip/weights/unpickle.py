@@ -28,6 +28,7 @@ from leanclip.errors import WeightsError
 
 _MAX_OPERATIONS = 5_000_000  # a ViT-L/14 with its optimiser takes about 50,000
 _MAX_NAME_LENGTH = 1000
+_MAX_PATH_LENGTH = 500  # of a tensor's name with its dicts or modules: names multiply
 _MAX_SHARED_BYTES = 64 << 20
 _DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 # What parsing something damaged raises; RecursionError and torch's errors are RuntimeErrors.
@@ -36,7 +37,7 @@ _DAMAGE += (AttributeError, MemoryError, RuntimeError, struct.error, zipfile.Bad
 
 
 @contextmanager
-def image_errors(path: Path, kind: str) -> Iterator[None]:
+def weights_errors(path: Path, kind: str) -> Iterator[None]:
     """Turn what goes wrong while reading `path` into a one-line WeightsError that names it."""
     try:
         yield
@@ -60,7 +61,7 @@ def read_numpy_pickle(path: str | Path) -> object:
         WeightsError: the file is missing or damaged, or mentions anything else by name.
     """
     path = Path(path)
-    with image_errors(path, "pickle"), path.open("rb") as file:
+    with weights_errors(path, "pickle"), path.open("rb") as file:
         return interpret(file, path.stat().st_size, numpy_names())
 
 
@@ -82,6 +83,17 @@ def check_sharing(places: Iterable[tuple[int, int]]) -> None:
         raise WeightsError(
             f"{total:,} bytes of tensors in {present:,} bytes of values: too many share them"
         )
+
+
+def check_path(path: str) -> str:
+    """The path of a tensor or dict in a file.
+
+    Raises:
+        WeightsError: it is too long: a long name before each of many short ones fills the memory.
+    """
+    if len(path) > _MAX_PATH_LENGTH:
+        raise WeightsError(f"the name {path[:60]!r}... is over {_MAX_PATH_LENGTH} characters long")
+    return path
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,7 +131,7 @@ def interpret(
 
     Raises:
         WeightsError: an instruction asks for what is not allowed.
-        Exception: one of those that `refusing` turns into a WeightsError: damage.
+        Exception: one of those that `weights_errors` turns into a WeightsError: damage.
     """
     read = _Reader(file, size)
     memo: dict[int, object] = {}
