@@ -13,6 +13,7 @@ from pyarrow import dataset
 from test_inference import save_tiny
 
 import leanclip
+from leanclip.cli.use import _embedded
 from leanclip.errors import ConfigError, DataError
 from leanclip.inference.embeddings import Source, embed, read_embeddings, shards_of
 
@@ -208,3 +209,10 @@ def test_names_are_kept_as_they_are(photos: Path) -> None:
         noise_image(0).save(odd / "t.png")
         (odd / "t.png").rename(odd / name)
     assert list(Source.of(odd).names) == sorted(["a\nb.png", "é ü.png", "x.PNG"])
+
+
+def test_the_summary_counts_in_the_singular_and_plural() -> None:
+    one = {"images": 1, "skipped": 0, "shards": 1, "out": "E", "format": "npy", "embed_dim": 8}
+    assert _embedded(one) == "1 image in E: 1 shard (npy), 8 dimensions; 0 skipped"
+    many = one | {"images": 1500, "skipped": 2, "shards": 2}
+    assert _embedded(many) == "1,498 images in E: 2 shards (npy), 8 dimensions; 2 skipped"

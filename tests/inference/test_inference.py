@@ -343,7 +343,7 @@ def test_what_is_no_image_is_named(
         (["cat", "cat "], "found 1; give two or more"),
         (["cat", 3], "label 1 is of type int; give strings"),
         ("cat, dog", "labels: cat, dog: no such file; give a list, or a file"),
-        (["cat", "word " * 50], "a caption of 57 tokens is over the context of 24"),
+        (["cat", "word " * 50], "a caption of 57 tokens exceeds the context length of 24"),
     ],
 )
 def test_labels_that_cannot_be_used(
@@ -365,7 +365,7 @@ def test_a_label_of_two_classes_is_both(
 def test_other_mistakes_have_their_words(
     clip: leanclip.InferenceModel, weights: Path, folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"over the context of 24: 'word .*truncate=True"):
+    with pytest.raises(DataError, match=r"context length of 24: 'word .*truncate=True"):
         clip.embed_texts(["short", "word " * 50])
     assert clip.embed_texts(["word " * 50], truncate=True).shape == (1, 16)
     with pytest.raises(DataError, match="text 1 is of type PosixPath"):

@@ -73,7 +73,7 @@ def test_a_single_text_and_no_text() -> None:
 
 def test_a_long_caption_is_refused_with_its_length() -> None:
     text = "cat " * 76
-    with pytest.raises(DataError, match=r"78 tokens.*context of 77.*truncate=True"):
+    with pytest.raises(DataError, match=r"78 tokens.*context length of 77.*truncate=True"):
         tokenize(text)
     assert tokenize("cat " * 75)[0, -1] == END
 

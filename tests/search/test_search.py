@@ -131,6 +131,7 @@ def test_filters(index: Index) -> None:
     assert found(folder="photos/shapes/00") == below
     assert found(folder=Path("photos").absolute()) == set(everything)
     assert found(folder="photos/shap") == set()
+    assert found(folder="/") == set(everything)
     sizes = {path: Path(path).stat().st_size for path in everything}
     middle = sorted(sizes.values())[60]
     assert found(size=(middle, None)) == {path for path in sizes if sizes[path] >= middle}
@@ -174,6 +175,8 @@ def test_several_with_weights_and_what_is_not_wanted(index: Index) -> None:
     np.testing.assert_allclose(vector, expected, atol=1e-6)
     np.testing.assert_allclose(index.query(["a cat"]), cat, atol=1e-6)
     for weights in ([1], [1, -1], [0, 1], [float("nan"), 1]):
+        with pytest.raises(ConfigError, match="weights: should be 1 positive number, found"):
+            index.query(["a star"], weights=[0])
         with pytest.raises(ConfigError, match="weights: should be 2 positive numbers"):
             index.query(["a cat", "a dog"], weights=weights)
     with pytest.raises(ConfigError, match="give a text, or an image"):

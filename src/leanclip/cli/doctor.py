@@ -5,6 +5,8 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from leanclip.report.text import count
+
 
 def diagnose() -> str:
     """A table of the machine and the packages, with commands that install missing ones."""
@@ -43,9 +45,10 @@ def _requirements() -> list[tuple[str, str]]:
 
 
 def _devices() -> str:
+    cores = count(os.cpu_count() or 1, "CPU core")
     try:
         import torch
     except ImportError:
-        return f"{os.cpu_count()} CPU cores; GPUs unknown, as torch is missing"
+        return f"{cores}; GPUs unknown, as torch is missing"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join((f"{os.cpu_count()} CPU cores ({torch.get_num_threads()} threads)", *gpus))
+    return ", ".join((f"{cores} ({count(torch.get_num_threads(), 'thread')})", *gpus))

@@ -162,8 +162,11 @@ def _print_changes(index: "Index", as_json: bool) -> None:
     if wants_json(as_json):
         print_json({"index": str(index.path), **asdict(changes)})
         return
+    from leanclip.report.text import count
+
     print(
-        f"{changes.files:,} files in {index.path}, {changes.pictures:,} distinct images: "
+        f"{count(changes.files, 'file')} in {index.path}, "
+        f"{count(changes.pictures, 'distinct image')}: "
         f"{changes.added:,} added, {changes.changed:,} changed, {changes.dropped:,} removed, "
         f"{changes.skipped:,} unreadable"
     )

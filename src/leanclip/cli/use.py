@@ -211,7 +211,15 @@ def embed(
     if wants_json():
         print_json(written)
         return
-    print(
-        f"{written['images'] - written['skipped']:,} images in {out}: {written['shards']} shards "
-        f"({written['format']}), {written['embed_dim']} dimensions; {written['skipped']} skipped"
+    print(_embedded(written))
+
+
+def _embedded(written: dict[str, Any]) -> str:
+    """One line about the output of `embed`."""
+    from leanclip.report.text import count
+
+    return (
+        f"{count(written['images'] - written['skipped'], 'image')} in {written['out']}: "
+        f"{count(written['shards'], 'shard')} ({written['format']}), "
+        f"{written['embed_dim']} dimensions; {written['skipped']:,} skipped"
     )

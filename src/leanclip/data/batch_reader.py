@@ -174,7 +174,7 @@ class BatchReader:
         if not self.truncate and (length := len(encode(caption)) + 2) > self.context_length:
             raise SampleError(
                 "long caption",
-                f"{sample.id}: a caption of {length} tokens is over the context of "
+                f"{sample.id}: a caption of {length} tokens exceeds the context length of "
                 f"{self.context_length}",
             )
 

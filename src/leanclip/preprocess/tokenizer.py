@@ -66,8 +66,9 @@ def tokenize(
         if len(row) > size:
             if not truncate:
                 raise DataError(
-                    f"a caption of {len(row) // 2} tokens is over the context of "
-                    f"{context_length}: {text[:60]!r}…; shorten it or pass truncate=True"
+                    f"a caption of {len(row) // 2} tokens exceeds the context length of "
+                    f"{context_length}: {text[:60]!r}…; shorten it or truncate it (--truncate, in "
+                    f"Python truncate=True)"
                 )
             row = row[: size - 2] + end
         rows.append(row.ljust(size, b"\0"))

@@ -31,7 +31,7 @@ def condition(**filters: Unpack[Filters]) -> tuple[str, list[object]]:
         parts.append(f"label IN ({', '.join('?' * len(labels))})")
         values += map(readable, labels)
     if (folder := filters.get("folder")) is not None:
-        prefix = os.fsencode(absolute(folder))
+        prefix = os.fsencode(absolute(folder)).rstrip(b"/")  # of the root: nothing
         parts.append("path > ? AND path < ?")  # "0" is the character after "/"
         values += [prefix + b"/", prefix + b"0"]
     ranges = (("size", filters.get("size"), 1), ("mtime", filters.get("date"), 10**9))

@@ -25,6 +25,7 @@ from leanclip.inference.load import load
 from leanclip.inference.model import InferenceModel
 from leanclip.io.files import try_lock
 from leanclip.preprocess.tokenizer import merges
+from leanclip.report.text import count
 from leanclip.search.filters import Filters
 from leanclip.search.items import FILE, Item, Items
 from leanclip.search.sources import Source, read_bytes
@@ -279,7 +280,8 @@ class Index:
         wanted = np.concatenate(parts).astype(np.float64)
         factors = np.ones(len(wanted)) if weights is None else np.asarray(weights, float)
         if factors.shape != (len(wanted),) or not (factors > 0).all():
-            raise ConfigError(f"weights: should be {len(wanted)} positive numbers, found {weights}")
+            needed = count(len(wanted), "positive number")
+            raise ConfigError(f"weights: should be {needed}, found {weights}")
         vector = factors @ wanted / factors.sum()
         if without:
             vector -= clip.embed_texts(list(without)).mean(axis=0)
