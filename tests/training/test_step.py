@@ -12,10 +12,13 @@ from conftest import TINY, ranks_of
 from leanclip import CLIP, Preprocess
 from leanclip.config.training import OptimizerConfig, TrainConfig
 from leanclip.data.batch import Batch
+from leanclip.data.skipped import Bad
+from leanclip.distributed.preemption import Signals
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.losses import Kind, clip_loss, multi_positive_loss, siglip_loss
 from leanclip.preprocess.images import normalize
 from leanclip.preprocess.tokenizer import tokenize
+from leanclip.training.loop import _sum_counts
 from leanclip.training.optimizer import build_optimizer
 from leanclip.training.step import train_step
 
@@ -214,3 +217,14 @@ def test_micro_batches_keep_one_graph_at_a_time() -> None:
         peaks[micro_batches] = kept["most"]
     weights = sum(p.numel() for p in CLIP(**TINY).parameters())
     assert peaks[4] - weights < (peaks[1] - weights) or peaks[4] < 0.6 * peaks[1]
+
+
+def bad_of(rank: int) -> list[str]:
+    """The samples that a rank knows to be skipped in a step in which only the second has one."""
+    batch = batch_of()
+    batch.bad = [Bad("b.png", "damaged image", "b.png: is damaged")] * (rank == 1)
+    return [one.id for one in _sum_counts(batch, Signals(), 0).bad]
+
+
+def test_all_ranks_know_what_one_has_skipped(tmp_path: Path) -> None:
+    assert ranks_of(2, bad_of, tmp_path) == [["b.png"]] * 2
