@@ -139,7 +139,7 @@ def test_old_files_of_torchs_that_lie(tmp_path: Path) -> None:
         "fewer than 8 bytes": (program(2), keys, values[:-1]),
         "8 bytes": (program(2), keys, struct.pack("<q2f", 3, 1.5, 2.5)),
         "not that of its tensors": (program(2), pickle.dumps(["8"], 2), values),
-        "is not that of its tensors": (program(2), pickle.dumps("7", 2), values),
+        "its list of storages is not of texts": (program(2), pickle.dumps("7", 2), values),
         "a view": (program(2, b"K\1"), keys, values),
         "EOFError": (program(2),),
     }.items():
