@@ -133,10 +133,10 @@ def choose(page: Browser, selector: str, *paths: Path) -> None:
 
 
 def pick(page: Browser, selector: str, value: str) -> None:
-    """Choose one of a list."""
+    """Choose one of a list, which the page may draw again when the server answers."""
     from selenium.webdriver.support.ui import Select
 
-    Select(page.one(selector)).select_by_value(value)
+    page.until(lambda: Select(page.one(selector)).select_by_value(value) is None)
 
 
 def write(page: Browser, selector: str, text: str) -> None:
