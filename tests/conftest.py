@@ -119,8 +119,9 @@ class Forked:
         self.pid = self._process.pid or 0
 
     def send(self, number: int) -> None:
-        """Send it a signal."""
-        os.kill(self.pid, number)
+        """Send it a signal, if it has not ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def send_all(self, number: int) -> None:
         """Send a signal to its whole group, as a terminal and some schedulers do."""
@@ -147,7 +148,8 @@ class Forked:
         """Wait for a condition while it runs."""
         deadline = time.monotonic() + 120
         while not is_so():
-            assert self._process.is_alive(), f"it ended: {self.output()}"
+            # asked again after the end: it may have come true and ended between the two questions
+            assert self._process.is_alive() or is_so(), f"it ended: {self.output()}"
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
