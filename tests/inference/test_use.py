@@ -225,7 +225,7 @@ def reference_relevance(visual: Any, pixels: torch.Tensor, text: torch.Tensor) -
             attentions.append(attention)
             x = x + layer.out_proj(products)
             x = x + block.mlp(block.ln_2(x))
-        if visual.pool == "tok":
+        if visual.config.vision_pool == "tok":
             x = visual.ln_post(x[:, 0])
         elif visual.norm_after_pool:
             x = visual.ln_post(x[:, 1:].mean(dim=1))
