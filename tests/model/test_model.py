@@ -86,7 +86,7 @@ def test_passl_model_block_in_yaml(tmp_path) -> None:
     [
         ({"embed_dims": 3}, "embed_dims: no such setting; did you mean embed_dim"),
         ({"vision_width": 100, "vision_heads": 3}, "vision_width 100 is not a multiple"),
-        ({"image_resolution": 33}, "image_resolution 33 is not a multiple of vision_patch_size 8"),
+        ({"image_resolution": 7}, "image_resolution 7 is less than vision_patch_size 8"),
         ({"embed_dim": "wide"}, 'embed_dim: should be a valid integer, found "wide"'),
         ({"proj": False}, "proj: False is not supported"),
         ({"activation": "relu"}, "activation: should be 'quick_gelu', 'gelu' or 'gelu_tanh'"),

@@ -51,9 +51,9 @@ class Packed(NamedTuple):
         return x.flatten(1)
 
 
-def packed_layout(tokens: torch.Tensor) -> Packed:
-    """The layout of token ids (B, L), B > 0; the end token is the highest id of a row."""
-    lengths = tokens.argmax(dim=-1) + 1  # (B,)
+def packed_layout(tokens: torch.Tensor, end: torch.Tensor) -> Packed:
+    """The layout of token ids (B, L), B > 0, of which those up to `end` (B,) are computed."""
+    lengths = end + 1  # (B,)
     same = (tokens == tokens[:1]).all(dim=0)  # (L,)
     prefix = min(int(same.cumprod(dim=0).sum()), int(lengths.min()) - 1)
     positions = torch.arange(int(lengths.max()), device=tokens.device)  # (L,)

@@ -1,12 +1,13 @@
-"""The pre-norm transformer that both towers share, with OpenAI's parameter names.
+"""The transformer that both towers share, with OpenAI's parameter names.
 
 Every module takes padded rows (B, L, D) or, with `packed`, the packed tokens of all rows (T, D):
-see `model/packed.py`.
+see `model/packed.py`. Blocks are pre-norm, or post-norm as BERT's.
 
 Shapes: B batch, L tokens, T packed tokens, D width, H heads.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,14 +29,35 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # functions that pickle
     "quick_gelu": quick_gelu,  # OpenAI's and PASSL's weights
     "gelu": F.gelu,  # most LAION and DataComp weights
-    "gelu_tanh": gelu_tanh,  # CLIPA's weights
+    "gelu_tanh": gelu_tanh,  # CLIPA's and most of SigLIP's weights
 }
+
+
+class Keys(NamedTuple):
+    """What attention needs besides the tokens."""
+
+    mask: torch.Tensor | None = None  # (B, L) bool, of the tokens that are attended to; None: all
+    rotation: torch.Tensor | None = None  # (2, L, D/2H), cosines and sines, of queries and keys
+
+
+ALL = Keys()
 
 
 class Transformer(nn.Module):
     """A stack of residual attention blocks, pooled at one token or not.
 
     With a position, the last block computes its query and its MLP for that token only.
+
+    Args:
+        width: D.
+        layers: number of blocks.
+        heads: H.
+        activation: a name in `ACTIVATIONS`.
+        is_causal: a token attends to itself and those before it.
+        mlp_ratio: hidden width of the MLPs over D, rounded down.
+        norm_eps: of the LayerNorms.
+        post_norm: LayerNorms follow the residuals.
+        layer_scale: initial value of a factor of each residual branch and channel; None: none.
     """
 
     def __init__(
@@ -47,11 +69,23 @@ class Transformer(nn.Module):
         activation: str,
         is_causal: bool,
         mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-5,
+        post_norm: bool = False,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
         self.resblocks = nn.ModuleList(
-            Block(width, heads, hidden, activation=activation, is_causal=is_causal)
+            Block(
+                width,
+                heads,
+                hidden,
+                activation=activation,
+                is_causal=is_causal,
+                norm_eps=norm_eps,
+                post_norm=post_norm,
+                layer_scale=layer_scale,
+            )
             for _ in range(layers)
         )
 
@@ -60,44 +94,75 @@ class Transformer(nn.Module):
         x: torch.Tensor,
         position: torch.Tensor | None = None,
         packed: Packed | None = None,
+        keys: Keys = ALL,
     ) -> torch.Tensor:
         """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,)."""
         *first, last = self.resblocks
         for block in first:
-            x = block(x, None, packed)  # (B, L, D)
-        return last(x, position, packed)  # (B, L, D) or (B, D)
+            x = block(x, None, packed, keys)  # (B, L, D)
+        return last(x, position, packed, keys)  # (B, L, D) or (B, D)
 
 
 class Block(nn.Module):
     """Attention, then a two-layer MLP, each with a residual."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, *, activation: str, is_causal: bool
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        activation: str,
+        is_causal: bool,
+        norm_eps: float = 1e-5,
+        post_norm: bool = False,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
+        self.post_norm = post_norm
         self.attn = Attention(width, heads, is_causal=is_causal)
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, norm_eps)
         self.mlp = MLP(width, hidden, activation)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width, norm_eps)
+        self.ls_1 = self.ls_2 = None
+        if layer_scale is not None:
+            self.ls_1, self.ls_2 = LayerScale(width, layer_scale), LayerScale(width, layer_scale)
 
     def forward(
         self,
         x: torch.Tensor,
         position: torch.Tensor | None = None,
         packed: Packed | None = None,
+        keys: Keys = ALL,
     ) -> torch.Tensor:
         """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,)."""
-        attended = self.attn(self.ln_1(x), position, packed)
+        attended = self.attn(x if self.post_norm else self.ln_1(x), position, packed, keys)
         if position is not None:
             x = _pick(x, position)  # (B, D)
-        x = x + attended
-        return x + self.mlp(self.ln_2(x))
+        if self.post_norm:
+            x = self.ln_1(x + attended)
+            return self.ln_2(x + self.mlp(x))
+        x = x + (self.ls_1(attended) if self.ls_1 else attended)
+        changed = self.mlp(self.ln_2(x))
+        return x + (self.ls_2(changed) if self.ls_2 else changed)
+
+
+class LayerScale(nn.Module):
+    """A learned factor of each channel (arXiv 2103.17239)."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        return x * self.gamma
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; parameters named and initialised as in nn.MultiheadAttention."""
+    """Multi-head attention; parameters named and initialised as in nn.MultiheadAttention."""
 
-    def __init__(self, width: int, heads: int, *, is_causal: bool) -> None:
+    def __init__(self, width: int, heads: int, *, is_causal: bool = False) -> None:
         super().__init__()
         self.heads, self.is_causal = heads, is_causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
@@ -111,34 +176,62 @@ class Attention(nn.Module):
         x: torch.Tensor,
         position: torch.Tensor | None = None,
         packed: Packed | None = None,
+        keys: Keys = ALL,
     ) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,)."""
+        """Self-attention: (B, L, D) -> (B, L, D), or (B, D) of the tokens at `position` (B,)."""
         if position is not None:
-            return self._attend_at(x, position, packed)
+            return self._attend_at(x, position, packed, keys)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3D)
         if packed is not None:
             return self.out_proj(packed.attend(qkv, self.heads))  # (T, D)
         q, k, v = split_heads(qkv, 3, self.heads)  # each (B, H, L, D/H)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)  # (B, H, L, D/H)
+        if keys.rotation is not None:
+            q, k = _rotated(q, keys.rotation), _rotated(k, keys.rotation)
+        mask, is_causal = None, self.is_causal
+        if keys.mask is not None:
+            mask, is_causal = keys.mask[:, None, None], False  # (B, 1, 1, L)
+            if self.is_causal:
+                mask = mask & torch.ones(x.shape[1:2] * 2, dtype=torch.bool, device=x.device).tril()
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)  # (B, H, L, D/H)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, D)
 
-    def _attend_at(
-        self, x: torch.Tensor, position: torch.Tensor, packed: Packed | None
+    def attend_from(
+        self, query: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Attention of one query (B, 1, D) to tokens (B, L, D) -> (B, D).
+
+        `mask` (B, L) bool: the tokens that it attends to.
+        """
+        q, k, v = self._one_query(query, x)
+        mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)
+        x = F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, 1, D/H)
+        return self.out_proj(x.flatten(1))  # (B, D)
+
+    def _one_query(self, query: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The query (B, H, 1, D/H) of one token, keys and values (B, H, L, D/H) of all."""
         width = x.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        q = F.linear(_pick(x, position)[:, None], weight[:width], bias[:width])  # (B, 1, D)
-        kv = F.linear(x, weight[width:], bias[width:])  # (B, L, 2D)
+        (q,) = split_heads(F.linear(query, weight[:width], bias[:width]), 1, self.heads)
+        k, v = split_heads(F.linear(x, weight[width:], bias[width:]), 2, self.heads)
+        return q, k, v
+
+    def _attend_at(
+        self, x: torch.Tensor, position: torch.Tensor, packed: Packed | None, keys: Keys
+    ) -> torch.Tensor:
         if packed is not None:
+            width = x.shape[-1]
+            weight, bias = self.in_proj_weight, self.in_proj_bias
+            q = F.linear(_pick(x, position)[:, None], weight[:width], bias[:width])  # (B, 1, D)
+            kv = F.linear(x, weight[width:], bias[width:])  # (T, 2D)
             return self.out_proj(packed.attend_at_end(q, kv, self.heads))  # (B, D)
-        (q,) = split_heads(q, 1, self.heads)  # (B, H, 1, D/H)
-        k, v = split_heads(kv, 2, self.heads)  # each (B, H, L, D/H)
-        mask = None
+        if keys.rotation is not None:  # with a class token, which is at the origin
+            return _pick(self(x, None, None, keys), position)
+        mask = keys.mask
         if self.is_causal:  # the token attends to itself and those before it
             positions = torch.arange(x.shape[1], device=x.device)
-            mask = (positions <= position[:, None])[:, None, None]  # (B, 1, 1, L)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, 1, D/H)
-        return self.out_proj(x.flatten(1))  # (B, D)
+            before = positions <= position[:, None]  # (B, L)
+            mask = before if mask is None else before & mask
+        return self.attend_from(_pick(x, position)[:, None], x, mask)
 
 
 class MLP(nn.Module):
@@ -158,3 +251,11 @@ class MLP(nn.Module):
 def _pick(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """(B, L, D) at one position (B,) of each row, or (T, D) at B of its rows -> (B, D)."""
     return x[position] if x.dim() == 2 else x[torch.arange(x.shape[0], device=x.device), position]
+
+
+def _rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (arXiv 2104.09864): neighbouring channels of (B, H, L, D/H) are rotated."""
+    cos, sin = rotation
+    even, odd = x.float()[..., 0::2], x.float()[..., 1::2]  # (B, H, L, D/2H)
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

@@ -1,95 +1,155 @@
-"""The Vision Transformer tower of CLIP: normalised pixels -> image features.
+"""The Vision Transformer towers: normalised pixels -> image features.
 
-Shapes: B batch, R resolution, p patch size, P patches, K patches kept, D width,
-E embedding.
+    pixels or patches -> embedding, positions -> blocks -> pool -> projection
+
+Shapes: B batch, R resolution, p patch size, P patches, K patches kept, T tokens (the patches, and
+a class token if there is one), D width, E embedding.
 """
+
+from functools import cached_property
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leanclip.model.transformer import Transformer
+from leanclip.config.model import ModelConfig
+from leanclip.model import positions
+from leanclip.model.pooling import AttentionPool, QueryPool
+from leanclip.model.transformer import Keys, Transformer
+from leanclip.preprocess.patches import Patches
 
 
 class VisionTransformer(nn.Module):
-    """ViT with a class token, as in OpenAI's CLIP (arXiv 2103.00020, section 2.4).
+    """ViT as in OpenAI's CLIP (arXiv 2103.00020, section 2.4), with the options of `ModelConfig`.
 
     `patch_dropout` is the fraction of patches left out in training (arXiv 2212.00794), drawn for
     each image from the default generator.
-
-    Args:
-        input_resolution: side of the square image, in pixels.
-        patch_size: side of a patch, in pixels; divides the resolution.
-        width: D, the width of the transformer.
-        layers: number of blocks.
-        heads: attention heads; OpenAI's models have width / 64.
-        output_dim: E.
-        activation: a name in `ACTIVATIONS`.
-        mlp_ratio: hidden width of the MLPs over D, rounded down.
-        pre_norm: LayerNorm before the first block.
-        patch_bias: a bias in the patch embedding.
-        pool: "tok": the class token; "avg": the mean of the patches (open_clip's `pool_type`).
-        norm_after_pool: with "avg", `ln_post` comes after the mean (`final_ln_after_pool`).
     """
 
-    def __init__(
-        self,
-        *,
-        input_resolution: int,
-        patch_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        output_dim: int,
-        activation: str = "quick_gelu",
-        mlp_ratio: float = 4.0,
-        pre_norm: bool = True,
-        patch_bias: bool = False,
-        pool: str = "tok",
-        norm_after_pool: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_resolution = input_resolution
-        self.pool, self.norm_after_pool = pool, norm_after_pool
+        assert isinstance(config.vision_layers, int) and config.vision_patch_size is not None
+        self.config = config
+        self.input_resolution = config.image_resolution
         self.patch_dropout = 0.0
-        patches = (input_resolution // patch_size) ** 2
-        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=patch_bias)
+        width, patch, eps = config.vision_width, config.vision_patch_size, config.vision_norm_eps
+        grid = config.image_resolution // patch
         std = width**-0.5
-        self.class_embedding = nn.Parameter(torch.empty(width).normal_(std=std))
-        self.positional_embedding = nn.Parameter(torch.empty(patches + 1, width).normal_(std=std))
-        self.ln_pre = nn.LayerNorm(width) if pre_norm else nn.Identity()
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=config.patch_bias)
+        self.class_embedding = None
+        if config.vision_class_token:
+            self.class_embedding = nn.Parameter(torch.empty(width).normal_(std=std))
+        count = grid**2 + config.vision_class_token
+        self.positional_embedding = nn.Parameter(torch.empty(count, width).normal_(std=std))
+        self.ln_pre = nn.LayerNorm(width, eps) if config.pre_norm else nn.Identity()
         self.transformer = Transformer(
-            width, layers, heads, activation=activation, is_causal=False, mlp_ratio=mlp_ratio
+            width,
+            config.vision_layers,
+            config.attention_heads,
+            activation=config.activations[0],
+            is_causal=False,
+            mlp_ratio=config.vision_mlp_ratio,
+            norm_eps=eps,
+            layer_scale=config.vision_layer_scale,
         )
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.empty(width, output_dim).normal_(std=std))
+        pooled = config.embed_dim if config.vision_pool == "queries" else width
+        self.ln_post = nn.LayerNorm(pooled, eps)
+        self.attn_pool = _attention_pool(config)
+        self.proj = self.proj_bias = None
+        if config.vision_projection == "linear":
+            self.proj = nn.Parameter(torch.empty(pooled, config.embed_dim).normal_(std=std))
+        if config.vision_projection_bias:
+            self.proj_bias = nn.Parameter(torch.zeros(config.embed_dim))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels (B, 3, R, R) -> features (B, E), not normalised."""
-        x = self.conv1(pixels)  # (B, D, R/p, R/p)
-        x = x.flatten(2).transpose(1, 2)  # (B, P, D)
-        class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # (B, 1, D)
-        x = torch.cat([class_token, x], dim=1)  # (B, P+1, D)
-        x = x + self.positional_embedding
+    def forward(self, pixels: torch.Tensor | Patches) -> torch.Tensor:
+        """Normalised pixels (B, 3, R, R), or patches -> features (B, E), not normalised.
+
+        Only resized positions take patches, and pixels of any size.
+        """
+        x, mask = self._embed(pixels)  # (B, T, D), (B, T)
         if self.training and self.patch_dropout:
             x = self._drop_patches(x)  # (B, K+1, D)
-        x = self.ln_pre(x)
-        return self._encode(x) @ self.proj  # (B, E)
+        x = self._pool(self.ln_pre(x), Keys(mask, self._rotation(x)))  # (B, D)
+        if self.proj is not None:
+            x = x @ self.proj  # (B, E)
+        return x if self.proj_bias is None else x + self.proj_bias
+
+    def _embed(self, pixels: torch.Tensor | Patches) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens with their positions (B, T, D), and which are no padding; None: all."""
+        if isinstance(pixels, Patches):
+            weight = self.conv1.weight.permute(0, 2, 3, 1).flatten(1)  # (D, 3p²)
+            x = F.linear(pixels.values, weight, self.conv1.bias)  # (B, P, D)
+            mask = pixels.mask
+            shapes = pixels.shapes
+        else:
+            x = self.conv1(pixels)  # (B, D, h, w)
+            shapes = torch.tensor([x.shape[2:]], device="cpu")
+            x, mask = x.flatten(2).transpose(1, 2), None  # (B, P, D)
+        if self.config.vision_positions == "resized":
+            return x + positions.resized(self.positional_embedding, shapes, x.shape[1]), mask
+        if self.class_embedding is not None:
+            class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # (B, 1, D)
+            x = torch.cat([class_token, x], dim=1)  # (B, P+1, D)
+        return x + self.positional_embedding, mask
+
+    @cached_property
+    def _grid(self) -> int:
+        return self.config.image_resolution // (self.config.vision_patch_size or 1)
+
+    def _rotation(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Cosines and sines of rotary positions for tokens (B, T, D); None: the tower has none."""
+        config = self.config
+        if config.vision_positions != "rotary":
+            return None
+        head = config.vision_width // config.attention_heads
+        class_token = config.vision_class_token
+        return positions.rotary(self._grid, self._grid, head, class_token=class_token).to(x.device)
 
     def _drop_patches(self, x: torch.Tensor) -> torch.Tensor:
         """The class token and K patches drawn for each image: (B, P+1, D) -> (B, K+1, D)."""
         images, patches = len(x), x.shape[1] - 1
         count = max(1, round(patches * (1 - self.patch_dropout)))
         drawn = torch.rand(images, patches, device=x.device).topk(count).indices  # (B, K)
-        positions = F.pad(drawn + 1, (1, 0))  # (B, K+1), the class token's 0 first
-        return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+        kept = F.pad(drawn + 1, (1, 0))  # (B, K+1), the class token's 0 first
+        return x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
 
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        """The blocks, the last LayerNorm and the pool: (B, P+1, D) -> (B, D)."""
-        if self.pool == "tok":
+    def _pool(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
+        """The blocks, the last LayerNorm and the pool: (B, T, D) -> (B, D)."""
+        if self.config.vision_pool == "tok":
             position = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # (B,)
-            return self.ln_post(self.transformer(x, position))  # (B, D)
-        x = self.transformer(x)[:, 1:]  # (B, P, D)
-        if self.norm_after_pool:
-            return self.ln_post(x.mean(dim=1))  # (B, D)
-        return self.ln_post(x).mean(dim=1)  # (B, D)
+            return self.ln_post(self.transformer(x, position, None, keys))  # (B, D)
+        x = self.transformer(x, None, None, keys)  # (B, T, D)
+        if isinstance(self.attn_pool, AttentionPool):
+            return self.attn_pool(self.ln_post(x), keys.mask)  # (B, D)
+        if isinstance(self.attn_pool, QueryPool):
+            return self.ln_post(self.attn_pool(x))  # (B, E)
+        if self.class_embedding is not None:
+            x = x[:, 1:]  # (B, P, D)
+        if self.config.vision_norm_after_pool:
+            return self.ln_post(masked_mean(x, keys.mask))  # (B, D)
+        return masked_mean(self.ln_post(x), keys.mask)  # (B, D)
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of the tokens (B, T, D) in a mask (B, T), or of all: (B, D)."""
+    if mask is None:
+        return x.mean(dim=1)
+    weights = mask.to(x.dtype)[..., None]  # (B, T, 1)
+    return (x * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _attention_pool(config: ModelConfig) -> AttentionPool | QueryPool | None:
+    width, eps = config.vision_width, config.vision_norm_eps
+    if config.vision_pool == "attn":
+        return AttentionPool(
+            width,
+            config.pool_heads,
+            int(width * (config.vision_pool_mlp_ratio or config.vision_mlp_ratio)),
+            activation=config.activations[0],
+            norm_eps=eps,
+        )
+    if config.vision_pool == "queries":
+        assert config.vision_pool_queries is not None
+        queries, heads = config.vision_pool_queries, config.pool_heads
+        return QueryPool(queries, width, heads, config.embed_dim, norm_eps=eps)
+    return None

@@ -30,16 +30,21 @@ log = logging.getLogger("leanclip")
 VISION_POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 TEXT_POSITIONS = "positional_embedding"
 _MAX_GROWTH = 10  # of an architecture's parameters over those of its tensors
-INVISIBLE = (  # settings that no tensor's shape or name shows
-    "activation",
-    "attention_heads",
-    "transformer_heads",
-    "vision_pool",
-    "vision_norm_after_pool",
-    "transformer_pool",
-    "transformer_eos_id",
-    "transformer_causal",
-)
+INVISIBLE = {  # settings that no tensor's shape or name shows, and how they are named to a user
+    "activations": "activation",
+    "attention_heads": "vision_heads",
+    "pool_heads": "vision_pool_heads",
+    "transformer_heads": "transformer_heads",
+    **{
+        name: name
+        for name in (
+            *("vision_norm_eps", "vision_pool", "vision_norm_after_pool", "vision_positions"),
+            *("transformer_norm_eps", "transformer_pool", "transformer_eos_id"),
+            *("transformer_causal", "transformer_pad_id", "transformer_padding_mask"),
+            *("transformer_post_norm", "transformer_first_position"),
+        )
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,8 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[s
         WeightsError: keys are missing or unexpected, a shape differs, or the weights have another
             activation, pooling or number of heads; names the keys or the setting.
     """
-    for name in INVISIBLE if weights.model is not None else ():
-        there, here = getattr(weights.model, name), getattr(model.config, name)
-        if there != here:
-            setting = "vision_heads" if name == "attention_heads" else name
-            raise WeightsError(
-                f"{weights.source}: made with {setting} {there}, the model has {here}; set "
-                f"model.{setting}={there}, or name the architecture of the weights with --arch"
-            )
+    if weights.model is not None:
+        _check_invisible(weights, weights.model, model.config)
     if weights.model is None:
         log.warning(
             "%s: its activation is unknown; the model's is assumed, %s",
@@ -96,6 +95,26 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[s
         log.warning("%s: %s", weights.source, note)
     model.load_state_dict(given, strict=not partial)
     return problems["missing keys"]
+
+
+def _check_invisible(weights: Weights, there: ModelConfig, here: ModelConfig) -> None:
+    """Compare the settings that no tensor shows."""
+    for name, setting in INVISIBLE.items():
+        old, new = getattr(there, name), getattr(here, name)
+        if old == new:
+            continue
+        if isinstance(old, tuple) and isinstance(new, tuple):  # of two towers
+            both = ("vision_activation", "transformer_activation")
+            if len({*old}) > 1 or len({*new}) > 1:
+                setting, old, new = next(
+                    (one, a, b) for one, a, b in zip(both, old, new, strict=True) if a != b
+                )
+            else:
+                old, new = old[0], new[0]
+        raise WeightsError(
+            f"{weights.source}: made with {setting} {old}, the model has {new}; set "
+            f"model.{setting}={old}, or name the architecture of the weights with --arch"
+        )
 
 
 def check_fits(weights: Weights, model: ModelConfig, *, is_exact: bool = False) -> None:

@@ -1,0 +1,47 @@
+"""Positions of a ViT's patches: rotary in two dimensions, or a grid resized to each image.
+
+Shapes: B batch, P patches, D width, H heads, h rows, w columns, g side of the learned grid.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+_THETA = 10_000
+
+
+def rotary(rows: int, columns: int, head: int, *, class_token: bool) -> torch.Tensor:
+    """Cosines and sines of rotary positions (2, [1 +] h * w, D/2H), as PE-Core's.
+
+    The first half of a head's channels is rotated by the column, the other by the row, counted
+    from 1 where there is a class token, which is not rotated.
+    """
+    frequencies = _THETA ** -(torch.arange(0, head // 2, 2) / (head // 2))  # (D/4H,)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    places = torch.stack([column.flatten(), row.flatten()], dim=1) + int(class_token)  # (hw, 2)
+    if class_token:
+        places = F.pad(places, (0, 0, 1, 0))  # (1 + hw, 2)
+    angles = (places[..., None] * frequencies).flatten(1)  # ([1 +] hw, D/2H)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def resized(positions: torch.Tensor, shapes: torch.Tensor, length: int) -> torch.Tensor:
+    """A grid (g², D) resized to the patches of each image, as SigLIP 2's NaFlex: (B, P, D).
+
+    Args:
+        positions: the grid, row by row.
+        shapes: rows and columns of each image, (B, 2).
+        length: P; what is after an image's patches is arbitrary.
+    """
+    side = math.isqrt(len(positions))
+    grid = positions.float().T.reshape(1, -1, side, side)  # (1, D, g, g)
+    found, where = shapes.unique(dim=0, return_inverse=True)  # each shape is resized once
+    tables = [
+        F.pad(
+            F.interpolate(grid, (h, w), mode="bilinear", antialias=True).flatten(2)[0].T,
+            (0, 0, 0, length - h * w),
+        )
+        for h, w in found.tolist()
+    ]
+    return torch.stack(tables).to(positions.dtype)[where.to(positions.device)]
