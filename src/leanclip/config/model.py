@@ -64,7 +64,8 @@ class ModelConfig(Section):
         "learned query with an MLP (SigLIP, PE-Core), or of several (CoCa)",
     )
     vision_pool_heads: Size | None = Field(
-        default=None, description="attention heads of vision_pool attn or queries; null: the tower's"
+        default=None,
+        description="attention heads of vision_pool attn or queries; null: the tower's",
     )
     vision_pool_mlp_ratio: Ratio | None = Field(
         default=None, description="hidden width of vision_pool attn's MLP; null: vision_mlp_ratio"
@@ -278,7 +279,9 @@ class ModelConfig(Section):
             raise ValueError("transformer_class_token goes with transformer_pool last")
         used = self.transformer_first_position + self.context_length + self.transformer_class_token
         if self.text_positions < used:
-            raise ValueError(f"transformer_positions {self.text_positions}: the context needs {used}")
+            raise ValueError(
+                f"transformer_positions {self.text_positions}: the context needs {used}"
+            )
         if self.transformer_projection == "none" and width != self.embed_dim:
             raise ValueError(
                 f"transformer_projection none: transformer_width {width} is not embed_dim "

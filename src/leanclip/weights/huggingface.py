@@ -1,12 +1,11 @@
 """Hugging Face's folders of dual encoders: config.json, safetensors or bin, processor, tokeniser.
 
-    config.json -> its family (huggingface_families.py) -> architecture, names of the tensors
-    architecture -> the family that has it -> config.json, names of the tensors
+config.json -> its family (huggingface_families.py) -> architecture, names of the tensors
+architecture -> the family that has it -> config.json, names of the tensors
 """
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from leanclip.config.model import ModelConfig
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.preprocess.images import Preprocess
-from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
+from leanclip.preprocess.tokenizer import END, START, merges, vocabulary
 from leanclip.weights import huggingface_config
 from leanclip.weights.files import MALFORMED, find_file, read_json
 from leanclip.weights.huggingface_families import (

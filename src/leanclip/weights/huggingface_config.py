@@ -1,7 +1,7 @@
 """Hugging Face's config.json as an architecture, and back, for each family.
 
-    config.json -> section by section, a family's defaults for what it omits -> ModelConfig
-    ModelConfig -> the first family without a mismatch -> config.json
+config.json -> section by section, a family's defaults for what it omits -> ModelConfig
+ModelConfig -> the first family without a mismatch -> config.json
 """
 
 import math
@@ -33,7 +33,8 @@ _FIELDS = {  # of both sections, by the part of our name after the tower's
 _HIGHEST = 2  # CLIPModel's eos_token_id for: read at the highest id
 _CARRIED = {  # settings that config.json has a field for, or that another one determines
     *(f"{tower}_{part}" for tower in _TOWERS for part in (*_FIELDS, "mlp_ratio", "activation")),
-    *("embed_dim", "image_resolution", "vision_patch_size", "vision_pool_heads", "activation"),
+    *("embed_dim", "image_resolution", "vision_patch_size", "activation"),
+    *("vision_pool_heads", "vision_pool_mlp_ratio"),
     *("context_length", "vocab_size", "transformer_positions", "transformer_pad_id"),
     "transformer_eos_id",
 }
@@ -64,9 +65,10 @@ def architecture(family: Family, values: dict[str, Any]) -> ModelConfig:
     if family in (SIGLIP, NAFLEX):
         arch["embed_dim"] = vision["hidden_size"]
         width = text.get("projection_size")
-        if (text["hidden_size"] if width is None else width) != vision["hidden_size"]:
+        width = text["hidden_size"] if width is None else width
+        if width != arch["embed_dim"]:
             raise ValueError(
-                f"text_config.projection_size: {width}, images have {vision['hidden_size']} features"
+                f"text_config.projection_size: {width}, images have {arch['embed_dim']} features"
             )
     else:
         arch["embed_dim"] = values.get("projection_dim", 512)
@@ -76,9 +78,8 @@ def architecture(family: Family, values: dict[str, Any]) -> ModelConfig:
 def config(family: Family, model: ModelConfig, dtype: str) -> dict[str, Any]:
     """The config.json of a model of a family."""
     sections: dict[str, dict[str, Any]] = {}
-    for tower, name in _TOWERS.items():
+    for (tower, name), own in zip(_TOWERS.items(), model.activations, strict=True):
         width = getattr(model, f"{tower}_width")
-        own = getattr(model, f"{tower}_activation") or model.activation
         sections[name] = {
             "model_type": f"{family.model_type}_{name.removesuffix('_config')}_model",
             **{theirs: getattr(model, f"{tower}_{ours}") for ours, theirs in _FIELDS.items()},
@@ -93,7 +94,7 @@ def config(family: Family, model: ModelConfig, dtype: str) -> dict[str, Any]:
     }
     text |= {
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.transformer_positions or model.context_length,
+        "max_position_embeddings": model.text_positions,
         "pad_token_id": model.transformer_pad_id,
     }
     top: dict[str, Any] = {"projection_dim": model.embed_dim, "logit_scale_init_value": 2.6592}
@@ -149,8 +150,8 @@ def _mismatches(family: Family, model: ModelConfig) -> list[str]:
         "transformer_pool": model.transformer_pool in pools,
         "transformer_eos_id": not (family is CLIP and is_odd_end),
         "vision_pool_heads": model.vision_pool_heads in (None, model.attention_heads),
-        "transformer_positions": is_bert
-        or model.transformer_positions in (None, model.context_length),
+        "vision_pool_mlp_ratio": model.vision_pool_mlp_ratio in (None, model.vision_mlp_ratio),
+        "transformer_positions": is_bert or model.text_positions == model.context_length,
         "embed_dim": "vision_projection" not in family.settings
         or model.embed_dim == model.vision_width,
         "image_resolution": family is not NAFLEX

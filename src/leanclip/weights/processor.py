@@ -150,9 +150,7 @@ def _patches(
     if not fields["do_resize"]:
         raise ValueError("do_resize: false is not supported with patches")
     side = resolution or own * max(1, math.isqrt(most))
-    return Preprocess(
-        resolution=side, resize="naflex", patch_size=own, max_patches=most, **pixels
-    )
+    return Preprocess(resolution=side, resize="naflex", patch_size=own, max_patches=most, **pixels)
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
