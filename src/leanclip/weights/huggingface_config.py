@@ -5,10 +5,12 @@ ModelConfig -> the first family without a mismatch -> config.json
 """
 
 import math
+import re
 from typing import Any
 
 from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
+from leanclip.errors import ConfigError
 from leanclip.weights.huggingface_families import (
     CHINESE_CLIP,
     CLIP,
@@ -72,7 +74,10 @@ def architecture(family: Family, values: dict[str, Any]) -> ModelConfig:
             )
     else:
         arch["embed_dim"] = values.get("projection_dim", 512)
-    return parse(ModelConfig, arch | _text(family, text), where="model")
+    try:
+        return parse(ModelConfig, arch | _text(family, text), where="")
+    except ConfigError as error:
+        raise ConfigError(_by_their_names(str(error).removeprefix(": "))) from None
 
 
 def config(family: Family, model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -158,6 +163,26 @@ def _mismatches(family: Family, model: ModelConfig) -> list[str]:
         or model.image_resolution % (model.vision_patch_size or 1) == 0,
     }
     return wrong + [name for name, fits in checks.items() if not fits]
+
+
+def _by_their_names(message: str) -> str:
+    """A message on our settings, by the names of config.json's fields."""
+    names = {
+        f"{tower}_{ours}": f"{section}.{theirs}"
+        for tower, section in _TOWERS.items()
+        for ours, theirs in (_FIELDS | {"mlp_ratio": "intermediate_size"}).items()
+    }
+    names |= {
+        "image_resolution": "vision_config.image_size",
+        "vision_patch_size": "vision_config.patch_size",
+        "context_length": "text_config.max_position_embeddings",
+        "vocab_size": "text_config.vocab_size",
+        "transformer_token_types": "text_config.type_vocab_size",
+        "transformer_pad_id": "text_config.pad_token_id",
+        "transformer_eos_id": "text_config.eos_token_id",
+        "embed_dim": "projection_dim",
+    }
+    return re.sub(r"\b(" + "|".join(names) + r")\b", lambda match: names[match[1]], message)
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
