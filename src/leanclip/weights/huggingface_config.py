@@ -199,7 +199,16 @@ def _sections(vision: dict[str, Any], text: dict[str, Any]) -> list[tuple[str, d
 
 
 def _check_fields(vision: dict[str, Any], text: dict[str, Any]) -> None:
-    """Refuse what transformers' classes do with a field and a model here does not."""
+    """Refuse what transformers' classes do with a field and a model here does not.
+
+    What is calculated with must be numbers; `parse` checks the others.
+    """
+    numbers = ("hidden_size", "intermediate_size", "num_patches", "max_position_embeddings")
+    for name, section in _sections(vision, text):
+        for fieldname in (name for name in numbers if name in section):
+            found = section[fieldname]
+            if type(found) is not int or found < 1:
+                raise ValueError(f"{name}.{fieldname}: {found!r} is not a whole positive number")
     supported = (
         ("vision_config", vision, "num_channels", 3),
         ("vision_config", vision, "vision_use_head", True),
@@ -218,9 +227,9 @@ def _activation(name: str, section: dict[str, Any]) -> str:
     return ACTIVATIONS[found]
 
 
-def _grid_side(patches: Any) -> int:
+def _grid_side(patches: int) -> int:
     side = math.isqrt(patches)
-    if side * side != patches or type(patches) is not int or not patches:
+    if side * side != patches:
         raise ValueError(f"vision_config.num_patches: {patches} is not a square number")
     return side
 
