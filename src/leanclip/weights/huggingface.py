@@ -186,14 +186,10 @@ def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family:
                 "before the tokeniser of %s",
                 *(weights.source, tokenizer.clean, folder),
             )
-    _write_json(
-        folder / tokenizers.CONFIG, config | {"model_max_length": tokenizer.context_length}
-    )
+    _write_json(folder / tokenizers.CONFIG, config | {"model_max_length": tokenizer.context_length})
 
 
-def _with_tokenizer(
-    model: ModelConfig, family: Family, tokenizer: Tokenizer | None
-) -> ModelConfig:
+def _with_tokenizer(model: ModelConfig, family: Family, tokenizer: Tokenizer | None) -> ModelConfig:
     """An architecture with the padding and the context of its tokeniser, which decides on both."""
     changes: dict[str, Any] = {"transformer_pad_id": tokenizer.pad_id if tokenizer else 0}
     if family is CHINESE_CLIP and tokenizer is not None:
