@@ -208,8 +208,11 @@ def test_a_wrong_resnet_is_refused(change: dict[str, Any], words: str) -> None:
         ({"vision_mlp_ratio": 1e308}, "vision_mlp_ratio: should be less than or equal to 100"),
         ({"vision_mlp_ratio": 0.01}, r"vision_mlp_ratio 0\.01 of 32 leaves no hidden width"),
         ({"transformer_mlp_ratio": 0.01}, r"transformer_mlp_ratio 0\.01 of 32 leaves no hidden"),
-        ({"vision_pool": "max"}, "vision_pool: should be 'tok' or 'avg'"),
-        ({"transformer_pool": "end"}, "transformer_pool: should be 'argmax', 'first', 'last' or"),
+        ({"vision_pool": "max"}, "vision_pool: should be 'tok', 'avg', 'attn' or 'queries'"),
+        (
+            {"transformer_pool": "end"},
+            "transformer_pool: should be 'argmax', 'first', 'last', 'eos' or",
+        ),
         ({"transformer_pool": "eos"}, "transformer_eos_id goes with transformer_pool eos"),
         ({"transformer_causal": 1}, "transformer_causal: should be a valid boolean"),
         ({"vision_head": 2}, "vision_head: no such setting; did you mean vision_heads"),

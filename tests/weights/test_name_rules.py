@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from leanclip.errors import WeightsError
-from leanclip.weights import huggingface
+from leanclip.weights.huggingface_families import FAMILIES
 from leanclip.weights.names import Rule, to_ours, to_theirs
 
 RULES = (
@@ -76,4 +76,4 @@ def test_a_part_that_is_missing_is_an_error() -> None:
 
 def test_patterns_do_not_reach_over_a_dot() -> None:
     name = "vision_model.encoder.layers.0.extra.layer_norm1.weight"
-    assert to_ours({name: torch.zeros(1)}, huggingface.RULES).keys() == {name}
+    assert to_ours({name: torch.zeros(1)}, FAMILIES["clip"].rules).keys() == {name}

@@ -28,6 +28,15 @@ _VIT_ONLY = (  # of a ResNet they must have their defaults
     "patch_bias",
 )
 
+_EXTENSIONS = (  # of families after CLIP
+    *("vision_norm_eps", "vision_class_token", "vision_pool_heads", "vision_pool_mlp_ratio"),
+    *("vision_pool_queries", "vision_positions", "vision_projection", "vision_projection_bias"),
+    *("vision_layer_scale", "transformer_norm_eps", "transformer_padding_mask"),
+    *("transformer_post_norm", "transformer_token_types", "transformer_pooler"),
+    *("transformer_positions", "transformer_first_position", "transformer_class_token"),
+    *("transformer_projection", "transformer_projection_bias"),
+)
+
 
 class ModelConfig(Section):
     """The architecture, in the keys of OpenAI's code and of PASSL's `arch` dict."""
@@ -176,6 +185,17 @@ class ModelConfig(Section):
             self.vision_activation or self.activation,
             self.transformer_activation or self.activation,
         )
+
+    @property
+    def extensions(self) -> list[str]:
+        """The settings in use that OpenAI's code and those who share its form have nothing for."""
+        fields = type(self).model_fields
+        found = [name for name in _EXTENSIONS if getattr(self, name) != fields[name].default]
+        pools = {"vision_pool": ("attn", "queries"), "transformer_pool": ("mean",)}
+        found += [name for name, newer in pools.items() if getattr(self, name) in newer]
+        if len({*self.activations}) > 1:
+            found += ["vision_activation", "transformer_activation"]
+        return found
 
     @property
     def text_positions(self) -> int:

@@ -264,7 +264,7 @@ def check_vocabulary(model: CLIP) -> None:
     """
     if model.config.vocab_size < model.tokenizer.vocab_size:
         raise ConfigError(
-            f"the model has {model.config.vocab_size} token ids, its tokeniser "
+            f"the model has {model.config.vocab_size} token ids, {model.tokenizer.name} "
             f"{model.tokenizer.vocab_size}: "
             f"its texts need a tokeniser that leanclip does not have (pass token ids to "
             f"encode_text)"

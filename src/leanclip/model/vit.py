@@ -28,7 +28,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert isinstance(config.vision_layers, int) and config.vision_patch_size is not None
+        assert isinstance(config.vision_layers, int)
+        assert config.vision_patch_size is not None
         self.config = config
         self.input_resolution = config.image_resolution
         self.patch_dropout = 0.0
@@ -69,7 +70,7 @@ class VisionTransformer(nn.Module):
         x, mask = self._embed(pixels)  # (B, T, D), (B, T)
         if self.training and self.patch_dropout:
             x = self._drop_patches(x)  # (B, K+1, D)
-        x = self._pool(self.ln_pre(x), Keys(mask, self._rotation(x)))  # (B, D)
+        x = self._pool(self.ln_pre(x), Keys(mask, self.rotation(x)))  # (B, D)
         if self.proj is not None:
             x = x @ self.proj  # (B, E)
         return x if self.proj_bias is None else x + self.proj_bias
@@ -96,7 +97,7 @@ class VisionTransformer(nn.Module):
     def _grid(self) -> int:
         return self.config.image_resolution // (self.config.vision_patch_size or 1)
 
-    def _rotation(self, x: torch.Tensor) -> torch.Tensor | None:
+    def rotation(self, x: torch.Tensor) -> torch.Tensor | None:
         """Cosines and sines of rotary positions for tokens (B, T, D); None: the tower has none."""
         config = self.config
         if config.vision_positions != "rotary":

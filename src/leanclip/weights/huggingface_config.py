@@ -5,10 +5,12 @@ ModelConfig -> the first family without a mismatch -> config.json
 """
 
 import math
+import re
 from typing import Any
 
 from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
+from leanclip.errors import ConfigError
 from leanclip.weights.huggingface_families import (
     CHINESE_CLIP,
     CLIP,
@@ -72,7 +74,10 @@ def architecture(family: Family, values: dict[str, Any]) -> ModelConfig:
             )
     else:
         arch["embed_dim"] = values.get("projection_dim", 512)
-    return parse(ModelConfig, arch | _text(family, text), where="model")
+    try:
+        return parse(ModelConfig, arch | _text(family, text), where="")
+    except ConfigError as error:
+        raise ConfigError(_by_their_names(str(error).removeprefix(": "))) from None
 
 
 def config(family: Family, model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -160,6 +165,26 @@ def _mismatches(family: Family, model: ModelConfig) -> list[str]:
     return wrong + [name for name, fits in checks.items() if not fits]
 
 
+def _by_their_names(message: str) -> str:
+    """A message on our settings, by the names of config.json's fields."""
+    names = {
+        f"{tower}_{ours}": f"{section}.{theirs}"
+        for tower, section in _TOWERS.items()
+        for ours, theirs in (_FIELDS | {"mlp_ratio": "intermediate_size"}).items()
+    }
+    names |= {
+        "image_resolution": "vision_config.image_size",
+        "vision_patch_size": "vision_config.patch_size",
+        "context_length": "text_config.max_position_embeddings",
+        "vocab_size": "text_config.vocab_size",
+        "transformer_token_types": "text_config.type_vocab_size",
+        "transformer_pad_id": "text_config.pad_token_id",
+        "transformer_eos_id": "text_config.eos_token_id",
+        "embed_dim": "projection_dim",
+    }
+    return re.sub(r"\b(" + "|".join(names) + r")\b", lambda match: names[match[1]], message)
+
+
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     """A tower's settings: those of `NAME_dict`, an older form, if present.
 
@@ -174,7 +199,16 @@ def _sections(vision: dict[str, Any], text: dict[str, Any]) -> list[tuple[str, d
 
 
 def _check_fields(vision: dict[str, Any], text: dict[str, Any]) -> None:
-    """Refuse what transformers' classes do with a field and a model here does not."""
+    """Refuse what transformers' classes do with a field and a model here does not.
+
+    What is calculated with must be numbers; `parse` checks the others.
+    """
+    numbers = ("hidden_size", "intermediate_size", "num_patches", "max_position_embeddings")
+    for name, section in _sections(vision, text):
+        for fieldname in (name for name in numbers if name in section):
+            found = section[fieldname]
+            if type(found) is not int or found < 1:
+                raise ValueError(f"{name}.{fieldname}: {found!r} is not a whole positive number")
     supported = (
         ("vision_config", vision, "num_channels", 3),
         ("vision_config", vision, "vision_use_head", True),
@@ -193,9 +227,9 @@ def _activation(name: str, section: dict[str, Any]) -> str:
     return ACTIVATIONS[found]
 
 
-def _grid_side(patches: Any) -> int:
+def _grid_side(patches: int) -> int:
     side = math.isqrt(patches)
-    if side * side != patches or type(patches) is not int or not patches:
+    if side * side != patches:
         raise ValueError(f"vision_config.num_patches: {patches} is not a square number")
     return side
 

@@ -230,6 +230,19 @@ def square_side(name: str, value: Any) -> Any:
     return sides[0]
 
 
+def check_openais(weights: Weights, model: ModelConfig, format: str) -> None:
+    """Check that a format which has only OpenAI's settings can hold a model.
+
+    Raises:
+        WeightsError: it cannot; names the first setting.
+    """
+    for name in model.extensions:
+        raise WeightsError(
+            f"{weights.source}: {format} has no {name}, which is {getattr(model, name)} in this "
+            f"model"
+        )
+
+
 def check_shapes(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
     """Compare tensors with an architecture before building it; return its tensors, without values.
 
