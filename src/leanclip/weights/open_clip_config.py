@@ -239,11 +239,12 @@ def _timm(vision: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict
         raise ValueError(f"vision_cfg.timm_proj: {projection!r} is not supported")
     pool = vision["timm_pool"]
     if pool or projection != "linear":  # else it is the tower's default
-        if pool not in TIMM_POOLS or "attn" in {TIMM_POOLS[pool], arch["vision_pool"]} != {"attn"}:
+        found = TIMM_POOLS.get(pool)
+        if found is None or (found == "attn") != (arch["vision_pool"] == "attn"):
             raise ValueError(f"vision_cfg.timm_pool: {pool!r} with {tower.name} is not supported")
         is_gap = "_gap_" in tower.name  # timm moves the last LayerNorm only where pool is given
         arch["vision_norm_after_pool"] = pool == "avg" and projection != "linear" and not is_gap
-        arch["vision_pool"] = TIMM_POOLS[pool]
+        arch["vision_pool"] = found
     arch["vision_projection"] = "none" if projection == "none" else "linear"
     biases = {"": True, "linear": bool(vision["timm_proj_bias"]), "none": False}
     return arch | {"vision_projection_bias": biases[projection]}

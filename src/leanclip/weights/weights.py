@@ -187,7 +187,7 @@ def infer_architecture(
             "vocab_size": tensors["token_embedding.weight"].shape[0],
             "transformer_width": text_width,
             "transformer_heads": text_width // 64,
-            "transformer_layers": _count(tensors, r"transformer\.resblocks\.(\d+)\."),
+            "transformer_layers": count_blocks(tensors, "transformer"),
             "transformer_mlp_ratio": _mlp_ratio(tensors, "transformer", text_width),
             "activation": activation,
         }
@@ -197,6 +197,11 @@ def infer_architecture(
         raise WeightsError(f"{source}: not CLIP's tensors: {error} is missing or odd") from None
     except ConfigError:
         return None
+
+
+def count_blocks(tensors: Mapping[str, torch.Tensor], tower: str) -> int:
+    """The number of blocks of a tower, by the names of its tensors."""
+    return _count(tensors, rf"{re.escape(tower)}\.resblocks\.(\d+)\.")
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -281,7 +286,7 @@ def _vision_vit(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     side = math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
     return {
         "image_resolution": side * patch_size,
-        "vision_layers": _count(tensors, r"visual\.transformer\.resblocks\.(\d+)\."),
+        "vision_layers": count_blocks(tensors, "visual.transformer"),
         "vision_width": width,
         "vision_patch_size": patch_size,
         "vision_mlp_ratio": _mlp_ratio(tensors, "visual.transformer", width),
