@@ -230,7 +230,10 @@ def reference_relevance(visual: Any, pixels: torch.Tensor, text: torch.Tensor) -
             x = visual.ln_post(x[:, 0])
         elif visual.config.vision_pool == "attn":
             pool, x = visual.attn_pool, visual.ln_post(x)
-            parts = zip(pool.attn.in_proj_weight.chunk(3), pool.attn.in_proj_bias.chunk(3))
+            parts = zip(
+                *(one.chunk(3) for one in (pool.attn.in_proj_weight, pool.attn.in_proj_bias)),
+                strict=True,
+            )
             inputs = (pool.probe.expand(len(x), 1, -1), x, x)
             qkv = [F.linear(one, *part) for one, part in zip(inputs, parts, strict=True)]
             attention, products = attended(pool.attn, *qkv)

@@ -21,6 +21,7 @@ _VIT_ONLY = (  # of a ResNet they must have their defaults
     "vision_pool_queries",
     "vision_norm_after_pool",
     "vision_positions",
+    "vision_rotary_grid",
     "vision_projection",
     "vision_projection_bias",
     "vision_layer_scale",
@@ -89,6 +90,11 @@ class ModelConfig(Section):
         default="learned",
         description="positions of a ViT's patches; resized: a learned grid, resized to the patches "
         "of each image (NaFlex); rotary: in two dimensions, beside learned ones (PE-Core)",
+    )
+    vision_rotary_grid: Size | None = Field(
+        default=None,
+        description="with vision_positions rotary: patches a side that the positions are scaled "
+        "to; null: those of the image",
     )
     vision_projection: Literal["linear", "none"] = Field(
         default="linear", description="of a ViT's pooled features to embed_dim"
@@ -271,6 +277,8 @@ class ModelConfig(Section):
             _check_multiple("embed_dim", self.embed_dim, "vision_pool_heads", self.pool_heads)
         if self.vision_positions == "resized" and self.vision_class_token:
             raise ValueError("vision_positions resized goes with vision_class_token false")
+        if self.vision_rotary_grid is not None and self.vision_positions != "rotary":
+            raise ValueError("vision_rotary_grid goes with vision_positions rotary")
         if self.vision_positions == "rotary":
             head = self.vision_width // self.attention_heads
             _check_multiple("width of a head", head, "rotary positions'", 4)

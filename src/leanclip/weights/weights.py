@@ -40,6 +40,7 @@ INVISIBLE = {  # settings that no tensor's shape or name shows, and how they are
         name: name
         for name in (
             *("vision_norm_eps", "vision_pool", "vision_norm_after_pool", "vision_positions"),
+            "vision_rotary_grid",
             *("transformer_norm_eps", "transformer_pool", "transformer_eos_id"),
             *("transformer_causal", "transformer_pad_id", "transformer_padding_mask"),
             *("transformer_post_norm", "transformer_first_position"),
