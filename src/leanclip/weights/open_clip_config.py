@@ -89,7 +89,7 @@ _UNUSED = {  # of training, of Python's side, or of a part that is not there
     "model_cfg": "embed_dim vision_cfg text_cfg multimodal_cfg quick_gelu custom_text "
     "init_logit_scale init_logit_bias nonscalar_logit_scale cast_dtype output_dict",
 }
-_POOLERS: dict[str, dict[str, Any]] = {  # by hf_pooler_type
+POOLERS: dict[str, dict[str, Any]] = {  # by hf_pooler_type
     "mean_pooler": {"transformer_pool": "mean"},
     "cls_pooler": {"transformer_pool": "first", "transformer_pooler": True},
     "cls_last_hidden_state_pooler": {"transformer_pool": "first"},
@@ -120,7 +120,11 @@ def architecture(values: Any, tensors: Tensors | None = None) -> ModelConfig:
         for name in _DEFAULTS:
             _check_fields(name, values[name])
         arch: dict[str, Any] = {"embed_dim": values["embed_dim"]}
-        arch |= _timm(vision, trunk, tensors) if trunk else _vision(vision)
+        if trunk:
+            head_width = values["vision_cfg"].get("head_width")  # written with unpublished sizes
+            arch |= _timm(vision, trunk, tensors, head_width)
+        else:
+            arch |= _vision(vision)
         arch |= _bert(text, bert, tensors) if bert else _text(text)
         # A tower of timm or transformers has an activation of its own.
         own = "quick_gelu" if values.get("quick_gelu", False) else None
@@ -217,7 +221,9 @@ def _activation(section: dict[str, Any]) -> str:
     return found
 
 
-def _timm(vision: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict[str, Any]:
+def _timm(
+    vision: dict[str, Any], tower: Tower, tensors: Tensors | None, head_width: int | None
+) -> dict[str, Any]:
     """The settings of a vision tower of timm."""
     arch = {"vision_pool": "tok"} | dict(tower.settings)
     arch |= {"vision_width": tower.width, "vision_layers": tower.layers}
@@ -232,8 +238,12 @@ def _timm(vision: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict
             if pool_hidden != hidden:
                 arch["vision_pool_mlp_ratio"] = mlp_ratio(arch["vision_width"], pool_hidden)
     arch["vision_mlp_ratio"] = mlp_ratio(arch["vision_width"], hidden)
-    arch["vision_heads"] = tower.heads_at(arch["vision_width"])
+    width = arch["vision_width"]
+    arch["vision_heads"] = width // head_width if head_width else tower.heads_at(width)
     arch["image_resolution"] = square_side("image_size", vision["image_size"])
+    grid = arch["image_resolution"] // arch["vision_patch_size"]
+    if arch.get("vision_rotary_grid") == grid:  # else positions are scaled to it
+        arch["vision_rotary_grid"] = None
     projection = vision["timm_proj"] or ""
     if projection not in ("", "linear", "none"):
         raise ValueError(f"vision_cfg.timm_proj: {projection!r} is not supported")
@@ -263,7 +273,7 @@ def _bert(text: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict[s
     if not width:
         raise ValueError(f"text_cfg.hf_model_name: the sizes of {tower.name!r} are not known")
     pooler, projection = text["hf_pooler_type"], text["hf_proj_type"] or "none"
-    if pooler not in _POOLERS:
+    if pooler not in POOLERS:
         raise ValueError(f"text_cfg.hf_pooler_type: {pooler!r} is not supported")
     if projection not in ("mlp", "linear", "none"):
         raise ValueError(f"text_cfg.hf_proj_type: {projection!r} is not supported")
@@ -273,7 +283,7 @@ def _bert(text: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict[s
         "transformer_layers": layers,
         "transformer_mlp_ratio": mlp_ratio(width, hidden),
         "transformer_projection": projection,
-        **_POOLERS[pooler],
+        **POOLERS[pooler],
     }
 
 

@@ -109,8 +109,14 @@ class Tower:
     settings: Mapping[str, Any] = field(default_factory=dict)  # in ModelConfig's keys
 
     def heads_at(self, width: int) -> int:
-        """Heads of a tower of this name at any width: its own, else of 64 channels."""
-        return self.heads if width == self.width else max(1, width // 64)
+        """Heads of a tower of this name at any width, which no tensor shows.
+
+        Those of the published width; else of 64 channels, and at least two where the pooling is
+        attention's, as in small models of these towers.
+        """
+        if width == self.width:
+            return self.heads
+        return max(2 if self.settings.get("vision_pool") == "attn" else 1, width // 64)
 
 
 _SIZES = {  # width, blocks, heads, hidden width of the MLPs
@@ -226,7 +232,7 @@ def timm_tower(name: str) -> Tower | None:
     if kind.startswith("siglip") and _TANH.search(name):
         settings["activation"] = "gelu_tanh"
     if size.startswith("pe_core"):
-        settings |= _PE_CORE
+        settings |= _PE_CORE | {"vision_rotary_grid": int(side) // int(patch)}
         if size.endswith("gigantic"):
             settings |= {"vision_class_token": False, "vision_pool_mlp_ratio": 4.0}
     return Tower(name, *_SIZES[size], settings)
