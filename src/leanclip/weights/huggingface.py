@@ -18,6 +18,7 @@ from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.text import Tokenizer
 from leanclip.preprocess.tokenizer import END, START, merges, vocabulary
 from leanclip.weights import huggingface_config
+from leanclip.weights import tokenizer as tokenizers
 from leanclip.weights.files import MALFORMED, find_file, read_json
 from leanclip.weights.huggingface_families import (
     CHINESE_CLIP,
@@ -109,7 +110,8 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     Raises:
         WeightsError: it is damaged, or not supported.
     """
-    return None
+    kind = str(read_json(folder / "config.json").get("model_type"))
+    return None if kind == "clip" else tokenizers.read_files(folder, 77, model_type=kind)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:

@@ -23,6 +23,7 @@ from leanclip.weights import huggingface, native, open_clip, open_clip_config, o
 from leanclip.weights.files import INDEX, find_file, read_json, sniff
 from leanclip.weights.hub import locate, locate_settings
 from leanclip.weights.state_dict import TORCHSCRIPT, read_state_dict
+from leanclip.weights.tokenizer import check_fits_model
 from leanclip.weights.weights import Weights
 
 _FOLDERS = (open_clip, native, huggingface)
@@ -99,6 +100,9 @@ def _normalized(weights: Weights, has_arch: bool) -> Weights:
     }
     weights = replace(weights, tensors=weights.tensors | scalars)
     model, preprocess = weights.model, weights.preprocess
+    if model is not None and weights.tokenizer is not None:
+        check_fits_model(weights.source, weights.tokenizer, model)
+        weights = replace(weights, tokenizer=weights.tokenizer.at(model.context_length))
     if model is None or preprocess is None or preprocess.resolution == model.image_resolution:
         return weights
     if not has_arch:
@@ -163,7 +167,8 @@ def _parse_architecture(values: dict[str, Any], name: str) -> ModelConfig:
 def _read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     for known in _FOLDERS:
         if known.is_folder(folder):
-            return known.read_folder(folder, arch)
+            weights = known.read_folder(folder, arch)
+            return replace(weights, tokenizer=weights.tokenizer or known.read_tokenizer(folder))
     if (folder / "config.json").is_file():
         kind = read_json(folder / "config.json").get("model_type")
         raise WeightsError(
