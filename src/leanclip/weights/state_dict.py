@@ -32,7 +32,7 @@ _MARKS = (  # a model's prefix, and a name that shows it; the surest first
 )
 _ROOTS = {  # how a model's names begin, in OpenAI's, open_clip's and Hugging Face's form
     *("visual", "transformer", "text", "token_embedding", "positional_embedding", "ln_final"),
-    *("text_projection", "logit_scale", "logit_bias", "attn_mask"),
+    *("text_projection", "logit_scale", "logit_bias", "attn_mask", "positional_embedding_res"),
     *("vision_model", "text_model", "visual_projection"),
     *("input_resolution", "context_length", "vocab_size"),
 }
@@ -61,6 +61,21 @@ def read_state_dict(
     with weights_errors(path, "file of PyTorch's"):
         check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
     return tensors, unexpected
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file by name, whether or not they are a model's.
+
+    Raises:
+        WeightsError: the file is damaged, or holds more than data, or no tensors.
+    """
+    loaded = _read_file(path)
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"{path}: holds a {type(loaded).__name__}, not tensors by name")
+    with weights_errors(path, "file of tensors"):
+        tensors = dict(_leaves(loaded, "", _MAX_DEPTH, set()))
+        check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
+    return tensors
 
 
 def named(keys: Sequence[str]) -> str:
