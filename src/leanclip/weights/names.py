@@ -2,7 +2,7 @@
 
 A rule is a pair of patterns, ours and theirs. `*` stands for a part of a dotted name and `**` for
 any parts, the same in both; `{q,k,v}` (or any three words) for three tensors that are one tensor
-here, one after another:
+here, one after another, and `{q,kv}` for two, the second of twice the rows:
 
     Rule("visual.ln_pre.*", "vision_model.pre_layrnorm.*")
     Rule("visual.proj", "visual_projection.weight", transpose=True)
@@ -21,7 +21,7 @@ import torch
 
 from leanclip.errors import WeightsError
 
-_PARTS = re.compile(r"\{(\w+),(\w+),(\w+)\}")  # such as {q,k,v}
+_PARTS = re.compile(r"\{(\w+(?:,\w+){1,2})\}")  # such as {q,k,v}
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,17 @@ class Rule:
 
     @functools.cached_property
     def parts(self) -> list[str]:
-        """The names there: one, or three that are joined here."""
+        """The names there: one, or two or three that are joined here."""
         match = _PARTS.search(self.theirs)
-        return (
-            [_PARTS.sub(part, self.theirs) for part in match.groups()] if match else [self.theirs]
-        )
+        words = match[1].split(",") if match else [""]
+        return [_PARTS.sub(word, self.theirs) for word in words]
+
+    def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor of the shape there, in its parts: all, a third and two, or three thirds."""
+        if len(self.parts) == 1:
+            return [tensor]
+        third = len(tensor) // 3
+        return list(tensor.split([third, 2 * third] if len(self.parts) == 2 else third))
 
     def shaped_here(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor from there, in the shape that it has here."""
@@ -74,10 +80,10 @@ def to_ours(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[
     """Tensors by OpenAI's names; those that no rule matches keep theirs.
 
     Raises:
-        WeightsError: of three tensors that are one here, some are missing.
+        WeightsError: of tensors that are one here, some are missing.
     """
     found: dict[str, torch.Tensor] = {}
-    joined: dict[str, dict[int, torch.Tensor]] = {}
+    joined: dict[str, tuple[Rule, dict[int, torch.Tensor]]] = {}
     for name, tensor in tensors.items():
         for rule, place, part in ((r, i, p) for r in rules for i, p in enumerate(r.parts)):
             if (ours := _rename(name, part, rule.ours)) is not None:
@@ -85,14 +91,14 @@ def to_ours(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[
                 if len(rule.parts) == 1:
                     found[ours] = tensor
                 else:
-                    joined.setdefault(ours, {})[place] = tensor
+                    joined.setdefault(ours, (rule, {}))[1][place] = tensor
                 break
         else:
             found[name] = tensor
-    for ours, parts in joined.items():
-        if len(parts) != 3:
-            raise WeightsError(f"missing keys: only {len(parts)} of 3 parts of {ours}")
-        found[ours] = torch.cat([parts[place] for place in range(3)])  # (3D, D) or (3D,)
+    for ours, (rule, parts) in joined.items():
+        if (count := len(rule.parts)) != len(parts):
+            raise WeightsError(f"missing keys: only {len(parts)} of {count} parts of {ours}")
+        found[ours] = torch.cat([parts[place] for place in range(count)])  # (3D, D) or (3D,)
     return found
 
 
@@ -110,8 +116,7 @@ def to_theirs(
         if rule is None:
             raise KeyError(name)
         tensor = rule.shaped_there(tensor)
-        pieces = [tensor] if len(rule.parts) == 1 else tensor.chunk(3)
-        for part, piece in zip(rule.parts, pieces, strict=True):
+        for part, piece in zip(rule.parts, rule.pieces(tensor), strict=True):
             found[str(_rename(name, rule.ours, part))] = piece.contiguous()
     return found
 

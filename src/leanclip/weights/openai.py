@@ -2,6 +2,8 @@
 
 Three numbers beside the tensors (`input_resolution`, `context_length`, `vocab_size`) identify the
 format. It implies QuickGELU and heads of 64 channels.
+
+Long-CLIP's (arXiv 2403.15378) are the same with two tables of positions for longer texts.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,11 +17,13 @@ from leanclip.preprocess.images import Preprocess
 from leanclip.weights.weights import INVISIBLE, Weights, check_openais, infer_architecture
 
 MARKS = ("input_resolution", "context_length", "vocab_size")
+LONG = "positional_embedding_res"  # Long-CLIP's second table
+_KEPT = 20  # positions that Long-CLIP takes from the first table
 
 
 def is_state_dict(names: Collection[str]) -> bool:
-    """Whether tensors have this format's three numbers beside them."""
-    return MARKS[0] in names
+    """Whether tensors have this format's three numbers beside them, or are Long-CLIP's."""
+    return MARKS[0] in names or LONG in names
 
 
 def from_state_dict(
@@ -35,8 +39,30 @@ def from_state_dict(
         for name, tensor in tensors.items()
         if name not in MARKS and not name.endswith("attn_mask")
     }
+    if LONG in tensors:
+        tensors = _with_long_positions(source, tensors)
     model = model or infer_architecture(tensors, source=source, activation="quick_gelu")
     return Weights(source, "openai", tensors, model)
+
+
+def _with_long_positions(
+    source: Path, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Long-CLIP's tensors with one table of positions, the sum of both under their masks.
+
+    Raises:
+        WeightsError: the tables do not belong together.
+    """
+    rest = dict(tensors)
+    long, first = rest.pop(LONG), rest.get("positional_embedding")
+    if first is None or first.shape != long.shape or long.ndim != 2 or len(long) <= _KEPT:
+        there = None if first is None else tuple(first.shape)
+        raise WeightsError(
+            f"{source}: not Long-CLIP's tensors: positional_embedding {there}, "
+            f"{LONG} {tuple(long.shape)}"
+        )
+    rest["positional_embedding"] = torch.cat([first[:_KEPT], long[_KEPT:]])  # (L, D)
+    return rest
 
 
 def write(file: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:

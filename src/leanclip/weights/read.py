@@ -20,7 +20,16 @@ from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.text import Tokenizer
-from leanclip.weights import adapter, huggingface, native, open_clip, openai, passl
+from leanclip.weights import (
+    adapter,
+    huggingface,
+    native,
+    open_clip,
+    open_clip_config,
+    openai,
+    passl,
+    pe_core,
+)
 from leanclip.weights.files import INDEX, find_file, read_json, sniff
 from leanclip.weights.hub import locate, locate_settings
 from leanclip.weights.state_dict import TORCHSCRIPT, read_state_dict
@@ -28,7 +37,7 @@ from leanclip.weights.tokenizer import check_fits_model
 from leanclip.weights.weights import Weights
 
 _FOLDERS = (open_clip, native, huggingface)
-_STATE_DICTS = (openai, huggingface, open_clip)  # the last takes any names
+_STATE_DICTS = (pe_core, openai, huggingface, open_clip)  # the last takes any names
 _ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError)
 Architecture = ModelConfig | dict[str, Any] | str | Path
 
@@ -169,10 +178,10 @@ def read_architecture(arch: Architecture) -> ModelConfig:
 
 
 def _parse_architecture(values: dict[str, Any], name: str) -> ModelConfig:
-    if not open_clip.is_architecture(values):
+    if not open_clip_config.is_architecture(values):
         return parse(ModelConfig, values, where=name)
     try:
-        return open_clip.architecture(values)
+        return open_clip_config.architecture(values)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
 

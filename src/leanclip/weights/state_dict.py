@@ -32,7 +32,7 @@ _MARKS = (  # a model's prefix, and a name that shows it; the surest first
 )
 _ROOTS = {  # how a model's names begin, in OpenAI's, open_clip's and Hugging Face's form
     *("visual", "transformer", "text", "token_embedding", "positional_embedding", "ln_final"),
-    *("text_projection", "logit_scale", "logit_bias", "attn_mask"),
+    *("text_projection", "logit_scale", "logit_bias", "attn_mask", "positional_embedding_res"),
     *("vision_model", "text_model", "visual_projection"),
     *("input_resolution", "context_length", "vocab_size"),
 }

@@ -170,12 +170,16 @@ def _refuse(weights: Weights, problems: Mapping[str, list[str]]) -> None:
 
 
 def infer_architecture(
-    tensors: Mapping[str, torch.Tensor], *, source: Path, activation: str
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    source: Path,
+    activation: str,
+    settings: Mapping[str, Any] | None = None,
 ) -> ModelConfig | None:
     """The architecture that tensors of OpenAI's names have, with heads of 64 channels.
 
     Tensors determine every size, but neither the activation nor the number of heads. None where
-    heads of 64 channels do not fit.
+    heads of 64 channels do not fit. `settings` are others that they do not show.
 
     Raises:
         WeightsError: they are not CLIP's.
@@ -188,16 +192,21 @@ def infer_architecture(
             "vocab_size": tensors["token_embedding.weight"].shape[0],
             "transformer_width": text_width,
             "transformer_heads": text_width // 64,
-            "transformer_layers": _count(tensors, r"transformer\.resblocks\.(\d+)\."),
+            "transformer_layers": count_blocks(tensors, "transformer"),
             "transformer_mlp_ratio": _mlp_ratio(tensors, "transformer", text_width),
             "activation": activation,
         }
         arch |= _vision_vit(tensors) if "visual.proj" in tensors else _vision_resnet(tensors)
-        return parse(ModelConfig, arch, where="its tensors")
+        return parse(ModelConfig, arch | dict(settings or {}), where="its tensors")
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"{source}: not CLIP's tensors: {error} is missing or odd") from None
     except ConfigError:
         return None
+
+
+def count_blocks(tensors: Mapping[str, torch.Tensor], tower: str) -> int:
+    """The number of blocks of a tower, by the names of its tensors."""
+    return _count(tensors, rf"{re.escape(tower)}\.resblocks\.(\d+)\.")
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -279,10 +288,12 @@ def check_shapes(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor
 
 def _vision_vit(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
-    side = math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
+    class_token = "visual.class_embedding" in tensors
+    side = math.isqrt(tensors["visual.positional_embedding"].shape[0] - class_token)
     return {
         "image_resolution": side * patch_size,
-        "vision_layers": _count(tensors, r"visual\.transformer\.resblocks\.(\d+)\."),
+        "vision_class_token": class_token,
+        "vision_layers": count_blocks(tensors, "visual.transformer"),
         "vision_width": width,
         "vision_patch_size": patch_size,
         "vision_mlp_ratio": _mlp_ratio(tensors, "visual.transformer", width),
@@ -319,19 +330,20 @@ def _fit(name: str, tensor: torch.Tensor, own: torch.Tensor, source: Path) -> to
         what = "cut" if there > here else f"kept, with the model's own from the {there + 1}th on"
         log.warning("%s: text positions %d -> %d: %s", source, there, here, what)
         return torch.cat([tensor[:here].to(own), own[there:]])  # (L, D)
-    if name in VISION_POSITIONS and _is_square(there - 1) and _is_square(here - 1):
-        log.warning("%s: %s %d -> %d: resized, bicubic", source, name, there, here)
-        return _resize_grid(tensor.float(), math.isqrt(here - 1))
+    for first in (1, 0):  # with a class token or without
+        if name in VISION_POSITIONS and _is_square(there - first) and _is_square(here - first):
+            log.warning("%s: %s %d -> %d: resized, bicubic", source, name, there, here)
+            return _resize_grid(tensor.float(), math.isqrt(here - first), first)
     return tensor
 
 
-def _resize_grid(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """(1 + n, D) -> (1 + side², D): the first as it is, the others resized as a picture."""
-    first, grid = positions[:1], positions[1:]
+def _resize_grid(positions: torch.Tensor, side: int, count: int) -> torch.Tensor:
+    """(count + n, D) -> (count + side², D): the first as they are, the others as a picture."""
+    first, grid = positions[:count], positions[count:]
     old = math.isqrt(len(grid))
     grid = grid.T.reshape(1, -1, old, old)  # (1, D, old, old)
     grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
-    return torch.cat([first, grid.flatten(2)[0].T])  # (1 + side², D)
+    return torch.cat([first, grid.flatten(2)[0].T])  # (count + side², D)
 
 
 def _is_square(n: int) -> bool:
