@@ -21,7 +21,11 @@ from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights, square_side
 
 CONFIG = "open_clip_config.json"
-FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 
 _VISION = {  # theirs: ours
     "layers": "vision_layers",
