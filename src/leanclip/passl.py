@@ -77,7 +77,7 @@ class Tensor(torch.Tensor):
 class _Model(CLIP):
     """A CLIP that takes and returns such tensors."""
 
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, pixels: Any) -> torch.Tensor:
         return super().encode_image(pixels.as_subclass(torch.Tensor)).as_subclass(Tensor)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -216,7 +216,8 @@ def reference_relevance(visual: Any, pixels: torch.Tensor, text: torch.Tensor) -
     else:
         attentions = []
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        if visual.class_embedding is not None:
+            x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1)
         x = visual.ln_pre(x + visual.positional_embedding)
         for block in visual.transformer.resblocks:
             layer = block.attn
@@ -225,9 +226,21 @@ def reference_relevance(visual: Any, pixels: torch.Tensor, text: torch.Tensor) -
             attentions.append(attention)
             x = x + layer.out_proj(products)
             x = x + block.mlp(block.ln_2(x))
-        if visual.pool == "tok":
+        if visual.config.vision_pool == "tok":
             x = visual.ln_post(x[:, 0])
-        elif visual.norm_after_pool:
+        elif visual.config.vision_pool == "attn":
+            pool, x = visual.attn_pool, visual.ln_post(x)
+            parts = zip(
+                *(one.chunk(3) for one in (pool.attn.in_proj_weight, pool.attn.in_proj_bias)),
+                strict=True,
+            )
+            inputs = (pool.probe.expand(len(x), 1, -1), x, x)
+            qkv = [F.linear(one, *part) for one, part in zip(inputs, parts, strict=True)]
+            attention, products = attended(pool.attn, *qkv)
+            attentions.append(attention)
+            x = pool.attn.out_proj(products)[:, 0]
+            x = x + pool.mlp(pool.layernorm(x))
+        elif visual.config.vision_norm_after_pool:
             x = visual.ln_post(x[:, 1:].mean(dim=1))
         else:
             x = visual.ln_post(x)[:, 1:].mean(dim=1)
@@ -235,12 +248,17 @@ def reference_relevance(visual: Any, pixels: torch.Tensor, text: torch.Tensor) -
     cosine = (F.normalize(features, dim=-1) * text).sum()
     gradients = torch.autograd.grad(cosine, attentions)
     eye = torch.eye(attentions[0].shape[-1])
-    relevance = eye
+    relevance = step = before = eye
     for attention, gradient in zip(attentions, gradients, strict=True):
         step = (attention * gradient).clamp(min=0).mean(dim=1)
+        before = relevance
         relevance = relevance[..., : step.shape[1], :] + step @ relevance
-    if getattr(visual, "pool", "tok") == "avg":
+    config = getattr(visual, "config", None)
+    if config and config.vision_pool == "avg":
         return (relevance - eye)[:, 1:, 1:].mean(dim=1)
+    if config and config.vision_pool == "attn":  # the query is no token
+        relevance = step @ before
+        return relevance[:, 0, 1:] if config.vision_class_token else relevance[:, 0]
     return relevance[:, 0, 1:]
 
 
@@ -250,9 +268,18 @@ def reference_relevance(visual: Any, pixels: torch.Tensor, text: torch.Tensor) -
         ({"vision_layers": 3}, 4),
         ({"vision_layers": 3, "vision_pool": "avg"}, 4),
         ({"vision_pool": "avg", "vision_norm_after_pool": True}, 4),
+        ({"vision_pool": "attn", "vision_class_token": False}, 4),
+        ({"vision_pool": "attn", "vision_pool_heads": 1}, 4),
         (RESNET, 2),
     ],
-    ids=["class token", "average", "norm after average", "resnet"],
+    ids=[
+        "class token",
+        "average",
+        "norm after average",
+        "attention",
+        "attention of one head",
+        "resnet",
+    ],
 )
 def test_the_gradient_map_is_the_papers(tmp_path: Path, changes: dict[str, Any], side: int) -> None:
     clip = leanclip.load(save_tiny(tmp_path / "tiny", **changes), device="cpu")

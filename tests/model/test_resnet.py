@@ -207,8 +207,11 @@ def test_a_wrong_resnet_is_refused(change: dict[str, Any], words: str) -> None:
         ({"vision_mlp_ratio": 1e308}, "vision_mlp_ratio: should be less than or equal to 100"),
         ({"vision_mlp_ratio": 0.01}, r"vision_mlp_ratio 0\.01 of 32 leaves no hidden width"),
         ({"transformer_mlp_ratio": 0.01}, r"transformer_mlp_ratio 0\.01 of 32 leaves no hidden"),
-        ({"vision_pool": "max"}, "vision_pool: should be 'tok' or 'avg'"),
-        ({"transformer_pool": "end"}, "transformer_pool: should be 'argmax', 'first', 'last' or"),
+        ({"vision_pool": "max"}, "vision_pool: should be 'tok', 'avg', 'attn' or 'queries'"),
+        (
+            {"transformer_pool": "end"},
+            "transformer_pool: should be 'argmax', 'first', 'last', 'eos' or",
+        ),
         ({"transformer_pool": "eos"}, "transformer_eos_id goes with transformer_pool eos"),
         ({"transformer_causal": 1}, "transformer_causal: should be a valid boolean"),
         ({"vision_head": 2}, "vision_head: no such setting; did you mean vision_heads"),
@@ -274,7 +277,10 @@ def test_average_pool_reads_the_patches_before_or_after_the_norm() -> None:
     torch.nn.init.normal_(v.ln_post.weight)
     vit_of(after).ln_post.load_state_dict(v.ln_post.state_dict())
     x = v.conv1(pixels).flatten(2).transpose(1, 2)  # (3, 16, 32)
-    x = torch.cat([v.class_embedding.expand(3, 1, -1), x], 1) + v.positional_embedding
+    x = (
+        torch.cat([v.get_parameter("class_embedding").expand(3, 1, -1), x], 1)
+        + v.positional_embedding
+    )
     x = through_all(v.transformer, v.ln_pre(x))[:, 1:]
     torch.testing.assert_close(first.encode_image(pixels), v.ln_post(x).mean(1) @ v.proj)
     torch.testing.assert_close(after.encode_image(pixels), v.ln_post(x.mean(1)) @ v.proj)

@@ -21,11 +21,21 @@ _VIT_ONLY = (  # of a ResNet they must have their defaults
     "vision_pool_queries",
     "vision_norm_after_pool",
     "vision_positions",
+    "vision_rotary_grid",
     "vision_projection",
     "vision_projection_bias",
     "vision_layer_scale",
     "pre_norm",
     "patch_bias",
+)
+
+_EXTENSIONS = (  # of families after CLIP
+    *("vision_norm_eps", "vision_class_token", "vision_pool_heads", "vision_pool_mlp_ratio"),
+    *("vision_pool_queries", "vision_positions", "vision_projection", "vision_projection_bias"),
+    *("vision_layer_scale", "transformer_norm_eps", "transformer_padding_mask"),
+    *("transformer_post_norm", "transformer_token_types", "transformer_pooler"),
+    *("transformer_positions", "transformer_first_position", "transformer_class_token"),
+    *("transformer_projection", "transformer_projection_bias"),
 )
 
 
@@ -64,7 +74,8 @@ class ModelConfig(Section):
         "learned query with an MLP (SigLIP, PE-Core), or of several (CoCa)",
     )
     vision_pool_heads: Size | None = Field(
-        default=None, description="attention heads of vision_pool attn or queries; null: the tower's"
+        default=None,
+        description="attention heads of vision_pool attn or queries; null: the tower's",
     )
     vision_pool_mlp_ratio: Ratio | None = Field(
         default=None, description="hidden width of vision_pool attn's MLP; null: vision_mlp_ratio"
@@ -79,6 +90,11 @@ class ModelConfig(Section):
         default="learned",
         description="positions of a ViT's patches; resized: a learned grid, resized to the patches "
         "of each image (NaFlex); rotary: in two dimensions, beside learned ones (PE-Core)",
+    )
+    vision_rotary_grid: Size | None = Field(
+        default=None,
+        description="with vision_positions rotary: patches a side that the positions are scaled "
+        "to; null: those of the image",
     )
     vision_projection: Literal["linear", "none"] = Field(
         default="linear", description="of a ViT's pooled features to embed_dim"
@@ -177,6 +193,17 @@ class ModelConfig(Section):
         )
 
     @property
+    def extensions(self) -> list[str]:
+        """The settings in use that OpenAI's code and those who share its form have nothing for."""
+        fields = type(self).model_fields
+        found = [name for name in _EXTENSIONS if getattr(self, name) != fields[name].default]
+        pools = {"vision_pool": ("attn", "queries"), "transformer_pool": ("mean",)}
+        found += [name for name, newer in pools.items() if getattr(self, name) in newer]
+        if len({*self.activations}) > 1:
+            found += ["vision_activation", "transformer_activation"]
+        return found
+
+    @property
     def text_positions(self) -> int:
         """Rows of the text's table of positions."""
         used = self.transformer_first_position + self.context_length + self.transformer_class_token
@@ -250,6 +277,8 @@ class ModelConfig(Section):
             _check_multiple("embed_dim", self.embed_dim, "vision_pool_heads", self.pool_heads)
         if self.vision_positions == "resized" and self.vision_class_token:
             raise ValueError("vision_positions resized goes with vision_class_token false")
+        if self.vision_rotary_grid is not None and self.vision_positions != "rotary":
+            raise ValueError("vision_rotary_grid goes with vision_positions rotary")
         if self.vision_positions == "rotary":
             head = self.vision_width // self.attention_heads
             _check_multiple("width of a head", head, "rotary positions'", 4)
@@ -278,7 +307,9 @@ class ModelConfig(Section):
             raise ValueError("transformer_class_token goes with transformer_pool last")
         used = self.transformer_first_position + self.context_length + self.transformer_class_token
         if self.text_positions < used:
-            raise ValueError(f"transformer_positions {self.text_positions}: the context needs {used}")
+            raise ValueError(
+                f"transformer_positions {self.text_positions}: the context needs {used}"
+            )
         if self.transformer_projection == "none" and width != self.embed_dim:
             raise ValueError(
                 f"transformer_projection none: transformer_width {width} is not embed_dim "

@@ -3,10 +3,11 @@
     rollout         which places the features depend on, through all layers of attention
     gradient_map    which places are relevant to a text: attention weighted by its gradients
 
-The places of a ViT are its patches, those of a ResNet the cells of its last stage.
+The places of a ViT are its patches, those of a ResNet the cells of its last stage. A pool of
+attention is a last layer with one query.
 
-Shapes: B batch, R resolution, L tokens (P patches and the class token), Q queries, D width,
-H heads, h = w places per side, E embedding.
+Shapes: B batch, R resolution, L tokens (P patches, and the class token if there is one), Q queries,
+D width, H heads, h = w places per side, E embedding.
 """
 
 import math
@@ -18,11 +19,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from leanclip.model import CLIP, ModifiedResNet
+from leanclip.model.pooling import AttentionPool, CrossAttention, QueryPool
 from leanclip.model.resnet import AttentionPool2d
-from leanclip.model.transformer import Attention
+from leanclip.model.transformer import Attention, rotate
 from leanclip.model.vit import VisionTransformer
 
-Layer = Attention | AttentionPool2d
+Tower = VisionTransformer | ModifiedResNet
+Layer = Attention | AttentionPool2d | AttentionPool | QueryPool
 
 
 @torch.no_grad()
@@ -37,16 +40,15 @@ def rollout(model: CLIP, pixels: torch.Tensor) -> torch.Tensor:
     layers = _attention_layers(visual)
     with _inputs_of(*layers) as inputs:
         visual(pixels)
-    if isinstance(visual, ModifiedResNet):
-        attention, _ = _attend(visual.attnpool, inputs[visual.attnpool])  # (B, H, 1, L)
-        return _normalized(attention.mean(dim=1)[:, 0, 1:])
     flow = torch.empty(0)
     for layer in layers:
-        attention = _attend(layer, inputs[layer])[0].mean(dim=1)  # (B, L, L)
-        step = (attention + torch.eye(attention.shape[-1], device=attention.device)) / 2
-        flow = step @ flow if flow.numel() else step  # (B, L, L)
-    read = flow[:, 0] if visual.pool == "tok" else flow[:, 1:].mean(dim=1)  # (B, L)
-    return _normalized(read[:, 1:])
+        rotation = _rotation(visual, inputs[layer])
+        step = _attend(layer, inputs[layer], rotation)[0].mean(dim=1)  # (B, L, L), or (B, 1, L)
+        if isinstance(layer, Attention):
+            step = (step + torch.eye(step.shape[-1], device=step.device)) / 2
+        flow = step @ flow if flow.numel() else step  # (B, L, L), or (B, 1, L)
+    read = _pooling_weights(visual, flow)[:, None, : flow.shape[1]]  # (B, 1, L), or (B, 1, 1)
+    return _normalized(_patches(visual, (read @ flow)[:, 0]))
 
 
 def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -57,8 +59,9 @@ def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch
     identity, are multiplied and read at the token or tokens that are pooled. As in the authors'
     code for CLIP, the map of each image is shifted and scaled to a minimum of 0 and a maximum of 1.
 
-    Two cases are not in the paper. With average pooling, the rows of all patches are averaged,
+    Three cases are not in the paper. With average pooling, the rows of all patches are averaged,
     without the identity that each patch starts from. A ResNet has one layer of attention, its pool.
+    A learned query is no token, so that its row is that of its relevance alone.
 
     Args:
         model: in evaluation mode.
@@ -69,7 +72,7 @@ def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch
     layers = _attention_layers(visual)
     # The gradient of the attention follows from that of its products with the values, which are
     # the inputs of the output projections; so the tower runs unchanged, with fused kernels.
-    outputs = [x.c_proj if isinstance(x, AttentionPool2d) else x.out_proj for x in layers]
+    outputs = [_output_projection(layer) for layer in layers]
     recorded = _inputs_of(*outputs, with_gradient=True)
     with torch.enable_grad(), _inputs_of(*layers) as inputs, recorded as products:
         features = F.normalize(visual(pixels).float(), dim=-1)
@@ -78,46 +81,70 @@ def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch
     with torch.no_grad():
         start = relevance = torch.empty(0)  # (B, L), from the pooled tokens
         for layer, gradient in zip(layers[::-1], gradients[::-1], strict=True):
-            step = _relevance(layer, inputs[layer], gradient)  # (B, L, L), or (B, 1, L) of a pool
+            # (B, L, L), or (B, 1, L) of a pool
+            step = _relevance(layer, inputs[layer], gradient, _rotation(visual, inputs[layer]))
+            if isinstance(layer, AttentionPool | QueryPool):
+                relevance, start = step[:, 0], torch.zeros_like(step[:, 0])
+                continue
             if not relevance.numel():
                 start = relevance = _pooling_weights(visual, step)
             relevance = relevance + (relevance[:, None, : step.shape[1]] @ step)[:, 0]
-        relevance = (relevance - start)[:, 1:]  # (B, P)
+        relevance = _patches(visual, relevance - start)  # (B, P)
         low, high = relevance.amin(dim=1, keepdim=True), relevance.amax(dim=1, keepdim=True)
         return _as_grid((relevance - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _attention_layers(visual: VisionTransformer | ModifiedResNet) -> list[Layer]:
+def _attention_layers(visual: Tower) -> list[Layer]:
     if isinstance(visual, ModifiedResNet):
         return [visual.attnpool]
-    return [module for module in visual.transformer.modules() if isinstance(module, Attention)]
+    blocks = [module for module in visual.transformer.modules() if isinstance(module, Attention)]
+    return [*blocks, *([visual.attn_pool] if visual.attn_pool is not None else [])]
 
 
-def _pooling_weights(
-    visual: VisionTransformer | ModifiedResNet, step: torch.Tensor
-) -> torch.Tensor:
-    """The weights of the tokens in the features, (B, L), shaped as a last layer's (B, Q, L)."""
+def _output_projection(layer: Layer) -> nn.Module:
+    if isinstance(layer, AttentionPool2d):
+        return layer.c_proj
+    return layer.attn.out_proj if isinstance(layer, AttentionPool | QueryPool) else layer.out_proj
+
+
+def _rotation(visual: Tower, x: torch.Tensor) -> torch.Tensor | None:
+    return visual.rotation(x) if isinstance(visual, VisionTransformer) else None
+
+
+def _patches(visual: Tower, values: torch.Tensor) -> torch.Tensor:
+    """Values of tokens (B, L) without that of the class token or of a ResNet's mean: (B, P)."""
+    has_first = isinstance(visual, ModifiedResNet) or visual.class_embedding is not None
+    return values[:, 1:] if has_first else values
+
+
+def _pooling_weights(visual: Tower, step: torch.Tensor) -> torch.Tensor:
+    """The weights of the queries in the features, (B, L), for a last layer's (B, Q, L)."""
     weights = torch.zeros_like(step[:, 0])
-    if isinstance(visual, VisionTransformer) and visual.pool == "avg":
-        weights[:, 1:] = 1 / (weights.shape[1] - 1)
+    if isinstance(visual, VisionTransformer) and visual.config.vision_pool == "avg":
+        patches = _patches(visual, weights)  # a view
+        patches[:] = 1 / patches.shape[1]
     else:
         weights[:, 0] = 1
     return weights
 
 
-def _relevance(layer: Layer, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def _relevance(
+    layer: Layer, x: torch.Tensor, gradient: torch.Tensor, rotation: torch.Tensor | None
+) -> torch.Tensor:
     """Attention times its gradient, clamped at 0 and averaged over the heads: (B, Q, L).
 
     Args:
         layer: a layer of attention.
         x: its input.
-        gradient: of the products of attention and values: (B, Q, D), or (B, D) if only the first
-            token is a query.
+        gradient: of the products of attention and values: (B, Q, D), or (B, D) if there is only
+            one query.
+        rotation: of rotary positions.
     """
-    attention, values = _attend(layer, x)  # (B, H, Q, L), (B, H, L, D/H)
+    attention, values = _attend(layer, x, rotation)  # (B, H, Q, L), (B, H, L, D/H)
     if gradient.dim() == 2:
         gradient = gradient[:, None]  # (B, 1, D)
-    gradient = gradient.float().unflatten(-1, (layer.heads, -1)).transpose(1, 2)  # (B, H, Q, D/H)
+    heads = attention.shape[1]
+    gradient = gradient.float().unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, Q, D/H)
     to_attention = gradient @ values.mT  # (B, H, Q, L)
     return (attention[:, :, : gradient.shape[2]] * to_attention).clamp(min=0).mean(dim=1)
 
@@ -144,19 +171,43 @@ def _inputs_of(
             hook.remove()
 
 
-def _attend(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(
+    layer: Layer, x: torch.Tensor, rotation: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention (B, H, Q, L) and the values (B, H, L, D/H) of a layer for its input x.
 
     The input is (B, L, D), or (B, C, h, w) of a ResNet's pool, whose single query is the mean.
     """
-    if isinstance(layer, AttentionPool2d):
-        x = x.flatten(2).transpose(1, 2)  # (B, hw, C)
-        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + layer.positional_embedding
-        parts = (layer.q_proj(x[:, :1]), layer.k_proj(x), layer.v_proj(x))
-    else:
-        parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, dim=-1)
-    q, k, v = (one.float().unflatten(-1, (layer.heads, -1)).transpose(1, 2) for one in parts)
+    match layer:
+        case AttentionPool2d():
+            x = x.flatten(2).transpose(1, 2)  # (B, hw, C)
+            x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + layer.positional_embedding
+            parts = (layer.q_proj(x[:, :1]), layer.k_proj(x), layer.v_proj(x))
+        case Attention():
+            parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, dim=-1)
+        case AttentionPool():
+            query = layer.probe.to(x.dtype).expand(len(x), -1, -1)
+            parts = _project(layer.attn, (query, x, x), layer.attn.in_proj_weight.chunk(3))
+        case QueryPool():
+            query, x = layer.ln_q(layer.query[:1]).expand(len(x), 1, -1), layer.ln_k(x)
+            attn = layer.attn
+            weights = (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight)
+            parts = _project(attn, (query, x, x), weights)
+    pooled = layer.attn if isinstance(layer, AttentionPool | QueryPool) else layer
+    q, k, v = (one.float().unflatten(-1, (pooled.heads, -1)).transpose(1, 2) for one in parts)
+    if rotation is not None and isinstance(layer, Attention):
+        q, k = rotate(q, rotation), rotate(k, rotation)
     return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1), v
+
+
+def _project(
+    attention: Attention | CrossAttention,
+    inputs: tuple[torch.Tensor, ...],
+    weights: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of a pool."""
+    biases = attention.in_proj_bias.chunk(3)
+    return tuple(F.linear(*three) for three in zip(inputs, weights, biases, strict=True))
 
 
 def _normalized(values: torch.Tensor) -> torch.Tensor:

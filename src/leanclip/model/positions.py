@@ -1,6 +1,7 @@
 """Positions of a ViT's patches: rotary in two dimensions, or a grid resized to each image.
 
-Shapes: B batch, P patches, D width, H heads, h rows, w columns, g side of the learned grid.
+Shapes: B batch, P patches, D width, H heads, h rows, w columns, g patches a side of the
+grid.
 """
 
 import math
@@ -11,18 +12,25 @@ from torch.nn import functional as F
 _THETA = 10_000
 
 
-def rotary(rows: int, columns: int, head: int, *, class_token: bool) -> torch.Tensor:
-    """Cosines and sines of rotary positions (2, [1 +] h * w, D/2H), as PE-Core's.
+def rotary(side: int, head: int, *, class_token: bool, scaled_to: int | None) -> torch.Tensor:
+    """Cosines and sines of rotary positions (2, [1 +] g², D/2H), as PE-Core's.
 
     The first half of a head's channels is rotated by the column, the other by the row, counted
     from 1 where there is a class token, which is not rotated.
+
+    Args:
+        side: g, patches a side.
+        head: D/H, the channels of a head.
+        class_token: whether there is one.
+        scaled_to: the patches a side of another resolution, whose range the positions have.
     """
     frequencies = _THETA ** -(torch.arange(0, head // 2, 2) / (head // 2))  # (D/4H,)
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    places = torch.stack([column.flatten(), row.flatten()], dim=1) + int(class_token)  # (hw, 2)
+    along = (torch.arange(side) + int(class_token)) * ((scaled_to or side) / side)  # (g,)
+    row, column = torch.meshgrid(along, along, indexing="ij")
+    places = torch.stack([column.flatten(), row.flatten()], dim=1)  # (g², 2)
     if class_token:
-        places = F.pad(places, (0, 0, 1, 0))  # (1 + hw, 2)
-    angles = (places[..., None] * frequencies).flatten(1)  # ([1 +] hw, D/2H)
+        places = F.pad(places, (0, 0, 1, 0))  # (1 + g², 2)
+    angles = (places[..., None] * frequencies).flatten(1)  # ([1 +] g², D/2H)
     return torch.stack([angles.cos(), angles.sin()])
 
 

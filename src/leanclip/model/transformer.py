@@ -186,7 +186,7 @@ class Attention(nn.Module):
             return self.out_proj(packed.attend(qkv, self.heads))  # (T, D)
         q, k, v = split_heads(qkv, 3, self.heads)  # each (B, H, L, D/H)
         if keys.rotation is not None:
-            q, k = _rotated(q, keys.rotation), _rotated(k, keys.rotation)
+            q, k = rotate(q, keys.rotation), rotate(k, keys.rotation)
         mask, is_causal = None, self.is_causal
         if keys.mask is not None:
             mask, is_causal = keys.mask[:, None, None], False  # (B, 1, 1, L)
@@ -253,7 +253,7 @@ def _pick(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     return x[position] if x.dim() == 2 else x[torch.arange(x.shape[0], device=x.device), position]
 
 
-def _rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotary positions (arXiv 2104.09864): neighbouring channels of (B, H, L, D/H) are rotated."""
     cos, sin = rotation
     even, odd = x.float()[..., 0::2], x.float()[..., 1::2]  # (B, H, L, D/2H)

@@ -6,8 +6,6 @@ Shapes: B batch, R resolution, p patch size, P patches, K patches kept, T tokens
 a class token if there is one), D width, E embedding.
 """
 
-from functools import cached_property
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -28,7 +26,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert isinstance(config.vision_layers, int) and config.vision_patch_size is not None
+        assert isinstance(config.vision_layers, int)
+        assert config.vision_patch_size is not None
         self.config = config
         self.input_resolution = config.image_resolution
         self.patch_dropout = 0.0
@@ -69,7 +68,7 @@ class VisionTransformer(nn.Module):
         x, mask = self._embed(pixels)  # (B, T, D), (B, T)
         if self.training and self.patch_dropout:
             x = self._drop_patches(x)  # (B, K+1, D)
-        x = self._pool(self.ln_pre(x), Keys(mask, self._rotation(x)))  # (B, D)
+        x = self._pool(self.ln_pre(x), Keys(mask, self.rotation(x)))  # (B, D)
         if self.proj is not None:
             x = x @ self.proj  # (B, E)
         return x if self.proj_bias is None else x + self.proj_bias
@@ -92,18 +91,18 @@ class VisionTransformer(nn.Module):
             x = torch.cat([class_token, x], dim=1)  # (B, P+1, D)
         return x + self.positional_embedding, mask
 
-    @cached_property
-    def _grid(self) -> int:
-        return self.config.image_resolution // (self.config.vision_patch_size or 1)
-
-    def _rotation(self, x: torch.Tensor) -> torch.Tensor | None:
+    def rotation(self, x: torch.Tensor) -> torch.Tensor | None:
         """Cosines and sines of rotary positions for tokens (B, T, D); None: the tower has none."""
         config = self.config
         if config.vision_positions != "rotary":
             return None
-        head = config.vision_width // config.attention_heads
-        class_token = config.vision_class_token
-        return positions.rotary(self._grid, self._grid, head, class_token=class_token).to(x.device)
+        assert config.vision_patch_size is not None
+        return positions.rotary(
+            config.image_resolution // config.vision_patch_size,
+            config.vision_width // config.attention_heads,
+            class_token=config.vision_class_token,
+            scaled_to=config.vision_rotary_grid,
+        ).to(x.device)
 
     def _drop_patches(self, x: torch.Tensor) -> torch.Tensor:
         """The class token and K patches drawn for each image: (B, P+1, D) -> (B, K+1, D)."""

@@ -20,7 +20,7 @@ from leanclip.inference.model import InferenceModel
 from leanclip.model import CLIP as LeanCLIP
 from leanclip.model.skip_init import meta_device
 from leanclip.openai.bpe import SimpleTokenizer
-from leanclip.openai.network import CLIP, convert_weights
+from leanclip.openai.network import CLIP, convert_weights, openais_settings
 from leanclip.openai.transforms import Compose, steps_of
 from leanclip.preprocess import tokenizer
 from leanclip.weights import read_weights
@@ -65,7 +65,7 @@ def load(
     except LeanclipError as error:
         raise RuntimeError(str(error)) from None
     with meta_device():
-        model = CLIP(**to_plain(clip.model.config))
+        model = CLIP(**openais_settings(clip.model.config))
     model.load_state_dict(clip.model.state_dict(), assign=True)
     if clip.device.type != "cpu":
         convert_weights(model)
@@ -104,6 +104,10 @@ def _read(
         clip = inference.load(name, device=device, arch=to_plain(arch))
     if not isinstance(clip.model, LeanCLIP):
         raise RuntimeError(f"{name}: is an exported model; name the weights that it was made from")
+    if beyond := clip.model.config.extensions:
+        raise RuntimeError(
+            f"{name}: OpenAI's model has no {beyond[0]}; load it with leanclip.load instead"
+        )
     return clip
 
 

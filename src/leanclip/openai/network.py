@@ -17,6 +17,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import to_plain
 from leanclip.errors import WeightsError
 from leanclip.model.skip_init import SkipInit
@@ -236,7 +238,10 @@ class CLIP(nn.Module):
         transformer_causal: bool = True,
         activation: str = "quick_gelu",
         logit_bias: bool = False,
-        **vision: Any,
+        pre_norm: bool = True,
+        patch_bias: bool = False,
+        vision_pool: str = "tok",
+        vision_norm_after_pool: bool = False,
     ) -> None:
         super().__init__()
         self.context_length, self.vocab_size = context_length, vocab_size
@@ -258,7 +263,10 @@ class CLIP(nn.Module):
                 embed_dim,
                 activation=activation,
                 mlp_ratio=vision_mlp_ratio,
-                **vision,
+                pre_norm=pre_norm,
+                patch_bias=patch_bias,
+                vision_pool=vision_pool,
+                vision_norm_after_pool=vision_norm_after_pool,
             )
         self.transformer = Transformer(
             transformer_width,
@@ -343,6 +351,12 @@ class CLIP(nn.Module):
         raise ValueError(f"transformer_pool: there is no {self.transformer_pool}")
 
 
+def openais_settings(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `CLIP` for an architecture without extensions."""
+    settings = to_plain(config) | {"activation": config.activations[0]}
+    return {name: settings[name] for name in signature(CLIP).parameters}
+
+
 def convert_weights(model: nn.Module) -> None:
     """Convert convolutions, linear layers, attention and projections to float16, in place.
 
@@ -374,7 +388,7 @@ def build_model(state_dict: Mapping[str, torch.Tensor]) -> CLIP:
     except WeightsError as error:
         raise RuntimeError(str(error)) from None
     with SkipInit():
-        model = CLIP(**to_plain(weights.model))
+        model = CLIP(**openais_settings(weights.model))
     convert_weights(model)
     model.load_state_dict(weights.tensors)
     return model.eval()

@@ -12,7 +12,7 @@ import torch
 from leanclip.config.model import ModelConfig
 from leanclip.errors import WeightsError
 from leanclip.preprocess.images import Preprocess
-from leanclip.weights.weights import INVISIBLE, Weights, infer_architecture
+from leanclip.weights.weights import INVISIBLE, Weights, check_openais, infer_architecture
 
 MARKS = ("input_resolution", "context_length", "vocab_size")
 
@@ -45,6 +45,7 @@ def write(file: Path, weights: Weights, model: ModelConfig, preprocess: Preproce
     Raises:
         WeightsError: the format has no equivalent of something in the architecture.
     """
+    check_openais(weights, model, "OpenAI's format")
     implied = infer_architecture(weights.tensors, source=weights.source, activation="quick_gelu")
     if implied is None:
         raise WeightsError(f"{weights.source}: OpenAI's format implies heads of 64 channels")
@@ -52,6 +53,8 @@ def write(file: Path, weights: Weights, model: ModelConfig, preprocess: Preproce
         has = getattr(model, name)
         wants = {"pre_norm": True, "patch_bias": False}.get(name, getattr(implied, name))
         if has != wants:
+            name = INVISIBLE.get(name, name)
+            has, wants = (one[0] if isinstance(one, tuple) else one for one in (has, wants))
             raise WeightsError(
                 f"{weights.source}: OpenAI's format implies {name} {wants}, this model has {has}"
             )

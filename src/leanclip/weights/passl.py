@@ -20,7 +20,12 @@ from leanclip.errors import WeightsError
 from leanclip.preprocess.images import Preprocess
 from leanclip.weights.names import Rule, to_ours, to_theirs
 from leanclip.weights.unpickle import check_sharing, read_numpy_pickle, weights_errors
-from leanclip.weights.weights import VISION_POSITIONS, Weights, infer_architecture
+from leanclip.weights.weights import (
+    VISION_POSITIONS,
+    Weights,
+    check_openais,
+    infer_architecture,
+)
 
 log = logging.getLogger("leanclip")
 
@@ -101,6 +106,7 @@ def write(file: Path, weights: Weights, model: ModelConfig, preprocess: Preproce
     Raises:
         WeightsError: PASSL's model has no equivalent of something in the architecture.
     """
+    check_openais(weights, model, "PASSL's format")
     known = {"activation": "quick_gelu", "vision_pool": "tok", "transformer_pool": "argmax"}
     for name, value in (known | {"transformer_causal": True}).items():
         if getattr(model, name) != value:

@@ -39,6 +39,7 @@ INVISIBLE = {  # settings that no tensor's shape or name shows, and how they are
         name: name
         for name in (
             *("vision_norm_eps", "vision_pool", "vision_norm_after_pool", "vision_positions"),
+            "vision_rotary_grid",
             *("transformer_norm_eps", "transformer_pool", "transformer_eos_id"),
             *("transformer_causal", "transformer_pad_id", "transformer_padding_mask"),
             *("transformer_post_norm", "transformer_first_position"),
@@ -222,6 +223,19 @@ def square_side(name: str, value: Any) -> Any:
     if len(sides) != 2 or sides[0] != sides[1]:
         raise ValueError(f"{name}: {value} is not a square, only squares are supported")
     return sides[0]
+
+
+def check_openais(weights: Weights, model: ModelConfig, format: str) -> None:
+    """Check that a format which has only OpenAI's settings can hold a model.
+
+    Raises:
+        WeightsError: it cannot; names the first setting.
+    """
+    for name in model.extensions:
+        raise WeightsError(
+            f"{weights.source}: {format} has no {name}, which is {getattr(model, name)} in this "
+            f"model"
+        )
 
 
 def check_shapes(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
