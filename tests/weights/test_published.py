@@ -18,10 +18,11 @@ import pytest
 from conftest import TINY
 
 from leanclip import CLIP
+from leanclip.config import published
 from leanclip.config.presets import PRESETS
 from leanclip.errors import WeightsError
 from leanclip.preprocess.images import Preprocess
-from leanclip.weights import Weights, hub, published, read_weights, write_weights
+from leanclip.weights import Weights, hub, read_weights, write_weights
 
 LAION = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 

@@ -14,12 +14,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from leanclip.config import published
 from leanclip.errors import DataError, WeightsError, one_line
 from leanclip.io.download import cache_folder, fetch
 from leanclip.io.files import digest
 from leanclip.io.optional_imports import import_optional
 from leanclip.io.progress import ProgressBar
-from leanclip.weights import published
 
 # openai/CLIP, clip/clip.py: the SHA-256 of each file is a part of its address.
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
