@@ -143,19 +143,33 @@ def inspect(source: Source, arch: Arch = None) -> None:
     print(inspection(weights))
 
 
-@app.command(epilog="Example: leanclip models | grep RN50")
-def models() -> None:
-    """List the architecture presets, as JSON lines unless stdout is a terminal.
+@app.command(epilog="Example: leanclip models siglip2")
+def models(
+    word: Annotated[str, Argument(help="Only names, families and sources with this word.")] = "",
+    cost: Annotated[
+        bool,
+        Option("--cost", help="Instead, the parameters and GFLOPs of each architecture (seconds)."),
+    ] = False,
+) -> None:
+    """List what can be had by name, as JSON lines unless stdout is a terminal.
 
-    GFLOPs are those of a forward pass over one image and one text of the full context length; a
-    multiply-add counts as two operations.
+    A name with a source has weights, for --load, --model and leanclip.load. One without is an
+    architecture, for --arch and for training from scratch. With --cost, GFLOPs are those of a
+    forward pass over one image and one text of the full context length; a multiply-add counts as
+    two operations.
     """
-    from leanclip.model.cost import summaries
+    if cost:
+        from leanclip.model.cost import summaries
 
+        headings = ("model", "parameters (M)", "forward GFLOPs", "pixels", "activation")
+        rows, numbers = summaries(word), range(1, 4)
+    else:
+        from leanclip.config.catalogue import catalogue
+
+        headings = ("family", "name", "source")
+        rows, numbers = (entry._asdict() for entry in catalogue(word)), ()
     if wants_json():
-        for summary in summaries():
-            print_json(summary)
+        for row in rows:
+            print_json(row)
         return
-    headings = ("model", "parameters (M)", "forward GFLOPs", "pixels", "activation")
-    rows = [list(map(str, summary.values())) for summary in summaries()]
-    print_table(headings, rows, numbers=range(1, 4))
+    print_table(headings, [list(map(str, row.values())) for row in rows], numbers=numbers)

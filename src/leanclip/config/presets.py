@@ -1,12 +1,13 @@
 """Named architectures: name -> keys of `ModelConfig`.
 
-The names and sizes are open_clip's. A plain name has exact GELU, as most LAION and DataComp
+The names and sizes are open_clip's. Of CLIP a plain name has exact GELU, as most LAION and DataComp
 weights; `-quickgelu` has OpenAI's activation, for a ResNet in the text tower only.
 """
 
 import difflib
 from typing import Any
 
+from leanclip.config.preset_families import families
 from leanclip.errors import ConfigError
 
 
@@ -50,10 +51,13 @@ def _text(width: int, layers: int) -> dict[str, Any]:
 
 _EXACT_GELU: dict[str, dict[str, Any]] = {
     "ViT-B-32": _vit(32, 768, 12, 512),
+    "ViT-B-32-256": _vit(32, 768, 12, 512, image_resolution=256),
     "ViT-B-16": _vit(16, 768, 12, 512),
+    "ViT-B-16-plus-240": _vit(16, 896, 12, 640, image_resolution=240),
     "ViT-L-14": _vit(14, 1024, 24, 768),
     "ViT-L-14-336": _vit(14, 1024, 24, 768, image_resolution=336),
     "ViT-H-14": _vit(14, 1280, 32, 1024, 24, vision_heads=16),
+    "ViT-H-14-378": _vit(14, 1280, 32, 1024, 24, vision_heads=16, image_resolution=378),
     "ViT-g-14": _vit(14, 1408, 40, 1024, 24, vision_heads=16, vision_mlp_ratio=4.3637),
     "ViT-bigG-14": _vit(14, 1664, 48, 1280, 32, vision_heads=16, vision_mlp_ratio=4.9231),
     "RN50": _resnet((3, 4, 6, 3), 64, 224, 1024, 512),
@@ -63,12 +67,17 @@ _EXACT_GELU: dict[str, dict[str, Any]] = {
     "RN50x64": _resnet((3, 15, 36, 10), 128, 448, 1024, 1024),
 }
 
-# open_clip has no ViT-g-14-quickgelu
+_EXACT_ONLY = ("ViT-B-32-256", "ViT-B-16-plus-240", "ViT-g-14")  # in open_clip
+_FAMILIES = families(_EXACT_GELU)
+
 PRESETS: dict[str, dict[str, Any]] = {
     name + ending: arch | {"activation": activation}
     for name, arch in _EXACT_GELU.items()
     for ending, activation in (("", "gelu"), ("-quickgelu", "quick_gelu"))
-    if (name, ending) != ("ViT-g-14", "-quickgelu")
+    if not (ending and name in _EXACT_ONLY)
+} | _FAMILIES
+PRESETS["ViT-H-14-worldwide-quickgelu"] = _FAMILIES["ViT-H-14-worldwide"] | {
+    "activation": "quick_gelu"
 }
 
 

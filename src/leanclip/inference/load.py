@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from leanclip.config.published import published
 from leanclip.config.sections import to_plain
 from leanclip.distributed.collectives import choose_device
 from leanclip.errors import ConfigError, WeightsError
@@ -27,8 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def available() -> list[str]:
-    """The published models that `load` downloads by name into the cache."""
-    return list(OPENAI_FILES)
+    """The published models that `load` downloads by name into the cache; also hub ids."""
+    return [*OPENAI_FILES, *(one.name for one in published())]
 
 
 def load(

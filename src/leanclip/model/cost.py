@@ -23,10 +23,15 @@ def forward_gflops(config: ModelConfig, length: int | None = None) -> float:
     return _cost(config, length)[1]
 
 
-def summaries() -> Iterator[dict[str, Any]]:
-    """Parameters, GFLOPs, resolution and activation of each preset; takes seconds for all."""
+def summaries(word: str = "") -> Iterator[dict[str, Any]]:
+    """Parameters, GFLOPs, resolution and activation of the presets whose name contains a word.
+
+    All of them take seconds.
+    """
     costs: dict[str, tuple[int, float]] = {}  # by the plain name: activations are not counted
     for name, arch in PRESETS.items():
+        if word.lower() not in name.lower():
+            continue
         config, plain = parse(ModelConfig, arch, where=name), name.removesuffix("-quickgelu")
         if plain not in costs:
             costs[plain] = _cost(config)

@@ -17,7 +17,7 @@ def inspection(weights: Weights) -> str:
         "source": str(weights.source),
         "format": weights.format,
         "architecture": _name(model) if model else "unknown; name it with --arch",
-        "activation": model.activation if model else "unknown",
+        "activation": " and ".join(dict.fromkeys(model.activations)) if model else "unknown",
         "parameters": f"{sum(t.numel() for n, t in tensors.items() if 'running_' not in n):,}",
         "tensors": f"{len(tensors)} of " + ", ".join(f"{k} ({n})" for k, n in types.items()),
         "temperature": "none" if scale is None else f"cosines x {scale.float().exp().mean():.2f}",
@@ -34,7 +34,11 @@ def _name(model: ModelConfig) -> str:
     """The name of an architecture's preset, or a short description."""
     for name, arch in PRESETS.items():
         known = parse(ModelConfig, arch, where=name)
-        same = {"vision_heads": known.vision_heads, "transformer_mlp_ratio": 4.0}
+        same = {"vision_heads": known.vision_heads}
+        for tower in ("vision", "transformer"):  # a ratio read from tensors is rounded
+            width, key = getattr(known, f"{tower}_width"), f"{tower}_mlp_ratio"
+            if int(width * getattr(model, key)) == int(width * getattr(known, key)):
+                same[key] = getattr(known, key)
         if (
             known.attention_heads == model.attention_heads
             and model.model_copy(update=same) == known

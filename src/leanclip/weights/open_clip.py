@@ -33,7 +33,11 @@ from leanclip.weights.weights import Weights, square_side
 log = logging.getLogger("leanclip")
 
 CONFIG = "open_clip_config.json"
-FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 
 _PREPROCESS = {"resize": "resize_mode", "interpolation": "interpolation", "fill": "fill_color"}
 # Constants that old versions stored.
