@@ -18,10 +18,12 @@ from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.files import INDEX, find_file, read_json, sniff
 from leanclip.weights.hub import locate, locate_settings
 from leanclip.weights.state_dict import TORCHSCRIPT, read_state_dict
+from leanclip.weights.tokenizer import check_fits_model
 from leanclip.weights.weights import Weights
 
 _FOLDERS = (open_clip, native, huggingface)
@@ -66,12 +68,27 @@ def read_preprocess(source: str | Path) -> Preprocess | None:
     Raises:
         WeightsError: it is damaged, or not supported.
     """
+    known, folder = _settings(source)
+    return known.read_preprocess(folder) if known else None
+
+
+def read_tokenizer(source: str | Path) -> Tokenizer | None:
+    """The tokeniser of a folder of weights, as `read_preprocess`; None: CLIP's.
+
+    Raises:
+        WeightsError: it is damaged, or not supported.
+    """
+    known, folder = _settings(source)
+    return known.read_tokenizer(folder) if known else None
+
+
+def _settings(source: str | Path) -> tuple[Any, Path]:
+    """The format and the folder of a source's settings; no format: it has none."""
     path = locate_settings(source)
     if path is None:
-        return None
+        return None, Path(source)
     folder = _newest_checkpoint(path) or path
-    known = next((one for one in _FOLDERS if one.is_folder(folder)), None)
-    return known.read_preprocess(folder) if known else None
+    return next((one for one in _FOLDERS if one.is_folder(folder)), None), folder
 
 
 def _normalized(weights: Weights, has_arch: bool) -> Weights:
@@ -83,6 +100,9 @@ def _normalized(weights: Weights, has_arch: bool) -> Weights:
     }
     weights = replace(weights, tensors=weights.tensors | scalars)
     model, preprocess = weights.model, weights.preprocess
+    if model is not None and weights.tokenizer is not None:
+        check_fits_model(weights.source, weights.tokenizer, model)
+        weights = replace(weights, tokenizer=weights.tokenizer.at(model.context_length))
     if model is None or preprocess is None or preprocess.resolution == model.image_resolution:
         return weights
     if not has_arch:
@@ -147,7 +167,8 @@ def _parse_architecture(values: dict[str, Any], name: str) -> ModelConfig:
 def _read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     for known in _FOLDERS:
         if known.is_folder(folder):
-            return known.read_folder(folder, arch)
+            weights = known.read_folder(folder, arch)
+            return replace(weights, tokenizer=weights.tokenizer or known.read_tokenizer(folder))
     if (folder / "config.json").is_file():
         kind = read_json(folder / "config.json").get("model_type")
         raise WeightsError(
