@@ -15,6 +15,7 @@ from leanclip.data.batch import Batch, trim
 from leanclip.data.prompts import PROMPTS
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from leanclip.preprocess.tokenizer import END, START, tokenize
 from leanclip.weights import Weights, save_weights, write_weights
 
@@ -105,7 +106,7 @@ def training_batch(side: int, tokens: torch.Tensor) -> Batch:
     size = len(tokens)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
-    return Batch(pixels, trim(tokens), torch.arange(size), torch.full((size,), -1))
+    return Batch(pixels, trim(tokens, Tokenizer()), torch.arange(size), torch.full((size,), -1))
 
 
 def from_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

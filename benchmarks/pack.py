@@ -34,6 +34,7 @@ from leanclip.data.tools.findings import find
 from leanclip.data.tools.pack import pack
 from leanclip.preprocess.decoding import open_image
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from measuring import chosen, finish, in_turn, options, spread
 
 COUNT, SIZE, SIDE = 300, (2000, 1500), 256
@@ -99,7 +100,7 @@ def read_batches(settings: DataConfig) -> list[Batch]:
         dataset,
         settings,
         preprocess=Preprocess(224),
-        context_length=77,
+        tokenizer=Tokenizer(77),
         truncate=True,
         batch_size=size,
         seed=0,

@@ -30,6 +30,7 @@ from leanclip.data import open_dataset
 from leanclip.data.batch import Batch
 from leanclip.data.loader import training_batches
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from measuring import NotTheSame, chosen, command_line, finish, in_turn, options, spread
 from models import QUICKSTART, architecture, realistic_captions
 
@@ -48,7 +49,7 @@ def batches(root: Path, workers: int, count: int) -> list[Batch]:
         open_dataset(config),
         config,
         preprocess=Preprocess(224),
-        context_length=77,
+        tokenizer=Tokenizer(77),
         truncate=True,
         batch_size=BATCH,
         seed=0,

@@ -25,6 +25,7 @@ from leanclip.config.data import DataConfig
 from leanclip.data import open_dataset
 from leanclip.data.loader import training_batches
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from measuring import chosen, finish, in_own_process, options, resident_bytes
 
 BATCHES = 50
@@ -101,7 +102,7 @@ def once(table: Path, count: int) -> dict[str, object]:
         dataset,
         config,
         preprocess=Preprocess(32),
-        context_length=32,
+        tokenizer=Tokenizer(32),
         truncate=True,
         batch_size=64,
         seed=0,

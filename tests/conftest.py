@@ -39,6 +39,7 @@ from leanclip.errors import LeanclipError
 from leanclip.evaluation import Task, open_tasks
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.weights import save_weights
 
@@ -314,7 +315,7 @@ def small_batches(
         open_dataset(settings),
         settings,
         preprocess=Preprocess(16),
-        context_length=12,
+        tokenizer=Tokenizer(12),
         truncate=True,
         batch_size=batch_size,
         seed=3,

@@ -34,6 +34,7 @@ from leanclip.inference.load import load
 from leanclip.io.files import write_text
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
+from leanclip.preprocess.text import Tokenizer
 from leanclip.report.compare_page import write_comparison
 from leanclip.report.data_check import problems
 from leanclip.report.plots import check_pictures, image_grid, pareto_picture, run_pictures
@@ -58,6 +59,7 @@ from leanclip.training.plan import (
     headline,
     make_plan,
     model_preprocess,
+    model_tokenizer,
     split_and_classes,
 )
 from leanclip.training.start import read_on_all_ranks
@@ -321,12 +323,18 @@ def check_data(
     """
     more = evaluation_data(config.data, config.evaluate) if config and not splits else []
     parts = open_parts([data, *more], splits)
+    tokenizer = model_tokenizer(config) if config else Tokenizer()
     with ProgressBar("reading", sum(len(part.dataset) for part in parts)) as bar:
-        read_parts(parts, workers=workers, progress=lambda done, total: bar.update(done))
+        read_parts(
+            parts,
+            tokenizer=tokenizer,
+            workers=workers,
+            progress=lambda done, total: bar.update(done),
+        )
     findings = find(
         parts,
         batch_size=batch_size or (config.train.batch_size if config else 1024),
-        context_length=config.model.context_length if config else 77,
+        context_length=tokenizer.context_length,
     )
     over = problems(findings.values, max_problems=max_problems, max_leakage=max_leakage)
     text = json.dumps(findings.values | {"problems": over}, indent=2)

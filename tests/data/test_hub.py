@@ -24,6 +24,7 @@ from leanclip.data.loader import evaluation_batches
 from leanclip.data.tools.pack import pack
 from leanclip.errors import ConfigError, DataError, SampleError
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +216,7 @@ def test_parquet_parts_by_index(tmp_path: Path) -> None:
     dataset = open_dataset(settings)
     assert [dataset[i].captions for i in range(len(dataset))] == [[f"text {i}"] for i in range(23)]
     batches = evaluation_batches(
-        dataset, settings, preprocess=Preprocess(16), context_length=12, batch_size=10
+        dataset, settings, preprocess=Preprocess(16), tokenizer=Tokenizer(12), batch_size=10
     )
     assert [len(batch) for batch in batches] == [10, 10, 3]
 

@@ -22,6 +22,7 @@ from leanclip.data.order import SMALL, permuted, shuffled
 from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import ConfigError, DataError
 from leanclip.preprocess.images import Preprocess, normalize
+from leanclip.preprocess.text import Tokenizer
 from leanclip.preprocess.tokenizer import END, START
 
 
@@ -124,7 +125,7 @@ def test_tokens_are_trimmed_behind_the_end_of_the_longest(length: int) -> None:
     tokens = torch.zeros(2, 77, dtype=torch.int64)
     tokens[0, :2] = torch.tensor([START, END])
     tokens[1, :length] = torch.tensor([START, *range(1, length - 1), END])
-    cut = trim(tokens)
+    cut = trim(tokens, Tokenizer())
     assert cut.shape[1] in (*TEXT_LENGTHS, 77)
     assert cut.shape[1] == min(n for n in (*TEXT_LENGTHS, 77) if n >= length)
     assert cut[1, length - 1] == END
@@ -168,7 +169,7 @@ def test_evaluation_reads_each_sample_once_in_order_and_as_the_reference(tmp_pat
     dataset = open_dataset(settings)
     found = list(
         evaluation_batches(
-            dataset, settings, preprocess=Preprocess(16), context_length=12, batch_size=4
+            dataset, settings, preprocess=Preprocess(16), tokenizer=Tokenizer(12), batch_size=4
         )
     )
     assert torch.cat([batch.indices for batch in found]).tolist() == list(range(11))
@@ -188,7 +189,7 @@ def test_long_captions_are_cut_or_bad_samples(tmp_path: Path) -> None:
                 open_dataset(settings),
                 settings,
                 preprocess=Preprocess(16),
-                context_length=12,
+                tokenizer=Tokenizer(12),
                 truncate=truncate,
                 batch_size=5,
                 seed=0,
@@ -212,7 +213,7 @@ def open_stream(
         dataset,
         settings,
         preprocess=Preprocess(8),
-        context_length=12,
+        tokenizer=Tokenizer(12),
         truncate=True,
         batch_size=batch_size,
         seed=1,

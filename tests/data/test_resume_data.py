@@ -18,6 +18,7 @@ from leanclip.data import Dataset, open_dataset
 from leanclip.data.batch import Position
 from leanclip.data.loader import training_batches
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 
 COUNT = 24
 
@@ -83,7 +84,7 @@ def write_ids(dataset: Dataset, config: DataConfig, start: Position, out: Path) 
         dataset,
         config,
         preprocess=Preprocess(8),
-        context_length=16,
+        tokenizer=Tokenizer(16),
         truncate=True,
         batch_size=5,
         seed=4,

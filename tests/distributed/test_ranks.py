@@ -24,6 +24,7 @@ from leanclip.distributed.launch import launch
 from leanclip.distributed.preemption import HANDLED_SIGNALS
 from leanclip.io.files import read_metrics
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from leanclip.training import checkpoint
 
 OPTIONS = ("train", "-c", "config.yaml", "-o", "train.epochs=4", "-o", "data.max_bad_fraction=0.2")
@@ -194,7 +195,7 @@ def test_no_sample_of_an_epoch_is_repeated(
 
     def stream(batch_size: int, start: Position):
         return training_batches(
-            dataset, config.data, preprocess=Preprocess(32), context_length=24, truncate=True,
+            dataset, config.data, preprocess=Preprocess(32), tokenizer=Tokenizer(24), truncate=True,
             batch_size=batch_size, seed=0, start=start,
         )  # fmt: skip
 

@@ -21,6 +21,7 @@ from leanclip.model import MAX_LOGIT_SCALE
 from leanclip.model.skip_init import SkipInit, meta_device
 from leanclip.model.transformer import Block, Transformer
 from leanclip.model.vit import VisionTransformer
+from leanclip.preprocess.text import Tokenizer
 from leanclip.preprocess.tokenizer import tokenize
 
 PASSL_ARCH = {  # the dict of PASSL's document, "Interacting with CLIP"
@@ -141,7 +142,7 @@ def test_logit_scale_is_kept_within_its_bounds() -> None:
 def test_cutting_text_after_the_end_token_changes_nothing() -> None:
     model = CLIP(**TINY | {"context_length": 77}).eval()
     tokens = tokenize(["a cat", "a photo of a dog in the snow", "x"])
-    cut = trim(tokens)
+    cut = trim(tokens, Tokenizer())
     assert cut.shape[1] in TEXT_LENGTHS
     torch.testing.assert_close(model.encode_text(cut), model.encode_text(tokens))
 

@@ -24,6 +24,7 @@ from leanclip.evaluation import evaluate
 from leanclip.evaluation.compare import compare
 from leanclip.inference.export import export
 from leanclip.preprocess.images import evaluation_pixels
+from leanclip.preprocess.text import Tokenizer
 from leanclip.training.plan import make_plan, model_preprocess
 from leanclip.weights import Weights, read_weights, write_weights
 from leanclip.weights.processor import read_processor
@@ -356,7 +357,7 @@ def test_training_evaluation_and_export_go_on_with_the_preprocessing(
         open_dataset(settings.data),
         settings.data,
         preprocess=loaded,
-        context_length=24,
+        tokenizer=Tokenizer(24),
         batch_size=9,
     )
     first = Image.open(root / "cat" / "0.png")

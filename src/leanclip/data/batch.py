@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from leanclip.data.skipped import Bad
-from leanclip.preprocess.tokenizer import END
+from leanclip.preprocess.text import Tokenizer
 
 TEXT_LENGTHS = (8, 16, 24, 32, 48, 64)  # tokens are padded to one of these, or to the context
 
@@ -67,10 +67,10 @@ def advance(position: Position, size: int, batch_size: int) -> Position:
     return Position(epoch, sample) if sample + batch_size <= size else Position(epoch + 1, 0)
 
 
-def trim(tokens: torch.Tensor) -> torch.Tensor:
+def trim(tokens: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
     """(B, L) -> (B, L') with L' at least the longest caption: the features do not change.
 
     L' is one of TEXT_LENGTHS or L, so that compiled graphs are reused.
     """
-    longest = int((tokens == END).int().argmax(dim=1).max()) + 1 if len(tokens) else 1
+    longest = int(tokenizer.lengths(tokens).max()) if len(tokens) else 1
     return tokens[:, : next((n for n in TEXT_LENGTHS if n >= longest), tokens.shape[1])]

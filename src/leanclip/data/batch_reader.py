@@ -20,7 +20,7 @@ from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError, SampleError, is_shortage, one_line
 from leanclip.preprocess.images import Preprocess, evaluation_pixels, training_pixels
-from leanclip.preprocess.tokenizer import encode, tokenize
+from leanclip.preprocess.text import Tokenizer
 
 
 class Visit(NamedTuple):
@@ -47,13 +47,13 @@ class BatchReader:
         dataset: Dataset,
         config: DataConfig,
         preprocess: Preprocess,
-        context_length: int,
+        tokenizer: Tokenizer,
         truncate: bool,
         seed: int | None,
         known_bad: Mapping[int, Bad] | None,
     ) -> None:
         self.dataset, self.config, self.seed = dataset, config, seed
-        self.preprocess, self.context_length = preprocess, context_length
+        self.preprocess, self.tokenizer = preprocess, tokenizer
         self.truncate, self.known_bad = truncate, known_bad
         self.side = 0 if known_bad is not None else preprocess.resolution
 
@@ -121,14 +121,14 @@ class BatchReader:
                 samples.append(sample)
                 indices.append(index)
                 captions.append(caption)
-            tokens = tokenize(captions, self.context_length, truncate=True)
+            tokens = self.tokenizer(captions, truncate=True)
         except (MemoryError, OSError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
             raise shortage_error(self.name(int(reading[1])), error) from None
         return Batch(
             torch.from_numpy(images[: len(samples)]),
-            trim(tokens),
+            trim(tokens, self.tokenizer),
             torch.tensor(indices, dtype=torch.int64),
             torch.tensor([-1 if s.label is None else s.label for s in samples]).long(),
             torch.tensor([sample.source for sample in samples]).long(),
@@ -171,11 +171,11 @@ class BatchReader:
     def _check_caption(self, sample: Sample, caption: str) -> None:
         if not caption.strip():
             raise SampleError("empty caption", f"{sample.id}: an empty caption")
-        if not self.truncate and (length := len(encode(caption)) + 2) > self.context_length:
+        most = self.tokenizer.context_length
+        if not self.truncate and (length := len(self.tokenizer.encode(caption))) > most:
             raise SampleError(
                 "long caption",
-                f"{sample.id}: a caption of {length} tokens exceeds the context length of "
-                f"{self.context_length}",
+                f"{sample.id}: a caption of {length} tokens exceeds the context length of {most}",
             )
 
 

@@ -32,6 +32,7 @@ from leanclip.data.skipped import Bad
 from leanclip.errors import DataError
 from leanclip.io.threads import default_workers, is_main_thread
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 
 PREFETCH = 4  # batches that each worker reads ahead
 
@@ -43,7 +44,7 @@ def training_batches(
     config: DataConfig,
     *,
     preprocess: Preprocess,
-    context_length: int,
+    tokenizer: Tokenizer,
     truncate: bool,
     batch_size: int,
     seed: int,
@@ -60,7 +61,7 @@ def training_batches(
         dataset: the samples.
         config: crops, workers and limits.
         preprocess: the model's resolution, and the transform without `augment`.
-        context_length: maximum length of a caption in tokens.
+        tokenizer: of the model; captions are cut to its context length.
         truncate: cut longer captions; otherwise they are bad samples.
         batch_size: samples per step over all ranks; at most the size of the data set.
         seed: of the order, the crops and the choice of captions.
@@ -72,7 +73,7 @@ def training_batches(
     size = len(dataset)
     if start.sample + batch_size > size:  # the batch size was smaller at the checkpoint
         start = Position(start.epoch + 1, 0)
-    reader = BatchReader(dataset, config, preprocess, context_length, truncate, seed, known_bad)
+    reader = BatchReader(dataset, config, preprocess, tokenizer, truncate, seed, known_bad)
     visits = (v[rank::world_size] for v in _training_visits(dataset, batch_size, seed, start))
     own_size = len(range(rank, batch_size, world_size))
     position = start
@@ -86,7 +87,7 @@ def evaluation_batches(
     config: DataConfig,
     *,
     preprocess: Preprocess,
-    context_length: int,
+    tokenizer: Tokenizer,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -99,7 +100,7 @@ def evaluation_batches(
     size = len(dataset)
     starts = range(rank * batch_size, size, world_size * batch_size)
     places = [range(first, min(first + batch_size, size)) for first in starts]
-    return batches_at(dataset, config, places, preprocess=preprocess, context_length=context_length)
+    return batches_at(dataset, config, places, preprocess=preprocess, tokenizer=tokenizer)
 
 
 def batches_at(
@@ -108,11 +109,11 @@ def batches_at(
     places: Sequence[Sequence[int]],
     *,
     preprocess: Preprocess,
-    context_length: int,
+    tokenizer: Tokenizer,
     known_bad: Mapping[int, Bad] | None = None,
 ) -> Iterator[Batch]:
     """Batches of these indices, as `evaluation_batches`; `known_bad` as in `training_batches`."""
-    reader = BatchReader(dataset, config, preprocess, context_length, True, None, known_bad)
+    reader = BatchReader(dataset, config, preprocess, tokenizer, True, None, known_bad)
     visits = ([Visit(0, index, index) for index in batch] for batch in places)
     return _load(reader, visits, config.workers, max(map(len, places), default=0))
 

@@ -153,6 +153,7 @@ def full_model(model: CLIP) -> CLIP:
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with meta_device():
         copy = CLIP(**to_plain(model.config))
+    copy.tokenizer = model.tokenizer
     copy.load_state_dict(tensors, assign=True)
     return copy
 

@@ -29,7 +29,7 @@ from leanclip.evaluation.distinct import DistinctImages, distinct_images
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess, normalize
-from leanclip.preprocess.tokenizer import END, VOCAB_SIZE, tokenize
+from leanclip.preprocess.text import Tokenizer
 
 log = logging.getLogger("leanclip")
 
@@ -139,7 +139,7 @@ def _encode_part(
         images,
         data,
         preprocess=preprocess,
-        context_length=model.context_length,
+        tokenizer=model.tokenizer,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
@@ -235,8 +235,8 @@ def encode_texts(
     """
     check_vocabulary(model)
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    tokens = _tokens(list(place), model.context_length, truncate=truncate)
-    lengths = (tokens == END).int().argmax(dim=1) + 1
+    tokens = _tokens(list(place), model.tokenizer, truncate=truncate)
+    lengths = model.tokenizer.lengths(tokens)
     rank, world_size = rank_and_world_size() if shared else (0, 1)
     device = model.logit_scale.device
     parts = [torch.empty(0, model.config.embed_dim)]
@@ -257,26 +257,27 @@ def encode_texts(
 
 
 def check_vocabulary(model: CLIP) -> None:
-    """Check that a model has at least as many token ids as CLIP's tokeniser.
+    """Check that a model has at least as many token ids as its tokeniser.
 
     Raises:
         ConfigError: it has fewer.
     """
-    if model.config.vocab_size < VOCAB_SIZE:
+    if model.config.vocab_size < model.tokenizer.vocab_size:
         raise ConfigError(
-            f"the model has {model.config.vocab_size} token ids, CLIP's tokeniser {VOCAB_SIZE}: "
+            f"the model has {model.config.vocab_size} token ids, {model.tokenizer.name} "
+            f"{model.tokenizer.vocab_size}: "
             f"its texts need a tokeniser that leanclip does not have (pass token ids to "
             f"encode_text)"
         )
 
 
-def _tokens(texts: Sequence[str], context_length: int, *, truncate: bool) -> torch.Tensor:
+def _tokens(texts: Sequence[str], tokenizer: Tokenizer, *, truncate: bool) -> torch.Tensor:
     """Token ids of many texts as int32, which is half the memory."""
     chunks = [
-        tokenize(texts[first : first + _TEXTS], context_length, truncate=truncate).int()
+        tokenizer(texts[first : first + _TEXTS], truncate=truncate).int()
         for first in range(0, len(texts), _TEXTS)
     ]
-    return torch.cat([torch.empty(0, context_length, dtype=torch.int32), *chunks])
+    return torch.cat([torch.empty(0, tokenizer.context_length, dtype=torch.int32), *chunks])
 
 
 def _batches(lengths: torch.Tensor, size: int, *, mixed: bool) -> list[torch.Tensor]:

@@ -24,6 +24,7 @@ from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.optional_imports import import_optional
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 
 INDEX = "clip.json"
 FORMAT = "leanclip-export"
@@ -48,6 +49,7 @@ class Exported(nn.Module):
         super().__init__()
         self.config = parse(ModelConfig, description["model"], where="model")
         self.context_length = self.config.context_length
+        self.tokenizer = Tokenizer(self.context_length)
         self._is_any_length = bool(description["text"]["dynamic_length"])
         self._image, self._text = image, text
         scale = torch.tensor(math.log(float(description["logit_scale"])))

@@ -40,7 +40,6 @@ from leanclip.inference.inputs import ImageInput, ImageInputs, expand_inputs, pi
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
-from leanclip.preprocess.tokenizer import tokenize
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class InferenceModel:
             DataError: a text exceeds the context length, and `truncate` is false.
         """
         check_vocabulary(self.model)
-        return tokenize(texts, self.model.context_length, truncate=truncate)
+        return self.model.tokenizer(texts, truncate=truncate)
 
     @torch.no_grad()
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:

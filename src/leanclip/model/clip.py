@@ -23,6 +23,7 @@ from leanclip.model.resnet import ModifiedResNet
 from leanclip.model.transformer import ALL, Block, Keys, Transformer
 from leanclip.model.vit import VisionTransformer, masked_mean
 from leanclip.preprocess.patches import Patches
+from leanclip.preprocess.text import Tokenizer
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's bound on the temperature
 
@@ -49,6 +50,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config = parse(ModelConfig, arch, where="CLIP")
         self.context_length = config.context_length
+        self.tokenizer = Tokenizer(config.context_length)  # weights with another one set it
         self.uses_packing = False  # whether `forward` uses `encode_packed`
         self.visual = _vision_tower(config)
         width, eps = config.transformer_width, config.transformer_norm_eps

@@ -128,9 +128,12 @@ def _chunks(text: str) -> list[str]:
 
     Python's white space is Unicode's and the four separators from \\x1c, which ftfy removes.
     """
-    if not _PLAIN.fullmatch(text):
-        text = _unescape(_unescape(_repair(text)))
-    return text.lower().split()
+    return repair(text).lower().split()
+
+
+def repair(text: str) -> str:
+    """The text with broken characters repaired and HTML's entities replaced, twice."""
+    return text if _PLAIN.fullmatch(text) else _unescape(_unescape(_repair(text)))
 
 
 def _unescape(text: str) -> str:

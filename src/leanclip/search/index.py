@@ -24,7 +24,6 @@ from leanclip.inference.inputs import ImageInput
 from leanclip.inference.load import load
 from leanclip.inference.model import InferenceModel
 from leanclip.io.files import try_lock
-from leanclip.preprocess.tokenizer import merges
 from leanclip.report.text import count
 from leanclip.search.filters import Filters
 from leanclip.search.items import FILE, Item, Items
@@ -330,7 +329,7 @@ def _identity(clip: InferenceModel) -> dict[str, Any]:
     return {
         "weights": fingerprint(clip.model.state_dict()),
         "preprocessing": _hash(asdict(clip.preprocess)),
-        "tokeniser": _hash([merges(), clip.model.context_length]),
+        "tokeniser": clip.model.tokenizer.fingerprint(),
         "embed_dim": clip.model.config.embed_dim,
     }
 

@@ -36,8 +36,10 @@ from leanclip.errors import WeightsError
 from leanclip.io.files import digest, digests, sync, write_text
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from leanclip.training.finetune import Tuning
-from leanclip.weights import SHARDS, describe_weights, save_weights
+from leanclip.weights import SHARDS, describe_weights, read_tokenizer, save_weights
+from leanclip.weights.tokenizer import store
 
 
 class Best(NamedTuple):
@@ -103,12 +105,14 @@ def save(
             save_shards(temporary / SHARDS, model.state_dict() | _moments(model, optimizer))
             if rank > 0:
                 return folder
-            describe_weights(temporary, model.config, preprocess)
+            describe_weights(temporary, model.config, preprocess, tokenizer=model.tokenizer)
             tensors = random_states
         else:
             _make_empty(temporary)
             weights = tuning.weights() if tuning else model.state_dict()
-            sha256 = save_weights(temporary, weights, model.config, preprocess)
+            sha256 = save_weights(
+                temporary, weights, model.config, preprocess, tokenizer=model.tokenizer
+            )
             known = {"model.safetensors": sha256}
             tensors = _moments(model, optimizer) | random_states
             tensors |= tuning.state() if tuning else {}
@@ -248,6 +252,7 @@ def merge(source: Path, destination: Path) -> Path:
     weights = {name: t for name, t in tensors.items() if name not in moments}
     save_file(weights, temporary / "model.safetensors", {"format": "pt"})
     config["sha256"] = digest(temporary / "model.safetensors")
+    config["tokenizer"] = store(temporary, read_tokenizer(folder) or Tokenizer())
     (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     random_states = load_file(folder / "training.safetensors")
     save_file(moments | random_states, temporary / "training.safetensors")

@@ -11,7 +11,7 @@ Shapes: n rows of a block, N all rows, B batch, L tokens, E embedding.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b, sha256
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from leanclip.evaluation.features import encode_images
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
-from leanclip.preprocess.tokenizer import tokenize
+from leanclip.preprocess.text import Tokenizer
 from leanclip.training.finetune import group_of
 from leanclip.training.step import AUTOCAST
 
@@ -78,6 +78,7 @@ class FeatureCache:
     image: CachedTower | None = None
     text: CachedTower | None = None
     known_bad: Mapping[int, Bad] | None = None  # as `training_batches` takes it
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)  # of the batches
 
     @property
     def is_used(self) -> bool:
@@ -94,7 +95,7 @@ class FeatureCache:
             assert images is not None
             batch = replace(batch, images=images)
         if self.text is not None and len(batch):
-            texts = self.text.get(_digests(batch.tokens))
+            texts = self.text.get(_digests(batch.tokens, self.tokenizer))
             batch = batch if texts is None else replace(batch, tokens=texts)
         return batch
 
@@ -129,7 +130,7 @@ def build_feature_cache(
     Raises:
         ConfigError: the ranks do not share the folder.
     """
-    cache = FeatureCache()
+    cache = FeatureCache(tokenizer=model.tokenizer)
     dtype = AUTOCAST.get(precision)
     for tower in towers:
         blocks = _sample_blocks(0, dataset.distinct) if tower == "image" else _text_blocks(dataset)
@@ -186,7 +187,7 @@ def _compute(
         data,
         [block for shard in mine for block in shards[shard] if isinstance(block, range)],
         preprocess=preprocess,
-        context_length=model.context_length,
+        tokenizer=model.tokenizer,
         known_bad=None if tower == "image" else {},
     )
     total = sum(map(len, shards))
@@ -204,7 +205,7 @@ def _compute(
                     skipped |= zip(map(str, unreadable), batch.bad, strict=True)
                 else:
                     for tokens in _tokens(model, block, batches):
-                        keys += _digests(tokens).tolist()
+                        keys += _digests(tokens, model.tokenizer).tolist()
                         features = model.encode_text(tokens.to(model.logit_scale.device))
                         rows.append(F.normalize(features.float(), dim=-1).cpu().numpy())
                 done += world_size
@@ -220,7 +221,8 @@ def _tokens(model: CLIP, block: Block, batches: Iterator[Batch]) -> Iterator[tor
         captions = block
     texts = [text for text in dict.fromkeys(captions) if text.strip()]
     for first in range(0, len(texts), BLOCK):
-        yield trim(tokenize(texts[first : first + BLOCK], model.context_length, truncate=True))
+        tokens = model.tokenizer(texts[first : first + BLOCK], truncate=True)
+        yield trim(tokens, model.tokenizer)
 
 
 def _sample_blocks(start: int, stop: int) -> list[Block]:
@@ -242,12 +244,12 @@ def _text_blocks(dataset: Dataset) -> list[Block]:
     return blocks
 
 
-def _digests(tokens: torch.Tensor) -> np.ndarray:
-    """(n, L) -> (n,) uint64: of the tokens up to the end token, whatever follows it."""
-    ends = tokens.argmax(dim=1).tolist()  # the end token has the highest id
+def _digests(tokens: torch.Tensor, tokenizer: Tokenizer) -> np.ndarray:
+    """(n, L) -> (n,) uint64: of the tokens without padding, however much there is."""
+    lengths = tokenizer.lengths(tokens).tolist()
     found = [
-        blake2b(row[: end + 1].tobytes(), digest_size=8).digest()
-        for row, end in zip(tokens.numpy(), ends, strict=True)
+        blake2b(row[:length].tobytes(), digest_size=8).digest()
+        for row, length in zip(tokens.numpy(), lengths, strict=True)
     ]
     return np.frombuffer(b"".join(found), np.uint64)
 
@@ -273,6 +275,7 @@ def _index(
         "model": to_plain(model.config),
         "data": {name: value for name, value in to_plain(data).items() if name not in free},
         "preprocess": asdict(preprocess),
+        "tokenizer": model.tokenizer.fingerprint(),
         "samples": dataset.distinct,
         "precision": precision,
         "block": BLOCK,

@@ -169,6 +169,7 @@ def _build(plan: Plan, chosen: Chosen | None) -> tuple[_Trained, checkpoint.Prog
     config, rank = plan.config, rank_and_world_size()[0]
     torch.manual_seed(config.seed)
     model = CLIP(**to_plain(config.model)).to(plan.device)
+    model.tokenizer = plan.tokenizer
     done = chosen.progress if chosen else load_initial_weights(plan, model)
     tuning = Tuning(model, config.finetune, done.new)
     towers = wrap_model(model, config.train)
@@ -326,7 +327,7 @@ def _batches(
         plan.dataset,
         config.data,
         preprocess=plan.preprocess,
-        context_length=config.model.context_length,
+        tokenizer=plan.tokenizer,
         truncate=config.train.truncate_captions,
         batch_size=plan.batch_size,
         seed=config.seed,

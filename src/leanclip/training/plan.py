@@ -3,10 +3,12 @@
 Config, device -> make_plan -> Plan -> train; headline and describe (--dry-run) print it
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -27,13 +29,15 @@ from leanclip.losses import MAX_LOGITS_KEPT, TILE, Kind
 from leanclip.model import CLIP
 from leanclip.model.skip_init import meta_device
 from leanclip.preprocess.images import Preprocess
-from leanclip.preprocess.tokenizer import VOCAB_SIZE
+from leanclip.preprocess.text import Tokenizer
 from leanclip.report.text import count
 from leanclip.training.feature_cache import cached_towers
 from leanclip.training.finetune import Tuning
 from leanclip.training.optimizer import scaled_learning_rate
 from leanclip.training.tracking import check_tracker
-from leanclip.weights import read_preprocess
+from leanclip.weights import read_preprocess, read_tokenizer
+
+T = TypeVar("T")
 
 MAX_CLASSES = 5  # class names printed of a data set
 
@@ -48,6 +52,7 @@ class Plan:
     tasks: list[Task]
     retention: Task | None
     preprocess: Preprocess
+    tokenizer: Tokenizer
     cached_towers: list[str]  # of "image" and "text", those that run once
     loss: Kind
     ranks: int
@@ -78,7 +83,8 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         ConfigError: settings contradict each other or the data, or a tracker is not installed.
         DataError: the data is missing, empty or not of its format.
     """
-    _check_together(config)
+    tokenizer = model_tokenizer(config)
+    _check_together(config, tokenizer)
     # Always called: ranks with different settings would wait for each other forever.
     precision = from_first(partial(_precision, config, device))
     if config.train.precision == "auto":
@@ -105,6 +111,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         tasks=tasks,
         retention=retention,
         preprocess=model_preprocess(config),
+        tokenizer=tokenizer,
         cached_towers=cached_towers(config.finetune, config.model, config.data, dataset),
         loss=_loss(config, dataset),
         ranks=world_size,
@@ -137,12 +144,12 @@ def _check_best_metric(metric: str | None, tasks: list[Task], retention: Task | 
         raise ConfigError(f"checkpoint.best_metric: {metric} is not evaluated; {found}")
 
 
-def _check_together(config: Config) -> None:
+def _check_together(config: Config, tokenizer: Tokenizer) -> None:
     """Refuse settings that contradict each other."""
-    if config.model.vocab_size < VOCAB_SIZE:
+    if config.model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is less than the {VOCAB_SIZE} ids of "
-            f"the tokeniser; set it to {VOCAB_SIZE}"
+            f"model.vocab_size: {config.model.vocab_size} is less than the "
+            f"{tokenizer.vocab_size} ids of the tokeniser; set it to {tokenizer.vocab_size}"
         )
     if (config.train.loss == "siglip") != config.model.logit_bias:
         raise ConfigError("train.loss: siglip requires model.logit_bias: true, other losses false")
@@ -175,7 +182,7 @@ def model_preprocess(config: Config, source: str | None = None) -> Preprocess:
     """
     data, resolution = config.data, config.model.image_resolution
     stored = from_first(
-        lambda: _stored_preprocess(config) if source is None else read_preprocess(source)
+        lambda: _stored(config, read_preprocess) if source is None else read_preprocess(source)
     )
     base = Preprocess(resolution) if stored is None else stored.at(resolution)
     if data.resize is not None and data.resize != base.resize:
@@ -188,12 +195,23 @@ def model_preprocess(config: Config, source: str | None = None) -> Preprocess:
     )
 
 
-def _stored_preprocess(config: Config) -> Preprocess | None:
-    """The transform stored with the newest intact checkpoint, else with the weights to load."""
+def _stored(config: Config, read: Callable[[str | Path], T | None]) -> T | None:
+    """What `read` finds with the newest intact checkpoint, else with the weights to load."""
     for path in sorted(Path(config.output_dir).glob("checkpoints/step-*"), reverse=True):
         with suppress(WeightsError):  # a damaged one is not resumed from either
-            return read_preprocess(path)
-    return None if config.load is None else read_preprocess(config.load)
+            return read(path)
+    return None if config.load is None else read(config.load)
+
+
+def model_tokenizer(config: Config, source: str | None = None) -> Tokenizer:
+    """The tokeniser of the model that a configuration describes.
+
+    As stored with the weights, as `model_preprocess`; else CLIP's. Every rank calls this.
+    """
+    stored = from_first(
+        lambda: _stored(config, read_tokenizer) if source is None else read_tokenizer(source)
+    )
+    return (stored or Tokenizer()).at(config.model.context_length)
 
 
 def headline(plan: Plan) -> str:

@@ -30,7 +30,6 @@ from leanclip.losses import Kind, contrastive_loss
 from leanclip.model import CLIP
 from leanclip.model.parameters import SCALARS, is_shard, local
 from leanclip.preprocess.images import Preprocess, normalize
-from leanclip.preprocess.tokenizer import END
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # other precisions: none
 
@@ -79,7 +78,8 @@ def train_step(
     forward = partial(_forward, towers, preprocess, settings.precision, model.logit_scale.device)
     backward = partial(_backward, model, batch, settings, kind, scaler)
     # FSDP gathers each block's parameters on all ranks together: all run as many micro-batches.
-    parts = _micro_batches(batch, settings, is_exact=any(map(is_shard, model.parameters())))
+    is_exact = any(map(is_shard, model.parameters()))
+    parts = _micro_batches(batch, settings, model.tokenizer.blank_id, is_exact=is_exact)
     if settings.micro_batches == 1:  # not len(parts): all ranks must do the same
         loss = backward(*forward(parts[0]))
     else:
@@ -163,11 +163,13 @@ def _optimizer_step(
         optimizer.step()
 
 
-def _micro_batches(batch: Batch, settings: TrainConfig, *, is_exact: bool) -> list[Part]:
+def _micro_batches(
+    batch: Batch, settings: TrainConfig, blank_id: int, *, is_exact: bool
+) -> list[Part]:
     """The batch in at most `micro_batches` parts of nearly equal size.
 
-    With `is_exact`, blank parts make up the number; without a pair there is one blank part, so
-    that the rank takes part in the sums over ranks.
+    With `is_exact`, blank parts make up the number, with a text of the token `blank_id`; without a
+    pair there is one blank part, so that the rank takes part in the sums over ranks.
     """
     count, parts = settings.micro_batches, []
     split = (rows.tensor_split(count) for rows in (batch.images, batch.tokens))
@@ -177,8 +179,9 @@ def _micro_batches(batch: Batch, settings: TrainConfig, *, is_exact: bool) -> li
             parts.append(Part(images, distinct, len(images), places))
     blank = batch.images.new_zeros(1, *batch.images.shape[1:])
     is_features = batch.tokens.is_floating_point()
-    end = batch.tokens.new_zeros(1, batch.tokens.shape[1]) if is_features else torch.tensor([[END]])
-    return parts + [Part(blank, end, 0)] * ((count if is_exact else 1) - len(parts))
+    text = batch.tokens.new_zeros(1, batch.tokens.shape[1])
+    text = text if is_features else torch.tensor([[blank_id]])
+    return parts + [Part(blank, text, 0)] * ((count if is_exact else 1) - len(parts))
 
 
 def _distinct(

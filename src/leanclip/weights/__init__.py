@@ -7,7 +7,7 @@ source -> read_weights -> Weights (tensors by OpenAI's names, architecture)
 from leanclip.weights.convert import WEIGHTS_FORMATS, write_weights
 from leanclip.weights.interpolate import interpolate
 from leanclip.weights.native import SHARDS, describe_weights, save_weights
-from leanclip.weights.read import read_architecture, read_preprocess, read_weights
+from leanclip.weights.read import read_architecture, read_preprocess, read_tokenizer, read_weights
 from leanclip.weights.weights import Weights, fingerprint, infer_architecture, load_into
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "load_into",
     "read_architecture",
     "read_preprocess",
+    "read_tokenizer",
     "read_weights",
     "save_weights",
     "write_weights",

@@ -16,6 +16,7 @@ from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
 from leanclip.weights.files import MALFORMED, find_file, read_json
 from leanclip.weights.names import Rule, to_ours, to_theirs
@@ -128,6 +129,15 @@ def read_preprocess(folder: Path) -> Preprocess | None:
         WeightsError: it is damaged, or not supported.
     """
     return read_processor(folder, None)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokeniser of a folder in this format; None: CLIP's.
+
+    Raises:
+        WeightsError: it is damaged, or not supported.
+    """
+    return None
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:

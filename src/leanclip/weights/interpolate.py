@@ -48,6 +48,7 @@ def interpolate(first: Weights, second: Weights, alpha: float) -> Weights:
         },
         model=model,
         preprocess=nearer.preprocess or next(iter(given), None),
+        tokenizer=first.tokenizer or second.tokenizer,
     )
 
 

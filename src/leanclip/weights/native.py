@@ -17,12 +17,13 @@ from leanclip.config.sections import parse, to_plain
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.io.files import digest
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
+from leanclip.weights import tokenizer as tokenizers
 from leanclip.weights.files import MALFORMED, read_json, read_safetensors
 from leanclip.weights.weights import Weights
 
 FORMAT = "leanclip"
 SHARDS = "shards"  # in place of model.safetensors, where several ranks hold the weights
-TOKENIZER = "CLIP byte-pair encoding, 49408 ids"
 
 
 def save_weights(
@@ -31,15 +32,22 @@ def save_weights(
     model: ModelConfig,
     preprocess: Preprocess,
     *,
+    tokenizer: Tokenizer | None = None,
     provenance: str = "trained with leanclip",
 ) -> str:
-    """Write `model.safetensors` and `config.json`; return the SHA-256 of the former."""
+    """Write `model.safetensors`, `config.json` and the tokeniser's files, by default CLIP's.
+
+    Returns:
+        The SHA-256 of the tensors' file.
+    """
     file = folder / "model.safetensors"
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
     )
     sha256 = digest(file)
-    describe_weights(folder, model, preprocess, provenance=provenance, sha256=sha256)
+    describe_weights(
+        folder, model, preprocess, tokenizer=tokenizer, provenance=provenance, sha256=sha256
+    )
     return sha256
 
 
@@ -48,15 +56,17 @@ def describe_weights(
     model: ModelConfig,
     preprocess: Preprocess,
     *,
+    tokenizer: Tokenizer | None = None,
     provenance: str = "trained with leanclip",
     sha256: str | None = None,
 ) -> None:
-    """Write `config.json` alone; without a SHA-256, for weights in shards beside it."""
+    """As `save_weights`, without the tensors; no SHA-256: they are in shards beside it."""
+    tokenizer = tokenizer or Tokenizer(model.context_length)
     values = {
         "format": FORMAT,
         "model": to_plain(model),
         "preprocess": asdict(preprocess),
-        "tokenizer": TOKENIZER,
+        "tokenizer": tokenizers.store(folder, tokenizer),
         "provenance": provenance,
         "sha256": sha256,
     }
@@ -86,7 +96,7 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
         model = arch or parse(ModelConfig, read_json(file)["model"], where="model")
     except (*MALFORMED, ConfigError) as error:
         raise WeightsError(f"{file}: cannot be read: {error!r}") from None
-    return Weights(folder, FORMAT, tensors, model, preprocess)
+    return Weights(folder, FORMAT, tensors, model, preprocess, read_tokenizer(folder))
 
 
 def read_preprocess(folder: Path) -> Preprocess:
@@ -102,6 +112,21 @@ def read_preprocess(folder: Path) -> Preprocess:
         raise WeightsError(f"{file}: cannot be read: {error!r}") from None
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokeniser of a folder in this format.
+
+    Raises:
+        WeightsError: it is missing or damaged.
+    """
+    file = folder / "config.json"
+    values = read_json(file)
+    try:
+        length = parse(ModelConfig, values["model"], where="model").context_length
+    except (*MALFORMED, ConfigError) as error:
+        raise WeightsError(f"{file}: cannot be read: {error!r}") from None
+    return tokenizers.stored(folder, values.get("tokenizer"), length)
+
+
 def write(
     folder: Path,
     weights: Weights,
@@ -112,4 +137,11 @@ def write(
     """A folder in this format; `provenance` is by default the source that was converted."""
     folder.mkdir(parents=True, exist_ok=True)
     origin = provenance or f"converted from {weights.format}: {weights.source.name}"
-    save_weights(folder, weights.tensors, model, preprocess, provenance=origin)
+    save_weights(
+        folder,
+        weights.tensors,
+        model,
+        preprocess,
+        tokenizer=weights.tokenizer,
+        provenance=origin,
+    )

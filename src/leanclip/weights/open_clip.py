@@ -16,6 +16,7 @@ from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, rgb_triple
+from leanclip.preprocess.text import Tokenizer
 from leanclip.weights.files import MALFORMED, find_file, read_json
 from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights, square_side
@@ -128,6 +129,15 @@ def read_preprocess(folder: Path) -> Preprocess:
     values = read_json(folder / CONFIG)
     model = _architecture(folder / CONFIG, values.get("model_cfg"))
     return _preprocess(folder / CONFIG, values.get("preprocess_cfg"), model)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokeniser of a folder in this format; None: CLIP's.
+
+    Raises:
+        WeightsError: it is damaged, or not supported.
+    """
+    return None
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:

@@ -18,6 +18,7 @@ from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from leanclip.weights import huggingface, native, open_clip, openai, passl
 from leanclip.weights.files import INDEX, find_file, read_json, sniff
 from leanclip.weights.hub import locate, locate_settings
@@ -66,12 +67,27 @@ def read_preprocess(source: str | Path) -> Preprocess | None:
     Raises:
         WeightsError: it is damaged, or not supported.
     """
+    known, folder = _settings(source)
+    return known.read_preprocess(folder) if known else None
+
+
+def read_tokenizer(source: str | Path) -> Tokenizer | None:
+    """The tokeniser of a folder of weights, as `read_preprocess`; None: CLIP's.
+
+    Raises:
+        WeightsError: it is damaged, or not supported.
+    """
+    known, folder = _settings(source)
+    return known.read_tokenizer(folder) if known else None
+
+
+def _settings(source: str | Path) -> tuple[Any, Path]:
+    """The format and the folder of a source's settings; no format: it has none."""
     path = locate_settings(source)
     if path is None:
-        return None
+        return None, Path(source)
     folder = _newest_checkpoint(path) or path
-    known = next((one for one in _FOLDERS if one.is_folder(folder)), None)
-    return known.read_preprocess(folder) if known else None
+    return next((one for one in _FOLDERS if one.is_folder(folder)), None), folder
 
 
 def _normalized(weights: Weights, has_arch: bool) -> Weights:

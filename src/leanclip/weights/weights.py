@@ -23,6 +23,7 @@ from leanclip.errors import ConfigError, WeightsError
 from leanclip.model import CLIP
 from leanclip.model.skip_init import meta_device
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from leanclip.weights.state_dict import named
 
 log = logging.getLogger("leanclip")
@@ -57,6 +58,7 @@ class Weights:
     tensors: dict[str, torch.Tensor]
     model: ModelConfig | None = None  # None: the source does not determine it
     preprocess: Preprocess | None = None  # default: OpenAI's, at the model's resolution
+    tokenizer: Tokenizer | None = None  # None: CLIP's
     missing: tuple[str, ...] = ()  # tensors that the format never has; they become zeros
     notes: tuple[str, ...] = ()  # logged as warnings when they are loaded
     unexpected: tuple[str, ...] = ()  # what else the source has besides the model's tensors
@@ -68,6 +70,8 @@ class Weights:
 
 def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[str]:
     """Copy the tensors into a model, each to its parameter's type; return the missing keys.
+
+    The model gets the tokeniser of the weights.
 
     Positional embeddings of another size are resized with a warning: a vision tower's grid by
     bicubic interpolation with antialiasing, a text tower's by cutting it, or by keeping the
@@ -95,6 +99,8 @@ def load_into(model: CLIP, weights: Weights, *, partial: bool = False) -> list[s
     for note in weights.notes:
         log.warning("%s: %s", weights.source, note)
     model.load_state_dict(given, strict=not partial)
+    if weights.tokenizer is not None:
+        model.tokenizer = weights.tokenizer.at(model.config.context_length)
     return problems["missing keys"]
 
 

@@ -29,7 +29,7 @@ from leanclip.data.tools.duplicates import FINGERPRINT, fingerprint
 from leanclip.data.tools.parallel import Note, in_processes
 from leanclip.errors import ConfigError, SampleError
 from leanclip.preprocess.image_formats import SUFFIXES, SUFFIXES_OF
-from leanclip.preprocess.tokenizer import encode
+from leanclip.preprocess.text import Tokenizer
 
 TINY = 32  # a short side below this, in pixels
 HUGE = 50_000_000  # more pixels than this
@@ -99,6 +99,7 @@ def open_parts(configs: Sequence[DataConfig], splits: Sequence[str] = ()) -> lis
 def read_parts(
     parts: Sequence[Part],
     *,
+    tokenizer: Tokenizer = Tokenizer(),  # noqa: B008, a constant
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -106,6 +107,7 @@ def read_parts(
 
     Args:
         parts: from `open_parts`.
+        tokenizer: that counts the tokens of captions.
         workers: processes; 0: this one; None: one per CPU core.
         progress: called with the numbers of samples done and in all.
 
@@ -118,7 +120,12 @@ def read_parts(
     for number, part in enumerate(parts):
         size = len(part.dataset)
         results = in_processes(
-            partial(_read, dataset=part.dataset, max_pixels=part.config.max_pixels),
+            partial(
+                _read,
+                dataset=part.dataset,
+                tokenizer=tokenizer,
+                max_pixels=part.config.max_pixels,
+            ),
             (range(first, min(first + _CHUNK, size)) for first in range(0, size, _CHUNK)),
             workers,
             name=part.dataset.name,
@@ -164,7 +171,7 @@ def _is_same(a: DataConfig, b: DataConfig) -> bool:
 
 
 def _read(
-    indices: range, note: Note, *, dataset: Dataset, max_pixels: int
+    indices: range, note: Note, *, dataset: Dataset, tokenizer: Tokenizer, max_pixels: int
 ) -> tuple[np.ndarray, np.ndarray, list[Bad]]:
     """Images, captions and bad samples of a range; runs in the workers."""
     images, captions, bad = np.zeros(len(indices), RECORD), [], []
@@ -175,7 +182,7 @@ def _read(
         try:
             sample = dataset[index]
             if not dataset.classes:
-                captions += list(_caption_rows(sample, index))
+                captions += list(_caption_rows(sample, index, tokenizer))
             _describe(sample, max_pixels, images[done])
         except SampleError as error:
             bad.append(Bad.of(sample.id if sample else dataset.name(index), error))
@@ -186,14 +193,16 @@ def _read(
     return images[:done], np.array(captions, CAPTION), bad
 
 
-def _caption_rows(sample: Sample, index: int) -> Iterator[tuple[int, int, int, int]]:
+def _caption_rows(
+    sample: Sample, index: int, tokenizer: Tokenizer
+) -> Iterator[tuple[int, int, int, int]]:
     """Rows of CAPTION: a hash with white space collapsed, and tokens with start and end."""
     if not any(caption.strip() for caption in sample.captions):
         raise SampleError("empty caption", f"{sample.id}: an empty caption")
     for caption in sample.captions:
         text = " ".join(caption.split())
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        tokens = len(encode(text[:VERY_LONG])) + 2
+        tokens = len(tokenizer.encode(text[:VERY_LONG]))
         yield int.from_bytes(digest), index, tokens, len(text)
 
 
