@@ -63,7 +63,8 @@ class Exported(nn.Module):
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L), L up to the context length -> text features (B, E)."""
         if not self._is_any_length:
-            tokens = F.pad(tokens, (0, max(0, self.context_length - tokens.shape[1])))
+            missing = max(0, self.context_length - tokens.shape[1])
+            tokens = F.pad(tokens, (0, missing), value=self.config.transformer_pad_id)
         return self._text(tokens)
 
     def parameter_count(self) -> int:

@@ -14,7 +14,7 @@ import json
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -64,10 +64,10 @@ class Tokenizer:
             if getattr(self, name) not in get_args(known):
                 raise WeightsError(f"tokenizer: {name}: {getattr(self, name)!r} is not supported")
         if self.kind == "clip":
-            if self != Tokenizer(self.context_length):
+            if any(getattr(self, one.name) != one.default for one in fields(self)[2:]):
                 raise WeightsError("tokenizer: CLIP's byte-pair encoding has no other settings")
             return
-        ends = [self._model.encode(text) for text in ("", "a")]
+        ends = [self.model.encode(text) for text in ("", "a")]
         if max(map(len, ends)) - 1 >= self.context_length:
             raise WeightsError(
                 f"tokenizer: its special tokens do not fit the context length of "
@@ -107,7 +107,7 @@ class Tokenizer:
         """The text of token ids, without special tokens."""
         if self.kind == "clip":
             return clip_bpe.decode(ids)
-        return self._model.decode([int(i) for i in ids])
+        return self.model.decode([int(i) for i in ids])
 
     def lengths(self, tokens: torch.Tensor) -> torch.Tensor:
         """The columns (B,) that the rows of tokens (B, L) have before padding only."""
@@ -121,14 +121,14 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """The number of ids that a model needs: the highest one and 1."""
-        return VOCAB_SIZE if self.kind == "clip" else self._model.vocab_size
+        return VOCAB_SIZE if self.kind == "clip" else self.model.vocab_size
 
     @cached_property
     def end_id(self) -> int | None:
         """The id that ends every text; None: texts have none."""
         if self.kind == "clip":
             return END
-        last = {(self._model.encode(text) or [None])[-1] for text in ("", "a", "b")}
+        last = {(self.model.encode(text) or [None])[-1] for text in ("", "a", "b")}
         end = last.pop()
         return None if last or end == self.strip_id else end
 
@@ -146,10 +146,7 @@ class Tokenizer:
         """This tokeniser at another context length."""
         if context_length == self.context_length:
             return self
-        other = replace(self, context_length=context_length)
-        if self.kind != "clip":
-            vars(other)["_model"] = self._model
-        return other
+        return replace(self, context_length=context_length)
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that the ids follow from."""
@@ -161,10 +158,9 @@ class Tokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that are stored with weights, beside `files`."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)[:-2]}
-        default = Tokenizer()
-        kept = ("context_length", "kind")
-        return {n: v for n, v in values.items() if n in kept or v != getattr(default, n)}
+        always = ("context_length", "kind")
+        values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)[:-2]}
+        return {n: v for n, (v, default) in values.items() if n in always or v != default}
 
     def files(self) -> dict[str, bytes]:
         """The files that are stored with weights, by name."""
@@ -181,17 +177,18 @@ class Tokenizer:
         return hash((self.kind, self.context_length, self.clean, self.normalize, self.file))
 
     @cached_property
-    def _model(self) -> JsonModel | PieceModel:
+    def model(self) -> JsonModel | PieceModel:
+        """The file as its library reads it."""
         if self.kind == "tokenizers":
-            return JsonModel(self.file, lower=self.normalize == "lower")
-        return PieceModel(
+            return _json_model(self.file, self.normalize == "lower")
+        return _piece_model(
             self.file,
-            added=self.added,
-            prefix=self.prefix,
-            suffix=self.suffix,
-            offset=self.offset,
-            siglip=self.normalize == "siglip",
-            unknown=self.unknown,
+            self.added,
+            self.prefix,
+            self.suffix,
+            self.offset,
+            self.normalize == "siglip",
+            self.unknown,
         )
 
     def _encode(self, text: str, length: int | None) -> list[int]:
@@ -199,10 +196,14 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # halves of a surrogate pair, which are no characters
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = self._model.encode(_CLEAN[self.clean](text), length)
+        ids = self.model.encode(_CLEAN[self.clean](text), length)
         if self.strip_id is None:
             return ids
         return [self.pad_id if i == self.strip_id else i for i in ids]
+
+
+# At other lengths, and in other models, a file is not read again.
+_json_model, _piece_model = lru_cache(4)(JsonModel), lru_cache(4)(PieceModel)
 
 
 def _whitespace(text: str) -> str:

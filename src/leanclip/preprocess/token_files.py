@@ -67,7 +67,7 @@ class JsonModel:
         WeightsError: it is too large, damaged, or not a tokeniser; or the library is missing.
     """
 
-    def __init__(self, content: bytes, *, lower: bool = False) -> None:
+    def __init__(self, content: bytes, lower: bool = False) -> None:
         library = import_optional(
             "tokenizers", "its tokenizer.json", extra="tokenizers", error=WeightsError
         )
@@ -123,7 +123,6 @@ class PieceModel:
     def __init__(
         self,
         content: bytes,
-        *,
         added: tuple[Added, ...],
         prefix: tuple[int, ...],
         suffix: tuple[int, ...],

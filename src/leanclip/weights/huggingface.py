@@ -5,6 +5,7 @@ architecture -> the family that has it -> config.json, names of the tensors
 """
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.text import Tokenizer
 from leanclip.preprocess.tokenizer import END, START, merges, vocabulary
 from leanclip.weights import huggingface_config
+from leanclip.weights import tokenizer as tokenizers
 from leanclip.weights.files import MALFORMED, find_file, read_json
 from leanclip.weights.huggingface_families import (
     CHINESE_CLIP,
@@ -31,6 +33,8 @@ from leanclip.weights.names import to_ours, to_theirs
 from leanclip.weights.processor import default_preprocess, read_processor, to_values
 from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights
+
+log = logging.getLogger("leanclip")
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # or an index of shards of such a name
 
@@ -75,9 +79,10 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     tensors, unexpected = read_state_dict(file)
     values = read_json(folder / "config.json")
     family = FAMILIES[values["model_type"]]
-    if family is CLIP:
-        check_tokenizer(folder)
-    model = arch or _architecture(folder / "config.json", values)
+    tokenizer = read_tokenizer(folder)
+    model = arch or _with_tokenizer(
+        _architecture(folder / "config.json", values), family, tokenizer
+    )
     notes = ()
     if family is CLIP and model.transformer_eos_id not in (None, END):
         notes = (
@@ -91,7 +96,8 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
         family.image_processor, model.image_resolution, patch
     )
     ours = _to_ours(tensors, family)
-    return Weights(folder, "hf", ours, model, preprocess, notes=notes, unexpected=unexpected)
+    more: dict[str, Any] = {"notes": notes, "unexpected": unexpected}
+    return Weights(folder, "hf", ours, model, preprocess, tokenizer, **more)
 
 
 def read_preprocess(folder: Path) -> Preprocess | None:
@@ -109,7 +115,17 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     Raises:
         WeightsError: it is damaged, or not supported.
     """
-    return None
+    values = read_json(folder / "config.json")
+    family = FAMILIES[values["model_type"]]
+    if family is CLIP or (folder / "merges.txt").is_file():
+        check_tokenizer(folder)
+        return None
+    length = _architecture(folder / "config.json", values).context_length
+    file = folder / tokenizers.CONFIG
+    own = read_json(file).get("model_max_length") if file.is_file() else None
+    if family is CHINESE_CLIP and type(own) is int and 0 < own < length:
+        length = own
+    return tokenizers.read_files(folder, length, model_type=family.model_type)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
@@ -143,19 +159,48 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     }
     for name, values in files.items():
         _write_json(folder / name, values)
-    if family is CLIP:
-        _write_clips_tokenizer(folder, model)
+    _write_tokenizer(folder, weights, model, family)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def _write_clips_tokenizer(folder: Path, model: ModelConfig) -> None:
-    _write_json(folder / "vocab.json", vocabulary())
-    _write_json(folder / "tokenizer_config.json", _tokenizer(model))
-    _write_json(folder / "special_tokens_map.json", _special_tokens())
-    (folder / "merges.txt").write_text("\n".join(("#version: 0.2", *merges())) + "\n")
+def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family: Family) -> None:
+    tokenizer = weights.tokenizer or Tokenizer(model.context_length)
+    if tokenizer.kind == "clip":
+        special = _special_tokens()
+        if family is not CLIP:  # its towers attend to padding, which is the id 0 here
+            special["pad_token"] = next(word for word, id_ in vocabulary().items() if not id_)
+        config: dict[str, Any] = special | {"tokenizer_class": "CLIPTokenizer"}
+        config["do_lower_case"] = True
+        _write_json(folder / "vocab.json", vocabulary())
+        _write_json(folder / "special_tokens_map.json", special)
+        (folder / "merges.txt").write_text("\n".join(("#version: 0.2", *merges())) + "\n")
+    else:
+        tokenizers.write_files(folder, tokenizer)
+        config = json.loads(tokenizer.config or "{}")
+        if tokenizer.clean not in ("none", "whitespace") and tokenizer.normalize == "none":
+            log.warning(
+                "%s: Hugging Face's tokenisers do not clean texts, its own does (%s): clean them "
+                "before the tokeniser of %s",
+                *(weights.source, tokenizer.clean, folder),
+            )
+    _write_json(
+        folder / tokenizers.CONFIG, config | {"model_max_length": tokenizer.context_length}
+    )
+
+
+def _with_tokenizer(
+    model: ModelConfig, family: Family, tokenizer: Tokenizer | None
+) -> ModelConfig:
+    """An architecture with the padding and the context of its tokeniser, which decides on both."""
+    changes: dict[str, Any] = {"transformer_pad_id": tokenizer.pad_id if tokenizer else 0}
+    if family is CHINESE_CLIP and tokenizer is not None:
+        changes["context_length"] = tokenizer.context_length
+        rows = model.text_positions
+        changes["transformer_positions"] = None if rows == tokenizer.context_length else rows
+    return model.model_copy(update=changes)
 
 
 def _to_ours(tensors: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
@@ -229,11 +274,3 @@ def _special_tokens() -> dict[str, str]:
     words = {id_: word for word, id_ in vocabulary().items() if id_ in (START, END)}
     end = words[END]
     return {"bos_token": words[START], "eos_token": end, "unk_token": end, "pad_token": end}
-
-
-def _tokenizer(model: ModelConfig) -> dict[str, Any]:
-    return _special_tokens() | {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": model.context_length,
-        "do_lower_case": True,
-    }

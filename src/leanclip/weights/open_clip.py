@@ -17,6 +17,7 @@ from leanclip.config.sections import parse
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.preprocess.images import CLIP_MEAN, CLIP_STD, Preprocess, rgb_triple
 from leanclip.preprocess.text import Tokenizer
+from leanclip.weights import tokenizer as tokenizers
 from leanclip.weights.files import MALFORMED, find_file, read_json
 from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights, square_side
@@ -137,7 +138,11 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     Raises:
         WeightsError: it is damaged, or not supported.
     """
-    return None
+    try:
+        text = dict(read_json(folder / CONFIG)["model_cfg"]["text_cfg"])
+    except MALFORMED as error:
+        raise WeightsError(f"{folder / CONFIG}: cannot be read: {error!r}") from None
+    return tokenizers.read_open_clip(folder, text)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
