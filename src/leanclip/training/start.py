@@ -89,6 +89,7 @@ def check_same_plan(plan: Plan) -> None:
     facts |= {f"classes of {name} (digest)": _digest_classes(one) for name, one in data.items()}
     facts |= {
         "preprocessing": str(plan.preprocess),
+        "tokeniser (digest)": plan.tokenizer.fingerprint()[:12],
         "steps": plan.steps,
         "weights with --load": plan.config.load is not None,
     }
