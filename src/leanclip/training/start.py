@@ -154,7 +154,7 @@ def load_initial_weights(plan: Plan, model: CLIP) -> checkpoint.Progress:
     config, new, digest = plan.config, [], ""
     if config.load is not None:
         weights, digest = read_on_all_ranks(config.load, config.load_arch)
-        new = load_into(model, weights, partial=config.load_partial)
+        new = _load(plan, model, weights)
         own = weights.preprocess
         if own and (own.mean, own.std) != (plan.preprocess.mean, plan.preprocess.std):
             log.warning(
@@ -203,6 +203,18 @@ def read_on_all_ranks(source: str | Path, arch: Architecture | None = None) -> t
             )
     assert weights is not None
     return weights, digest
+
+
+def _load(plan: Plan, model: CLIP, weights: Weights) -> list[str]:
+    """Load weights into the model of the configuration; the names of what they do not have."""
+    try:
+        return load_into(model, weights, partial=plan.config.load_partial)
+    except WeightsError as error:
+        if weights.model is None or plan.config.load_arch is not None:
+            raise
+        raise WeightsError(
+            f"{error}; a config without the section model takes that of the weights"
+        ) from None
 
 
 def _choose(plan: Plan, must_resume: bool) -> Chosen | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from leanclip.config.model import ModelConfig
 from leanclip.config.presets import PRESETS, preset
-from leanclip.config.sections import parse
+from leanclip.config.sections import parse, to_plain
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
@@ -65,6 +65,22 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
         return _normalized(_read(path, given, key), given is not None)
     except _ODD as error:  # unforeseen values in an untrusted file
         raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
+
+
+def stored_architecture(source: str, arch: Architecture | None = None) -> dict[str, Any]:
+    """The settings of the architecture of weights, for a configuration without its own.
+
+    Raises:
+        WeightsError: they cannot be read.
+        ConfigError: they do not determine their architecture.
+    """
+    model = read_weights(source, arch=arch).model
+    if model is None:
+        raise ConfigError(
+            f"--load {source}: does not include its architecture; give --arch, or a config with "
+            f"the section model"
+        )
+    return to_plain(model)
 
 
 def read_preprocess(source: str | Path) -> Preprocess | None:
