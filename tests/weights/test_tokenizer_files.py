@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, TINY, Command, assert_refused, make_config
+from conftest import PROJECT, TINY, Command, assert_refused, make_config, run_cli
 
 import leanclip
 from leanclip.config.model import ModelConfig
@@ -20,6 +20,7 @@ from leanclip.config.sections import parse
 from leanclip.errors import WeightsError
 from leanclip.inference.export import export
 from leanclip.io import optional_imports
+from leanclip.io.files import read_metrics
 from leanclip.model import CLIP
 from leanclip.preprocess import token_files
 from leanclip.preprocess.images import Preprocess
@@ -375,7 +376,7 @@ def test_damaged_settings_are_refused(tmp_path: Path, change: dict[str, Any], wo
 @pytest.mark.parametrize("format", ["openai", "passl"])
 def test_files_without_a_tokeniser_are_refused(tmp_path: Path, format: str) -> None:
     weights = read_weights(siglip_model(tmp_path / "tiny"))
-    with pytest.raises(WeightsError, match="do not store a tokeniser|cannot hold"):
+    with pytest.raises(WeightsError, match=r"do not store a tokeniser|cannot hold"):
         write_weights(weights, tmp_path / "out", format)
 
 
@@ -418,3 +419,35 @@ def test_a_small_vocabulary_without_a_tokeniser_is_refused(
     config = make_config(workplace / "small.yaml", model={"vocab_size": 500})
     done = command("train", "-c", str(config), "--output-dir", "run")
     assert_refused(done, "model.vocab_size: 500 is less than the 49408 ids of the tokeniser")
+
+
+@pytest.mark.parametrize("pool", ["last", "first"])
+def test_a_locked_text_tower_is_cached_by_its_own_tokens(
+    workplace: Path, command: Command, pool: str
+) -> None:
+    siglip_model(workplace / "start", transformer_pool=pool)
+    sections = {"data": {"augment": False}, "finetune": {"lock_text": "all"}}
+    model = SIGLIP | {"transformer_pool": pool}
+    config = make_config(workplace / "locked.yaml", model=model, **sections)
+    for run, is_used in (("with", "true"), ("without", "false")):
+        words = ("--output-dir", run, "-o", f"finetune.cache_features={is_used}")
+        done = command("train", "-c", str(config), "--load", "start", *words)
+        assert done.returncode == 0, done.stderr
+    found, expected = (
+        [line["train/loss"] for line in read_metrics(Path(run)) if "train/loss" in line]
+        for run in ("with", "without")
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(found) > 1
+
+
+@pytest.mark.slow
+def test_shards_carry_the_tokeniser(workplace: Path, command: Command) -> None:
+    start = siglip_model(workplace / "start")
+    train = {"sharding": "fsdp", "batch_size": 2, "epochs": 1}
+    make_config(workplace / "config.yaml", model=SIGLIP, train=train)
+    words = ("--load", "start", "--output-dir", "run", "--num-procs", "2")
+    done = run_cli("train", "-c", "config.yaml", *words, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert command("merge", "run", "merged").returncode == 0
+    assert read_weights("merged").tokenizer == read_weights(start).tokenizer
