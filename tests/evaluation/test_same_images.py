@@ -253,7 +253,7 @@ def test_all_equal_scores_are_at_chance(tmp_path: Path) -> None:
     metrics = []
     for spec in specs:
         model = CLIP(**TINY).eval()
-        torch.nn.init.zeros_(model.text_projection)
+        torch.nn.init.zeros_(model.get_parameter("text_projection"))
         metrics.append(evaluate(model, tasks_of(spec), Preprocess(32)).metrics)
     assert metrics[0] == metrics[1]
     assert metrics[0]["image_to_text_R@1"] == 1 / 31

@@ -248,7 +248,7 @@ def reference_relevance(visual: Any, pixels: torch.Tensor, text: torch.Tensor) -
     cosine = (F.normalize(features, dim=-1) * text).sum()
     gradients = torch.autograd.grad(cosine, attentions)
     eye = torch.eye(attentions[0].shape[-1])
-    relevance = eye
+    relevance = step = before = eye
     for attention, gradient in zip(attentions, gradients, strict=True):
         step = (attention * gradient).clamp(min=0).mean(dim=1)
         before = relevance

@@ -116,14 +116,14 @@ def test_initialisation_is_openais() -> None:
     for tensor, std in (
         (model.token_embedding.weight, 0.02),
         (model.positional_embedding, 0.01),
-        (model.text_projection, width**-0.5),
+        (model.get_parameter("text_projection"), width**-0.5),
         (block.attn.in_proj_weight, width**-0.5),
         (block.attn.out_proj.weight, width**-0.5 * (2 * layers) ** -0.5),
         (block.mlp.c_fc.weight, (2 * width) ** -0.5),
         (block.mlp.c_proj.weight, width**-0.5 * (2 * layers) ** -0.5),
-        (vit_of(model).class_embedding, width**-0.5),
+        (model.get_parameter("visual.class_embedding"), width**-0.5),
         (vit_of(model).positional_embedding, width**-0.5),
-        (vit_of(model).proj, width**-0.5),
+        (model.get_parameter("visual.proj"), width**-0.5),
     ):
         assert tensor.std().item() == pytest.approx(std, rel=0.15)
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
@@ -217,7 +217,10 @@ def test_the_tower_equals_its_formula_written_out() -> None:
     v, state = vit_of(model), model.state_dict()
     pixels = torch.randn(3, 3, 32, 32)
     patches = F.unfold(pixels, 8, stride=8).transpose(1, 2) @ v.conv1.weight.flatten(1).T
-    x = torch.cat([v.class_embedding.expand(3, 1, -1), patches], 1) + v.positional_embedding
+    x = (
+        torch.cat([v.get_parameter("class_embedding").expand(3, 1, -1), patches], 1)
+        + v.positional_embedding
+    )
     x = F.layer_norm(x, (32,), state["visual.ln_pre.weight"], state["visual.ln_pre.bias"], 1e-5)
     for i in range(2):
         prefix = f"visual.transformer.resblocks.{i}."
@@ -259,4 +262,4 @@ def test_nothing_is_drawn_where_values_will_be_replaced(change: dict) -> None:
         assert (shape.shape, shape.dtype) == (value.shape, value.dtype)
     own = dict(undrawn.named_parameters())
     assert all(own[name].requires_grad for name, _ in drawn.named_parameters())
-    assert torch.equal(CLIP(**TINY | change).ln_final.weight, torch.ones(32))
+    assert torch.equal(CLIP(**TINY | change).get_parameter("ln_final.weight"), torch.ones(32))

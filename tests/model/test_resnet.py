@@ -278,7 +278,10 @@ def test_average_pool_reads_the_patches_before_or_after_the_norm() -> None:
     torch.nn.init.normal_(v.ln_post.weight)
     vit_of(after).ln_post.load_state_dict(v.ln_post.state_dict())
     x = v.conv1(pixels).flatten(2).transpose(1, 2)  # (3, 16, 32)
-    x = torch.cat([v.class_embedding.expand(3, 1, -1), x], 1) + v.positional_embedding
+    x = (
+        torch.cat([v.get_parameter("class_embedding").expand(3, 1, -1), x], 1)
+        + v.positional_embedding
+    )
     x = through_all(v.transformer, v.ln_pre(x))[:, 1:]
     torch.testing.assert_close(first.encode_image(pixels), v.ln_post(x).mean(1) @ v.proj)
     torch.testing.assert_close(after.encode_image(pixels), v.ln_post(x.mean(1)) @ v.proj)

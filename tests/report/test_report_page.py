@@ -70,7 +70,7 @@ def make_report(root: Path, *, is_broken: bool = False) -> Report:
     torch.manual_seed(0)
     model = CLIP(**TINY).eval()
     if is_broken:
-        torch.nn.init.constant_(model.text_projection, torch.nan)
+        torch.nn.init.constant_(model.get_parameter("text_projection"), torch.nan)
     report = evaluate(model, tasks, Preprocess(32))
     report.source, report.command = "runs/<b>x</b>", "leanclip eval --model 'runs/<b>x</b>'"
     return report

@@ -105,7 +105,7 @@ def test_the_loss_over_ranks(tmp_path: Path) -> None:
 class InDouble(CLIP):
     """Both towers from end to end in float64."""
 
-    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
+    def forward(self, pixels: Any, tokens: torch.Tensor) -> Features:
         both = self.encode_image(pixels.double()), self.encode_text(tokens)
         zimg, ztxt = (F.normalize(features, dim=-1) for features in both)
         return Features(zimg, ztxt, self.logit_scale.exp())

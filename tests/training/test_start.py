@@ -54,7 +54,7 @@ def run(workplace: Path) -> Path:
         checkpoint.save(
             folder / "checkpoints", done, model, optimizer, preprocess, keep=2
         )  # fmt: skip
-        torch.nn.init.ones_(model.text_projection)
+        torch.nn.init.ones_(model.get_parameter("text_projection"))
     (folder / "config.yaml").write_text(dump_yaml(to_plain(config)))
     return folder
 

@@ -171,16 +171,18 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     optimizer = build_optimizer(model, OptimizerConfig())
     train_step(model, optimizer, batch_of(), Preprocess(32), rate=1e-3)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    moments = {k: v.clone() for k, v in optimizer.state[model.text_projection].items()}
+    moments = {
+        k: v.clone() for k, v in optimizer.state[model.get_parameter("text_projection")].items()
+    }
     bad = Preprocess(32, std=(0.0, 1.0, 1.0))  # divides by zero
     for settings in (TrainConfig(), TrainConfig(micro_batches=3)):
         result = train_step(model, optimizer, batch_of(), bad, rate=1e-3, settings=settings)
         assert not result.is_finite
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     for key, value in moments.items():
-        assert torch.equal(optimizer.state[model.text_projection][key], value)
+        assert torch.equal(optimizer.state[model.get_parameter("text_projection")][key], value)
     assert train_step(model, optimizer, batch_of(), Preprocess(32), rate=1e-3).is_finite
-    assert not torch.equal(before["text_projection"], model.text_projection)
+    assert not torch.equal(before["text_projection"], model.get_parameter("text_projection"))
 
 
 @pytest.mark.parametrize(("scale", "bounded"), [(200.0, 100.0), (0.5, 1.0), (30.0, 30.0)])

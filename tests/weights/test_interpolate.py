@@ -28,7 +28,7 @@ def write(folder: Path, seed: int, mean: float = 0.5, **arch: Any) -> CLIP:
     folder.mkdir()
     model = CLIP(**TINY | arch)
     with torch.no_grad():
-        model.ln_final.bias.fill_(-0.0)
+        model.get_parameter("ln_final.bias").fill_(-0.0)
     state = {
         name: torch.tensor(seed) if name.endswith("batches_tracked") else tensor
         for name, tensor in model.state_dict().items()

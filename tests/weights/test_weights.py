@@ -395,7 +395,7 @@ def test_partial_lists_what_does_not_match(caplog: pytest.LogCaptureFixture) -> 
     load_into(model, weights, partial=True)
     assert "missing keys: ln_final.bias" in caplog.text
     assert "unexpected keys: extra" in caplog.text
-    assert torch.equal(model.text_projection, tensors["text_projection"].float())
+    assert torch.equal(model.get_parameter("text_projection"), tensors["text_projection"].float())
 
 
 @pytest.mark.parametrize(
