@@ -193,7 +193,8 @@ def stored(folder: Path, values: Any, context_length: int) -> Tokenizer:
         for name in ("prefix", "suffix"):
             settings[name] = tuple(settings.get(name, ()))
         settings["added"] = tuple(Added(*one) for one in settings.get("added", ()))
-        content = _read(folder / FILES[settings["kind"]])
+        name = PIECES[1] if settings.get("offset") else FILES[settings["kind"]]
+        content = _read(folder / name)
         has_config = (folder / CONFIG).is_file()
         config = (folder / CONFIG).read_text(encoding="utf-8") if has_config else ""
         return Tokenizer(**settings, file=content, config=config)
@@ -283,7 +284,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", CONFIG):
         if (folder / name).is_file():
             found |= read_json(folder / name)
-    return found
+    return {key: value for key, value in found.items() if key != "auto_map"}  # code to execute
 
 
 def _check_supported(folder: Path, config: dict[str, Any]) -> None:
