@@ -27,7 +27,12 @@ from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.text import Tokenizer
 from leanclip.weights import read_tokenizer, read_weights, save_weights, write_weights
 from leanclip.weights.read import check_fits_model
-from leanclip.weights.tokenizer import open_clip_settings, read_files, read_open_clip
+from leanclip.weights.tokenizer import (
+    open_clip_settings,
+    read_files,
+    read_open_clip,
+    write_files,
+)
 
 GOLDEN = PROJECT / "tests" / "data" / "modern"
 TEXTS = ["", "a photo of a cat", "A CAT!", "naïve café", "猫の写真", "[SEP] </s> <eos> x"]
@@ -151,6 +156,24 @@ def test_open_clips_settings(text: dict[str, Any], expected: dict[str, Any] | No
         return
     assert found is not None
     assert open_clip_settings(found) == {"hf_tokenizer_name": ".", "tokenizer_kwargs": expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [("hf-siglip", "whitespace"), ("hf-siglip2", "lower"), ("hf-metaclip2", "whitespace")],
+)
+def test_open_clip_cleans_what_hugging_face_does_not(
+    tmp_path: Path, name: str, clean: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = read_files(GOLDEN / name, 24)
+    settings = open_clip_settings(ours)
+    assert settings["tokenizer_kwargs"] == {"clean": clean}
+    assert "open_clip cleans texts" in caplog.text
+    write_files(tmp_path, ours)
+    theirs = read_open_clip(tmp_path, settings)
+    assert theirs is not None
+    texts = ["a photo of a cat.", "A CAT, and a dog!", "naïve café", "猫の写真"]
+    assert theirs(texts, truncate=True).equal(ours.at(77)(texts, truncate=True))
 
 
 def test_a_repository_is_fetched_where_the_folder_has_no_tokeniser(

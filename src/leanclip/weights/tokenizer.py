@@ -7,6 +7,7 @@ What a file does depends on the class that tokenizer_config.json names, as in tr
 """
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from leanclip.preprocess.tokenizer import VOCAB_SIZE, vocabulary
 from leanclip.weights.bert_vocabulary import json_of_vocabulary, with_bert_options
 from leanclip.weights.files import MALFORMED, read_json
 from leanclip.weights.hub import locate_settings
+
+log = logging.getLogger("leanclip")
 
 JSON, WORDS = "tokenizer.json", "vocab.txt"
 PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
@@ -131,14 +134,19 @@ def read_open_clip(folder: Path, text: dict[str, Any]) -> Tokenizer | None:
 def open_clip_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """The fields of `text_cfg` for a tokeniser whose files are in the same folder.
 
-    open_clip cleans every text that another tokeniser than CLIP's reads.
+    open_clip cleans all texts: a tokeniser whose texts are not cleaned gets the least of it, and a
+    warning is logged.
     """
     if tokenizer.kind == "clip":
         return {}
-    clean = "whitespace" if tokenizer.clean == "none" else tokenizer.clean
-    if tokenizer.normalize != "none" and tokenizer.clean == "none":
-        clean = "canonicalize"  # as open_clip's configurations of SigLIP
-    options: dict[str, Any] = {"clean": clean}
+    options: dict[str, Any] = {"clean": tokenizer.clean}
+    if tokenizer.clean == "none":
+        options["clean"] = "lower" if tokenizer.normalize == "lower" else "whitespace"
+        log.warning(
+            "open_clip cleans texts before they are encoded (%s): ids of texts with broken "
+            "characters, HTML entities or several spaces differ",
+            options["clean"],
+        )
     if tokenizer.strip_id is not None:
         options["strip_sep_token"] = True
     return {"hf_tokenizer_name": ".", "tokenizer_kwargs": options}
