@@ -9,6 +9,7 @@ import torch
 from conftest import PROJECT, TINY, Command, assert_refused, make_config, run_cli
 
 import leanclip
+import leanclip.openai
 from leanclip.inference.export import export
 from leanclip.io.files import read_metrics
 from leanclip.model import CLIP
@@ -68,6 +69,12 @@ def test_an_export_carries_the_tokeniser(tmp_path: Path) -> None:
     again = leanclip.load(tmp_path / "exported", backend="torch")
     assert again.model.tokenizer == clip.model.tokenizer
     np.testing.assert_allclose(again.embed_texts(TEXTS), clip.embed_texts(TEXTS), atol=1e-5)
+
+
+def test_openais_package_has_clips_tokeniser_only(tmp_path: Path) -> None:
+    folder = siglip_model(tmp_path / "tiny")
+    with pytest.raises(RuntimeError, match="its tokeniser is not CLIP's; load it with leanclip"):
+        leanclip.openai.load(folder, device="cpu")
 
 
 def test_a_small_vocabulary_without_a_tokeniser_is_refused(
