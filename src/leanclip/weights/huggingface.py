@@ -84,7 +84,7 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
         _architecture(folder / "config.json", values), family, tokenizer
     )
     notes = ()
-    if family is CLIP and model.transformer_eos_id not in (None, END):
+    if tokenizer is None and model.transformer_eos_id not in (None, END):
         notes = (
             f"its eos_token_id is {model.transformer_eos_id}, CLIP's tokeniser ends texts with "
             f"{END}: they are all read at their first token, as in transformers",
@@ -116,7 +116,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     """
     values = read_json(folder / "config.json")
     family = FAMILIES[values["model_type"]]
-    if family is CLIP or (folder / "merges.txt").is_file():
+    if _is_clips_tokenizer(folder, family):
         check_tokenizer(folder)
         return None
     length = _architecture(folder / "config.json", values).context_length
@@ -159,6 +159,16 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     for name, values in files.items():
         _write_json(folder / name, values)
     _write_tokenizer(folder, weights, model, family)
+
+
+def _is_clips_tokenizer(folder: Path, family: Family) -> bool:
+    """Whether a folder's tokeniser must be CLIP's: by its kind, or as there is no other."""
+    if (folder / tokenizers.JSON).is_file():
+        model = read_json(folder / tokenizers.JSON).get("model")
+        is_clips = isinstance(model, dict) and model.get("vocab") == vocabulary()
+    else:
+        is_clips = family is CLIP
+    return is_clips or _are_clips(_merges(folder))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -204,8 +214,9 @@ def _preprocess(
     """Of the processor in a folder, or its class's defaults; exact: it must suit the model."""
     side = model.image_resolution
     patch = model.vision_patch_size if model.vision_positions == "resized" else None
-    found = read_processor(folder, side if is_exact else None, patch)
-    return found or default_preprocess(family.image_processor, side, patch)
+    kind = family.image_processor
+    found = read_processor(folder, side if is_exact else None, patch, kind)
+    return found or default_preprocess(kind, side, patch)
 
 
 def _to_ours(tensors: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
@@ -236,7 +247,7 @@ def check_tokenizer(folder: Path) -> None:
     def check(name: str, what: str, is_clips: bool) -> None:
         if not is_clips:
             raise WeightsError(
-                f"{folder / name}: {what} is not CLIP's; leanclip has no other tokeniser yet"
+                f"{folder / name}: {what} is not CLIP's; others are read from a tokenizer.json"
             )
 
     for name in _OTHER_TOKENIZERS:
@@ -246,8 +257,7 @@ def check_tokenizer(folder: Path) -> None:
     known = vocabulary()
     check("vocab.json", "this vocabulary", values_of("vocab.json") in ({}, known))
     if (folder / "merges.txt").is_file():
-        pairs = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
-        check("merges.txt", "the tokeniser of these merges", _are_clips(pairs))
+        check("merges.txt", "the tokeniser of these merges", _are_clips(_merges(folder)))
     if fast := values_of("tokenizer.json"):
         model = fast.get("model") or {}
         check("tokenizer.json", "this vocabulary", model.get("vocab") == known)
@@ -260,6 +270,12 @@ def check_tokenizer(folder: Path) -> None:
     ):
         more = [word for word, id_ in ids.items() if known.get(word) != id_]
         check(name, f"the tokeniser, to which it adds {', '.join(map(repr, more[:3]))},", not more)
+
+
+def _merges(folder: Path) -> list[str]:
+    """The lines of merges.txt after its version; none without it."""
+    file = folder / "merges.txt"
+    return file.read_text(encoding="utf-8").split("\n")[1:] if file.is_file() else []
 
 
 def _are_clips(found: list[str]) -> bool:
