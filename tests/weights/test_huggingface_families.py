@@ -17,9 +17,10 @@ from leanclip import CLIP, WeightsError
 from leanclip.config.sections import to_plain
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.patches import Patches
-from leanclip.weights import Weights, load_into, read_weights, write_weights
-from leanclip.weights.huggingface_config import ACTIVATIONS, architecture
+from leanclip.weights import Weights, huggingface, load_into, read_weights, write_weights
+from leanclip.weights.huggingface_config import ACTIVATIONS, architecture, infer
 from leanclip.weights.huggingface_families import FAMILIES
+from leanclip.weights.names import to_theirs
 
 MODERN = PROJECT / "tests" / "data" / "modern"
 GOLDEN = sorted(folder.name for folder in MODERN.glob("hf-*"))
@@ -481,6 +482,50 @@ def test_terse_configs_have_transformers_defaults(name: str, kind: str) -> None:
         assert ours.transformer_pad_id == known.text_config.pad_token_id
     else:
         assert ours.embed_dim == known.projection_dim
+
+
+# --- tensors alone
+
+ALONE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "siglip 1": ("siglip", {"image_size": 384, "patch_size": 14, "hidden_size": 1152}, {}),
+    "siglip 2": ("siglip", {"image_size": 378, "patch_size": 14}, {"vocab_size": 256000}),
+    "naflex": ("siglip2", {"num_patches": 256}, {"vocab_size": 256000}),
+    "chinese": ("chinese_clip", {"patch_size": 16}, {"vocab_size": 21128}),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_tensors_alone_have_the_published_architecture(name: str) -> None:
+    kind, vision, text = ALONE[name]
+    family, few = FAMILIES[kind], {"num_hidden_layers": 1, "intermediate_size": 640}
+    width = vision.get("hidden_size", 768)
+    vision = vision | few | {"num_attention_heads": family.vision_heads[width]}
+    top = {"projection_size": width} if "siglip" in kind else {}
+    values = {"vision_config": vision, "text_config": text | few | top}
+    expected = architecture(family, values)
+    with torch.device("meta"):
+        tensors = CLIP(**to_plain(expected)).state_dict()
+    assert infer(family, tensors) == expected
+    theirs = {key: torch.empty_like(t) for key, t in to_theirs(tensors, family.rules).items()}
+    weights = huggingface.from_state_dict(Path("x"), theirs, None)
+    assert weights.model == expected
+    assert weights.preprocess is not None
+    expected_filter = "bilinear" if text.get("vocab_size") == 256000 else "bicubic"
+    assert weights.preprocess.interpolation == expected_filter
+    assert "load its folder to encode texts" in weights.notes[0]
+
+
+def test_tensors_alone_of_other_widths_need_arch(tmp_path: Path) -> None:
+    file = MODERN / "hf-siglip" / "model.safetensors"
+    assert read_weights(file).model is None
+    arch = read_weights(MODERN / "hf-siglip").model
+    assert arch is not None
+    with_arch = read_weights(file, arch=to_plain(arch))
+    assert with_arch.model == arch
+    assert with_arch.tensors.keys() == read_weights(MODERN / "hf-siglip").tensors.keys()
+    assert read_weights(MODERN / "hf-chinese-clip" / "model.safetensors").model is None
+    with pytest.raises(WeightsError, match="--arch"):
+        write_weights(read_weights(file), tmp_path / "w", "leanclip")
 
 
 # --- refusals

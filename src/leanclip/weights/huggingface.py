@@ -7,6 +7,7 @@ architecture -> the family that has it -> config.json, names of the tensors
 import json
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from leanclip.weights.weights import Weights
 
 log = logging.getLogger("leanclip")
 
+_SIGLIP_2 = 256000  # ids of the second generation's tokeniser; its images are resized bilinearly
+
 FILES = ("model.safetensors", "pytorch_model.bin")  # or an index of shards of such a name
 
 _TOKENIZER_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast")
@@ -59,12 +62,33 @@ def is_state_dict(names: Collection[str]) -> bool:
 def from_state_dict(
     source: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig | None
 ) -> Weights:
-    """Weights of tensors alone, which do not determine their activation.
+    """Weights of tensors alone.
+
+    CLIP's and MetaCLIP 2's do not determine their activation. The others have that of their family,
+    and their published widths determine the rest; but their tokeniser is not among tensors.
 
     Raises:
-        WeightsError: some of a block's queries, keys and values are missing.
+        WeightsError: some of a block's queries, keys and values are missing, or other tensors.
     """
-    return Weights(source, "hf", _to_ours(tensors, _family_of_names(tensors)), model)
+    family = _family_of_names(tensors)
+    ours = _to_ours(tensors, family)
+    if model is not None or family is CLIP:
+        return Weights(source, "hf", ours, model)
+    try:
+        model = huggingface_config.infer(family, ours)
+    except (*MALFORMED, ConfigError) as error:
+        raise WeightsError(f"{source}: not {family.model}'s: {error} is missing or odd") from None
+    if model is None:
+        return Weights(source, "hf", ours)
+    patch = model.vision_patch_size if family is NAFLEX else None
+    preprocess = default_preprocess(family.image_processor, model.image_resolution, patch)
+    if model.vocab_size == _SIGLIP_2:
+        preprocess = replace(preprocess, interpolation="bilinear")
+    notes = (
+        "tensors alone: the architecture is that of the published model of these sizes, the "
+        "tokeniser CLIP's, which is not its own: load its folder to encode texts",
+    )
+    return Weights(source, "hf", ours, model, preprocess, notes=notes)
 
 
 def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
