@@ -51,7 +51,7 @@ _UNUSED += ("text_model.pooler.dense.bias",)
 def is_folder(folder: Path) -> bool:
     """Whether a folder is in this format."""
     file = folder / "config.json"
-    return file.is_file() and read_json(file).get("model_type") in FAMILIES
+    return file.is_file() and str(read_json(file).get("model_type")) in FAMILIES
 
 
 def is_state_dict(names: Collection[str]) -> bool:
@@ -196,7 +196,7 @@ def _is_clips_tokenizer(folder: Path, family: Family) -> bool:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family: Family) -> None:
