@@ -120,11 +120,7 @@ def architecture(values: Any, tensors: Tensors | None = None) -> ModelConfig:
         for name in _DEFAULTS:
             _check_fields(name, values[name])
         arch: dict[str, Any] = {"embed_dim": values["embed_dim"]}
-        if trunk:
-            head_width = values["vision_cfg"].get("head_width")  # written with unpublished sizes
-            arch |= _timm(vision, trunk, tensors, head_width)
-        else:
-            arch |= _vision(vision)
+        arch |= _timm(vision, trunk, tensors) if trunk else _vision(vision)
         arch |= _bert(text, bert, tensors) if bert else _text(text)
         # A tower of timm or transformers has an activation of its own.
         own = "quick_gelu" if values.get("quick_gelu", False) else None
@@ -221,9 +217,7 @@ def _activation(section: dict[str, Any]) -> str:
     return found
 
 
-def _timm(
-    vision: dict[str, Any], tower: Tower, tensors: Tensors | None, head_width: int | None
-) -> dict[str, Any]:
+def _timm(vision: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict[str, Any]:
     """The settings of a vision tower of timm."""
     arch = {"vision_pool": "tok"} | dict(tower.settings)
     arch |= {"vision_width": tower.width, "vision_layers": tower.layers}
@@ -239,7 +233,9 @@ def _timm(
                 arch["vision_pool_mlp_ratio"] = mlp_ratio(arch["vision_width"], pool_hidden)
     arch["vision_mlp_ratio"] = mlp_ratio(arch["vision_width"], hidden)
     width = arch["vision_width"]
-    arch["vision_heads"] = width // head_width if head_width else tower.heads_at(width)
+    arch["vision_heads"] = tower.heads_at(width)
+    if _is_stated(vision, width, tower):
+        arch["vision_heads"] = width // vision["head_width"]
     arch["image_resolution"] = square_side("image_size", vision["image_size"])
     grid = arch["image_resolution"] // arch["vision_patch_size"]
     if arch.get("vision_rotary_grid") == grid:  # else positions are scaled to it
@@ -279,12 +275,20 @@ def _bert(text: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict[s
         raise ValueError(f"text_cfg.hf_proj_type: {projection!r} is not supported")
     return arch | {
         "transformer_width": width,
-        "transformer_heads": width // 64,
+        "transformer_heads": text["heads"] if _is_stated(text, width, tower) else width // 64,
         "transformer_layers": layers,
         "transformer_mlp_ratio": mlp_ratio(width, hidden),
         "transformer_projection": projection,
         **POOLERS[pooler],
     }
+
+
+def _is_stated(section: dict[str, Any], width: int, tower: Tower) -> bool:
+    """Whether a section states the heads of a tower whose sizes are not the published ones.
+
+    leanclip writes them so; open_clip ignores them.
+    """
+    return width not in (tower.width, 0) and section["width"] == width
 
 
 def _shape(tensors: Tensors, name: str) -> torch.Size:

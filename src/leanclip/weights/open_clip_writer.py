@@ -83,7 +83,8 @@ def form_of(model: ModelConfig) -> Form:
     if model.logit_bias:
         model_cfg["init_logit_bias"] = -10
     notes = tuple(
-        f"open_clip builds {tower.name} in its own sizes, not in those of this model: it loads here"
+        f"open_clip builds {tower.name} with its published sizes, which are not this model's; only "
+        f"leanclip loads this folder"
         for tower, is_exact in ((trunk, _is_trunks(model, trunk)), (bert, _is_berts(model, bert)))
         if tower and not is_exact
     )
@@ -158,8 +159,8 @@ def _timm(model: ModelConfig, tower: Tower) -> tuple[dict[str, Any], tuple[Rule,
         "timm_pool": pools[model.vision_pool],
         "timm_proj": projection or None,
     }
-    if not _is_trunks(model, tower, any_side=True):  # open_clip ignores them, leanclip reads them
-        section["width"], section["layers"] = model.vision_width, model.vision_layers
+    if model.vision_width != tower.width:  # open_clip ignores them
+        section["width"] = model.vision_width
         section["head_width"] = model.vision_width // model.attention_heads
     norm = NORM_RULES[model.vision_norm_after_pool]
     return section, (*TIMM_RULES, norm, *HEAD_RULES[projection])
@@ -211,8 +212,8 @@ def _timm_differences(model: ModelConfig, tower: Tower) -> list[tuple[str, Any, 
         "vision_layer_scale": None,
         **tower.settings,
     }
-    is_published = _is_trunks(model, tower, any_side=True)
-    heads = tower.heads if is_published else model.attention_heads
+    is_stated = tower.width != model.vision_width
+    heads = model.attention_heads if is_stated else tower.heads
     there |= {"vision_heads": heads, "vision_pool_heads": there.get("vision_pool_heads") or heads}
     here = {name: getattr(model, name) for name in there}
     here |= {
@@ -259,6 +260,8 @@ def _bert(model: ModelConfig, tower: Tower) -> tuple[dict[str, Any], tuple[Rule,
         "hf_proj_type": None if projection == "none" else projection,
         "hf_pooler_type": next(name for name, one in POOLERS.items() if one == pool),
     }
+    if model.transformer_width != tower.width:  # open_clip ignores them
+        section["width"], section["heads"] = model.transformer_width, model.transformer_heads
     return section, (*BERT_RULES, *PROJECTION_RULES[projection])
 
 
@@ -276,7 +279,8 @@ def _hf_tower(model: ModelConfig) -> Tower:
     found = []
     for tower in hf_towers():
         there = {n: v for n, v in tower.settings.items() if n not in _SIZES}
-        there["transformer_heads"] = model.transformer_width // 64
+        if tower.width == model.transformer_width:  # else they are stated
+            there["transformer_heads"] = tower.heads
         here = {name: getattr(model, name) for name in there} | {"activation": model.activations[1]}
         found.append(([n for n in there if there[n] != here[n]], there, tower))
     differing, there, tower = min(found, key=lambda one: (len(one[0]), not _is_berts(model, one[2])))
