@@ -76,9 +76,9 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     weights = from_state_dict(folder, tensors, arch)
     tokenizer = read_tokenizer(folder)
     model = arch or _architecture(where, values.get("model_cfg"), weights.tensors)
-    if arch is None and tokenizer is not None and "pad_id" not in values["model_cfg"]["text_cfg"]:
-        if not model.transformer_padding_mask:
-            model = model.model_copy(update={"transformer_pad_id": tokenizer.pad_id})
+    if arch is None and tokenizer is not None and not model.transformer_padding_mask:
+        pad_id = values["model_cfg"]["text_cfg"].get("pad_id", tokenizer.pad_id)
+        model = model.model_copy(update={"transformer_pad_id": pad_id})
     found = dict(weights.tensors)
     if not model.transformer_pooler:  # made by AutoModel, whether it is used or not
         for name in [name for name in found if name.startswith("pooler.")]:

@@ -114,6 +114,9 @@ def architecture(values: Any, tensors: Tensors | None = None) -> ModelConfig:
         ConfigError: they are not such settings, or a field's value is not supported; names it.
     """
     try:
+        if missing := [name for name in _DEFAULTS if name not in values]:
+            is_audio = " (models of audio are not supported)" if "audio_cfg" in values else ""
+            raise ValueError(f"it has no {missing[0]}{is_audio}")
         vision, text = (_DEFAULTS[name] | dict(values[name]) for name in _DEFAULTS)
         trunk, bert = _towers(vision, text)
         _check_fields("model_cfg", values)
@@ -152,7 +155,7 @@ def _towers(vision: dict[str, Any], text: dict[str, Any]) -> tuple[Tower | None,
 
 
 def _check_fields(name: str, values: Any) -> None:
-    """Check a section's fields; one that leanclip does not have may be off: null, false, 0 or empty.
+    """Check a section's fields; others than leanclip has must be off: null, false, 0 or empty.
 
     Raises:
         ValueError: a field has a value that is not supported.
@@ -219,11 +222,13 @@ def _activation(section: dict[str, Any]) -> str:
 
 def _timm(vision: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict[str, Any]:
     """The settings of a vision tower of timm."""
-    arch = {"vision_pool": "tok"} | dict(tower.settings)
+    arch: dict[str, Any] = {"vision_pool": "tok"} | dict(tower.settings)
     arch |= {"vision_width": tower.width, "vision_layers": tower.layers}
     hidden = pool_hidden = tower.hidden
     if tensors is not None:
-        arch["vision_width"], _, arch["vision_patch_size"], _ = _shape(tensors, "visual.conv1.weight")
+        arch["vision_width"], _, arch["vision_patch_size"], _ = _shape(
+            tensors, "visual.conv1.weight"
+        )
         arch["vision_layers"] = count_blocks(tensors, "visual.transformer")
         hidden = _shape(tensors, "visual.transformer.resblocks.0.mlp.c_fc.weight")[0]
         if arch["vision_pool"] == "attn":

@@ -23,7 +23,13 @@ from leanclip.weights.open_clip_towers import (
     timm_towers,
 )
 
-_OPTIONAL = {"ls_init_value", "pad_id", "proj_type", "proj_bias", "embed_cls"}  # not of old versions
+_OPTIONAL = {
+    "ls_init_value",
+    "pad_id",
+    "proj_type",
+    "proj_bias",
+    "embed_cls",
+}  # not of old versions
 _OWN_VISION: dict[str, tuple[Any, ...]] = {  # what open_clip's own towers can have
     "vision_class_token": (True,),
     "vision_pool": ("tok", "avg", "queries"),
@@ -47,6 +53,8 @@ _BERT_TEXT: dict[str, tuple[Any, ...]] = {
     "transformer_projection_bias": (False,),
 }
 
+_SAME = tuple(Rule(name, name) for name in ("visual.**", "logit_scale", "logit_bias"))
+
 
 @dataclass(frozen=True)
 class Form:
@@ -67,8 +75,9 @@ def form_of(model: ModelConfig) -> Form:
     is_bert = bool(_beyond(model, _OWN_TEXT)) or not _has_plain_positions(model)
     trunk = _timm_tower(model) if is_trunk else None
     bert = _hf_tower(model) if is_bert else None
-    vision, vision_rules = _timm(model, trunk) if trunk else (_vision(model), None)
-    text, text_rules = _bert(model, bert) if bert else (_text(model), None)
+    vision, vision_rules = _timm(model, trunk) if trunk else (_vision(model), ())
+    own_rules = (*TEXT_RULES[model.transformer_projection_bias], *OWN_TEXT_RULES)
+    text, text_rules = _bert(model, bert) if bert else (_text(model), own_rules)
     own = [a for a, other in zip(model.activations, (trunk, bert), strict=True) if not other]
     if "quick_gelu" in own and len({*own}) > 1:
         raise ValueError(f"open_clip has quick_gelu in both towers or none, this model has {own}")
@@ -77,9 +86,6 @@ def form_of(model: ModelConfig) -> Form:
     model_cfg: dict[str, Any] = {"embed_dim": model.embed_dim, "quick_gelu": "quick_gelu" in own}
     if is_custom:
         model_cfg["custom_text"] = True
-        own_rules = (*TEXT_RULES[model.transformer_projection_bias], *OWN_TEXT_RULES)
-        others = tuple(Rule(name, name) for name in ("visual.**", "logit_scale", "logit_bias"))
-        rules = (*(vision_rules or ()), *(text_rules or own_rules), *others)
     if model.logit_bias:
         model_cfg["init_logit_bias"] = -10
     notes = tuple(
@@ -89,7 +95,8 @@ def form_of(model: ModelConfig) -> Form:
         if tower and not is_exact
     )
     cfg = model_cfg | {"vision_cfg": vision, "text_cfg": text}
-    return Form(cfg, rules if is_custom else (), notes)
+    rules = (*vision_rules, *text_rules, *_SAME) if is_custom else ()
+    return Form(cfg, rules, notes)
 
 
 def _beyond(model: ModelConfig, possible: dict[str, tuple[Any, ...]]) -> list[str]:
@@ -143,9 +150,7 @@ def _fields(model: ModelConfig, table: dict[str, str]) -> dict[str, Any]:
 
 def _options(activation: str, eps: float) -> dict[str, Any]:
     found: dict[str, Any] = {} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}}
-    return found | (
-        {"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {}
-    )
+    return found | ({"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {})
 
 
 def _timm(model: ModelConfig, tower: Tower) -> tuple[dict[str, Any], tuple[Rule, ...]]:
@@ -248,7 +253,7 @@ def _is_trunks(model: ModelConfig, tower: Tower | None, *, any_side: bool = Fals
 
 def _bert(model: ModelConfig, tower: Tower) -> tuple[dict[str, Any], tuple[Rule, ...]]:
     """`text_cfg` of a tower of transformers, and the names of its tensors."""
-    pool = {"transformer_pool": model.transformer_pool}
+    pool: dict[str, Any] = {"transformer_pool": model.transformer_pool}
     if model.transformer_pooler:
         pool["transformer_pooler"] = True
     projection = model.transformer_projection
@@ -283,7 +288,9 @@ def _hf_tower(model: ModelConfig) -> Tower:
             there["transformer_heads"] = tower.heads
         here = {name: getattr(model, name) for name in there} | {"activation": model.activations[1]}
         found.append(([n for n in there if there[n] != here[n]], there, tower))
-    differing, there, tower = min(found, key=lambda one: (len(one[0]), not _is_berts(model, one[2])))
+    differing, there, tower = min(
+        found, key=lambda one: (len(one[0]), not _is_berts(model, one[2]))
+    )
     if differing:
         name = differing[0].replace("activation", "transformer_activation")
         raise ValueError(
