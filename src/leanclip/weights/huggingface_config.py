@@ -6,7 +6,10 @@ ModelConfig -> the first family without a mismatch -> config.json
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
@@ -32,6 +35,7 @@ _FIELDS = {  # of both sections, by the part of our name after the tower's
     "heads": "num_attention_heads",
     "norm_eps": "layer_norm_eps",
 }
+_SIGLIP_1 = 32000  # ids of the first generation's tokeniser
 _HIGHEST = 2  # CLIPModel's eos_token_id for: read at the highest id
 _CARRIED = {  # settings that config.json has a field for, or that another one determines
     *(f"{tower}_{part}" for tower in _TOWERS for part in (*_FIELDS, "mlp_ratio", "activation")),
@@ -78,6 +82,45 @@ def architecture(family: Family, values: dict[str, Any]) -> ModelConfig:
         return parse(ModelConfig, arch | _text(family, text), where="")
     except ConfigError as error:
         raise ConfigError(_by_their_names(str(error).removeprefix(": "))) from None
+
+
+def infer(family: Family, tensors: Mapping[str, torch.Tensor]) -> ModelConfig | None:
+    """The architecture of tensors by our names; None: theirs is not among the published ones.
+
+    Their family determines activations and eps, their widths the heads, as they were published.
+
+    Raises:
+        ConfigError: they do not belong to one model.
+        LookupError: a tensor is missing.
+    """
+    grid, words = tensors["visual.positional_embedding"], tensors["positional_embedding"]
+    heads = family.vision_heads.get(grid.shape[1]), family.text_heads.get(words.shape[1])
+    if None in heads:
+        return None
+    positions = grid.shape[0] - ("visual.class_embedding" in tensors)
+    patch = tensors["visual.conv1.weight"].shape[-1]
+    vocabulary = tensors["token_embedding.weight"].shape[0]
+    side = _grid_side(positions) * patch
+    if (side, patch, vocabulary) == (378, 14, _SIGLIP_1):
+        side = 384  # the first so400m: of its images the rest of six pixels is dropped
+    vision = {"patch_size": patch, "image_size": side, "num_patches": positions}
+    text = {"max_position_embeddings": words.shape[0], "vocab_size": vocabulary}
+    if "token_type_embedding" in tensors:
+        text["type_vocab_size"] = len(tensors["token_type_embedding"])
+    blocks = "visual.transformer.resblocks", "transformer.resblocks"
+    for section, table, own, count in zip(
+        (vision, text), (grid, words), blocks, heads, strict=True
+    ):
+        layers = {name.split(".")[own.count(".") + 1] for name in tensors if name.startswith(own)}
+        section |= {
+            "hidden_size": table.shape[1],
+            "num_attention_heads": count,
+            "num_hidden_layers": len(layers),
+            "intermediate_size": len(tensors[f"{own}.0.mlp.c_fc.weight"]),
+        }
+    text["projection_size"] = width = tensors["text_projection"].shape[1]
+    values = {"vision_config": vision, "text_config": text, "projection_dim": width}
+    return architecture(family, values)
 
 
 def config(family: Family, model: ModelConfig, dtype: str) -> dict[str, Any]:
