@@ -114,10 +114,7 @@ def architecture(values: Any, tensors: Tensors | None = None) -> ModelConfig:
         ConfigError: they are not such settings, or a field's value is not supported; names it.
     """
     try:
-        if missing := [name for name in _DEFAULTS if name not in values]:
-            is_audio = " (models of audio are not supported)" if "audio_cfg" in values else ""
-            raise ValueError(f"it has no {missing[0]}{is_audio}")
-        vision, text = (_DEFAULTS[name] | dict(values[name]) for name in _DEFAULTS)
+        vision, text = _sections(values)
         trunk, bert = _towers(vision, text)
         _check_fields("model_cfg", values)
         for name in _DEFAULTS:
@@ -134,6 +131,26 @@ def architecture(values: Any, tensors: Tensors | None = None) -> ModelConfig:
         return parse(ModelConfig, arch, where="model")
     except MALFORMED as error:
         raise ConfigError(f"not a supported architecture: {error}") from None
+
+
+def check_towers(values: Any) -> None:
+    """Check the names of timm's and transformers' towers alone, before tensors are read.
+
+    Raises:
+        ConfigError: one is not supported; names it, and what to use instead.
+    """
+    try:
+        _towers(*_sections(values))
+    except MALFORMED as error:
+        raise ConfigError(f"not a supported architecture: {error}") from None
+
+
+def _sections(values: Any) -> list[dict[str, Any]]:
+    """`vision_cfg` and `text_cfg`, with open_clip's defaults."""
+    if missing := [name for name in _DEFAULTS if name not in values]:
+        is_audio = " (models of audio are not supported)" if "audio_cfg" in values else ""
+        raise ValueError(f"it has no {missing[0]}{is_audio}")
+    return [default | dict(values[name]) for name, default in _DEFAULTS.items()]
 
 
 def _towers(vision: dict[str, Any], text: dict[str, Any]) -> tuple[Tower | None, Tower | None]:
