@@ -523,6 +523,7 @@ def test_models_that_open_clip_cannot_hold(changes: Any, words: str, tmp_path: P
         ("text_cfg", {"proj_bias": False}, "unexpected keys: text_projection_bias|shapes differ"),
         ("text_cfg", {"proj_type": "mlp"}, "transformer_projection|missing"),
         ("text_cfg", {"pool_type": "none"}, "transformer_pool: should be"),
+        ("text_cfg", {"tokenizer_kwargs": 3}, "text_cfg: cannot be read"),
         ("text_cfg", {"qk_norm": True}, "text_cfg.qk_norm: 'True' is not supported"),
         ("text_cfg", {"vocab_size": 499}, "shapes differ|its tokeniser has"),
         ("model_cfg", {"text_cfg": None}, "not a supported architecture|cannot be read"),

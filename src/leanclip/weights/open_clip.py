@@ -120,9 +120,9 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     """
     try:
         text = dict(read_json(folder / CONFIG)["model_cfg"]["text_cfg"])
+        return tokenizers.read_open_clip(folder, text)
     except MALFORMED as error:
-        raise WeightsError(f"{folder / CONFIG}: cannot be read: {error!r}") from None
-    return tokenizers.read_open_clip(folder, text)
+        raise WeightsError(f"{folder / CONFIG}: text_cfg: cannot be read: {error!r}") from None
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
