@@ -555,7 +555,14 @@ BAD_CONFIGS: dict[str, tuple[str, str, str, Any, str]] = {
     "no end": ("metaclip_2", "text_config", "eos_token_id", None, "eos_token_id"),
     "relative": ("chinese_clip", "text_config", "position_embedding_type", "relative_key", "posit"),
     "no types": ("chinese_clip", "text_config", "type_vocab_size", -1, "type_vocab_size"),
-    "a section": ("siglip", "text_config", "", "x", "not SiglipModel's"),
+    "a section": ("siglip", "text_config", "", "x", "text_config: 'x' is not a section"),
+    "no patch": (
+        "siglip2",
+        "vision_config",
+        "patch_size",
+        None,
+        "patch_size: None is not a number",
+    ),
 }
 
 

@@ -37,6 +37,11 @@ from leanclip.weights.weights import Weights
 
 log = logging.getLogger("leanclip")
 
+# Cleaning that the classes which normalise texts do as well, but for HTML's entities.
+_CLEANED_BY = {
+    "lower": ("none", "whitespace", "lower"),
+    "siglip": ("none", "whitespace", "lower", "canonicalize"),
+}
 _SIGLIP_2 = 256000  # ids of the second generation's tokeniser; its images are resized bilinearly
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # or an index of shards of such a name
@@ -51,7 +56,7 @@ _UNUSED += ("text_model.pooler.dense.bias",)
 def is_folder(folder: Path) -> bool:
     """Whether a folder is in this format."""
     file = folder / "config.json"
-    return file.is_file() and read_json(file).get("model_type") in FAMILIES
+    return file.is_file() and str(read_json(file).get("model_type")) in FAMILIES
 
 
 def is_state_dict(names: Collection[str]) -> bool:
@@ -196,7 +201,7 @@ def _is_clips_tokenizer(folder: Path, family: Family) -> bool:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family: Family) -> None:
@@ -213,10 +218,10 @@ def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family:
     else:
         tokenizers.write_files(folder, tokenizer)
         config = json.loads(tokenizer.config or "{}")
-        if tokenizer.clean not in ("none", "whitespace") and tokenizer.normalize == "none":
+        if tokenizer.clean not in _CLEANED_BY.get(tokenizer.normalize, ("none", "whitespace")):
             log.warning(
-                "%s: Hugging Face's tokenisers do not clean texts, its own does (%s): clean them "
-                "before the tokeniser of %s",
+                "%s: its texts are cleaned (%s), which Hugging Face's tokenisers do not do: clean "
+                "them before the tokeniser of %s",
                 *(weights.source, tokenizer.clean, folder),
             )
     _write_json(folder / tokenizers.CONFIG, config | {"model_max_length": tokenizer.context_length})

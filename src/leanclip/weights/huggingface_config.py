@@ -64,6 +64,8 @@ def architecture(family: Family, values: dict[str, Any]) -> ModelConfig:
     first, second = (_activation(name, section) for name, section in _sections(vision, text))
     arch |= {"activation": first, "transformer_activation": None if second == first else second}
     arch["vision_patch_size"] = square_side("patch_size", vision["patch_size"])
+    if type(arch["vision_patch_size"]) is not int:
+        raise ValueError(f"vision_config.patch_size: {vision['patch_size']!r} is not a number")
     if family is NAFLEX:
         arch["image_resolution"] = _grid_side(vision["num_patches"]) * arch["vision_patch_size"]
     else:
@@ -199,7 +201,8 @@ def _mismatches(family: Family, model: ModelConfig) -> list[str]:
         "transformer_pool": model.transformer_pool in pools,
         "transformer_eos_id": not (family is CLIP and is_odd_end),
         "vision_pool_heads": model.vision_pool_heads in (None, model.attention_heads),
-        "vision_pool_mlp_ratio": model.vision_pool_mlp_ratio in (None, model.vision_mlp_ratio),
+        "vision_pool_mlp_ratio": _hidden(model, model.vision_pool_mlp_ratio)
+        == _hidden(model, None),
         "transformer_positions": is_bert or model.text_positions == model.context_length,
         "embed_dim": "vision_projection" not in family.settings
         or model.embed_dim == model.vision_width,
@@ -207,6 +210,11 @@ def _mismatches(family: Family, model: ModelConfig) -> list[str]:
         or model.image_resolution % (model.vision_patch_size or 1) == 0,
     }
     return wrong + [name for name, fits in checks.items() if not fits]
+
+
+def _hidden(model: ModelConfig, ratio: float | None) -> int:
+    """The hidden width of the image tower's MLPs at a ratio; None: its own."""
+    return int(model.vision_width * (ratio or model.vision_mlp_ratio))
 
 
 def _by_their_names(message: str) -> str:
@@ -235,7 +243,10 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     As in transformers 5, the fields that it omits then have their defaults, whatever is in `NAME`.
     """
     older = values.get(f"{name}_dict")
-    return dict((values.get(name) or {}) if older is None else older)
+    found = (values.get(name) or {}) if older is None else older
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: {found!r} is not a section of settings")
+    return found
 
 
 def _sections(vision: dict[str, Any], text: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
