@@ -155,7 +155,11 @@ def test_square_matrices_are_transposed_for_paddle(tmp_path: Path) -> None:
         (WIDE | {"activation": "gelu"}, "openai", "implies activation quick_gelu, this model"),
         ({"activation": "gelu"}, "passl", "PASSL has activation quick_gelu, this model gelu"),
         ({}, "openai", "OpenAI's format implies heads of 64"),
-        ({"patch_bias": True}, "open_clip", "no bias in its patch embedding"),
+        (
+            {"patch_bias": True},
+            "open_clip",
+            "no vision tower of timm with patch_bias True; the nearest",
+        ),
         ({"pre_norm": False}, "hf", "CLIPModel cannot hold pre_norm: False"),
         ({"vision_pool": "avg"}, "hf", "cannot hold vision_pool: avg"),
     ],
@@ -277,9 +281,8 @@ def test_hugging_face_shards_and_bins(tmp_path: Path) -> None:
     ("section", "name", "value"),
     [
         ("vision_cfg", "timm_model_name", "vit_base"),
-        ("vision_cfg", "ls_init_value", 0.1),
-        ("text_cfg", "hf_model_name", "roberta"),
-        ("text_cfg", "embed_cls", True),
+        ("text_cfg", "ls_init_value", 0.1),
+        ("text_cfg", "hf_model_name", "google/mt5-base"),
         ("vision_cfg", "unheard_of", 1),
     ],
 )

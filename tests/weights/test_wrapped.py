@@ -308,16 +308,13 @@ def test_defaults_that_are_written_out_are_defaults() -> None:
 @pytest.mark.parametrize(
     ("section", "field", "value"),
     [
-        ("vision_cfg", "ls_init_value", 1e-4),
-        ("vision_cfg", "attentional_pool", True),
+        ("text_cfg", "ls_init_value", 1e-4),
+        ("vision_cfg", "attentional_pool", "parallel"),
         ("vision_cfg", "timm_model_name", "vit_base"),
         ("vision_cfg", "image_size", [32, 48]),
         ("vision_cfg", "no_causal_mask", True),
         ("text_cfg", "final_ln_after_pool", True),
-        ("text_cfg", "hf_tokenizer_name", "google/bert"),
-        ("text_cfg", "tokenizer_kwargs", {"clean": "canonicalize"}),
-        ("text_cfg", "proj_bias", True),
-        ("text_cfg", "norm_kwargs", {"eps": 1e-6}),
+        ("text_cfg", "norm_kwargs", {"eps": 1e-6, "elementwise_affine": False}),
         ("text_cfg", "qk_norm", True),
     ],
 )

@@ -9,10 +9,10 @@ open_clip's own towers have OpenAI's names; a CustomTextCLIP puts those of the t
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -24,13 +24,14 @@ from leanclip.preprocess.text import Tokenizer
 from leanclip.weights import tokenizer as tokenizers
 from leanclip.weights.files import MALFORMED, find_file, read_json
 from leanclip.weights.names import to_ours, to_theirs
-from leanclip.weights.open_clip_config import architecture
+from leanclip.weights.open_clip_config import architecture, check_towers
 from leanclip.weights.open_clip_towers import READ_RULES
 from leanclip.weights.open_clip_writer import form_of
 from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights, square_side
 
 log = logging.getLogger("leanclip")
+T = TypeVar("T")
 
 CONFIG = "open_clip_config.json"
 FILES = (
@@ -73,16 +74,18 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
         WeightsError: a file is missing or damaged, or the architecture is not supported.
     """
     values, where = read_json(folder / CONFIG), folder / CONFIG
+    if arch is None:
+        _named(where, check_towers, values.get("model_cfg"))
     file = find_file(folder, FILES)
     if file is None:
         raise WeightsError(f"{folder}: has {CONFIG}, but none of {', '.join(FILES)}")
     tensors, unexpected = read_state_dict(file)
     weights = from_state_dict(folder, tensors, arch)
     tokenizer = read_tokenizer(folder)
-    model = arch or _architecture(where, values.get("model_cfg"), weights.tensors)
-    if arch is None and tokenizer is not None and "pad_id" not in values["model_cfg"]["text_cfg"]:
-        if not model.transformer_padding_mask:
-            model = model.model_copy(update={"transformer_pad_id": tokenizer.pad_id})
+    model = arch or _named(where, architecture, values.get("model_cfg"), weights.tensors)
+    if arch is None and tokenizer is not None and not model.transformer_padding_mask:
+        pad_id = values["model_cfg"]["text_cfg"].get("pad_id", tokenizer.pad_id)
+        model = model.model_copy(update={"transformer_pad_id": pad_id})
     found = dict(weights.tensors)
     if not model.transformer_pooler:  # made by AutoModel, whether it is used or not
         for name in [name for name in found if name.startswith("pooler.")]:
@@ -121,9 +124,9 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     """
     try:
         text = dict(read_json(folder / CONFIG)["model_cfg"]["text_cfg"])
+        return tokenizers.read_open_clip(folder, text)
     except MALFORMED as error:
-        raise WeightsError(f"{folder / CONFIG}: cannot be read: {error!r}") from None
-    return tokenizers.read_open_clip(folder, text)
+        raise WeightsError(f"{folder / CONFIG}: text_cfg: cannot be read: {error!r}") from None
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
@@ -151,11 +154,10 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     save_file(tensors, folder / FILES[0], {"format": "pt"})
 
 
-def _architecture(
-    where: Path, values: Any, tensors: Mapping[str, torch.Tensor] | None
-) -> ModelConfig:
+def _named(where: Path, function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns; its errors name the file."""
     try:
-        return architecture(values, tensors)
+        return function(*arguments)
     except ConfigError as error:
         raise WeightsError(f"{where}: {error}") from None
 

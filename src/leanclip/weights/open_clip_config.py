@@ -114,17 +114,13 @@ def architecture(values: Any, tensors: Tensors | None = None) -> ModelConfig:
         ConfigError: they are not such settings, or a field's value is not supported; names it.
     """
     try:
-        vision, text = (_DEFAULTS[name] | dict(values[name]) for name in _DEFAULTS)
+        vision, text = _sections(values)
         trunk, bert = _towers(vision, text)
         _check_fields("model_cfg", values)
         for name in _DEFAULTS:
             _check_fields(name, values[name])
         arch: dict[str, Any] = {"embed_dim": values["embed_dim"]}
-        if trunk:
-            head_width = values["vision_cfg"].get("head_width")  # written with unpublished sizes
-            arch |= _timm(vision, trunk, tensors, head_width)
-        else:
-            arch |= _vision(vision)
+        arch |= _timm(vision, trunk, tensors) if trunk else _vision(vision)
         arch |= _bert(text, bert, tensors) if bert else _text(text)
         # A tower of timm or transformers has an activation of its own.
         own = "quick_gelu" if values.get("quick_gelu", False) else None
@@ -135,6 +131,26 @@ def architecture(values: Any, tensors: Tensors | None = None) -> ModelConfig:
         return parse(ModelConfig, arch, where="model")
     except MALFORMED as error:
         raise ConfigError(f"not a supported architecture: {error}") from None
+
+
+def check_towers(values: Any) -> None:
+    """Check the names of timm's and transformers' towers alone, before tensors are read.
+
+    Raises:
+        ConfigError: one is not supported; names it, and what to use instead.
+    """
+    try:
+        _towers(*_sections(values))
+    except MALFORMED as error:
+        raise ConfigError(f"not a supported architecture: {error}") from None
+
+
+def _sections(values: Any) -> list[dict[str, Any]]:
+    """`vision_cfg` and `text_cfg`, with open_clip's defaults."""
+    if missing := [name for name in _DEFAULTS if name not in values]:
+        is_audio = " (models of audio are not supported)" if "audio_cfg" in values else ""
+        raise ValueError(f"it has no {missing[0]}{is_audio}")
+    return [default | dict(values[name]) for name, default in _DEFAULTS.items()]
 
 
 def _towers(vision: dict[str, Any], text: dict[str, Any]) -> tuple[Tower | None, Tower | None]:
@@ -156,7 +172,7 @@ def _towers(vision: dict[str, Any], text: dict[str, Any]) -> tuple[Tower | None,
 
 
 def _check_fields(name: str, values: Any) -> None:
-    """Check a section's fields; one that leanclip does not have may be off: null, false, 0 or empty.
+    """Check a section's fields; others than leanclip has must be off: null, false, 0 or empty.
 
     Raises:
         ValueError: a field has a value that is not supported.
@@ -221,15 +237,15 @@ def _activation(section: dict[str, Any]) -> str:
     return found
 
 
-def _timm(
-    vision: dict[str, Any], tower: Tower, tensors: Tensors | None, head_width: int | None
-) -> dict[str, Any]:
+def _timm(vision: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict[str, Any]:
     """The settings of a vision tower of timm."""
-    arch = {"vision_pool": "tok"} | dict(tower.settings)
+    arch: dict[str, Any] = {"vision_pool": "tok"} | dict(tower.settings)
     arch |= {"vision_width": tower.width, "vision_layers": tower.layers}
     hidden = pool_hidden = tower.hidden
     if tensors is not None:
-        arch["vision_width"], _, arch["vision_patch_size"], _ = _shape(tensors, "visual.conv1.weight")
+        arch["vision_width"], _, arch["vision_patch_size"], _ = _shape(
+            tensors, "visual.conv1.weight"
+        )
         arch["vision_layers"] = count_blocks(tensors, "visual.transformer")
         hidden = _shape(tensors, "visual.transformer.resblocks.0.mlp.c_fc.weight")[0]
         if arch["vision_pool"] == "attn":
@@ -239,7 +255,9 @@ def _timm(
                 arch["vision_pool_mlp_ratio"] = mlp_ratio(arch["vision_width"], pool_hidden)
     arch["vision_mlp_ratio"] = mlp_ratio(arch["vision_width"], hidden)
     width = arch["vision_width"]
-    arch["vision_heads"] = width // head_width if head_width else tower.heads_at(width)
+    arch["vision_heads"] = tower.heads_at(width)
+    if _is_stated(vision, width, tower):
+        arch["vision_heads"] = width // vision["head_width"]
     arch["image_resolution"] = square_side("image_size", vision["image_size"])
     grid = arch["image_resolution"] // arch["vision_patch_size"]
     if arch.get("vision_rotary_grid") == grid:  # else positions are scaled to it
@@ -279,12 +297,20 @@ def _bert(text: dict[str, Any], tower: Tower, tensors: Tensors | None) -> dict[s
         raise ValueError(f"text_cfg.hf_proj_type: {projection!r} is not supported")
     return arch | {
         "transformer_width": width,
-        "transformer_heads": width // 64,
+        "transformer_heads": text["heads"] if _is_stated(text, width, tower) else width // 64,
         "transformer_layers": layers,
         "transformer_mlp_ratio": mlp_ratio(width, hidden),
         "transformer_projection": projection,
         **POOLERS[pooler],
     }
+
+
+def _is_stated(section: dict[str, Any], width: int, tower: Tower) -> bool:
+    """Whether a section states the heads of a tower whose sizes are not the published ones.
+
+    leanclip writes them so; open_clip ignores them.
+    """
+    return width not in (tower.width, 0) and section["width"] == width
 
 
 def _shape(tensors: Tensors, name: str) -> torch.Size:

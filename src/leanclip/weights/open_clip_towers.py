@@ -61,7 +61,10 @@ BERT_RULES = (
     Rule("positional_embedding", f"{_BERT}.embeddings.position_embeddings.weight"),
     Rule("token_type_embedding", f"{_BERT}.embeddings.token_type_embeddings.weight"),
     Rule("ln_embedding.*", f"{_BERT}.embeddings.LayerNorm.*"),
-    *(Rule(f"transformer.resblocks.*.{a}", f"{_BERT}.encoder.layer.*.{b}") for a, b in _BERT_BLOCKS),
+    *(
+        Rule(f"transformer.resblocks.*.{a}", f"{_BERT}.encoder.layer.*.{b}")
+        for a, b in _BERT_BLOCKS
+    ),
     Rule("pooler.*", f"{_BERT}.pooler.dense.*"),
 )
 PROJECTION_RULES = {  # of a text tower of transformers, by hf_proj_type
@@ -263,4 +266,6 @@ def refusal(fieldname: str, name: str) -> str:
     for mark, what, instead in _REFUSED:
         if mark in name.lower():
             return f"{fieldname}: {name!r} ({what}) is not supported; use instead: {instead}"
-    return f"{fieldname}: {name!r} is not supported"
+    return (
+        f"{fieldname}: {name!r} is not supported; use instead: a model with open_clip's own towers"
+    )

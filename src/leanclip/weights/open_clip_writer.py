@@ -23,7 +23,13 @@ from leanclip.weights.open_clip_towers import (
     timm_towers,
 )
 
-_OPTIONAL = {"ls_init_value", "pad_id", "proj_type", "proj_bias", "embed_cls"}  # not of old versions
+_OPTIONAL = {
+    "ls_init_value",
+    "pad_id",
+    "proj_type",
+    "proj_bias",
+    "embed_cls",
+}  # not of old versions
 _OWN_VISION: dict[str, tuple[Any, ...]] = {  # what open_clip's own towers can have
     "vision_class_token": (True,),
     "vision_pool": ("tok", "avg", "queries"),
@@ -47,6 +53,8 @@ _BERT_TEXT: dict[str, tuple[Any, ...]] = {
     "transformer_projection_bias": (False,),
 }
 
+_SAME = tuple(Rule(name, name) for name in ("visual.**", "logit_scale", "logit_bias"))
+
 
 @dataclass(frozen=True)
 class Form:
@@ -67,8 +75,9 @@ def form_of(model: ModelConfig) -> Form:
     is_bert = bool(_beyond(model, _OWN_TEXT)) or not _has_plain_positions(model)
     trunk = _timm_tower(model) if is_trunk else None
     bert = _hf_tower(model) if is_bert else None
-    vision, vision_rules = _timm(model, trunk) if trunk else (_vision(model), None)
-    text, text_rules = _bert(model, bert) if bert else (_text(model), None)
+    vision, vision_rules = _timm(model, trunk) if trunk else (_vision(model), ())
+    own_rules = (*TEXT_RULES[model.transformer_projection_bias], *OWN_TEXT_RULES)
+    text, text_rules = _bert(model, bert) if bert else (_text(model), own_rules)
     own = [a for a, other in zip(model.activations, (trunk, bert), strict=True) if not other]
     if "quick_gelu" in own and len({*own}) > 1:
         raise ValueError(f"open_clip has quick_gelu in both towers or none, this model has {own}")
@@ -77,18 +86,17 @@ def form_of(model: ModelConfig) -> Form:
     model_cfg: dict[str, Any] = {"embed_dim": model.embed_dim, "quick_gelu": "quick_gelu" in own}
     if is_custom:
         model_cfg["custom_text"] = True
-        own_rules = (*TEXT_RULES[model.transformer_projection_bias], *OWN_TEXT_RULES)
-        others = tuple(Rule(name, name) for name in ("visual.**", "logit_scale", "logit_bias"))
-        rules = (*(vision_rules or ()), *(text_rules or own_rules), *others)
     if model.logit_bias:
         model_cfg["init_logit_bias"] = -10
     notes = tuple(
-        f"open_clip builds {tower.name} in its own sizes, not in those of this model: it loads here"
+        f"open_clip builds {tower.name} with its published sizes, which are not this model's; only "
+        f"leanclip loads this folder"
         for tower, is_exact in ((trunk, _is_trunks(model, trunk)), (bert, _is_berts(model, bert)))
         if tower and not is_exact
     )
     cfg = model_cfg | {"vision_cfg": vision, "text_cfg": text}
-    return Form(cfg, rules if is_custom else (), notes)
+    rules = (*vision_rules, *text_rules, *_SAME) if is_custom else ()
+    return Form(cfg, rules, notes)
 
 
 def _beyond(model: ModelConfig, possible: dict[str, tuple[Any, ...]]) -> list[str]:
@@ -142,9 +150,7 @@ def _fields(model: ModelConfig, table: dict[str, str]) -> dict[str, Any]:
 
 def _options(activation: str, eps: float) -> dict[str, Any]:
     found: dict[str, Any] = {} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}}
-    return found | (
-        {"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {}
-    )
+    return found | ({"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {})
 
 
 def _timm(model: ModelConfig, tower: Tower) -> tuple[dict[str, Any], tuple[Rule, ...]]:
@@ -158,8 +164,8 @@ def _timm(model: ModelConfig, tower: Tower) -> tuple[dict[str, Any], tuple[Rule,
         "timm_pool": pools[model.vision_pool],
         "timm_proj": projection or None,
     }
-    if not _is_trunks(model, tower, any_side=True):  # open_clip ignores them, leanclip reads them
-        section["width"], section["layers"] = model.vision_width, model.vision_layers
+    if model.vision_width != tower.width:  # open_clip ignores them
+        section["width"] = model.vision_width
         section["head_width"] = model.vision_width // model.attention_heads
     norm = NORM_RULES[model.vision_norm_after_pool]
     return section, (*TIMM_RULES, norm, *HEAD_RULES[projection])
@@ -211,8 +217,8 @@ def _timm_differences(model: ModelConfig, tower: Tower) -> list[tuple[str, Any, 
         "vision_layer_scale": None,
         **tower.settings,
     }
-    is_published = _is_trunks(model, tower, any_side=True)
-    heads = tower.heads if is_published else model.attention_heads
+    is_stated = tower.width != model.vision_width
+    heads = model.attention_heads if is_stated else tower.heads
     there |= {"vision_heads": heads, "vision_pool_heads": there.get("vision_pool_heads") or heads}
     here = {name: getattr(model, name) for name in there}
     here |= {
@@ -247,7 +253,7 @@ def _is_trunks(model: ModelConfig, tower: Tower | None, *, any_side: bool = Fals
 
 def _bert(model: ModelConfig, tower: Tower) -> tuple[dict[str, Any], tuple[Rule, ...]]:
     """`text_cfg` of a tower of transformers, and the names of its tensors."""
-    pool = {"transformer_pool": model.transformer_pool}
+    pool: dict[str, Any] = {"transformer_pool": model.transformer_pool}
     if model.transformer_pooler:
         pool["transformer_pooler"] = True
     projection = model.transformer_projection
@@ -259,6 +265,8 @@ def _bert(model: ModelConfig, tower: Tower) -> tuple[dict[str, Any], tuple[Rule,
         "hf_proj_type": None if projection == "none" else projection,
         "hf_pooler_type": next(name for name, one in POOLERS.items() if one == pool),
     }
+    if model.transformer_width != tower.width:  # open_clip ignores them
+        section["width"], section["heads"] = model.transformer_width, model.transformer_heads
     return section, (*BERT_RULES, *PROJECTION_RULES[projection])
 
 
@@ -276,10 +284,13 @@ def _hf_tower(model: ModelConfig) -> Tower:
     found = []
     for tower in hf_towers():
         there = {n: v for n, v in tower.settings.items() if n not in _SIZES}
-        there["transformer_heads"] = model.transformer_width // 64
+        if tower.width == model.transformer_width:  # else they are stated
+            there["transformer_heads"] = tower.heads
         here = {name: getattr(model, name) for name in there} | {"activation": model.activations[1]}
         found.append(([n for n in there if there[n] != here[n]], there, tower))
-    differing, there, tower = min(found, key=lambda one: (len(one[0]), not _is_berts(model, one[2])))
+    differing, there, tower = min(
+        found, key=lambda one: (len(one[0]), not _is_berts(model, one[2]))
+    )
     if differing:
         name = differing[0].replace("activation", "transformer_activation")
         raise ValueError(

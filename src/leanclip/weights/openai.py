@@ -14,6 +14,7 @@ import torch
 from leanclip.config.model import ModelConfig
 from leanclip.errors import WeightsError
 from leanclip.preprocess.images import Preprocess
+from leanclip.weights import pe_core
 from leanclip.weights.weights import INVISIBLE, Weights, check_openais, infer_architecture
 
 MARKS = ("input_resolution", "context_length", "vocab_size")
@@ -68,9 +69,14 @@ def _with_long_positions(
 def write(file: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
     """Write a state dict for OpenAI's `build_model`, with the three numbers, by torch.save.
 
+    A model with PE-Core's pooling is written as its own code has it.
+
     Raises:
         WeightsError: the format has no equivalent of something in the architecture.
     """
+    if pe_core.is_state_dict(weights.tensors):
+        pe_core.write(file, weights, model)
+        return
     check_openais(weights, model, "OpenAI's format")
     implied = infer_architecture(weights.tensors, source=weights.source, activation="quick_gelu")
     if implied is None:

@@ -15,7 +15,7 @@ from leanclip.preprocess.images import Preprocess
 from leanclip.weights.weights import Weights, infer_architecture, mlp_ratio
 
 _PROBE = "visual.attn_pool.probe"
-_NAMES = (_PROBE, "visual.proj", "ln_final.weight", "text_projection")
+_NAMES = (_PROBE, "visual.proj", "visual.ln_pre.weight", "ln_final.weight", "text_projection")
 _HEADS = {1536: 16}  # of the largest, by its width
 _POOL_HEADS = 8
 _HALF = (0.5, 0.5, 0.5)
@@ -40,7 +40,7 @@ def from_state_dict(
     return Weights(source, "pe-core", ours, model, preprocess)
 
 
-def write(file: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
+def write(file: Path, weights: Weights, model: ModelConfig) -> None:
     """Write a state dict for Perception Encoder's `CLIP.load_ckpt`, by torch.save.
 
     Raises:

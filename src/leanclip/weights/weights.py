@@ -54,7 +54,7 @@ class Weights:
     """Tensors by OpenAI's names, with their architecture and preprocessing where known."""
 
     source: Path
-    format: str  # "leanclip", "openai", "open_clip", "hf", "passl", or "state dict"
+    format: str  # "leanclip", "openai", "pe-core", "open_clip", "hf", "passl", or "state dict"
     tensors: dict[str, torch.Tensor]
     model: ModelConfig | None = None  # None: the source does not determine it
     preprocess: Preprocess | None = None  # default: OpenAI's, at the model's resolution
