@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from leanclip.errors import WeightsError
-from leanclip.weights import huggingface
+from leanclip.weights.huggingface_families import FAMILIES
 from leanclip.weights.names import Rule, to_ours, to_theirs
 
 RULES = (
@@ -12,6 +12,10 @@ RULES = (
     Rule("proj", "projection.weight", transpose=True),
     Rule("blocks.*.attn.in_proj_*", "layers.*.attn.{q,k,v}.*"),
     Rule("visual.**.running_mean", "visual.**._mean"),
+    Rule("conv1.weight", "patches.weight", patches=True),
+    Rule("positions", "embeddings", leading=1),
+    Rule("scale", "scale", leading=1),
+    Rule("layers.*.bias", "encoder.*.self.{query,key,value}.bias"),
 )
 
 
@@ -22,6 +26,10 @@ def tensors() -> dict[str, torch.Tensor]:
         "blocks.10.attn.in_proj_weight": torch.randn(6, 2),
         "blocks.10.attn.in_proj_bias": torch.randn(6),
         "visual.layer1.0.bn1.running_mean": torch.randn(4),
+        "conv1.weight": torch.randn(4, 3, 2, 2),
+        "positions": torch.randn(5, 2),
+        "scale": torch.tensor(2.0),
+        "layers.0.bias": torch.randn(6),
     }
 
 
@@ -32,6 +40,12 @@ def test_names_go_there_and_back() -> None:
     assert torch.equal(torch.cat([theirs[name] for name in parts]), ours[BLOCK])
     assert torch.equal(theirs["projection.weight"], ours["proj"].T)
     assert {"text.norm.bias", "visual.layer1.0.bn1._mean"} <= theirs.keys()
+    assert theirs["embeddings"].shape == (1, 5, 2)
+    assert theirs["scale"].shape == (1,)
+    assert torch.equal(theirs["encoder.0.self.value.bias"], ours["layers.0.bias"][4:])
+    pixels = torch.randn(3, 2, 2)  # one patch: its convolution, and its product by row and column
+    by_rows = theirs["patches.weight"] @ pixels.permute(1, 2, 0).flatten()
+    torch.testing.assert_close(by_rows, (ours["conv1.weight"] * pixels).sum((1, 2, 3)))
     shuffled = dict(sorted(theirs.items(), reverse=True))  # v before q
     back = to_ours(shuffled, RULES)
     assert back.keys() == ours.keys()
@@ -48,6 +62,11 @@ def test_unknown_names_are_kept_or_named() -> None:
         to_theirs(extra, RULES)
 
 
+def test_a_matrix_that_is_no_patches_keeps_its_shape() -> None:
+    odd = torch.randn(4, 13)
+    assert to_ours({"patches.weight": odd}, RULES)["conv1.weight"] is odd
+
+
 def test_a_part_that_is_missing_is_an_error() -> None:
     theirs = to_theirs(tensors(), RULES)
     del theirs["layers.10.attn.k.bias"]
@@ -57,4 +76,4 @@ def test_a_part_that_is_missing_is_an_error() -> None:
 
 def test_patterns_do_not_reach_over_a_dot() -> None:
     name = "vision_model.encoder.layers.0.extra.layer_norm1.weight"
-    assert to_ours({name: torch.zeros(1)}, huggingface.RULES).keys() == {name}
+    assert to_ours({name: torch.zeros(1)}, FAMILIES["clip"].rules).keys() == {name}

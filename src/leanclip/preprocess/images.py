@@ -39,7 +39,7 @@ FILTERS = {  # of Pillow, antialiased except for nearest
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-Resize = Literal["shortest", "longest", "squash", "none"]
+Resize = Literal["shortest", "longest", "squash", "none", "naflex"]
 Rounding = Literal["even", "down"]
 
 
@@ -54,12 +54,14 @@ class Preprocess:
         mean: of red, green and blue in [0, 1].
         std: likewise.
         resize: the side that becomes `size`: shortest, longest, or with squash both; none: an
-            image keeps its size.
+            image keeps its size; naflex: the size with the most patches, in its proportions.
         size: in pixels, or (height, width) of a squash; None: the resolution.
         interpolation: one of FILTERS.
         rounding: of the crop's offset where the difference of the sides is odd: even: half to
             even, as torchvision, OpenAI and open_clip; down: as transformers.
         fill: the grey level, 0 to 255, around an image that is smaller than the crop.
+        patch_size: with naflex, side of a patch in pixels.
+        max_patches: with naflex, the most patches of an image.
 
     Raises:
         ValueError: a value is out of range.
@@ -73,6 +75,8 @@ class Preprocess:
     interpolation: str = "bicubic"
     rounding: Rounding = "even"
     fill: int = 0
+    patch_size: int | None = None
+    max_patches: int | None = None
 
     def __post_init__(self) -> None:
         choices = {"resize": get_args(Resize), "rounding": get_args(Rounding)}
@@ -124,6 +128,7 @@ class Preprocess:
 
 
 _LATER_FIELDS = ("resize", "size", "interpolation", "rounding", "fill")
+_LATER_FIELDS += ("patch_size", "max_patches")
 
 
 def rgb_triple(values: Any, name: str = "mean or std") -> tuple[float, float, float]:

@@ -1,8 +1,8 @@
 """Tensors between OpenAI's names and another system's, by a table of rules.
 
 A rule is a pair of patterns, ours and theirs. `*` stands for a part of a dotted name and `**` for
-any parts, the same in both; `{q,k,v}` for three tensors that are one tensor here, one after
-another:
+any parts, the same in both; `{q,k,v}` (or any three words) for three tensors that are one tensor
+here, one after another:
 
     Rule("visual.ln_pre.*", "vision_model.pre_layrnorm.*")
     Rule("visual.proj", "visual_projection.weight", transpose=True)
@@ -12,6 +12,7 @@ The first rule that matches a name is applied.
 """
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,27 @@ import torch
 
 from leanclip.errors import WeightsError
 
-_PARTS = re.compile(r"\{(\w),(\w),(\w)\}")  # such as {q,k,v}
+_PARTS = re.compile(r"\{(\w+),(\w+),(\w+)\}")  # such as {q,k,v}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A name here, the same name there, and whether matrices are transposed there."""
+    """A name here, the same name there, and how the tensor's shape differs there.
+
+    Args:
+        ours: the pattern of the name here.
+        theirs: the pattern of the name there.
+        transpose: matrices are transposed there.
+        patches: a convolution of patches here, (D, 3, p, p), is a matrix there, (D, p * p * 3) by
+            row, column, channel.
+        leading: the number of leading dimensions of size 1 that it has there and not here.
+    """
 
     ours: str
     theirs: str
     transpose: bool = False
+    patches: bool = False
+    leading: int = 0
 
     @functools.cached_property
     def parts(self) -> list[str]:
@@ -38,6 +50,24 @@ class Rule:
         return (
             [_PARTS.sub(part, self.theirs) for part in match.groups()] if match else [self.theirs]
         )
+
+    def shaped_here(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor from there, in the shape that it has here."""
+        for _ in range(self.leading):
+            tensor = tensor[0] if tensor.shape[:1] == (1,) else tensor
+        if self.patches and tensor.ndim == 2:
+            side = math.isqrt(tensor.shape[1] // 3)
+            if 3 * side * side == tensor.shape[1]:  # else load_into names the shape
+                return tensor.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)  # (D, 3, p, p)
+        return tensor.t() if self.transpose and tensor.ndim == 2 else tensor
+
+    def shaped_there(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor from here, in the shape that it has there."""
+        if self.patches:
+            tensor = tensor.permute(0, 2, 3, 1).flatten(1)  # (D, p * p * 3)
+        elif self.transpose and tensor.ndim == 2:
+            tensor = tensor.t()
+        return tensor[(None,) * self.leading]
 
 
 def to_ours(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[str, torch.Tensor]:
@@ -51,7 +81,7 @@ def to_ours(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[
     for name, tensor in tensors.items():
         for rule, place, part in ((r, i, p) for r in rules for i, p in enumerate(r.parts)):
             if (ours := _rename(name, part, rule.ours)) is not None:
-                tensor = tensor.t() if rule.transpose and tensor.ndim == 2 else tensor
+                tensor = rule.shaped_here(tensor)
                 if len(rule.parts) == 1:
                     found[ours] = tensor
                 else:
@@ -79,7 +109,7 @@ def to_theirs(
         rule = next((rule for rule in rules if _rename(name, rule.ours, "") is not None), None)
         if rule is None:
             raise KeyError(name)
-        tensor = tensor.t() if rule.transpose and tensor.ndim == 2 else tensor
+        tensor = rule.shaped_there(tensor)
         pieces = [tensor] if len(rule.parts) == 1 else tensor.chunk(3)
         for part, piece in zip(rule.parts, pieces, strict=True):
             found[str(_rename(name, rule.ours, part))] = piece.contiguous()

@@ -6,6 +6,7 @@ A missing field has the default of the processor's class; null turns a `do_` fie
 equal those of transformers 5's PIL backend; an unknown field is an error, never ignored.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _CLASSES: dict[str, dict[str, Any]] = {  # the defaults of each, by the name wit
     "Bit": _CLIP,
     "Siglip": _STANDARD | {"resample": 3, "size": _SQUARE, "default_to_square": False},
     "ViT": _STANDARD | {"resample": 2, "size": _SQUARE},
+    "Siglip2": _STANDARD | {"resample": 2, "patch_size": 16, "max_num_patches": 256},
 }
 _COMMON = {
     "do_resize": True,
@@ -61,12 +63,15 @@ _ONLY = {"data_format": "channels_first", "use_square_size": False, "do_pad": Fa
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
-def read_processor(folder: Path, resolution: int | None) -> Preprocess | None:
+def read_processor(
+    folder: Path, resolution: int | None, patch_size: int | None = None
+) -> Preprocess | None:
     """The preprocessing of a folder; None where it has none.
 
     Args:
         folder: of the processor's configuration.
         resolution: of the model, which the processor must give; None: any.
+        patch_size: of a model that takes patches (NaFlex); None: it takes squares.
 
     Raises:
         WeightsError: a file is damaged, or a field's value is not supported; names the field.
@@ -78,13 +83,27 @@ def read_processor(folder: Path, resolution: int | None) -> Preprocess | None:
             values = values.get("image_processor")  # older ones have none
         if values is not None:
             try:
-                return _from_values(values, resolution)
+                return _from_values(values, resolution, patch_size)
             except MALFORMED as error:
                 raise WeightsError(f"{path}: {error}") from None
     return None
 
 
-def _from_values(values: Mapping[str, Any], resolution: int | None) -> Preprocess:
+def default_preprocess(kind: str, resolution: int, patch_size: int | None) -> Preprocess:
+    """The preprocessing by the defaults of a processor's class, at a model's resolution."""
+    values: dict[str, Any] = {"image_processor_type": kind}
+    if patch_size is not None:
+        values["patch_size"] = patch_size
+    elif "shortest_edge" in _defaults(values)["size"]:
+        values |= {"size": {"shortest_edge": resolution}, "crop_size": resolution}
+    else:
+        values["size"] = {"height": resolution, "width": resolution}
+    return _from_values(values, resolution, patch_size)
+
+
+def _from_values(
+    values: Mapping[str, Any], resolution: int | None, patch_size: int | None
+) -> Preprocess:
     """As `read_processor`; a ValueError begins with the name of the field."""
     defaults = _defaults(values)
     for name, value in values.items():
@@ -92,26 +111,46 @@ def _from_values(values: Mapping[str, Any], resolution: int | None) -> Preproces
         if not known and (name not in _ONLY or value != _ONLY[name]):
             raise ValueError(f"{name}: {value!r} is not supported")
     fields = defaults | dict(values)
+    resample = fields["resample"]
+    if type(resample) is not int or resample not in _RESAMPLE:
+        raise ValueError(f"resample: {resample!r} is none of Pillow's, {_RESAMPLE}")
+    mean, std = _mean_and_std(fields)
+    pixels: dict[str, Any] = {"mean": mean, "std": std, "interpolation": _RESAMPLE[resample]}
+    is_patches = "max_num_patches" in fields
+    if resolution is not None and is_patches != (patch_size is not None):
+        made, taken = ("patches", "squares") if is_patches else ("squares", "patches")
+        kind = fields.get("image_processor_type", "CLIPImageProcessor")
+        raise ValueError(f"image_processor_type: {kind} makes {made}, the model takes {taken}")
+    if is_patches:
+        return _patches(fields, resolution, patch_size, pixels)
     resize, size = _resize(fields)
     side = _output(fields, size if resize == "squash" else None)
     which = "crop_size" if fields["do_center_crop"] else "size"
     if resolution is not None and side != resolution:
         raise ValueError(f"{which}: makes images of {side} pixels a side, the model takes "
                          f"{resolution}")  # fmt: skip
-    resample = fields["resample"]
-    if type(resample) is not int or resample not in _RESAMPLE:
-        raise ValueError(f"resample: {resample!r} is none of Pillow's, {_RESAMPLE}")
-    mean, std = _mean_and_std(fields)
     same = size in (side, (side, side))
-    return Preprocess(
-        resolution=side,
-        mean=mean,
-        std=std,
-        resize=resize,
-        size=None if same or resize == "none" else size,
-        interpolation=_RESAMPLE[resample],
-        rounding="down",
-    )
+    size = None if same or resize == "none" else size
+    return Preprocess(resolution=side, resize=resize, size=size, rounding="down", **pixels)
+
+
+def _patches(
+    fields: Mapping[str, Any],
+    resolution: int | None,
+    patch_size: int | None,
+    pixels: dict[str, Any],
+) -> Preprocess:
+    """NaFlex: the size with the most patches, up to a number."""
+    own, most = fields["patch_size"], fields["max_num_patches"]
+    for name in ("patch_size", "max_num_patches"):
+        if type(fields[name]) is not int or fields[name] < 1:
+            raise ValueError(f"{name}: {fields[name]!r} is not a whole positive number")
+    if patch_size not in (None, own):
+        raise ValueError(f"patch_size: {own}, the model takes patches of {patch_size} pixels")
+    if not fields["do_resize"]:
+        raise ValueError("do_resize: false is not supported with patches")
+    side = resolution or own * max(1, math.isqrt(most))
+    return Preprocess(resolution=side, resize="naflex", patch_size=own, max_patches=most, **pixels)
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,8 +227,17 @@ def _mean_and_std(fields: Mapping[str, Any]) -> tuple[Any, Any]:
     return tuple(m / scale for m in mean), tuple(s / scale for s in std)
 
 
-def to_values(preprocess: Preprocess) -> dict[str, Any]:
-    """The fields of a CLIPImageProcessor with the same pixels, except for the crop's rounding.
+def to_values(
+    preprocess: Preprocess,
+    kind: str = "CLIPImageProcessor",
+    processor: str = "CLIPProcessor",
+) -> dict[str, Any]:
+    """The fields of an image processor with the same pixels, except for the crop's rounding.
+
+    Args:
+        preprocess: of the model.
+        kind: the processor's class; CLIP's takes its place where it has no crop.
+        processor: the class that joins it with a tokeniser.
 
     Raises:
         ValueError: it cannot do the same; names the field of `Preprocess`.
@@ -197,21 +245,29 @@ def to_values(preprocess: Preprocess) -> dict[str, Any]:
     if preprocess.resize == "longest" or preprocess.fill:
         name = "fill" if preprocess.fill else "resize"
         raise ValueError(f"{name}: {getattr(preprocess, name)}")
+    if (preprocess.resize == "naflex") != (kind == "Siglip2ImageProcessor"):
+        raise ValueError(f"resize: {preprocess.resize}")
     resolution, sides = preprocess.resolution, preprocess.sides
     is_squash = preprocess.resize == "squash"
-    both = {"height": sides[0], "width": sides[1]}
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "CLIPProcessor",
+    is_cropped = not is_squash or sides != (resolution, resolution)
+    values: dict[str, Any] = {
         "do_resize": preprocess.resize != "none",
-        "size": both if is_squash else {"shortest_edge": sides[0]},
         "resample": {name: n for n, name in _RESAMPLE.items()}[preprocess.interpolation],
-        "do_center_crop": not is_squash or sides != (resolution, resolution),
-        "crop_size": {"height": resolution, "width": resolution},
-        "do_convert_rgb": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
+        "do_convert_rgb": True,
     }
+    if preprocess.resize == "naflex":
+        values |= {"patch_size": preprocess.patch_size, "max_num_patches": preprocess.max_patches}
+    else:
+        both = {"height": sides[0], "width": sides[1]}
+        values["size"] = both if is_squash else {"shortest_edge": sides[0]}
+    if kind == "SiglipImageProcessor" and is_cropped:
+        kind = "CLIPImageProcessor"
+    if kind in ("CLIPImageProcessor", "ChineseCLIPImageProcessor"):
+        values["do_center_crop"] = is_cropped
+        values["crop_size"] = {"height": resolution, "width": resolution}
+    return {"image_processor_type": kind, "processor_class": processor} | values
