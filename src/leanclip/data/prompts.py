@@ -5,8 +5,33 @@ For other data sets they come from text files, one per line: docs/evaluate.md.
 
 from typing import NamedTuple
 
+from leanclip.config.model import ModelConfig
+from leanclip.preprocess.text import Tokenizer
+
 # The default of CLIP's paper, section 3.1.4.
 TEMPLATES = ("a photo of a {}.",)
+# Of transformers' zero-shot pipeline, which SigLIP's and SigLIP 2's model cards use.
+SIGLIP_TEMPLATES = ("This is a photo of {}.",)
+# One of Chinese-CLIP's, cn_clip/eval/cvinw_zeroshot_templates.py: "a photo of {}".
+CHINESE_TEMPLATES = ("一张{}的照片",)
+
+
+def default_templates(config: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The prompts of a model's family, where none are given."""
+    is_bert = config.transformer_post_norm and tokenizer.kind == "tokenizers"
+    if is_bert and _is_chinese(tokenizer):
+        return CHINESE_TEMPLATES
+    return SIGLIP_TEMPLATES if config.logit_bias else TEMPLATES
+
+
+def _is_chinese(tokenizer: Tokenizer) -> bool:
+    """Whether more than a third of a sample of the ids are Chinese characters.
+
+    Of BERT's Chinese vocabulary two thirds are, of its English one 2%, of XLM-R's a tenth.
+    """
+    sample = range(0, tokenizer.vocab_size, max(1, tokenizer.vocab_size // 500))
+    texts = [tokenizer.decode([number]) for number in sample]
+    return sum(any("一" <= letter <= "鿿" for letter in text) for text in texts) > len(texts) / 3
 
 
 class Prompts(NamedTuple):

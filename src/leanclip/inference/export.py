@@ -172,6 +172,7 @@ def _describe(clip: InferenceModel, to: str) -> dict[str, Any]:
             and config.transformer_pool in ("argmax", "eos"),
         },
         "logit_scale": clip.logit_scale,
+        "logit_bias": clip.logit_bias,
         "preprocess": {
             **asdict(preprocess),
             "steps": f"RGB; {_describe_resize(preprocess)}; centre crop; divide by 255; subtract "
