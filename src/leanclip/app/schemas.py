@@ -64,7 +64,9 @@ class About(BaseModel):
     model: ModelInfo | None = None
     index: IndexInfo | None = None
     label_sets: list[LabelSet]
-    templates: list[str] = Field(list(TEMPLATES), description="the default: the model's family's")
+    templates: Annotated[list[str], Field(description="the default, by the model's family")] = list(
+        TEMPLATES
+    )
 
 
 class Comparison(BaseModel):

@@ -6,7 +6,6 @@ For other data sets they come from text files, one per line: docs/evaluate.md.
 from typing import NamedTuple
 
 from leanclip.config.model import ModelConfig
-from leanclip.preprocess.text import Tokenizer
 
 # The default of CLIP's paper, section 3.1.4.
 TEMPLATES = ("a photo of a {}.",)
@@ -16,22 +15,16 @@ SIGLIP_TEMPLATES = ("This is a photo of {}.",)
 CHINESE_TEMPLATES = ("一张{}的照片",)
 
 
-def default_templates(config: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The prompts of a model's family, where none are given."""
-    is_bert = config.transformer_post_norm and tokenizer.kind == "tokenizers"
-    if is_bert and _is_chinese(tokenizer):
-        return CHINESE_TEMPLATES
-    return SIGLIP_TEMPLATES if config.logit_bias else TEMPLATES
+def default_templates(config: ModelConfig) -> tuple[str, ...]:
+    """The prompts of a model's family, where none are given.
 
-
-def _is_chinese(tokenizer: Tokenizer) -> bool:
-    """Whether more than a third of a sample of the ids are Chinese characters.
-
-    Of BERT's Chinese vocabulary two thirds are, of its English one 2%, of XLM-R's a tenth.
+    Chinese-CLIP is told by a BERT whose class token has a linear projection; the text towers of
+    BiomedCLIP and XLM-R have another pool or projection.
     """
-    sample = range(0, tokenizer.vocab_size, max(1, tokenizer.vocab_size // 500))
-    texts = [tokenizer.decode([number]) for number in sample]
-    return sum(any("一" <= letter <= "鿿" for letter in text) for text in texts) > len(texts) / 3
+    is_class_token = config.transformer_pool == "first" and not config.transformer_pooler
+    if config.transformer_post_norm and is_class_token:
+        return CHINESE_TEMPLATES if config.transformer_projection == "linear" else TEMPLATES
+    return SIGLIP_TEMPLATES if config.logit_bias else TEMPLATES
 
 
 class Prompts(NamedTuple):

@@ -78,7 +78,7 @@ class InferenceModel:
     @property
     def templates(self) -> tuple[str, ...]:
         """The default prompts for labels, by the model's family."""
-        return default_templates(self.model.config, self.model.tokenizer)
+        return default_templates(self.model.config)
 
     def tokenize(self, texts: str | Sequence[str], *, truncate: bool = False) -> torch.Tensor:
         """Token ids (B, L) of texts, padded to the context length L.
