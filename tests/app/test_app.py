@@ -259,11 +259,11 @@ def test_too_many_pending_requests_are_refused(
 def test_a_failed_classifier_is_not_cached(clip: leanclip.InferenceModel, monkeypatch: Any) -> None:
     service, calls, original = Service(started(clip)), [], type(clip).classifier
 
-    def classifier(*values: Any) -> Any:
+    def classifier(*values: Any, **options: Any) -> Any:
         calls.append(values)
         if len(calls) == 1:
             raise MemoryError
-        return original(*values)
+        return original(*values, **options)
 
     monkeypatch.setattr(type(clip), "classifier", classifier)
 

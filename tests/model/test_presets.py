@@ -98,12 +98,10 @@ def siglip2(width: int, layers: int, heads: int, **vision: Any) -> Any:
     size |= {"intermediate_size": 4304 if width == 1152 else 4 * width}
     is_naflex = "num_patches" in vision
     text = size | {"vocab_size": 256000, "projection_size": width}
-    kind, cls = (
-        (transformers.Siglip2Config, transformers.Siglip2Model)
-        if is_naflex
-        else (transformers.SiglipConfig, transformers.SiglipModel)
-    )
-    return cls(kind(text_config=text, vision_config=size | vision))
+    settings: dict[str, Any] = {"text_config": text, "vision_config": size | vision}
+    if is_naflex:
+        return transformers.Siglip2Model(transformers.Siglip2Config(**settings))
+    return transformers.SiglipModel(transformers.SiglipConfig(**settings))
 
 
 @pytest.mark.parametrize(

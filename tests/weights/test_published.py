@@ -218,6 +218,14 @@ TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
         ),
         (["config.json", "pytorch_model.bin"], ["config.json", "pytorch_model.bin"]),
         (["longclip-B.pt", "README.md"], ["longclip-B.pt"]),
+        (
+            ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"],
+            ["adapter_config.json", "adapter_model.safetensors"],
+        ),
+        (  # an adapter beside its base model
+            ["adapter_config.json", "adapter_model.bin", "config.json", "model.safetensors"],
+            ["adapter_config.json", "adapter_model.bin", "config.json", "model.safetensors"],
+        ),
         (["one.pt", "another.pt"], []),
     ],
 )

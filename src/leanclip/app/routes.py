@@ -19,8 +19,8 @@ from leanclip.app import schemas
 from leanclip.app.heat import heat_picture
 from leanclip.app.service import Service, file_name, to_image
 from leanclip.app.worker import RETRY_AFTER, gradient_maps, rollouts
-from leanclip.data.prompts import TEMPLATES
 from leanclip.errors import DataError
+from leanclip.evaluation.classification import Probabilities
 from leanclip.inference.classifier import predictions
 from leanclip.io.files import split_lines
 from leanclip.preprocess.images import encode_jpeg
@@ -98,6 +98,7 @@ async def about(service: TheService) -> schemas.About:
             embed_dim=clip.model.config.embed_dim,
             context=clip.model.context_length,
         )
+        found.templates = list(clip.templates)
     if (index := service.index) is not None:
         labels = sorted(index.labels())[:MAX_LABELS]
         found.index = schemas.IndexInfo(pictures=len(index), labels=labels)
@@ -127,10 +128,16 @@ async def classify(
     labels: Lines,
     templates: OptionalLines,
     top: Annotated[int, Form(ge=1, le=MAX_TEXTS)] = 5,
+    probabilities: Annotated[Probabilities | None, Form()] = None,
 ) -> schemas.Classification:
-    """The most probable labels of an image. Templates have {} for the label."""
+    """The most probable labels of an image. Templates have {} for the label.
+
+    Probabilities are calibrated if the server has a calibration for these labels and templates.
+    Otherwise they are those asked for; by default sigmoids if the model has a logit bias.
+    """
+    templates = templates or list(service.worker.clip.templates)
     classifier, features = await asyncio.gather(
-        service.classifier(labels, templates or list(TEMPLATES)), service.image(image)
+        service.classifier(labels, templates, probabilities), service.image(image)
     )
     is_calibrated = classifier.calibration is not None
     found = predictions(classifier, features[None], top)[0]
@@ -140,6 +147,7 @@ async def classify(
     return schemas.Classification(
         image=file_name(image),
         calibrated=is_calibrated,
+        probabilities="softmax" if is_calibrated else classifier.probabilities,
         none_of_these=is_none,
         predictions=[schemas.Prediction.model_validate(one, from_attributes=True) for one in found],
     )

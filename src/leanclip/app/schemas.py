@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from leanclip.data.prompts import TEMPLATES
+from leanclip.evaluation.classification import Probabilities
 
 
 def _without_surrogates(value: Any) -> Any:
@@ -63,7 +64,9 @@ class About(BaseModel):
     model: ModelInfo | None = None
     index: IndexInfo | None = None
     label_sets: list[LabelSet]
-    templates: list[str] = list(TEMPLATES)
+    templates: Annotated[list[str], Field(description="the default, by the model's family")] = list(
+        TEMPLATES
+    )
 
 
 class Comparison(BaseModel):
@@ -87,6 +90,7 @@ class Classification(BaseModel):
 
     image: str = Field(description="file name")
     calibrated: bool
+    probabilities: Probabilities = Field(description="sigmoids do not add up to 1")
     none_of_these: bool = Field(description="no label fits; only if calibrated")
     predictions: list[Prediction]
 

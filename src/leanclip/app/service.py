@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from leanclip.app.worker import Worker, embed_images, embed_texts
 from leanclip.data.dataset import check_templates
 from leanclip.errors import SampleError
 from leanclip.evaluation import Calibration
+from leanclip.evaluation.classification import chosen_probabilities
 from leanclip.inference.classifier import Classifier, check_labels
 from leanclip.preprocess.decoding import open_image
 from leanclip.preprocess.images import evaluation_pixels
@@ -99,17 +101,22 @@ class Service:
             self.text_features[text] = features
         return features
 
-    async def classifier(self, labels: list[str], templates: list[str]) -> Classifier:
+    async def classifier(
+        self, labels: list[str], templates: list[str], probabilities: str | None = None
+    ) -> Classifier:
         """A classifier; calibrated if the calibration is for these labels and templates."""
-        key = (tuple(labels), tuple(templates))
+        clip = self.worker.clip
+        kind = chosen_probabilities(probabilities, clip.logit_bias)
+        key = (tuple(labels), tuple(templates), kind)
         if (task := self.classifiers.get(key)) is None:
-            names = check_labels(labels)
+            names = check_labels(labels, at_least=2 if kind == "softmax" else 1)
             check_templates(templates, where="templates")
             if len(names) * len(templates) > MAX_PROMPTS:
                 found = f"{len(names)} labels in {len(templates)} templates"
                 raise HTTPException(400, f"{found} are over {MAX_PROMPTS:,} prompts; give fewer")
             # A task, which concurrent requests for the same labels share.
-            work = self.worker.call(self.worker.clip.classifier, names, templates)
+            make = partial(clip.classifier, probabilities=kind)
+            work = self.worker.call(make, names, templates)
             task = asyncio.ensure_future(work)
             self.classifiers[key] = task
         try:
@@ -117,7 +124,7 @@ class Service:
         except Exception:
             self.classifiers.pop(key, None)
             raise
-        known = self.calibration
+        known = None if probabilities == "sigmoid" else self.calibration
         if known and (known.classes, known.templates) == (classifier.labels, tuple(templates)):
             return replace(classifier, calibration=known)
         return classifier

@@ -68,9 +68,20 @@ def classify(
     arch: Arch = None,
     templates: Annotated[
         list[str] | None,
-        Option("--template", help='A prompt with {} for the label (repeatable); "{}": no prompt.'),
+        Option(
+            "--template",
+            help='A prompt with {} for the label (repeatable); "{}": no prompt. Default: by the '
+            "model's family.",
+        ),
     ] = None,
     calibration: Calibration = None,
+    probabilities: Annotated[
+        str | None,
+        Option(
+            help="softmax over the labels, or sigmoid for each one. Default: sigmoid if the model "
+            "has a logit bias (SigLIP), else softmax."
+        ),
+    ] = None,
     top: Annotated[int, Option(min=1, help="Labels per image.")] = 5,
     plot: Plot = None,
     device: Device = "auto",
@@ -78,7 +89,6 @@ def classify(
     as_json: AsJson = False,
 ) -> None:
     """Find the label that fits an image best (zero-shot: without training)."""
-    from leanclip.data.prompts import TEMPLATES
     from leanclip.inference.classifier import predictions
     from leanclip.inference.load import load
     from leanclip.report.charts import classification
@@ -86,7 +96,11 @@ def classify(
     check_stdin([*images, labels])
     clip = load(find_model(model), arch=arch, device=device)
     classifier = clip.classifier(
-        labels_of(labels), templates or TEMPLATES, calibration=calibration, truncate=truncate
+        labels_of(labels),
+        templates or None,
+        calibration=calibration,
+        probabilities=probabilities,
+        truncate=truncate,
     )
     sources, names = images_of(images)
     is_json, rows, results = wants_json(as_json), [], []

@@ -1,5 +1,7 @@
 """The section `evaluate`: which tasks are evaluated, on what data and when."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from leanclip.config.data import Format
@@ -18,6 +20,10 @@ class EvaluationData(Section):
     )
     templates: tuple[str, ...] | None = Field(
         default=None, description="prompts, averaged per class; null: the format's own"
+    )
+    probabilities: Literal["sigmoid", "softmax"] | None = Field(
+        default=None,
+        description="of the classes; null: sigmoid if the model has a logit bias, else softmax",
     )
     class_names: str | None = Field(
         default=None, description="null: data.class_names, if format and root are those of data"

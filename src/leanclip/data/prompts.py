@@ -5,8 +5,26 @@ For other data sets they come from text files, one per line: docs/evaluate.md.
 
 from typing import NamedTuple
 
+from leanclip.config.model import ModelConfig
+
 # The default of CLIP's paper, section 3.1.4.
 TEMPLATES = ("a photo of a {}.",)
+# Of transformers' zero-shot pipeline, which SigLIP's and SigLIP 2's model cards use.
+SIGLIP_TEMPLATES = ("This is a photo of {}.",)
+# One of Chinese-CLIP's, cn_clip/eval/cvinw_zeroshot_templates.py: "a photo of {}".
+CHINESE_TEMPLATES = ("一张{}的照片",)
+
+
+def default_templates(config: ModelConfig) -> tuple[str, ...]:
+    """The prompts of a model's family, where none are given.
+
+    Chinese-CLIP is told by a BERT whose class token has a linear projection; the text towers of
+    BiomedCLIP and XLM-R have another pool or projection.
+    """
+    is_class_token = config.transformer_pool == "first" and not config.transformer_pooler
+    if config.transformer_post_norm and is_class_token:
+        return CHINESE_TEMPLATES if config.transformer_projection == "linear" else TEMPLATES
+    return SIGLIP_TEMPLATES if config.logit_bias else TEMPLATES
 
 
 class Prompts(NamedTuple):

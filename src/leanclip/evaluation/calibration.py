@@ -3,9 +3,10 @@
     logits and labels of held-out images -> `fit` -> Calibration -> calibration.json
     logits of new images -> probabilities, sets that contain the right class, or no class
 
-`calibrate` fits on held-out images and measures the effect on the others. Logits are those of the
-model's forward pass: exp(logit_scale) times the cosine of image and class. Only three numbers are
-fitted.
+`calibrate` fits on held-out images and measures the effect on the others. Logits are
+exp(logit_scale) times the cosine of image and class, without the bias that some models add to all
+of them: calibrated probabilities are a softmax for every model, as one class is right. Only three
+numbers are fitted.
 
 Shapes: N images, C classes.
 """
@@ -222,7 +223,7 @@ def calibrate(
         (held_out.data.split or "") if isinstance(held_out, Task) else held_out,
         len(own_labels),
         len(labels),
-        *_metrics(calibration, logits, labels),
+        *_metrics(calibration, logits, labels, result.bias),
         images.bad if images else {},
     )
 
@@ -232,19 +233,20 @@ def _logits(result: ZeroShotResult, features: torch.Tensor) -> torch.Tensor:
 
 
 def _metrics(
-    calibration: Calibration, logits: torch.Tensor, labels: torch.Tensor
+    calibration: Calibration, logits: torch.Tensor, labels: torch.Tensor, bias: float | None
 ) -> tuple[dict[str, float], dict[str, Interval]]:
     def error(probabilities: torch.Tensor) -> float:
         highest, predicted = probabilities.max(dim=1)
         return calibration_error(highest, predicted == labels)
 
+    before = logits.softmax(dim=1) if bias is None else (logits + bias).sigmoid()
     sets = calibration.prediction_sets(logits)
     fractions = {
         "calibrated_coverage": sets.gather(1, labels[:, None])[:, 0].numpy(),
         "calibrated_none": calibration.is_none(logits).numpy(),
     }
     metrics = {
-        "calibrated_ece_before": error(logits.softmax(dim=1)),
+        "calibrated_ece_before": error(before),
         "calibrated_ece": error(calibration.probabilities(logits)),
         "calibrated_coverage": float(fractions["calibrated_coverage"].mean()),
         "calibrated_set_size": sets.sum(dim=1).double().mean().item(),

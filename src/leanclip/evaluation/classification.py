@@ -2,6 +2,9 @@
 
     scores (N, C), labels (N,) -> `classify`, row by row -> Classification -> metrics, intervals
 
+Probabilities are a softmax over the classes, or a sigmoid of each class's own logit: those that a
+model with a logit bias was trained for (SigLIP, arXiv 2303.15343), which need not add up to 1.
+
 Ties: of classes with equal scores the lower label ranks first, as in a stable sort.
 
 Shapes: N images, C classes, K top classes, R resamples.
@@ -9,12 +12,15 @@ Shapes: N images, C classes, K top classes, R resamples.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from leanclip.errors import ConfigError
 from leanclip.evaluation.statistics import Interval, bootstrap
+
+Probabilities = Literal["sigmoid", "softmax"]
 
 TOP_K = 5  # classes kept per image
 BINS = 15  # of confidence, as in Guo et al., arXiv 1706.04599
@@ -105,6 +111,7 @@ def classify(
     classes: Sequence[str],
     indices: torch.Tensor,
     features: torch.Tensor,
+    logit_bias: float | None = None,
 ) -> Classification:
     """A classification by logits.
 
@@ -114,6 +121,7 @@ def classify(
         classes: their names, by label.
         indices: of the images in their data set.
         features: of the images.
+        logit_bias: probabilities are sigmoids of logits with this bias; None: a softmax.
     """
     size, count, first = len(labels), min(TOP_K, len(classes)), 0
     ranks = torch.empty(size, dtype=torch.int64)
@@ -124,10 +132,32 @@ def classify(
         ranks[rows] = rank_of(scores, labels[rows].to(scores.device)).cpu()
         top, where = _highest(scores, count)
         tops[rows] = where.cpu()
-        total = scores.float().logsumexp(dim=1, keepdim=True)
-        probabilities[rows] = (top.float() - total).exp().cpu()
+        if logit_bias is not None:
+            probabilities[rows] = (top.float() + logit_bias).sigmoid().cpu()
+        else:
+            total = scores.float().logsumexp(dim=1, keepdim=True)
+            probabilities[rows] = (top.float() - total).exp().cpu()
         first += len(scores)
     return Classification(classes, indices, labels, features, ranks, tops, probabilities)
+
+
+def chosen_probabilities(choice: str | None, logit_bias: float | None) -> Probabilities:
+    """The kind of probabilities: the given one; None: sigmoids if the model has a logit bias.
+
+    Raises:
+        ConfigError: there is no such kind, or the model has no bias for sigmoids.
+    """
+    match choice:
+        case "softmax":
+            return "softmax"
+        case "sigmoid" if logit_bias is None:
+            raise ConfigError(
+                "probabilities: sigmoid needs a model with a logit bias (SigLIP), which this one "
+                "does not have; use softmax"
+            )
+        case "sigmoid" | None:
+            return "softmax" if logit_bias is None else "sigmoid"
+    raise ConfigError(f"probabilities: should be sigmoid or softmax, found {choice}")
 
 
 def mean_per_class(right: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
@@ -175,5 +205,5 @@ class Prediction(NamedTuple):
     """A label for an image."""
 
     label: str
-    probability: float  # over the labels given
+    probability: float  # a softmax over the labels given, or a sigmoid for this label alone
     similarity: float  # cosine

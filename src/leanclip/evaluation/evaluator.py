@@ -19,7 +19,7 @@ from leanclip.distributed.collectives import (
     broadcast_buffers,
     rank_and_world_size,
 )
-from leanclip.evaluation.classification import classify
+from leanclip.evaluation.classification import chosen_probabilities, classify
 from leanclip.evaluation.features import Encoded, encode_dataset, encode_texts
 from leanclip.evaluation.probe import (
     Labelled,
@@ -139,6 +139,8 @@ class _Evaluator:
 
     def _zero_shot(self, task: Task, images: Encoded) -> ZeroShotResult | None:
         classes, templates = task.dataset.classes, task.dataset.templates
+        bias = None if self.model.logit_bias is None else self.model.logit_bias.item()
+        is_sigmoid = chosen_probabilities(task.probabilities, bias) == "sigmoid"
         classifier = build_classifier(
             self.model, classes, templates, batch_size=task.batch_size, shared=True
         )
@@ -150,6 +152,7 @@ class _Evaluator:
             classes=classes,
             templates=templates,
             scale=self.model.logit_scale.exp().item(),
+            bias=bias if is_sigmoid else None,
             device=self.device,
         )
 

@@ -53,6 +53,7 @@ class Task:
     validation: Part | None = None  # of a linear probe; None: a fifth of each class of `train`
     shots: int | None = None
     k: int = 0
+    probabilities: str | None = None  # of zero-shot classification; None: the model's own
 
 
 def open_tasks(data: DataConfig, settings: EvaluateConfig) -> list[Task]:
@@ -161,7 +162,9 @@ def _open_task(data: DataConfig, settings: EvaluationData, name: str, batch_size
             f"evaluate.{name}: {own.root} (format {own.format}) has {has}; name a data set with "
             f"{needs}, or set evaluate.{name} to null"
         )
-    task = Task(name, own, dataset, settings.limit, batch_size)
+    task = Task(
+        name, own, dataset, settings.limit, batch_size, probabilities=settings.probabilities
+    )
     if isinstance(settings, ProbeData):
         task = replace(task, shots=settings.shots)
     elif isinstance(settings, NeighbourData):

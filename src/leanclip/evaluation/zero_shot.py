@@ -23,7 +23,8 @@ class ZeroShotResult(Classification):
 
     templates: Sequence[str]
     classifier: torch.Tensor  # (C, E), of unit length
-    scale: float  # probabilities are softmax(scale * cosine)
+    scale: float
+    bias: float | None  # probabilities are sigmoid(scale * cosine + bias); None: softmax
 
 
 def build_classifier(
@@ -63,13 +64,21 @@ def zero_shot(
     classes: Sequence[str],
     templates: Sequence[str],
     scale: float,
+    bias: float | None = None,
     device: torch.device | str = "cpu",
 ) -> ZeroShotResult:
-    """Classify encoded images; `scale` is exp(logit_scale)."""
+    """Classify encoded images; `scale` is exp(logit_scale), `bias` the logit bias of sigmoids."""
     weights = classifier.to(device)
     rows = max(1, _BLOCK // len(classes))
     scores = (part.to(device) @ weights.T * scale for part in images.features.split(rows))
     result = classify(
-        scores, images.labels, classes=classes, indices=images.indices, features=images.features
+        scores,
+        images.labels,
+        classes=classes,
+        indices=images.indices,
+        features=images.features,
+        logit_bias=bias,
     )
-    return ZeroShotResult(**vars(result), templates=templates, classifier=classifier, scale=scale)
+    return ZeroShotResult(
+        **vars(result), templates=templates, classifier=classifier, scale=scale, bias=bias
+    )

@@ -15,7 +15,7 @@ import torch
 from leanclip.data.dataset import class_file_in
 from leanclip.errors import DataError
 from leanclip.evaluation import Calibration
-from leanclip.evaluation.classification import Prediction
+from leanclip.evaluation.classification import Prediction, Probabilities
 
 log = logging.getLogger("leanclip")
 
@@ -35,8 +35,10 @@ class Classifier:
 
     labels: tuple[str, ...]
     weights: torch.Tensor  # (C, E) float32, on the CPU
-    logit_scale: float  # multiplies cosines before the softmax
+    logit_scale: float  # multiplies cosines
     calibration: Calibration | None = None  # of these weights, labels and templates
+    logit_bias: float | None = None  # added to them in sigmoids
+    probabilities: Probabilities = "softmax"  # without a calibration
 
 
 def predictions(
@@ -49,7 +51,10 @@ def predictions(
     similarity = features @ classifier.weights.T  # (N, C)
     logits = classifier.logit_scale * similarity
     calibration = classifier.calibration
-    if calibration is None:
+    if calibration is None and classifier.probabilities == "sigmoid":
+        probability = (logits + (classifier.logit_bias or 0)).sigmoid()
+        is_none = torch.zeros(len(features))
+    elif calibration is None:
         probability, is_none = logits.softmax(dim=1), torch.zeros(len(features))
     else:
         probability, is_none = calibration.probabilities(logits), calibration.is_none(logits)
@@ -70,23 +75,29 @@ def predictions(
     ]
 
 
-def check_labels(labels: Sequence[str]) -> list[str]:
+def check_labels(labels: Sequence[str], *, at_least: int = 2) -> list[str]:
     """Labels without surrounding white space; duplicates cause a warning.
 
+    Args:
+        labels: their names.
+        at_least: different labels: two for a softmax, one for sigmoids.
+
     Raises:
-        DataError: there are fewer than two different labels, or an empty one.
+        DataError: there are fewer different labels, or an empty one.
     """
     names = [label.strip() for label in check_texts(labels, what="label")]
     if "" in names:
         raise DataError(f"labels: label {names.index('')} is empty; give it a name, or remove it")
     counts = Counter(names)
-    if len(counts) < 2:
+    if not counts and at_least < 2:
+        raise DataError("labels: found 0; give at least one")
+    if len(counts) < at_least:
         raise DataError(
             f"labels: found {len(counts)}; give two or more to choose from, or use `similarity`, "
             f"because the probability of a single label is always 1"
         )
     name, count = counts.most_common(1)[0]
-    if count > 1:  # the list of ImageNet has such duplicates
+    if count > 1 and at_least > 1:  # the list of ImageNet has such duplicates
         log.warning("labels: %r occurs %d times; its probability is split", name, count)
     return names
 

@@ -61,6 +61,10 @@ class Exported(nn.Module):
         self._image, self._text = image, text
         scale = torch.tensor(math.log(float(description["logit_scale"])))
         self.logit_scale = nn.Parameter(scale, requires_grad=False)
+        bias = description.get("logit_bias")  # not in folders of older versions
+        self.logit_bias = None
+        if bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=False)
         self.register_buffer("digest", torch.frombuffer(bytearray(digest), dtype=torch.uint8))
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from leanclip.data.dataset import check_templates
-from leanclip.data.prompts import TEMPLATES
+from leanclip.data.prompts import default_templates
 from leanclip.errors import ConfigError
 from leanclip.evaluation import Calibration, build_classifier
-from leanclip.evaluation.classification import Prediction
+from leanclip.evaluation.classification import Prediction, chosen_probabilities
 from leanclip.evaluation.features import (
     check_vocabulary,
     encode_images,
@@ -66,8 +66,19 @@ class InferenceModel:
 
     @property
     def logit_scale(self) -> float:
-        """The factor of cosines before a softmax, about 100 for trained models."""
+        """The factor of cosines in logits, about 100 for trained models."""
         return float(self.model.logit_scale.detach().float().exp())
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to scaled cosines in logits; None: the model has no bias."""
+        bias = self.model.logit_bias
+        return None if bias is None else float(bias.detach().float())
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The default prompts for labels, by the model's family."""
+        return default_templates(self.model.config)
 
     def tokenize(self, texts: str | Sequence[str], *, truncate: bool = False) -> torch.Tensor:
         """Token ids (B, L) of texts, padded to the context length L.
@@ -204,26 +215,43 @@ class InferenceModel:
     def classifier(
         self,
         labels: Sequence[str] | str | Path,
-        templates: str | Sequence[str] = TEMPLATES,
+        templates: str | Sequence[str] | None = None,
         *,
         calibration: Calibration | str | Path | None = None,
+        probabilities: str | None = None,
         truncate: bool = False,
     ) -> Classifier:
         """A zero-shot classifier for labels, to use many times.
 
         Args:
             labels: names, or a file with one label per line.
-            templates: prompts with `{}` for the label; their features are averaged.
+            templates: prompts with `{}` for the label; their features are averaged. None: those
+                of the model's family, which are in `templates`.
             calibration: the output of `leanclip eval --calibrate` for these weights, labels and
-                templates: probabilities are calibrated, and none of the labels may match.
+                templates: probabilities are calibrated (a softmax at a fitted temperature), and
+                none of the labels may match.
+            probabilities: "softmax" over the labels, or a "sigmoid" for each label; None: sigmoids
+                if the model has a logit bias, which it was trained with for them.
             truncate: cut prompts that exceed the context length.
 
         Raises:
-            DataError: there are fewer than two different labels, an empty one, a template without
-                `{}`, a prompt that exceeds the context length, or no such file.
-            ConfigError: the calibration is for other weights, labels or templates.
+            DataError: there are fewer than two different labels (of sigmoids: none), an empty one,
+                a template without `{}`, a prompt that exceeds the context length, or no such file.
+            ConfigError: the calibration is for other weights, labels or templates, or there are no
+                such probabilities.
         """
-        names = check_labels(read_labels(labels) if isinstance(labels, str | Path) else labels)
+        kind = chosen_probabilities(probabilities, self.logit_bias)
+        if calibration is not None and probabilities == "sigmoid":
+            raise ConfigError(
+                "probabilities: a calibration gives a softmax at a fitted temperature; leave "
+                "either sigmoid or the calibration out"
+            )
+        is_softmax = kind == "softmax" or calibration is not None
+        names = check_labels(
+            read_labels(labels) if isinstance(labels, str | Path) else labels,
+            at_least=2 if is_softmax else 1,
+        )
+        templates = self.templates if templates is None else templates
         templates = [templates] if isinstance(templates, str) else templates
         check_templates(templates, where="templates")
         if isinstance(calibration, str | Path):
@@ -232,16 +260,18 @@ class InferenceModel:
             calibration.check(self.model, names, templates)
         packed = isinstance(self.model, CLIP)
         weights = build_classifier(self.model, names, templates, truncate=truncate, packed=packed)
-        return Classifier(tuple(names), weights, self.logit_scale, calibration)
+        scale, bias = self.logit_scale, self.logit_bias
+        return Classifier(tuple(names), weights, scale, calibration, bias, kind)
 
     @overload  # the overlap: a path may be that of a folder
     def classify(  # pyright: ignore[reportOverlappingOverload]
         self,
         images: ImageInput,
         labels: Classifier | Sequence[str] | str | Path,
-        templates: str | Sequence[str] = TEMPLATES,
+        templates: str | Sequence[str] | None = None,
         *,
         calibration: Calibration | str | Path | None = None,
+        probabilities: str | None = None,
         top: int | None = None,
     ) -> list[Prediction]: ...
     @overload
@@ -249,18 +279,20 @@ class InferenceModel:
         self,
         images: ImageInputs,
         labels: Classifier | Sequence[str] | str | Path,
-        templates: str | Sequence[str] = TEMPLATES,
+        templates: str | Sequence[str] | None = None,
         *,
         calibration: Calibration | str | Path | None = None,
+        probabilities: str | None = None,
         top: int | None = None,
     ) -> list[list[Prediction]]: ...
     def classify(
         self,
         images: ImageInputs,
         labels: Classifier | Sequence[str] | str | Path,
-        templates: str | Sequence[str] = TEMPLATES,
+        templates: str | Sequence[str] | None = None,
         *,
         calibration: Calibration | str | Path | None = None,
+        probabilities: str | None = None,
         top: int | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
         """The predictions for an image, the most probable first; for several images, a list each.
@@ -272,6 +304,7 @@ class InferenceModel:
             labels: a classifier, or labels as for `classifier`.
             templates: see `classifier`; ignored if `labels` is one.
             calibration: likewise.
+            probabilities: likewise.
             top: maximum predictions per image; None: all labels.
 
         Raises:
@@ -279,7 +312,9 @@ class InferenceModel:
         """
         given = expand_inputs(images)
         if not isinstance(labels, Classifier):
-            labels = self.classifier(labels, templates, calibration=calibration)
+            labels = self.classifier(
+                labels, templates, calibration=calibration, probabilities=probabilities
+            )
         found = predictions(labels, self.embed_images(given.sources, as_torch=True), top)
         return found[0] if given.is_single else found
 

@@ -155,7 +155,7 @@ class CLIP(nn.Module):
         keys = self._text_keys(tokens)
         x = self.token_embedding(tokens)  # (B, L, D)
         if self.cls_emb is not None:
-            x = torch.cat([x, self.cls_emb.to(x.dtype).expand(len(x), 1, -1)], dim=1)
+            x = torch.cat([x, self.cls_emb.to(x.dtype).expand(x.shape[0], 1, -1)], dim=1)
         first = self.config.transformer_first_position
         x = x + self.positional_embedding[first : first + x.shape[1]]
         if self.token_type_embedding is not None:

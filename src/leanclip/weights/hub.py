@@ -48,13 +48,13 @@ class _Form(NamedTuple):
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+_ADAPTER = _Form(("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json")
 _FORMS = (  # in order of preference; pickles only where there are no other weights
     _Form(_OPEN_CLIP, _OPEN_CLIP_CONFIG),
     _Form(("model.safetensors",), "config.json"),
     _Form(("open_clip_pytorch_model.bin",), _OPEN_CLIP_CONFIG),
     _Form(("pytorch_model.bin",), "config.json"),
-    _Form(("adapter_model.safetensors",), "adapter_config.json"),
-    _Form(("adapter_model.bin",), "adapter_config.json"),
+    _ADAPTER,
     _Form(("*.pt",)),
 )
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -231,6 +231,8 @@ def wanted_files(listed: Collection[str], *, weights: bool = True) -> list[str]:
     """Of the files of a repository: settings, tokeniser, and the weights of one form."""
     top = [name for name in listed if "/" not in name]
     form, files = _form_of(top)
+    if form is not _ADAPTER:  # which may be beside its base model
+        files = [*files, *_files_of(_ADAPTER, top)]
     names = [name for name in top if any(fnmatch(name, pattern) for pattern in _SETTINGS)]
     if form is not None and form.config != _OPEN_CLIP_CONFIG:
         names = [name for name in names if name != _OPEN_CLIP_CONFIG]  # or it would be read
@@ -239,17 +241,22 @@ def wanted_files(listed: Collection[str], *, weights: bool = True) -> list[str]:
 
 def _form_of(names: Collection[str]) -> tuple[_Form | None, list[str]]:
     """The preferred form of the weights among files, and its files."""
-    has_processor = any(name in names for name in _PROCESSORS)
-    for form in _FORMS:
-        if form.config and form.config not in names:
-            continue
-        if form.config == "config.json" and _OPEN_CLIP_CONFIG in names and not has_processor:
-            continue  # timm's, of an image tower, beside open_clip's of both
-        for pattern in form.files:
-            if len(found := [name for name in names if fnmatch(name, pattern)]) == 1:
-                return form, found
-            if (index := f"{pattern}.index.json") in names:
-                stem, _, suffix = pattern.rpartition(".")
-                shards = [name for name in names if fnmatch(name, f"{stem}-*-of-*.{suffix}")]
-                return form, [index, *sorted(shards)]
-    return None, []
+    found = ((form, _files_of(form, names)) for form in _FORMS)
+    return next(((form, files) for form, files in found if files), (None, []))
+
+
+def _files_of(form: _Form, names: Collection[str]) -> list[str]:
+    """The files of weights of a form: one, or an index and its shards; none: it is not there."""
+    if form.config and form.config not in names:
+        return []
+    is_timm = _OPEN_CLIP_CONFIG in names and not any(name in names for name in _PROCESSORS)
+    if form.config == "config.json" and is_timm:  # its image tower, beside open_clip's two
+        return []
+    for pattern in form.files:
+        if len(found := [name for name in names if fnmatch(name, pattern)]) == 1:
+            return found
+        if (index := f"{pattern}.index.json") in names:
+            stem, _, suffix = pattern.rpartition(".")
+            shards = [name for name in names if fnmatch(name, f"{stem}-*-of-*.{suffix}")]
+            return [index, *sorted(shards)]
+    return []

@@ -175,7 +175,9 @@ function show(found) {
   byId("classify-heading").textContent = found.none_of_these ? "None of these; the closest labels" : "Probabilities";
   byId("classify-note").textContent = found.calibrated
     ? "Calibrated: on images like those of the calibration, these probabilities match how often the label is right."
-    : "Probabilities are relative to these labels; one always wins, even if none fits.";
+    : found.probabilities === "sigmoid"
+      ? "Each label has a probability of its own, which does not depend on the others; all may be low."
+      : "Probabilities are relative to these labels; one always wins, even if none fits.";
   const bars = found.predictions.map((prediction) => {
     const fill = make("span");
     fill.style.width = `${100 * prediction.probability}%`;
