@@ -203,6 +203,11 @@ def test_adapters_on_adapters_and_missing_files(tmp_path: Path, command: Command
     loop = adapter(tmp_path / "loop", GOOD, base=tmp_path / "loop")
     with pytest.raises(WeightsError, match="is an adapter itself"):
         read_weights(loop)
+    for file in ("config.json", "spiece.model", "tokenizer_config.json"):
+        (folder / file).write_bytes((BASE / file).read_bytes())
+    with pytest.raises(WeightsError, match=r"none of model\.safetensors"):  # nothing to merge into
+        read_weights(folder)
+    (folder / "config.json").unlink()
     (folder / "adapter_model.safetensors").unlink()
     done = command("inspect", str(folder))
     assert done.returncode == 2

@@ -60,7 +60,7 @@ def base_of(folder: Path, given: str | None) -> Path:
     """
     name = given or read_json(folder / CONFIG).get("base_model_name_or_path")
     if given is None and (folder / "config.json").is_file():
-        name = str(folder)  # both in one folder, as transformers reads it
+        return folder  # both in one folder, as transformers reads it
     where = f"{folder / CONFIG}: base_model_name_or_path: {name!r}"
     hint = f"name the base model: {folder}#BASE"
     if not name or not isinstance(name, str):
@@ -69,7 +69,7 @@ def base_of(folder: Path, given: str | None) -> Path:
         path = locate(name)
     except WeightsError as error:
         raise WeightsError(f"{where}: {error}; {hint}") from None
-    if is_folder(path) and path != folder:
+    if is_folder(path):
         raise WeightsError(f"{where} is an adapter itself; merge it first: leanclip convert")
     return path
 

@@ -89,24 +89,23 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
             f"its eos_token_id is {model.transformer_eos_id}, CLIP's tokeniser ends texts with "
             f"{END}: they are all read at their first token, as in transformers",
         )
-    # Images are resized for another architecture than the folder's own.
-    own = None if arch else model.image_resolution
-    patch = model.vision_patch_size if model.vision_positions == "resized" else None
-    preprocess = read_processor(folder, own, patch) or default_preprocess(
-        family.image_processor, model.image_resolution, patch
-    )
+    preprocess = _preprocess(folder, family, model, is_exact=arch is None)
     ours = _to_ours(tensors, family)
     more: dict[str, Any] = {"notes": notes, "unexpected": unexpected}
     return Weights(folder, "hf", ours, model, preprocess, tokenizer, **more)
 
 
 def read_preprocess(folder: Path) -> Preprocess | None:
-    """The preprocessing of a folder in this format; None where it has none.
+    """The preprocessing of a folder in this format; None: CLIP's.
 
     Raises:
         WeightsError: it is damaged, or not supported.
     """
-    return read_processor(folder, None)
+    values = read_json(folder / "config.json")
+    family = FAMILIES[values["model_type"]]
+    if family is CLIP:
+        return read_processor(folder, None)
+    return _preprocess(folder, family, _architecture(folder / "config.json", values))
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -186,14 +185,10 @@ def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family:
                 "before the tokeniser of %s",
                 *(weights.source, tokenizer.clean, folder),
             )
-    _write_json(
-        folder / tokenizers.CONFIG, config | {"model_max_length": tokenizer.context_length}
-    )
+    _write_json(folder / tokenizers.CONFIG, config | {"model_max_length": tokenizer.context_length})
 
 
-def _with_tokenizer(
-    model: ModelConfig, family: Family, tokenizer: Tokenizer | None
-) -> ModelConfig:
+def _with_tokenizer(model: ModelConfig, family: Family, tokenizer: Tokenizer | None) -> ModelConfig:
     """An architecture with the padding and the context of its tokeniser, which decides on both."""
     changes: dict[str, Any] = {"transformer_pad_id": tokenizer.pad_id if tokenizer else 0}
     if family is CHINESE_CLIP and tokenizer is not None:
@@ -201,6 +196,16 @@ def _with_tokenizer(
         rows = model.text_positions
         changes["transformer_positions"] = None if rows == tokenizer.context_length else rows
     return model.model_copy(update=changes)
+
+
+def _preprocess(
+    folder: Path, family: Family, model: ModelConfig, *, is_exact: bool = True
+) -> Preprocess:
+    """Of the processor in a folder, or its class's defaults; exact: it must suit the model."""
+    side = model.image_resolution
+    patch = model.vision_patch_size if model.vision_positions == "resized" else None
+    found = read_processor(folder, side if is_exact else None, patch)
+    return found or default_preprocess(family.image_processor, side, patch)
 
 
 def _to_ours(tensors: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
