@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes, once) ..."
 	@test -x $(RUN)/python || $(PYTHON) -m venv .venv
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[app,dev,export,hub,tensorboard]'
+	  -c constraints.txt -e '.[app,dev,export,hub,tensorboard,tokenizers]'
 # OpenAI's code, as a reference in tests; without torchvision, which they do not need.
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps clip-anytorch==2.6.0 \
 	  || echo "no clip-anytorch could be installed: THE DROP-IN WILL NOT BE COMPARED WITH OPENAI'S CODE"

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from skimage import data as photographs
 
+import leanclip
 from leanclip import CLIP, WeightsError
 from leanclip.config.sections import to_plain
 from leanclip.preprocess.images import Preprocess
@@ -77,6 +78,20 @@ def saved(folder: Path, kind: str, vision: dict[str, Any], text: dict[str, Any],
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return model
+
+
+def write_words(folder: Path, *, end: int = 98, pad: int = 1) -> None:
+    """A tokeniser of the words w0 to w98, each with its number as id."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{i}": i for i in range(99)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A w{end}", special_tokens=[(f"w{end}", end)]
+    )
+    made.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": f"w{pad}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind | {"eos_token": f"w{end}"}))
 
 
 def outputs_of(model: Any, pixels: torch.Tensor | Patches, tokens: torch.Tensor) -> Any:
@@ -157,6 +172,28 @@ def test_processors_that_are_written_give_the_same_pixels(name: str, tmp_path: P
         assert torch.equal(torch.as_tensor(values), torch.as_tensor(second[key]))
 
 
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_texts_and_photographs_through_load(name: str, tmp_path: Path) -> None:
+    write_weights(read_weights(MODERN / name), tmp_path / "w", "hf")
+    lines = (MODERN / name / "tokens.jsonl").read_text().splitlines()
+    known = [json.loads(line) for line in lines]
+    texts, ids = ([one[key] for one in known] for key in ("text", "ids"))
+    outputs = np.load(MODERN / name / "io.npz")
+    images, words = (torch.from_numpy(outputs[f"{key}_features"]) for key in ("image", "text"))
+    for folder in (MODERN / name, tmp_path / "w"):
+        clip = leanclip.load(folder, device="cpu")
+        assert clip.model.tokenizer(texts, truncate=True).tolist() == ids
+        count = len(words)
+        assert np.array_equal(outputs["text"], ids[:count])
+        ours = clip.embed_texts(texts[:count], truncate=True, as_torch=True)
+        assert difference(ours, unit(words)) < 1e-5
+        if "image" in outputs:
+            assert difference(clip.embed_images(photos(), as_torch=True), unit(images)) < 1e-5
+    options = {"padding": "max_length", "truncation": True, "max_length": len(ids[0])}
+    theirs = transformers().AutoTokenizer.from_pretrained(tmp_path / "w")
+    assert theirs(texts, **options)["input_ids"] == ids
+
+
 # --- random models of other shapes
 
 TEXT: dict[str, Any] = {
@@ -225,6 +262,9 @@ def inputs_for(kind: str, text: dict[str, Any]) -> tuple[torch.Tensor | Patches,
 def test_random_models_of_other_shapes(name: str, tmp_path: Path) -> None:
     kind, vision, text, top = SHAPES[name]
     theirs = saved(tmp_path / "w", kind, vision, text, **top)
+    if kind != "clip":
+        pad = 0 if kind == "chinese_clip" else 1
+        write_words(tmp_path / "w", end=text.get("eos_token_id", 98), pad=pad)
     weights, model = loaded(tmp_path / "w")
     pixels, tokens = inputs_for(kind, text)
     expected = outputs_of(theirs, pixels, tokens)
@@ -367,13 +407,13 @@ def test_bad_configs_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
 
 
 def test_sizes_that_the_tensors_have_not(tmp_path: Path) -> None:
-    for file in ("config.json", "model.safetensors"):
+    for file in ("config.json", "model.safetensors", "spiece.model", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((MODERN / "hf-siglip" / file).read_bytes())
     values = json.loads((tmp_path / "config.json").read_text())
-    values["text_config"]["vocab_size"] = 400  # the embedding has 500
+    values["text_config"]["vocab_size"] = 510  # the embedding has 500
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(
-        WeightsError, match=r"token_embedding.weight \(500, 64\) there, \(400, 64\)"
+        WeightsError, match=r"token_embedding.weight \(500, 64\) there, \(510, 64\)"
     ):
         write_weights(read_weights(tmp_path), tmp_path / "out", "leanclip")
 

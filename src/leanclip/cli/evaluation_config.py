@@ -18,7 +18,7 @@ from leanclip.data.dataset import read_class_names, read_templates
 from leanclip.data.splits import find_splits
 from leanclip.errors import ConfigError
 from leanclip.evaluation.tasks import MEASURABLE, ORDER, PROBES, data_of
-from leanclip.weights import read_weights
+from leanclip.weights import read_weights, stored_architecture
 
 log = logging.getLogger("leanclip")
 
@@ -161,7 +161,14 @@ def _settings(
     if config is None and run_config.is_file():
         config = run_config
     if config is not None:
-        return load_config(config, overrides, load=model, load_arch=arch, output_dir=out)
+        return load_config(
+            config,
+            overrides,
+            architecture_of=stored_architecture,
+            load=model,
+            load_arch=arch,
+            output_dir=out,
+        )
     if data_spec is None:
         raise ConfigError("--data: missing; give FORMAT:ROOT, or a config with -c CONFIG")
     format, root = split_source(data_spec, option="--data")

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Context, Option, Typer
 
@@ -150,6 +150,7 @@ def train(
         settings = load_config(
             config or Path(run or "") / "config.yaml",
             overrides or (),
+            architecture_of=_stored_architecture,
             load=load,
             load_arch=arch,
             load_partial=partial or None,
@@ -191,6 +192,12 @@ app.add_typer(weights.app)
 app.add_typer(data.app, name="data")
 app.add_typer(search.app, name="search")
 app.add_typer(cli_app.app)
+
+
+def _stored_architecture(source: str, arch: str | None) -> dict[str, Any]:
+    from leanclip.weights import stored_architecture
+
+    return stored_architecture(source, arch)
 
 
 def _with_resume_value(words: list[str]) -> list[str]:

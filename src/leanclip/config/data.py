@@ -149,11 +149,11 @@ class DataConfig(SourceConfig):
     scaled_decoding: bool = Field(
         default=True, description="training may decode large JPEGs at 1/2, 1/4 or 1/8 of their size"
     )
-    mean: tuple[Fraction, Fraction, Fraction] = Field(
-        default=(0.48145466, 0.4578275, 0.40821073), description="of RGB in [0, 1]"
+    mean: tuple[Fraction, Fraction, Fraction] | None = Field(
+        default=None, description="of RGB in [0, 1]; null: as the loaded weights, else OpenAI's"
     )
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
-        default=(0.26862954, 0.26130258, 0.27577711), description="of RGB in [0, 1]"
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
+        default=None, description="of RGB in [0, 1]; null: as the loaded weights, else OpenAI's"
     )
     resize: Literal["shortest", "longest", "squash", "naflex"] | None = Field(
         default=None,

@@ -4,7 +4,7 @@ YAML file -> strict loader -> -o key.path=value -> Config -> YAML in the run's f
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -65,8 +65,17 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    architecture_of: Callable[[str, str | None], dict[str, Any]] | None = None,
+    **settings: Any,
+) -> Config:
     """Read a YAML file, apply `key.path=value` overrides, then `settings` that are not None.
+
+    Without a section `model` in the file, the architecture is that of the weights to load:
+    `architecture_of` is called with the settings `load` and `load_arch`.
 
     The default `output_dir` is `runs/` and the file's name, followed by the weights' name where
     `load` is not from the file: a run from weights must not share a folder with one from scratch.
@@ -86,10 +95,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **settings: Any
     values = load_yaml(text, where=str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a mapping of settings, found {kind(values)}")
-    load = values.get("load")
+    load, has_model = values.get("load"), "model" in values
     for override in overrides:
         apply_override(values, override)
     values |= {key: value for key, value in settings.items() if value is not None}
+    if not has_model and architecture_of is not None and isinstance(values.get("load"), str):
+        own = architecture_of(values["load"], values.get("load_arch"))
+        values["model"] = own | (values.get("model") or {})
     name = path.stem
     if isinstance(values.get("load"), str) and values["load"] != load:
         name += f"-{weights_name(values['load'])}"

@@ -29,7 +29,8 @@ class TrainConfig(Section):
     )
     loss: Literal["auto", "clip", "multi-positive", "siglip"] = Field(
         default="auto",
-        description="auto: multi-positive for class data, else clip",
+        description="auto: siglip for a model with model.logit_bias, else multi-positive for "
+        "class data, else clip",
     )
     tiled_loss: bool = Field(
         default=True, description="compute the logits in tiles, never the whole matrix of the batch"

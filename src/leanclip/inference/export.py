@@ -4,7 +4,8 @@
 
     OUT/image.onnx, text.onnx     or image.pt2, text.pt2; batch and text length are dynamic
     OUT/clip.json                 sizes, preprocessing, tokeniser, results of the comparison
-    OUT/vocab.json, merges.txt    the tables of the tokeniser, in the usual format
+    OUT/vocab.json, merges.txt    the tables of CLIP's tokeniser, in the usual format; of another
+                                  one its own files
 
 Shapes: B batch, L tokens, R resolution, E embedding.
 """
@@ -31,7 +32,9 @@ from leanclip.inference.model import InferenceModel
 from leanclip.io.optional_imports import import_optional
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.text import Tokenizer
 from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
+from leanclip.weights.tokenizer import write_files
 
 MIN_COSINE = 0.9999  # between float32 features of the exported towers and of the model
 EXTERNAL_BYTES = 1 << 30  # weights of this size are stored beside an .onnx file
@@ -104,6 +107,7 @@ def export(clip: InferenceModel, out: Path, to: str, *, int8: bool = False) -> d
         description = _describe(clip, to)
         _write_towers(clip.model, folder, description)
         _write_description(folder, description)
+        write_files(folder, clip.model.tokenizer)
         description["cosines"] = _compare(clip, folder, to)
         if min(description["cosines"].values()) < MIN_COSINE:
             raise WeightsError(
@@ -116,7 +120,8 @@ def export(clip: InferenceModel, out: Path, to: str, *, int8: bool = False) -> d
             _write_description(folder, description)
             description["int8"] = _compare(clip, folder, to)
         _write_description(folder, description)
-        if clip.model.config.vocab_size == VOCAB_SIZE:
+        is_clips = clip.model.tokenizer.kind == "clip"
+        if is_clips and clip.model.config.vocab_size == VOCAB_SIZE:
             words = json.dumps(vocabulary(), ensure_ascii=False)
             (folder / "vocab.json").write_text(words, encoding="utf-8")
             lines = "\n".join(["#version: 0.2", *merges(), ""])
@@ -172,17 +177,34 @@ def _describe(clip: InferenceModel, to: str) -> dict[str, Any]:
             "steps": f"RGB; {_describe_resize(preprocess)}; centre crop; divide by 255; subtract "
             "mean, divide by std; channels first",
         },
-        "tokenizer": {
-            "kind": "CLIP's byte-pair encoding",
-            "vocabulary": "vocab.json",
-            "merges": "merges.txt",
-            "context_length": config.context_length,
-            "start": START,
-            "end": END,
-            "pad": 0,
-            "steps": "ftfy.fix_text; html.unescape twice; collapse and strip white space; lower "
-            "case; byte-pair encoding; start, ids, end, then pad",
-        },
+        "tokenizer": _describe_tokenizer(clip.model.tokenizer),
+    }
+
+
+def _describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokeniser for clip.json; its tables are in files beside it."""
+    if tokenizer.kind != "clip":
+        steps = f"clean the text ({tokenizer.clean}); encode it between special tokens "
+        steps += f"({tokenizer.normalize}); cut, pad {'left' if tokenizer.pads_left else 'right'}"
+        return {
+            "kind": f"a file of the library {tokenizer.kind}",
+            "files": list(tokenizer.files()),
+            "settings": tokenizer.to_dict(),
+            "context_length": tokenizer.context_length,
+            "end": tokenizer.end_id,
+            "pad": tokenizer.pad_id,
+            "steps": steps,
+        }
+    return {
+        "kind": "CLIP's byte-pair encoding",
+        "vocabulary": "vocab.json",
+        "merges": "merges.txt",
+        "context_length": tokenizer.context_length,
+        "start": START,
+        "end": END,
+        "pad": 0,
+        "steps": "ftfy.fix_text; html.unescape twice; collapse and strip white space; lower "
+        "case; byte-pair encoding; start, ids, end, then pad",
     }
 
 
@@ -265,6 +287,8 @@ def _sample_tokens(clip: InferenceModel) -> list[torch.Tensor]:
         length = min(length, config.context_length)
         tokens = torch.randint(1, config.vocab_size - 2, (count, length), generator=generator)
         tokens[:, 0], tokens[:, -1] = config.vocab_size - 2, config.vocab_size - 1
+        if config.transformer_eos_id is not None:
+            tokens[:, -1] = config.transformer_eos_id
         batches.append(tokens)
     return batches
 

@@ -25,6 +25,7 @@ from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.optional_imports import import_optional
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.text import Tokenizer
+from leanclip.weights.tokenizer import stored
 
 INDEX = "clip.json"
 FORMAT = "leanclip-export"
@@ -40,16 +41,22 @@ class Exported(nn.Module):
         description: the content of clip.json.
         image: normalised pixels (B, 3, R, R) -> (B, E).
         text: token ids (B, L) -> (B, E).
+        tokenizer: of the texts.
         digest: identifies the towers, as weights identify a model.
     """
 
     def __init__(
-        self, description: dict[str, Any], image: Tower, text: Tower, digest: bytes
+        self,
+        description: dict[str, Any],
+        image: Tower,
+        text: Tower,
+        tokenizer: Tokenizer,
+        digest: bytes,
     ) -> None:
         super().__init__()
         self.config = parse(ModelConfig, description["model"], where="model")
         self.context_length = self.config.context_length
-        self.tokenizer = Tokenizer(self.context_length)
+        self.tokenizer = tokenizer
         self._is_any_length = bool(description["text"]["dynamic_length"])
         self._image, self._text = image, text
         scale = torch.tensor(math.log(float(description["logit_scale"])))
@@ -108,11 +115,18 @@ def read_exported(folder: Path, backend: str | None = None) -> tuple[Exported, P
             for part in (path, _external_weights(path)):
                 digest.update(part.read_bytes() if part.exists() else b"")
         image, text = (_File(_onnx if found == "onnx" else _torch, path) for path in paths)
-        model = Exported(description, image, text, digest.digest())
+        tokenizer = _tokenizer(folder, description)
+        model = Exported(description, image, text, tokenizer, digest.digest())
         preprocess = Preprocess.from_dict(description["preprocess"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder}: not an exported model: {error!r}") from None
     return model.eval(), preprocess
+
+
+def _tokenizer(folder: Path, description: dict[str, Any]) -> Tokenizer:
+    """The tokeniser of clip.json; without settings CLIP's."""
+    settings = description["tokenizer"].get("settings")
+    return stored(folder, settings, description["model"]["context_length"])
 
 
 class _File:

@@ -137,8 +137,12 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep exp(logit_scale) within [1, 100]; called after every optimiser step."""
-        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        """Keep exp(logit_scale) within [1, 100]; called after every optimiser step.
+
+        With a bias it is free, as in SigLIP, whose published weights have more than 100.
+        """
+        if self.logit_bias is None:
+            self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def parameter_count(self) -> int:
         """The number of values in all parameters."""

@@ -14,8 +14,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-ADAPTED = (  # attention, MLPs, a ResNet's attention pool
+ADAPTED = (  # attention, also of the attention pools, and MLPs
     "attn.in_proj_weight",
+    "attn.q_proj_weight",
+    "attn.k_proj_weight",
+    "attn.v_proj_weight",
     "attn.out_proj.weight",
     "mlp.c_fc.weight",
     "mlp.c_proj.weight",

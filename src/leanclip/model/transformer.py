@@ -37,7 +37,8 @@ class Keys(NamedTuple):
     """What attention needs besides the tokens."""
 
     mask: torch.Tensor | None = None  # (B, L) bool, of the tokens that are attended to; None: all
-    rotation: torch.Tensor | None = None  # (2, L, D/2H), cosines and sines, of queries and keys
+    # cosines and sines, of queries and keys: (2, L, D/2H), or (2, B, 1, L, D/2H) of each row
+    rotation: torch.Tensor | None = None
 
 
 ALL = Keys()

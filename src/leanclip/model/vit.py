@@ -66,9 +66,10 @@ class VisionTransformer(nn.Module):
         Only resized positions take patches, and pixels of any size.
         """
         x, mask = self._embed(pixels)  # (B, T, D), (B, T)
+        keys = Keys(mask, self.rotation(x))
         if self.training and self.patch_dropout:
-            x = self._drop_patches(x)  # (B, K+1, D)
-        x = self._pool(self.ln_pre(x), Keys(mask, self.rotation(x)))  # (B, D)
+            x, keys = self._drop_patches(x, keys)  # (B, [1 +] K, D)
+        x = self._pool(self.ln_pre(x), keys)  # (B, D)
         if self.proj is not None:
             x = x @ self.proj  # (B, E)
         return x if self.proj_bias is None else x + self.proj_bias
@@ -104,13 +105,30 @@ class VisionTransformer(nn.Module):
             scaled_to=config.vision_rotary_grid,
         ).to(x.device)
 
-    def _drop_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """The class token and K patches drawn for each image: (B, P+1, D) -> (B, K+1, D)."""
-        images, patches = len(x), x.shape[1] - 1
-        count = max(1, round(patches * (1 - self.patch_dropout)))
-        drawn = torch.rand(images, patches, device=x.device).topk(count).indices  # (B, K)
-        kept = F.pad(drawn + 1, (1, 0))  # (B, K+1), the class token's 0 first
-        return x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+    def _drop_patches(self, x: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, Keys]:
+        """The class token and K patches drawn for each image: (B, T, D) -> (B, [1 +] K, D).
+
+        Of patches with a mask, each image keeps its fraction, and padding after them.
+        """
+        first = int(self.class_embedding is not None)
+        images, patches = len(x), x.shape[1] - first
+        count = self._patches_kept(torch.tensor(patches))
+        order = torch.rand(images, patches, device=x.device)
+        mask, rotation = keys
+        if mask is not None:  # of a tower without a class token
+            order = order.masked_fill(~mask, -1.0)
+            numbers = torch.arange(int(count), device=x.device)  # (K,)
+            mask = numbers < self._patches_kept(mask.sum(dim=1, keepdim=True))  # (B, K)
+        kept = order.topk(int(count)).indices + first  # (B, K)
+        if first:
+            kept = F.pad(kept, (1, 0))  # (B, 1 + K), the class token's 0 first
+        if rotation is not None:
+            rotation = rotation[:, kept].unsqueeze(2)  # (2, B, 1, [1 +] K, D/2H)
+        return x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])), Keys(mask, rotation)
+
+    def _patches_kept(self, patches: torch.Tensor) -> torch.Tensor:
+        """How many of an image's patches are not dropped; at least one."""
+        return (patches * (1 - self.patch_dropout)).round().long().clamp(min=1)
 
     def _pool(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
         """The blocks, the last LayerNorm and the pool: (B, T, D) -> (B, D)."""

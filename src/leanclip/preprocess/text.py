@@ -57,7 +57,7 @@ class Tokenizer:
     offset: int = 0
     unknown: int | None = None
     file: bytes = field(default=b"", repr=False)
-    config: str = field(default="", repr=False)  # tokenizer_config.json, for Hugging Face's form
+    config: str = field(default="", repr=False, compare=False)  # tokenizer_config.json
 
     def __post_init__(self) -> None:
         for name, known in (("kind", Kind), ("clean", Clean), ("normalize", Normalize)):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from leanclip.errors import WeightsError, one_line
@@ -130,15 +131,7 @@ class PieceModel:
         siglip: bool,
         unknown: int | None,
     ) -> None:
-        library = import_optional(
-            "sentencepiece", "its sentence-piece model", extra="tokenizers", error=WeightsError
-        )
-        if len(content) > MAX_PIECES:
-            raise WeightsError(_too_large(len(content), MAX_PIECES))
-        _try_elsewhere("sentencepiece", content)
-        with _library_errors("not a sentence-piece model"):
-            self._model = library.SentencePieceProcessor()
-            self._model.LoadFromSerializedProto(content)
+        self._model = _processor(content)
         self.added = {one.text: one for one in added}
         self._prefix, self._suffix, self._offset = list(prefix), list(suffix), offset
         self._siglip, self._unknown = siglip, unknown
@@ -209,6 +202,29 @@ class PieceModel:
         part = " ".join(part.lower().translate(_PUNCTUATION).split())
         ids = self._model.encode(self._unk_piece + part)
         return ids[self._unk_length :] if len(ids) >= self._unk_length else ids
+
+
+def piece_count(content: bytes) -> int:
+    """The number of pieces of a sentence-piece model.
+
+    Raises:
+        WeightsError: as `PieceModel`.
+    """
+    return _processor(content).get_piece_size()
+
+
+@lru_cache(4)
+def _processor(content: bytes) -> Any:
+    library = import_optional(
+        "sentencepiece", "its sentence-piece model", extra="tokenizers", error=WeightsError
+    )
+    if len(content) > MAX_PIECES:
+        raise WeightsError(_too_large(len(content), MAX_PIECES))
+    _try_elsewhere("sentencepiece", content)
+    with _library_errors("not a sentence-piece model"):
+        model = library.SentencePieceProcessor()
+        model.LoadFromSerializedProto(content)
+    return model
 
 
 def _json_of(content: bytes) -> dict[str, Any]:

@@ -3,8 +3,7 @@
     loaded model, FinetuneConfig -> Tuning -> factors (optimiser), after_step, weights (to write)
 
 A tower's groups, from the input up: the stem with its embeddings, each block (of a ResNet: each
-bottleneck), and the last norm with the projection (of a ResNet: the attention pool). The loss's
-scalars are in no group.
+bottleneck), and the last norm with the pool and the projection. The loss's scalars are in no group.
 """
 
 import logging
@@ -130,11 +129,11 @@ def group_of(name: str, model: ModelConfig) -> Group | None:
     if not name.startswith("visual."):
         last = model.transformer_layers + 1
         block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
-        is_last = name.startswith(("ln_final", "text_projection"))
+        is_last = name.startswith(("ln_final", "pooler", "text_projection"))
         return Group("text", last if is_last else 1 + int(block[1]) if block else 0, last)
     layers = model.vision_layers
     last = 1 + (layers if isinstance(layers, int) else sum(layers))
-    if name.startswith(("visual.ln_post", "visual.proj", "visual.attnpool")):
+    if name.startswith(("visual.ln_post", "visual.proj", "visual.attnpool", "visual.attn_pool")):
         return Group("image", last, last)
     if block := re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name):
         return Group("image", 1 + int(block[1]), last)

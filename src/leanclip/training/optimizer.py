@@ -8,6 +8,8 @@ from torch import nn
 
 from leanclip.config.training import OptimizerConfig
 
+_WITHOUT_DECAY = ("positional_embedding", "attn_pool.probe")
+
 
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, factors: Mapping[str, float] | None = None
@@ -27,6 +29,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Two groups per factor: matrices with weight decay; vectors, scalars and positions without.
 
+    The query of an attention pool is a vector, as a class token is.
+
     `factors` multiply the learning rate, by a parameter's name (default 1); each group has its
     own as "factor".
     """
@@ -34,7 +38,7 @@ def parameter_groups(
     found: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            has_no_decay = parameter.ndim <= 1 or name.endswith("positional_embedding")
+            has_no_decay = parameter.ndim <= 1 or name.endswith(_WITHOUT_DECAY)
             found.setdefault(factors.get(name, 1.0), ([], []))[has_no_decay].append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "factor": factor}

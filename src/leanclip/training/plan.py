@@ -90,6 +90,9 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     if config.train.precision == "auto":
         train = config.train.model_copy(update={"precision": precision})
         config = config.model_copy(update={"train": train})
+    preprocess = model_preprocess(config)
+    data = config.data.model_copy(update={"mean": preprocess.mean, "std": preprocess.std})
+    config = config.model_copy(update={"data": data})
     check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:
@@ -110,7 +113,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         dataset=dataset,
         tasks=tasks,
         retention=retention,
-        preprocess=model_preprocess(config),
+        preprocess=preprocess,
         tokenizer=tokenizer,
         cached_towers=cached_towers(config.finetune, config.model, config.data, dataset),
         loss=_loss(config, dataset),
@@ -151,8 +154,16 @@ def _check_together(config: Config, tokenizer: Tokenizer) -> None:
             f"model.vocab_size: {config.model.vocab_size} is less than the "
             f"{tokenizer.vocab_size} ids of the tokeniser; set it to {tokenizer.vocab_size}"
         )
-    if (config.train.loss == "siglip") != config.model.logit_bias:
-        raise ConfigError("train.loss: siglip requires model.logit_bias: true, other losses false")
+    if config.train.loss == "siglip" and not config.model.logit_bias:
+        raise ConfigError(
+            "train.loss: siglip has a bias on the logits, and the model has none; set "
+            "model.logit_bias: true"
+        )
+    if config.train.loss in ("clip", "multi-positive") and config.model.logit_bias:
+        raise ConfigError(
+            f"train.loss: {config.train.loss} does not train the bias of model.logit_bias; set "
+            f"train.loss: siglip, or auto"
+        )
     is_resnet, settings = isinstance(config.model.vision_layers, tuple), config.train
     if settings.compile and (
         settings.sharding == "fsdp" or (is_resnet and settings.checkpoint_activations)
@@ -166,9 +177,11 @@ def _check_together(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _loss(config: Config, dataset: Dataset) -> Kind:
-    """The loss; for "auto", samples of one class are not each other's negatives."""
+    """The loss; for "auto" that of the model, and samples of one class are not negatives."""
     if config.train.loss != "auto":
         return config.train.loss
+    if config.model.logit_bias:
+        return "siglip"
     sources = dataset.sources if isinstance(dataset, Mixture) else [dataset]
     return "multi-positive" if any(source.classes for source in sources) else "clip"
 
@@ -176,21 +189,21 @@ def _loss(config: Config, dataset: Dataset) -> Kind:
 def model_preprocess(config: Config, source: str | None = None) -> Preprocess:
     """The evaluation transform of the model that a configuration describes.
 
-    Without `data.resize` and `data.interpolation`, as stored with the weights: those of `source`,
-    else of the run that is resumed, else of `load`; else as OpenAI's. Every rank calls this, and
-    the first one reads, because only it may have the run's folder.
+    What `data` leaves out of mean, std, resize and interpolation is as stored with the weights:
+    those of `source`, else of the run that is resumed, else of `load`; else as OpenAI's. Every rank
+    calls this, and the first one reads, because only it may have the run's folder.
     """
     data, resolution = config.data, config.model.image_resolution
     stored = from_first(
         lambda: _stored(config, read_preprocess) if source is None else read_preprocess(source)
     )
-    base = Preprocess(resolution) if stored is None else stored.at(resolution)
+    base = own = Preprocess(resolution) if stored is None else stored.at(resolution)
     if data.resize is not None and data.resize != base.resize:
         base = Preprocess(resolution, interpolation=base.interpolation, resize=data.resize)
     return replace(
         base,
-        mean=data.mean,
-        std=data.std,
+        mean=data.mean or own.mean,
+        std=data.std or own.std,
         interpolation=data.interpolation or base.interpolation,
     )
 

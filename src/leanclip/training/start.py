@@ -89,6 +89,7 @@ def check_same_plan(plan: Plan) -> None:
     facts |= {f"classes of {name} (digest)": _digest_classes(one) for name, one in data.items()}
     facts |= {
         "preprocessing": str(plan.preprocess),
+        "tokeniser (digest)": plan.tokenizer.fingerprint()[:12],
         "steps": plan.steps,
         "weights with --load": plan.config.load is not None,
     }
@@ -153,7 +154,7 @@ def load_initial_weights(plan: Plan, model: CLIP) -> checkpoint.Progress:
     config, new, digest = plan.config, [], ""
     if config.load is not None:
         weights, digest = read_on_all_ranks(config.load, config.load_arch)
-        new = load_into(model, weights, partial=config.load_partial)
+        new = _load(plan, model, weights)
         own = weights.preprocess
         if own and (own.mean, own.std) != (plan.preprocess.mean, plan.preprocess.std):
             log.warning(
@@ -202,6 +203,18 @@ def read_on_all_ranks(source: str | Path, arch: Architecture | None = None) -> t
             )
     assert weights is not None
     return weights, digest
+
+
+def _load(plan: Plan, model: CLIP, weights: Weights) -> list[str]:
+    """Load weights into the model of the configuration; the names of what they do not have."""
+    try:
+        return load_into(model, weights, partial=plan.config.load_partial)
+    except WeightsError as error:
+        if weights.model is None or plan.config.load_arch is not None:
+            raise
+        raise WeightsError(
+            f"{error}; a config without the section model takes that of the weights"
+        ) from None
 
 
 def _choose(plan: Plan, must_resume: bool) -> Chosen | None:

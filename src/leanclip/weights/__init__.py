@@ -7,7 +7,13 @@ source -> read_weights -> Weights (tensors by OpenAI's names, architecture)
 from leanclip.weights.convert import WEIGHTS_FORMATS, write_weights
 from leanclip.weights.interpolate import interpolate
 from leanclip.weights.native import SHARDS, describe_weights, save_weights
-from leanclip.weights.read import read_architecture, read_preprocess, read_tokenizer, read_weights
+from leanclip.weights.read import (
+    read_architecture,
+    read_preprocess,
+    read_tokenizer,
+    read_weights,
+    stored_architecture,
+)
 from leanclip.weights.weights import Weights, fingerprint, infer_architecture, load_into
 
 __all__ = [
@@ -24,5 +30,6 @@ __all__ = [
     "read_tokenizer",
     "read_weights",
     "save_weights",
+    "stored_architecture",
     "write_weights",
 ]

@@ -40,6 +40,11 @@ def write_weights(
             f"name, or a JSON or YAML file)"
         )
     check_fits(weights, model, is_exact=True)
+    if is_file and weights.tokenizer is not None and weights.tokenizer.kind != "clip":
+        raise WeightsError(
+            f"{weights.source}: {format}'s files do not store a tokeniser, and its is not CLIP's; "
+            f"convert it to leanclip, hf or open_clip"
+        )
     if is_file and not _is_openais(preprocess, model.image_resolution):
         log.warning(
             "%s: %s's files do not store the preprocessing; whoever loads %s must know it: %s",

@@ -31,9 +31,9 @@ _HUB_ID = re.compile(r"(hf-hub:)?([\w.-]+/[\w.-]+)")
 # At the top of a repository; pickles only where there are no other weights.
 _SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json")
 _SETTINGS += ("open_clip_config.json", "tokenizer_config.json", "vocab.json")
-_SETTINGS += ("tokenizer.json", "added_tokens.json", "vocab.txt", "*.model")
-_SAFE = ("model*.safetensors*", "open_clip_model.safetensors")
-_PICKLED = ("pytorch_model*.bin*", "open_clip_pytorch_model.bin")
+_SETTINGS += ("adapter_config.json", "tokenizer.json", "added_tokens.json", "vocab.txt", "*.model")
+_SAFE = ("adapter_model.safetensors", "model*.safetensors*", "open_clip_model.safetensors")
+_PICKLED = ("adapter_model.bin", "pytorch_model*.bin*", "open_clip_pytorch_model.bin")
 
 
 def locate(source: str | Path) -> Path:

@@ -5,6 +5,7 @@ architecture -> the family that has it -> config.json, names of the tensors
 """
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from leanclip.weights.names import to_ours, to_theirs
 from leanclip.weights.processor import default_preprocess, read_processor, to_values
 from leanclip.weights.state_dict import read_state_dict
 from leanclip.weights.weights import Weights
+
+log = logging.getLogger("leanclip")
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # or an index of shards of such a name
 
@@ -76,32 +79,33 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
     tensors, unexpected = read_state_dict(file)
     values = read_json(folder / "config.json")
     family = FAMILIES[values["model_type"]]
-    if family is CLIP:
-        check_tokenizer(folder)
-    model = arch or _architecture(folder / "config.json", values)
+    tokenizer = read_tokenizer(folder)
+    model = arch or _with_tokenizer(
+        _architecture(folder / "config.json", values), family, tokenizer
+    )
     notes = ()
     if family is CLIP and model.transformer_eos_id not in (None, END):
         notes = (
             f"its eos_token_id is {model.transformer_eos_id}, CLIP's tokeniser ends texts with "
             f"{END}: they are all read at their first token, as in transformers",
         )
-    # Images are resized for another architecture than the folder's own.
-    own = None if arch else model.image_resolution
-    patch = model.vision_patch_size if model.vision_positions == "resized" else None
-    preprocess = read_processor(folder, own, patch) or default_preprocess(
-        family.image_processor, model.image_resolution, patch
-    )
+    preprocess = _preprocess(folder, family, model, is_exact=arch is None)
     ours = _to_ours(tensors, family)
-    return Weights(folder, "hf", ours, model, preprocess, notes=notes, unexpected=unexpected)
+    more: dict[str, Any] = {"notes": notes, "unexpected": unexpected}
+    return Weights(folder, "hf", ours, model, preprocess, tokenizer, **more)
 
 
 def read_preprocess(folder: Path) -> Preprocess | None:
-    """The preprocessing of a folder in this format; None where it has none.
+    """The preprocessing of a folder in this format; None: CLIP's.
 
     Raises:
         WeightsError: it is damaged, or not supported.
     """
-    return read_processor(folder, None)
+    values = read_json(folder / "config.json")
+    family = FAMILIES[values["model_type"]]
+    if family is CLIP:
+        return read_processor(folder, None)
+    return _preprocess(folder, family, _architecture(folder / "config.json", values))
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -110,8 +114,17 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     Raises:
         WeightsError: it is damaged, or not supported.
     """
-    kind = str(read_json(folder / "config.json").get("model_type"))
-    return None if kind == "clip" else tokenizers.read_files(folder, 77, model_type=kind)
+    values = read_json(folder / "config.json")
+    family = FAMILIES[values["model_type"]]
+    if family is CLIP or (folder / "merges.txt").is_file():
+        check_tokenizer(folder)
+        return None
+    length = _architecture(folder / "config.json", values).context_length
+    file = folder / tokenizers.CONFIG
+    own = read_json(file).get("model_max_length") if file.is_file() else None
+    if family is CHINESE_CLIP and type(own) is int and 0 < own < length:
+        length = own
+    return tokenizers.read_files(folder, length, model_type=family.model_type)
 
 
 def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Preprocess) -> None:
@@ -145,19 +158,54 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     }
     for name, values in files.items():
         _write_json(folder / name, values)
-    if family is CLIP:
-        _write_clips_tokenizer(folder, model)
+    _write_tokenizer(folder, weights, model, family)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def _write_clips_tokenizer(folder: Path, model: ModelConfig) -> None:
-    _write_json(folder / "vocab.json", vocabulary())
-    _write_json(folder / "tokenizer_config.json", _tokenizer(model))
-    _write_json(folder / "special_tokens_map.json", _special_tokens())
-    (folder / "merges.txt").write_text("\n".join(("#version: 0.2", *merges())) + "\n")
+def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family: Family) -> None:
+    tokenizer = weights.tokenizer or Tokenizer(model.context_length)
+    if tokenizer.kind == "clip":
+        special = _special_tokens()
+        if family is not CLIP:  # its towers attend to padding, which is the id 0 here
+            special["pad_token"] = next(word for word, id_ in vocabulary().items() if not id_)
+        config: dict[str, Any] = special | {"tokenizer_class": "CLIPTokenizer"}
+        config["do_lower_case"] = True
+        _write_json(folder / "vocab.json", vocabulary())
+        _write_json(folder / "special_tokens_map.json", special)
+        (folder / "merges.txt").write_text("\n".join(("#version: 0.2", *merges())) + "\n")
+    else:
+        tokenizers.write_files(folder, tokenizer)
+        config = json.loads(tokenizer.config or "{}")
+        if tokenizer.clean not in ("none", "whitespace") and tokenizer.normalize == "none":
+            log.warning(
+                "%s: Hugging Face's tokenisers do not clean texts, its own does (%s): clean them "
+                "before the tokeniser of %s",
+                *(weights.source, tokenizer.clean, folder),
+            )
+    _write_json(folder / tokenizers.CONFIG, config | {"model_max_length": tokenizer.context_length})
+
+
+def _with_tokenizer(model: ModelConfig, family: Family, tokenizer: Tokenizer | None) -> ModelConfig:
+    """An architecture with the padding and the context of its tokeniser, which decides on both."""
+    changes: dict[str, Any] = {"transformer_pad_id": tokenizer.pad_id if tokenizer else 0}
+    if family is CHINESE_CLIP and tokenizer is not None:
+        changes["context_length"] = tokenizer.context_length
+        rows = model.text_positions
+        changes["transformer_positions"] = None if rows == tokenizer.context_length else rows
+    return model.model_copy(update=changes)
+
+
+def _preprocess(
+    folder: Path, family: Family, model: ModelConfig, *, is_exact: bool = True
+) -> Preprocess:
+    """Of the processor in a folder, or its class's defaults; exact: it must suit the model."""
+    side = model.image_resolution
+    patch = model.vision_patch_size if model.vision_positions == "resized" else None
+    found = read_processor(folder, side if is_exact else None, patch)
+    return found or default_preprocess(family.image_processor, side, patch)
 
 
 def _to_ours(tensors: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
@@ -231,11 +279,3 @@ def _special_tokens() -> dict[str, str]:
     words = {id_: word for word, id_ in vocabulary().items() if id_ in (START, END)}
     end = words[END]
     return {"bos_token": words[START], "eos_token": end, "unk_token": end, "pad_token": end}
-
-
-def _tokenizer(model: ModelConfig) -> dict[str, Any]:
-    return _special_tokens() | {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": model.context_length,
-        "do_lower_case": True,
-    }

@@ -137,7 +137,8 @@ def family_of(model: ModelConfig) -> Family:
 
 def _mismatches(family: Family, model: ModelConfig) -> list[str]:
     """The settings of a model that a family cannot have."""
-    own = {name: info.default for name, info in ModelConfig.model_fields.items()} | family.settings
+    own = {name: info.default for name, info in ModelConfig.model_fields.items()}
+    own |= family.settings
     pools = {"argmax", "eos"} if family is CLIP else {own["transformer_pool"]}
     wrong = [
         name

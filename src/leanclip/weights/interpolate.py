@@ -39,6 +39,9 @@ def interpolate(first: Weights, second: Weights, alpha: float) -> Weights:
     given = [weights.preprocess for weights in (first, second) if weights.preprocess]
     if len(given) == 2 and given[0] != given[1]:
         log.warning("their preprocessing differs; that of %s is used", nearer.source)
+    tokenizers = [weights.tokenizer for weights in (first, second) if weights.tokenizer]
+    if len(tokenizers) == 2 and tokenizers[0] != tokenizers[1]:
+        raise WeightsError(f"{second.source}: not the tokeniser of {first.source}")
     states = _state(first, model), _state(second, model)
     return Weights(
         source=Path(f"{1 - alpha:g} * {first.source} + {alpha:g} * {second.source}"),
@@ -48,7 +51,7 @@ def interpolate(first: Weights, second: Weights, alpha: float) -> Weights:
         },
         model=model,
         preprocess=nearer.preprocess or next(iter(given), None),
-        tokenizer=first.tokenizer or second.tokenizer,
+        tokenizer=next(iter(tokenizers), None),
     )
 
 

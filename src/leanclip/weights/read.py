@@ -1,6 +1,7 @@
 """Read weights of any format, recognised by content: a file, a folder, a run, a name, a hub id.
 
-    source -> locate -> folder: the format whose is_folder is true -> its read_folder
+    source -> locate -> folder: of an adapter: its base model, read likewise -> merged
+                     -> folder: the format whose is_folder is true -> its read_folder
                      -> file: the format whose is_state_dict is true -> its from_state_dict
 
 To add a format, write a module with these functions and `write`, and list it here and in
@@ -13,13 +14,13 @@ from typing import Any
 
 from leanclip.config.model import ModelConfig
 from leanclip.config.presets import PRESETS, preset
-from leanclip.config.sections import parse
+from leanclip.config.sections import parse, to_plain
 from leanclip.config.strict_yaml import load_yaml
 from leanclip.errors import ConfigError, WeightsError, one_line
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.text import Tokenizer
-from leanclip.weights import huggingface, native, open_clip, openai, passl
+from leanclip.weights import adapter, huggingface, native, open_clip, openai, passl
 from leanclip.weights.files import INDEX, find_file, read_json, sniff
 from leanclip.weights.hub import locate, locate_settings
 from leanclip.weights.state_dict import TORCHSCRIPT, read_state_dict
@@ -38,7 +39,8 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
     Args:
         source: a file or folder of any format, a run's folder (its newest checkpoint), the name
             of a file that OpenAI publishes ("ViT-B/32"), or a hub id ("hf-hub:owner/name"). In a
-            file with several models FILE#KEY names one; "FILE#ema" is the moving average.
+            file with several models FILE#KEY names one; "FILE#ema" is the moving average. Of a
+            LoRA adapter FOLDER#BASE names the base model.
         arch: the architecture, in place of the source's own: settings by name, a preset's name,
             or a JSON or YAML file of settings.
 
@@ -50,16 +52,26 @@ def read_weights(source: str | Path, *, arch: Architecture | None = None) -> Wei
     given = read_architecture(arch) if arch is not None else None
     name, key = _split_key(str(source))
     path = locate(name)
-    if key is not None and path.is_dir():
-        raise WeightsError(f"{source}: #{key} chooses among models in one file, this is a folder")
     try:
-        if not path.is_dir():
-            weights = _read_file(path, given, key)
-        else:
-            weights = _read_folder(_newest_checkpoint(path) or path, given)
-        return _normalized(weights, given is not None)
+        return _normalized(_read(path, given, key), given is not None)
     except _ODD as error:  # unforeseen values in an untrusted file
         raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
+
+
+def stored_architecture(source: str, arch: Architecture | None = None) -> dict[str, Any]:
+    """The settings of the architecture of weights, for a configuration without its own.
+
+    Raises:
+        WeightsError: they cannot be read.
+        ConfigError: they do not determine their architecture.
+    """
+    model = read_weights(source, arch=arch).model
+    if model is None:
+        raise ConfigError(
+            f"--load {source}: does not include its architecture; give --arch, or a config with "
+            f"the section model"
+        )
+    return to_plain(model)
 
 
 def read_preprocess(source: str | Path) -> Preprocess | None:
@@ -84,11 +96,28 @@ def read_tokenizer(source: str | Path) -> Tokenizer | None:
 
 def _settings(source: str | Path) -> tuple[Any, Path]:
     """The format and the folder of a source's settings; no format: it has none."""
-    path = locate_settings(source)
+    name, key = _split_key(str(source))
+    path = locate_settings(name)
     if path is None:
         return None, Path(source)
+    if adapter.is_folder(path):
+        path = adapter.base_of(path, key)
     folder = _newest_checkpoint(path) or path
     return next((one for one in _FOLDERS if one.is_folder(folder)), None), folder
+
+
+def _read(path: Path, arch: ModelConfig | None, key: str | None) -> Weights:
+    """Weights of a file or folder, before what all formats have in common."""
+    if not path.is_dir():
+        return _read_file(path, arch, key)
+    if adapter.is_folder(path):
+        base = adapter.base_of(path, key)
+        is_own = base == path
+        weights = _read_folder(path, arch) if is_own else _read(base, arch, None)
+        return adapter.read_folder(path, weights)
+    if key is not None:
+        raise WeightsError(f"{path}: #{key} chooses among models in one file, this is a folder")
+    return _read_folder(_newest_checkpoint(path) or path, arch)
 
 
 def _normalized(weights: Weights, has_arch: bool) -> Weights:

@@ -63,6 +63,21 @@ def read_state_dict(
     return tensors, unexpected
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file by name, whether or not they are a model's.
+
+    Raises:
+        WeightsError: the file is damaged, or holds more than data, or no tensors.
+    """
+    loaded = _read_file(path)
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"{path}: holds a {type(loaded).__name__}, not tensors by name")
+    with weights_errors(path, "file of tensors"):
+        tensors = dict(_leaves(loaded, "", _MAX_DEPTH, set()))
+        check_sharing((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
+    return tensors
+
+
 def named(keys: Sequence[str]) -> str:
     """The first few of many names."""
     more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""

@@ -15,7 +15,7 @@ from leanclip.config.model import ModelConfig
 from leanclip.errors import WeightsError
 from leanclip.io.files import LFS_POINTER, is_lfs_file
 from leanclip.preprocess.text import CONFIG, FILES, Clean, Tokenizer
-from leanclip.preprocess.token_files import MAX_JSON, Added, JsonModel
+from leanclip.preprocess.token_files import MAX_JSON, Added, JsonModel, piece_count
 from leanclip.preprocess.tokenizer import vocabulary
 from leanclip.weights.bert_vocabulary import json_of_vocabulary, with_bert_options
 from leanclip.weights.files import MALFORMED, read_json
@@ -25,7 +25,6 @@ JSON, WORDS = "tokenizer.json", "vocab.txt"
 PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _CLIPS = (None, "CLIPTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 _GEMMAS = ("Siglip2Tokenizer", "GemmaTokenizer")
-_FLAGGED = (None, "PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer", *_GEMMAS)
 _PADS = {  # the default of each class that has one
     "SiglipTokenizer": "</s>",
     "BertTokenizer": "[PAD]",
@@ -225,8 +224,6 @@ def _of_json(
     if name in _CLIPS and values["model"].get("vocab") == vocabulary():
         return Tokenizer(shared["context_length"])
     changed = with_bert_options(values, config) if name == "BertTokenizer" else values
-    if name in _FLAGGED and ("add_bos_token" in config or "add_eos_token" in config):
-        changed = _with_ends(changed, model, config)
     if changed is not values:
         content = json.dumps(changed, ensure_ascii=False).encode()
     pad = _token(config, "pad_token") or _PADS.get(name or "")
@@ -259,44 +256,26 @@ def _of_pieces(
     if name == "SiglipTokenizer":
         if config.get("do_lower_case", True) is not True:
             raise WeightsError(f"{CONFIG}: do_lower_case: false of {name} is not supported")
-        added = _added(config) or tuple(
-            Added(text, i, True, True) for i, text in ((1, "</s>"), (2, "<unk>"))
-        )
+        added = _added(config) or (Added("</s>", 1, True, True), Added("<unk>", 2, True, True))
         ids = {one.text: one.id for one in added}
         end, pad = (_token(config, key) or "</s>" for key in ("eos_token", "pad_token"))
         return Tokenizer(
             **shared, normalize="siglip", suffix=(ids[end],), pad_id=ids[pad], added=added
         )
     if name == "T5Tokenizer":
-        return Tokenizer(**shared, suffix=(1,), pad_id=0, added=_added(config))
-    if name == "XLMRobertaTokenizer":  # fairseq's four tokens come before the pieces
-        added = tuple(Added(text, i) for i, text in enumerate(("<s>", "<pad>", "</s>", "<unk>")))
+        added = _added(config) or _numbered("<pad>", "</s>", "<unk>")
+        return Tokenizer(**shared, suffix=(1,), pad_id=0, added=added)
+    if name == "XLMRobertaTokenizer":  # fairseq's tokens: four before the pieces, one after them
+        mask = Added("<mask>", 1 + piece_count(shared["file"]), lstrip=True)
+        added = (*_numbered("<s>", "<pad>", "</s>", "<unk>"), mask)
         return Tokenizer(
             **shared, prefix=(0,), suffix=(2,), pad_id=1, added=added, offset=1, unknown=3
         )
     raise WeightsError(f"has no {JSON}, and its {path.name} is not read for a {name}")
 
 
-def _with_ends(values: dict[str, Any], model: JsonModel, config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json with the special tokens around a text that the flags of a class ask for."""
-    wanted = [
-        token if config.get(flag) else None
-        for flag, token in (
-            ("add_bos_token", _token(config, "bos_token")),
-            ("add_eos_token", _token(config, "eos_token")),
-        )
-    ]
-    ids = {token: model.id_of(token) for token in wanted if token}
-    if None in ids.values():
-        raise WeightsError(f"{CONFIG}: {' or '.join(map(repr, ids))} is none of its tokens")
-    if model.encode("") == [ids[token] for token in wanted if token]:
-        return values
-    first, last = ([{"SpecialToken": {"id": t, "type_id": 0}}] if t else [] for t in wanted)
-    single = [*first, {"Sequence": {"id": "A", "type_id": 0}}, *last]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
-    specials = {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in ids.items()}
-    template = {"type": "TemplateProcessing", "single": single, "pair": pair}
-    return values | {"post_processor": template | {"special_tokens": specials}}
+def _numbered(*names: str) -> tuple[Added, ...]:
+    return tuple(Added(name, i) for i, name in enumerate(names))
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
