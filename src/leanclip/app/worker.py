@@ -136,7 +136,7 @@ def rollouts(clip: InferenceModel, items: Sequence[np.ndarray]) -> Sequence[torc
 
 
 def normalized(clip: InferenceModel, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    """Pixels (3, R, R) uint8 -> the model's input (B, 3, R, R); with naflex, one image at a time."""
+    """Pixels (3, R, R) uint8 -> the model's input (B, 3, R, R); of naflex, image by image."""
     count = 1 if clip.preprocess.is_naflex else len(pixels)
     batches = [np.stack(pixels[n : n + count]) for n in range(0, len(pixels), count)]
     mean, std = clip.preprocess.mean, clip.preprocess.std

@@ -55,10 +55,11 @@ class Batch:
         return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        tensors = {k: torch.from_numpy(v) for k, v in state.items() if isinstance(v, np.ndarray)}
-        if "shapes" in tensors:
-            tensors["images"] = Patches(tensors["images"], tensors.pop("shapes"))
-        self.__dict__ = {k: v for k, v in state.items() if k != "shapes"} | tensors
+        for name, value in state.items():
+            is_array = isinstance(value, np.ndarray)
+            setattr(self, name, torch.from_numpy(value) if is_array else value)
+        if (shapes := self.__dict__.pop("shapes", None)) is not None:
+            self.images = Patches(self.images, shapes)  # pyright: ignore[reportArgumentType]
 
     def pin_memory(self) -> "Batch":
         """Copy images and tokens to page-locked memory, for asynchronous copies to a GPU."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from leanclip.data.dataset import StringArray
 from leanclip.data.readers.image_files import find_images

@@ -53,7 +53,8 @@ def training_pixels(
         return box, decoding_factor(box, wanted) if scaled_decoding else 1
 
     part = open_part(source, choose, max_pixels=max_pixels)
-    return resized(part, _size_of_crop(*part.shape[:2], preprocess))
+    height, width, _ = part.shape
+    return resized(part, _size_of_crop(height, width, preprocess))
 
 
 def _size_of_crop(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:

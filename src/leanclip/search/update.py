@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import DataError, SampleError, escaped

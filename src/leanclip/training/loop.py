@@ -212,7 +212,7 @@ def _fit(
             must_log = must_save or is_due(step + 1, plan, None, config.train.log_every)
             rate = learning_rate_at(plan, step)
             if counts.samples:
-                weight = counts.samples / plan.mean_batch_size if plan.has_lengths else 1.0
+                weight = plan.weight(counts.samples)
                 result = _step(
                     plan, trained, cache.replace(batch), rate, weight, must_measure=must_log
                 )
