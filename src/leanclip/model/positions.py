@@ -5,6 +5,7 @@ grid.
 """
 
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -49,7 +50,8 @@ def resized(positions: torch.Tensor, shapes: torch.Tensor, length: int) -> torch
     side, device = math.isqrt(len(positions)), positions.device
     found, where = shapes.unique(dim=0, return_inverse=True)  # each shape is resized once
     tables = []
-    with torch.autocast(device.type, enabled=False):
+    is_meta = device.type == "meta"  # which autocast does not know
+    with nullcontext() if is_meta else torch.autocast(device.type, enabled=False):
         grid = positions.float().view(side, side, -1)  # (g, g, D)
         for h, w in found.tolist():
             rows, columns = (_weights(side, n).to(device) for n in (h, w))  # (h, g), (w, g)
@@ -63,6 +65,7 @@ def resized(positions: torch.Tensor, shapes: torch.Tensor, length: int) -> torch
 @lru_cache(4096)
 def _weights(side: int, size: int) -> torch.Tensor:
     """The matrix (n, g) that resizes a row of g values to n."""
-    identity = torch.eye(side)[None, None]
-    found = F.interpolate(identity, (side, size), mode="bilinear", antialias=True)  # (1, 1, g, n)
-    return found[0, 0].T.contiguous()
+    with torch.inference_mode(False):  # the result is kept for any mode and device
+        identity = torch.eye(side, device="cpu")[None, None]
+        found = F.interpolate(identity, (side, size), mode="bilinear", antialias=True)
+    return found[0, 0].T.contiguous()  # (n, g)
