@@ -49,17 +49,18 @@ def resized(positions: torch.Tensor, shapes: torch.Tensor, length: int) -> torch
     """
     side, device = math.isqrt(len(positions)), positions.device
     found, where = shapes.unique(dim=0, return_inverse=True)  # each shape is resized once
+    dtype = torch.promote_types(positions.dtype, torch.float32)
     tables = []
     is_meta = device.type == "meta"  # which autocast does not know
     with nullcontext() if is_meta else torch.autocast(device.type, enabled=False):
-        grid = positions.float().view(side, side, -1)  # (g, g, D)
+        grid = positions.to(dtype).view(side, side, -1)  # (g, g, D)
         for h, w in found.tolist():
-            rows, columns = (_weights(side, n).to(device) for n in (h, w))  # (h, g), (w, g)
+            rows, columns = (_weights(side, n).to(device, dtype) for n in (h, w))  # (h, g), (w, g)
             table = columns @ (rows @ grid.flatten(1)).view(h, side, -1)  # (h, w, D)
             tables.append(F.pad(table.flatten(0, 1), (0, 0, 0, length - h * w)))
-    return F.embedding(where.to(device), torch.stack(tables).flatten(1)).view(
-        len(shapes), length, -1
-    )
+    table = torch.stack(tables).to(positions.dtype).flatten(1)
+    # an embedding: gradients of an index are summed in a fixed order
+    return F.embedding(where.to(device), table).view(len(shapes), length, -1)
 
 
 @lru_cache(4096)
