@@ -28,19 +28,16 @@ import torch
 from PIL import Image, ImageEnhance
 from skimage import data as pictures
 
+from leanclip.preprocess.crops import decoding_factor, draw_box, resized, training_pixels
 from leanclip.preprocess.decoding import open_image, open_part
 from leanclip.preprocess.images import (
     CLIP_MEAN,
     CLIP_STD,
     Preprocess,
     center_crop,
-    decoding_factor,
-    draw_box,
     evaluation_pixels,
     normalize,
-    resized,
     to_array,
-    training_pixels,
 )
 from measuring import chosen, finish, options
 
@@ -155,7 +152,7 @@ def our_training(scaled_decoding: bool) -> Callable[[list[Path], Clock], torch.T
             clock("read")
             part = open_part(data, choose)
             clock("decode and crop")
-            images.append(resized(part, RESOLUTION))
+            images.append(resized(part, (RESOLUTION, RESOLUTION)))
             clock("resize")
         return collated(stack, images, clock)
 
@@ -238,7 +235,11 @@ def differences(paths: list[Path]) -> dict:
         expected = to_array(image.crop(box).resize((RESOLUTION, RESOLUTION), BICUBIC)).astype(int)
         ours, small = (
             training_pixels(
-                path, RESOLUTION, np.random.default_rng(number), scaled_decoding=on, **CROP
+                path,
+                Preprocess(RESOLUTION),
+                np.random.default_rng(number),
+                scaled_decoding=on,
+                **CROP,
             )
             for on in (False, True)
         )

@@ -58,11 +58,10 @@ from leanclip.training.plan import (
     describe,
     headline,
     make_plan,
-    model_preprocess,
-    model_tokenizer,
     split_and_classes,
 )
 from leanclip.training.start import read_on_all_ranks
+from leanclip.training.stored import model_preprocess, model_tokenizer
 from leanclip.weights import (
     SHARDS,
     Weights,

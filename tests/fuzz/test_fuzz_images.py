@@ -14,8 +14,9 @@ from PIL import Image
 from leanclip.data.dataset import Sample
 from leanclip.data.scaled_decode import image_bytes, is_rotated, open_header, open_scaled
 from leanclip.errors import LeanclipError, SampleError
+from leanclip.preprocess.crops import training_pixels
 from leanclip.preprocess.decoding import MAX_SCANS, open_image
-from leanclip.preprocess.images import Preprocess, evaluation_pixels, training_pixels
+from leanclip.preprocess.images import Preprocess, evaluation_pixels
 
 MANY = 4_000_000  # the most pixels in these tests
 
@@ -72,7 +73,12 @@ def everything(data: bytes) -> None:
     for read in (
         lambda: evaluation_pixels(data, Preprocess(32), max_pixels=MANY),
         lambda: training_pixels(
-            data, 16, np.random.default_rng(0), scale=(0.5, 1), ratio=(0.7, 1.4), max_pixels=MANY
+            data,
+            Preprocess(16),
+            np.random.default_rng(0),
+            scale=(0.5, 1),
+            ratio=(0.7, 1.4),
+            max_pixels=MANY,
         ),
         lambda: packed(data),
     ):

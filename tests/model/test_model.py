@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import TINY
+from families import FAMILIES
 from torch.nn import functional as F
 
 from leanclip import CLIP, ConfigError
@@ -242,10 +243,11 @@ def test_config_survives_its_plain_form() -> None:
     assert all(a < b for a, b in pairwise(TEXT_LENGTHS))
 
 
+NORM = "transformer.resblocks.0.ln_1.weight"
 RESNET = {"vision_layers": [1, 2, 1, 1], "vision_patch_size": None, "vision_heads": None}
 
 
-@pytest.mark.parametrize("change", [{}, RESNET])
+@pytest.mark.parametrize("change", [{}, RESNET, *FAMILIES.values()])
 def test_nothing_is_drawn_where_values_will_be_replaced(change: dict) -> None:
     drawn = CLIP(**TINY | change)
     before = torch.get_rng_state()
@@ -262,4 +264,4 @@ def test_nothing_is_drawn_where_values_will_be_replaced(change: dict) -> None:
         assert (shape.shape, shape.dtype) == (value.shape, value.dtype)
     own = dict(undrawn.named_parameters())
     assert all(own[name].requires_grad for name, _ in drawn.named_parameters())
-    assert torch.equal(CLIP(**TINY | change).get_parameter("ln_final.weight"), torch.ones(32))
+    assert torch.equal(CLIP(**TINY | change).get_parameter(NORM), torch.ones(32))

@@ -13,15 +13,13 @@ from skimage import data as photographs
 
 from leanclip import Preprocess
 from leanclip.errors import DataError, SampleError
+from leanclip.preprocess.crops import decoding_factor, draw_box, training_pixels
 from leanclip.preprocess.images import (
     CLIP_MEAN,
     CLIP_STD,
     center_crop,
-    decoding_factor,
-    draw_box,
     evaluation_pixels,
     to_array,
-    training_pixels,
 )
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera")
@@ -104,7 +102,7 @@ def test_random_crops_keep_to_their_scale_and_ratio() -> None:
     rng = np.random.default_rng(0)
     areas = []
     for _ in range(200):
-        crop = training_pixels(image, 64, rng, scale=(0.3, 0.6), ratio=(0.5, 2.0))
+        crop = training_pixels(image, Preprocess(64), rng, scale=(0.3, 0.6), ratio=(0.5, 2.0))
         crop = crop.transpose(1, 2, 0)
         assert crop.shape == (64, 64, 3)
         width, height = (
@@ -136,7 +134,7 @@ def test_training_pixels_are_those_of_a_crop_resized_by_pillow(
     image = Image.open(io.BytesIO(data)).convert("RGB")
     for size, allowed in ((96, 1), (224, 1), (700, 2)):
         rng = np.random.default_rng(3)
-        pixels = training_pixels(data, size, rng, scaled_decoding=False, **USUAL)
+        pixels = training_pixels(data, Preprocess(size), rng, scaled_decoding=False, **USUAL)
         assert (pixels.shape, pixels.dtype) == ((3, size, size), np.uint8)
         assert pixels.flags.c_contiguous
         part = image.crop(draw_box(*image.size, np.random.default_rng(3), **USUAL))
@@ -147,7 +145,9 @@ def test_training_pixels_are_those_of_a_crop_resized_by_pillow(
 def test_training_pixels_depend_on_the_state_of_the_generator_alone() -> None:
     data = jpeg(photograph("coffee"))
     first, again, other = (
-        training_pixels(data, 64, np.random.default_rng(seed), scale=(0.3, 0.6), ratio=(1, 1))
+        training_pixels(
+            data, Preprocess(64), np.random.default_rng(seed), scale=(0.3, 0.6), ratio=(1, 1)
+        )
         for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
@@ -160,7 +160,8 @@ def test_training_pixels_are_the_same_of_path_bytes_and_image(tmp_path: Path) ->
     sources = (tmp_path / "a.jpg", str(tmp_path / "a.jpg"), data, Image.open(io.BytesIO(data)))
     # At 224 nothing is decoded smaller, which a PIL image never is.
     first, *others = (
-        training_pixels(source, 224, np.random.default_rng(0), **USUAL) for source in sources
+        training_pixels(source, Preprocess(224), np.random.default_rng(0), **USUAL)
+        for source in sources
     )
     for other in others:
         np.testing.assert_array_equal(first, other)
@@ -182,7 +183,7 @@ def test_scaled_decoding_differs_little_and_can_be_switched_off(name: str) -> No
     for resolution in (90, 190, 380):  # 1/8, 1/4 and 1/2
         scaled, full = (
             training_pixels(
-                data, resolution, np.random.default_rng(0), scaled_decoding=on, **WHOLE
+                data, Preprocess(resolution), np.random.default_rng(0), scaled_decoding=on, **WHOLE
             ).astype(int)
             for on in (True, False)
         )
@@ -205,7 +206,7 @@ def test_scaled_decoding_does_not_change_the_part_that_is_seen(orientation: int)
         scaled, full = (
             training_pixels(
                 data,
-                100,
+                Preprocess(100),
                 np.random.default_rng(seed),
                 scale=(0.5, 0.6),
                 ratio=(3 / 4, 4 / 3),
@@ -220,7 +221,7 @@ def test_scaled_decoding_does_not_change_the_part_that_is_seen(orientation: int)
 def test_training_pixels_of_odd_sizes(size: tuple[int, int]) -> None:
     data = jpeg(noise_image(7, size))
     for seed in range(5):
-        pixels = training_pixels(data, 24, np.random.default_rng(seed), **USUAL)
+        pixels = training_pixels(data, Preprocess(24), np.random.default_rng(seed), **USUAL)
         assert pixels.shape == (3, 24, 24)
 
 
@@ -229,7 +230,7 @@ def test_training_refuses_what_evaluation_refuses() -> None:
     for read in (
         lambda data, limit: evaluation_pixels(data, Preprocess(32), max_pixels=limit),
         lambda data, limit: training_pixels(
-            data, 32, np.random.default_rng(0), max_pixels=limit, **USUAL
+            data, Preprocess(32), np.random.default_rng(0), max_pixels=limit, **USUAL
         ),
     ):
         with pytest.raises(SampleError, match="640x427 pixels are over the limit of 9999"):

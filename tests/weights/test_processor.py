@@ -25,7 +25,8 @@ from leanclip.evaluation.compare import compare
 from leanclip.inference.export import export
 from leanclip.preprocess.images import evaluation_pixels
 from leanclip.preprocess.text import Tokenizer
-from leanclip.training.plan import make_plan, model_preprocess
+from leanclip.training.plan import make_plan
+from leanclip.training.stored import model_preprocess
 from leanclip.weights import Weights, read_weights, write_weights
 from leanclip.weights.processor import read_processor
 

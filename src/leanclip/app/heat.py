@@ -6,7 +6,7 @@ from PIL import Image
 
 from leanclip.preprocess.images import Preprocess, encode_jpeg, view
 
-SIDE = 448  # pixels
+SIDE = 448  # pixels of the long side
 MIN_OPACITY, MAX_OPACITY = 0.15, 0.75
 
 
@@ -14,12 +14,13 @@ def heat_picture(
     image: Image.Image, heat: np.ndarray, preprocess: Preprocess | None = None
 ) -> bytes:
     """What the model saw of an image, under a map (h, w)."""
-    seen = np.asarray(view(image, preprocess or Preprocess(), SIDE), dtype=np.float32)
+    picture = view(image, preprocess or Preprocess(), SIDE)
+    seen = np.asarray(picture, dtype=np.float32)
     scaled = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)
     smooth = Image.fromarray(scaled.astype(np.float32)).resize(
-        (SIDE, SIDE), Image.Resampling.BILINEAR
+        picture.size, Image.Resampling.BILINEAR
     )
-    x = np.clip(np.asarray(smooth), 0, 1)  # (SIDE, SIDE)
+    x = np.clip(np.asarray(smooth), 0, 1)  # (height, width)
     color = 255 * colormaps["plasma"](x)[..., :3]
     opacity = (MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * x)[..., None]
     mixed = seen * (1 - opacity) + color * opacity

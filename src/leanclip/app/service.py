@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from anyio.to_thread import run_sync
 from fastapi import HTTPException, UploadFile
@@ -87,10 +88,9 @@ class Service:
             self.image_features[key] = features
         return features
 
-    def to_pixels(self, content: bytes) -> torch.Tensor:
-        """The model's input, (3, R, R) uint8."""
-        preprocess = self.worker.clip.preprocess
-        return torch.from_numpy(evaluation_pixels(content, preprocess, max_pixels=MAX_PIXELS))
+    def to_pixels(self, content: bytes) -> np.ndarray:
+        """What the model sees, as `evaluation_pixels`."""
+        return evaluation_pixels(content, self.worker.clip.preprocess, max_pixels=MAX_PIXELS)
 
     async def text(self, text: str) -> torch.Tensor:
         """Unit features (E,) of a text."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from fastapi import HTTPException
 
@@ -110,9 +111,9 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *values)
 
 
-def embed_images(clip: InferenceModel, items: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def embed_images(clip: InferenceModel, items: Sequence[np.ndarray]) -> Sequence[torch.Tensor]:
     """Pixels (3, R, R) uint8 -> unit features (E,)."""
-    return list(clip.embed_pixels(torch.stack(list(items))))
+    return list(clip.embed_pixels(clip.preprocess.stack(items)))
 
 
 def embed_texts(clip: InferenceModel, items: Sequence[str]) -> Sequence[torch.Tensor]:
@@ -124,15 +125,22 @@ def gradient_maps(clip: InferenceModel, items: Sequence[tuple]) -> Sequence[torc
     """Pixels (3, R, R) uint8, each with unit text features (E,) -> maps (h, w) for the texts."""
     pixels, texts = zip(*items, strict=True)
     texts = torch.stack(texts).to(clip.device)
-    return list(gradient_map(clip.model, normalized(clip, pixels), texts).cpu())
+    batches = normalized(clip, pixels)
+    pairs = zip(batches, texts.split(len(batches[0])), strict=True)
+    return [one for batch, text in pairs for one in gradient_map(clip.model, batch, text).cpu()]
 
 
-def rollouts(clip: InferenceModel, items: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def rollouts(clip: InferenceModel, items: Sequence[np.ndarray]) -> Sequence[torch.Tensor]:
     """Pixels (3, R, R) uint8 -> text-independent maps (h, w)."""
-    return list(rollout(clip.model, normalized(clip, items)).cpu())
+    return [one for part in normalized(clip, items) for one in rollout(clip.model, part).cpu()]
 
 
-def normalized(clip: InferenceModel, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Pixels (3, R, R) uint8 -> the model's input (B, 3, R, R)."""
-    batch = torch.stack(list(pixels)).to(clip.device)
-    return normalize(batch, clip.preprocess.mean, clip.preprocess.std).to(clip.dtype)
+def normalized(clip: InferenceModel, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Pixels (3, R, R) uint8 -> the model's input (B, 3, R, R); of naflex, image by image."""
+    count = 1 if clip.preprocess.is_naflex else len(pixels)
+    batches = [np.stack(pixels[n : n + count]) for n in range(0, len(pixels), count)]
+    mean, std = clip.preprocess.mean, clip.preprocess.std
+    return [
+        normalize(torch.from_numpy(batch).to(clip.device), mean, std).to(clip.dtype)
+        for batch in batches
+    ]

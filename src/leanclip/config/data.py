@@ -17,6 +17,7 @@ from leanclip.config.sections import (
     PositiveFraction,
     Ratio,
     Section,
+    Size,
 )
 
 Format = Literal["shapes", "food101", "folder", "pairs", "table", "shards", "wds", "hub", "mixture"]
@@ -154,11 +155,18 @@ class DataConfig(SourceConfig):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
         default=None, description="of RGB in [0, 1]; null: as the loaded weights, else OpenAI's"
     )
-    resize: Literal["shortest", "longest", "squash"] | None = Field(
+    resize: Literal["shortest", "longest", "squash", "naflex"] | None = Field(
         default=None,
         description="how evaluation makes an image square: resize the short side and crop, resize "
-        "the long side and pad, or resize both sides (squash); null: as the loaded weights, "
+        "the long side and pad, or resize both sides (squash); naflex: images keep their "
+        "proportions, for models with vision_positions resized; null: as the loaded weights, "
         "else shortest",
+    )
+    patches: tuple[Size, ...] | None = Field(
+        default=None,
+        description="with resize naflex: patches of an image at most; several: training draws one "
+        "for each batch, evaluation uses the largest; null: as the loaded weights, else those of "
+        "a square of the model's resolution",
     )
     interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = (
         Field(
@@ -196,6 +204,8 @@ class DataConfig(SourceConfig):
     def _check(self) -> "DataConfig":
         if (self.format == "mixture") != bool(self.sources):
             raise ValueError("sources: a list of format, root, weight; with format mixture only")
+        if self.patches is not None and len({*self.patches}) != max(1, len(self.patches)):
+            raise ValueError(f"patches: should be different numbers, found {list(self.patches)}")
         given = [source.weight is not None for source in self.sources]
         if any(given) and not all(given):
             raise ValueError("sources: give every source a weight, or none")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from leanclip.data.skipped import Bad
+from leanclip.preprocess.patches import Patches
 from leanclip.preprocess.text import Tokenizer
 
 TEXT_LENGTHS = (8, 16, 24, 32, 48, 64)  # tokens are padded to one of these, or to the context
@@ -31,7 +32,7 @@ def _no_numbers() -> torch.Tensor:
 class Batch:
     """Image-text pairs, ready for the device; unusable samples are left out and listed in `bad`."""
 
-    images: torch.Tensor  # (B, 3, R, R) uint8; or (B, E), unit features of a locked tower
+    images: torch.Tensor | Patches  # (B, 3, R, R) uint8; (B, E): unit features, tower locked
     tokens: torch.Tensor  # (B, L) int64, cut to the longest caption; or (B, E) as above
     indices: torch.Tensor  # (B,) int64, of the samples in their data set; -1 in a stream
     labels: torch.Tensor  # (B,) int64, of class data; -1 elsewhere
@@ -48,23 +49,22 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Arrays in place of tensors, which would cross between processes by file descriptors."""
-        return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        state = vars(self).copy()
+        if isinstance(self.images, Patches):
+            state |= {"images": self.images.values, "shapes": self.images.shapes}
+        return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             is_array = isinstance(value, np.ndarray)
             setattr(self, name, torch.from_numpy(value) if is_array else value)
+        if (shapes := self.__dict__.pop("shapes", None)) is not None:
+            self.images = Patches(self.images, shapes)  # pyright: ignore[reportArgumentType]
 
     def pin_memory(self) -> "Batch":
         """Copy images and tokens to page-locked memory, for asynchronous copies to a GPU."""
         self.images, self.tokens = self.images.pin_memory(), self.tokens.pin_memory()
         return self
-
-
-def advance(position: Position, size: int, batch_size: int) -> Position:
-    """The position after a batch; an incomplete batch at the end of an epoch is dropped."""
-    epoch, sample = position.epoch, position.sample + batch_size
-    return Position(epoch, sample) if sample + batch_size <= size else Position(epoch + 1, 0)
 
 
 def trim(tokens: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """Reads the samples of a batch: decode, crop, tokenise. Runs in the data workers.
 
-Shapes: B batch, L tokens, R resolution.
+Shapes: B batch, L tokens, R resolution, P patches.
 """
 
 import json
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ from leanclip.data.batch import Batch, trim
 from leanclip.data.dataset import Dataset, Sample
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError, SampleError, is_shortage, one_line
-from leanclip.preprocess.images import Preprocess, evaluation_pixels, training_pixels
+from leanclip.preprocess.crops import training_pixels
+from leanclip.preprocess.images import Preprocess, evaluation_pixels
+from leanclip.preprocess.patches import Patches, write_patches
 from leanclip.preprocess.text import Tokenizer
 
 
@@ -29,6 +32,7 @@ class Visit(NamedTuple):
     epoch: int
     position: int  # in the epoch
     sample: int | Sample  # an index, or of a stream the sample itself
+    patches: int | None = None  # of each image of the batch, for naflex; None: the most
 
 
 class BatchReader:
@@ -55,16 +59,26 @@ class BatchReader:
         self.dataset, self.config, self.seed = dataset, config, seed
         self.preprocess, self.tokenizer = preprocess, tokenizer
         self.truncate, self.known_bad = truncate, known_bad
-        self.side = 0 if known_bad is not None else preprocess.resolution
+        self.patch_size = preprocess.patch_size if known_bad is None else None
 
-    def share(self, workers: int, slots: int, batch_size: int) -> None:
+    def shape(self, count: int, patches: int | None) -> tuple[int, ...]:
+        """That of a batch's images: (B, 3, R, R), or (B, P, 3p²); of none if they are left out."""
+        if self.known_bad is not None:
+            return count, 3, 0, 0
+        return count, *self.preprocess.shape_of_image(patches)
+
+    def share(self, workers: int, slots: int, size: int) -> None:
         """Allocate memory for the images of `slots` batches, and the samples being read.
+
+        Args:
+            workers: processes that read.
+            slots: batches, each of at most `size` bytes.
+            size: see `shape`.
 
         Raises:
             OSError: there is not enough memory.
         """
-        side = self.side
-        self.images = _shared((slots, batch_size, 3, side, side), np.uint8)
+        self.images = _shared((slots, size), np.uint8)
         self.reading = _shared((workers, 2), np.int64)  # process id and index, by worker
 
     def __getitem__(self, task: tuple[int, Sequence[Visit]]) -> Batch | DataError:
@@ -75,23 +89,29 @@ class BatchReader:
         reading = self.reading[worker.id]
         reading[0] = os.getpid()
         try:
-            batch = self._read(visits, self.images[slot], reading)
+            batch = self._read(visits, self._slot(slot, self._shape_of(visits)), reading)
         except DataError as error:
             return error  # raised here, PyTorch would add a traceback to its message
-        batch.images = batch.images[:0]
-        return batch
+        return replace(batch, images=_with_values(batch.images, _values(batch.images)[:0]))
 
     def take(self, slot: int, batch: Batch) -> Batch:
         """A worker's batch with a copy of its images, so that the slot is free."""
-        batch.images = torch.from_numpy(self.images[slot, : len(batch)])
+        shape = (len(batch), *_values(batch.images).shape[1:])
+        images = _with_values(batch.images, torch.from_numpy(self._slot(slot, shape)))
         if torch.cuda.is_available():
-            return batch.pin_memory()
-        batch.images = batch.images.clone()
-        return batch
+            return replace(batch, images=images).pin_memory()
+        return replace(batch, images=_with_values(images, _values(images).clone()))
+
+    def _slot(self, slot: int, shape: tuple[int, ...]) -> np.ndarray:
+        """The beginning of a slot as an array."""
+        return np.ndarray(shape, np.uint8, buffer=self.images[slot].data)
+
+    def _shape_of(self, visits: Sequence[Visit]) -> tuple[int, ...]:
+        return self.shape(len(visits), visits[0].patches if visits else None)
 
     def read(self, visits: Sequence[Visit]) -> Batch:
         """The batch, read in this process."""
-        images = np.empty((len(visits), 3, self.side, self.side), np.uint8)
+        images = np.empty(self._shape_of(visits), np.uint8)
         return self._read(visits, images, np.zeros(2, np.int64))
 
     def name(self, index: int) -> str:
@@ -99,20 +119,20 @@ class BatchReader:
         return self.dataset.name(index) if index >= 0 else "a sample of a stream"
 
     def _read(self, visits: Sequence[Visit], images: np.ndarray, reading: np.ndarray) -> Batch:
-        """Fill `images` (at least B, 3, R, R) and note in `reading` each sample's index.
+        """Fill `images`, of that `shape`, and note in `reading` each sample's index.
 
         Raises:
             DataError: there is not enough memory, or too few files may be open.
         """
         samples: list[Sample] = []
-        indices, captions, digests, bad = [], [], [], []
+        indices, captions, digests, bad, shapes = [], [], [], [], []
         try:
             for visit in visits:
                 what, sample = visit.sample, None
                 index = reading[1] = -1 if isinstance(what, Sample) else what
                 try:
                     sample = what if isinstance(what, Sample) else self.dataset[what]
-                    caption = self._read_sample(sample, visit, images[len(samples)])
+                    caption, shape = self._read_sample(sample, visit, images[len(samples)])
                     if self.seed is None and self.known_bad is None:
                         digests.append(_digest(sample))
                 except SampleError as error:
@@ -121,13 +141,17 @@ class BatchReader:
                 samples.append(sample)
                 indices.append(index)
                 captions.append(caption)
+                shapes.append(shape)
             tokens = self.tokenizer(captions, truncate=True)
         except (MemoryError, OSError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
             raise shortage_error(self.name(int(reading[1])), error) from None
+        pixels = torch.from_numpy(images[: len(samples)])
+        if self.patch_size is not None:
+            pixels = Patches(pixels, torch.tensor(shapes, dtype=torch.int64).view(-1, 2))
         return Batch(
-            torch.from_numpy(images[: len(samples)]),
+            pixels,
             trim(tokens, self.tokenizer),
             torch.tensor(indices, dtype=torch.int64),
             torch.tensor([-1 if s.label is None else s.label for s in samples]).long(),
@@ -138,29 +162,42 @@ class BatchReader:
             bad,
         )
 
-    def _read_sample(self, sample: Sample, visit: Visit, pixels: np.ndarray) -> str:
-        """The caption of a visit; its image is written to `pixels` (3, R, R)."""
+    def _read_sample(
+        self, sample: Sample, visit: Visit, into: np.ndarray
+    ) -> tuple[str, tuple[int, int]]:
+        """The caption of a visit, and its image's rows and columns of patches, if it has some.
+
+        The image is written to `into`, (3, R, R) or (P, 3p²).
+        """
         if sample.error:
             raise sample.error
-        rng, caption = None, sample.captions[0]
+        rng, caption, shape = None, sample.captions[0], (0, 0)
         if self.seed is not None:
             rng = np.random.default_rng([self.seed, visit.epoch, visit.position])
             caption = sample.captions[int(rng.integers(len(sample.captions)))]
         if self.known_bad is None:
-            pixels[:] = self._pixels(sample, rng)
+            pixels = self._pixels(sample, visit.patches, rng)
+            if self.patch_size is None:
+                into[:] = pixels
+            else:
+                shape = write_patches(pixels, self.patch_size, into)
         elif isinstance(visit.sample, int) and (bad := self.known_bad.get(visit.sample)):
             raise SampleError(bad.kind, bad.reason)
         self._check_caption(sample, caption)
-        return caption
+        return caption, shape
 
-    def _pixels(self, sample: Sample, rng: np.random.Generator | None) -> np.ndarray:
-        """(3, R, R); without `rng`, by the evaluation transform."""
-        config = self.config
+    def _pixels(
+        self, sample: Sample, patches: int | None, rng: np.random.Generator | None
+    ) -> np.ndarray:
+        """(3, R, R), or (3, ph, pw) of at most `patches`; without `rng`, as in evaluation."""
+        config, preprocess = self.config, self.preprocess
+        if patches is not None:
+            preprocess = replace(preprocess, max_patches=patches)
         if rng is None or not config.augment:
-            return evaluation_pixels(sample.image, self.preprocess, max_pixels=config.max_pixels)
+            return evaluation_pixels(sample.image, preprocess, max_pixels=config.max_pixels)
         return training_pixels(
             sample.image,
-            self.preprocess.resolution,
+            preprocess,
             rng,
             scale=config.crop_scale,
             ratio=config.crop_ratio,
@@ -191,6 +228,15 @@ def shortage_error(name: str, error: Exception) -> DataError:
         f"may be open: {one_line(error)}; raise the limit (ulimit -n; df -h /dev/shm, of a "
         f"container --shm-size), or set data.workers or train.batch_size lower"
     )
+
+
+def _values(images: torch.Tensor | Patches) -> torch.Tensor:
+    return images.values if isinstance(images, Patches) else images
+
+
+def _with_values(images: torch.Tensor | Patches, values: torch.Tensor) -> torch.Tensor | Patches:
+    """The same images, their values elsewhere."""
+    return replace(images, values=values) if isinstance(images, Patches) else values
 
 
 def _shared(shape: tuple[int, ...], dtype: type[np.number]) -> np.ndarray:

@@ -8,6 +8,7 @@ rank reads it or when: the position alone rebuilds the stream.
 
 import atexit
 import errno
+import math
 import os
 import signal
 import threading
@@ -25,8 +26,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from leanclip.config.data import DataConfig
-from leanclip.data.batch import Batch, Position, advance
+from leanclip.data.batch import Batch, Position
 from leanclip.data.batch_reader import BatchReader, Visit, lacks_memory, shortage_error
+from leanclip.data.batch_sizes import BatchSize, BatchSizes
 from leanclip.data.dataset import Dataset
 from leanclip.data.skipped import Bad
 from leanclip.errors import DataError
@@ -63,22 +65,20 @@ def training_batches(
         preprocess: the model's resolution, and the transform without `augment`.
         tokenizer: of the model; captions are cut to its context length.
         truncate: cut longer captions; otherwise they are bad samples.
-        batch_size: samples per step over all ranks; at most the size of the data set.
+        batch_size: samples per step over all ranks, at most the size of the data set; with
+            several lengths in `config.patches`, of the longest (see `BatchSizes`).
         seed: of the order, the crops and the choice of captions.
         start: where to begin.
         rank: takes every `world_size`-th sample of each batch, from the rank-th.
         world_size: number of ranks that share a batch.
         known_bad: leave the images out; these samples, by index, are known to be bad.
     """
-    size = len(dataset)
-    if start.sample + batch_size > size:  # the batch size was smaller at the checkpoint
-        start = Position(start.epoch + 1, 0)
+    sizes = BatchSizes(len(dataset), batch_size, seed, config.patches or ())
     reader = BatchReader(dataset, config, preprocess, tokenizer, truncate, seed, known_bad)
-    visits = (v[rank::world_size] for v in _training_visits(dataset, batch_size, seed, start))
-    own_size = len(range(rank, batch_size, world_size))
-    position = start
-    for batch in _load(reader, visits, config.workers, own_size):
-        position = advance(position, size, batch_size)
+    visits = (part[rank::world_size] for part in _training_visits(dataset, sizes, start))
+    own = [BatchSize(-(-samples // world_size), patches) for samples, patches in sizes.sizes]
+    batches = _load(reader, visits, config.workers, own)
+    for batch, (_, _, position) in zip(batches, sizes.batches(start), strict=False):
         yield batch, position
 
 
@@ -115,31 +115,32 @@ def batches_at(
     """Batches of these indices, as `evaluation_batches`; `known_bad` as in `training_batches`."""
     reader = BatchReader(dataset, config, preprocess, tokenizer, True, None, known_bad)
     visits = ([Visit(0, index, index) for index in batch] for batch in places)
-    return _load(reader, visits, config.workers, max(map(len, places), default=0))
+    largest = BatchSize(max(map(len, places), default=0), None)
+    return _load(reader, visits, config.workers, [largest])
 
 
-def _training_visits(
-    dataset: Dataset, batch_size: int, seed: int, start: Position
-) -> Iterator[list[Visit]]:
+def _training_visits(dataset: Dataset, sizes: BatchSizes, start: Position) -> Iterator[list[Visit]]:
     """The visits of each global batch; every epoch has an order of its own."""
-    position = start
-    while True:
-        epoch = position.epoch
-        order = dataset.visits((seed, epoch), position.sample)
-        while position.epoch == epoch:
-            chosen = islice(order, batch_size)
-            yield [Visit(epoch, position.sample + i, what) for i, what in enumerate(chosen)]
-            position = advance(position, len(dataset), batch_size)
+    order, order_epoch = iter(()), None
+    for (samples, patches), (epoch, first), _ in sizes.batches(start):
+        if epoch != order_epoch:
+            order, order_epoch = dataset.visits((sizes.seed, epoch), first), epoch
+        chosen = enumerate(islice(order, samples), first)
+        yield [Visit(epoch, place, what, patches) for place, what in chosen]
 
 
 def _load(
-    reader: BatchReader, visits: Iterable[list[Visit]], workers: int | None, batch_size: int
+    reader: BatchReader,
+    visits: Iterable[list[Visit]],
+    workers: int | None,
+    sizes: Sequence[BatchSize],
 ) -> Iterator[Batch]:
-    """Read lists of at most `batch_size` visits, in this process or in `workers` others."""
+    """Read lists of visits, of these sizes at most, in this process or in `workers` others."""
     if workers is None:
         workers = default_workers()
     if workers > 0:
-        yield from _load_in_workers(reader, visits, workers, batch_size)
+        slot = max(math.prod(reader.shape(*size)) for size in sizes)
+        yield from _load_in_workers(reader, visits, workers, slot)
         return
     for one in visits:
         batch = reader.read(one)
@@ -147,9 +148,11 @@ def _load(
 
 
 def _load_in_workers(
-    reader: BatchReader, visits: Iterable[list[Visit]], count: int, batch_size: int
+    reader: BatchReader, visits: Iterable[list[Visit]], count: int, slot_size: int
 ) -> Iterator[Batch]:
     """Read lists of visits in `count` processes, which end with this generator.
+
+    The images of a list take at most `slot_size` bytes.
 
     Raises:
         DataError: a worker died, there is too little memory, or too few files may be open.
@@ -159,7 +162,7 @@ def _load_in_workers(
     # At exit multiprocessing would send SIGTERM, which workers ignore, and wait for them.
     atexit.register(workers.kill)
     try:
-        reader.share(count, slots, batch_size)
+        reader.share(count, slots, slot_size)
         with workers.raising_deaths():
             loader = DataLoader(
                 reader,  # pyright: ignore[reportArgumentType]: its keys are a slot and visits

@@ -5,6 +5,7 @@ import io
 from PIL import Image
 
 from leanclip.data.dataset import Sample
+from leanclip.preprocess.crops import decoding_factor
 from leanclip.preprocess.decoding import (
     exif_orientation,
     image_errors,
@@ -12,7 +13,6 @@ from leanclip.preprocess.decoding import (
     open_regular_file,
     read_header,
 )
-from leanclip.preprocess.images import decoding_factor
 
 MARGIN = 2  # scaled decoding keeps at least this many times the wanted side; benchmarks/pack.py
 

@@ -29,6 +29,7 @@ from leanclip.evaluation.distinct import DistinctImages, distinct_images
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess, normalize
+from leanclip.preprocess.patches import Patches
 from leanclip.preprocess.text import Tokenizer
 
 log = logging.getLogger("leanclip")
@@ -181,18 +182,20 @@ def _log_bad(dataset: Dataset, bad: Sequence[Bad]) -> None:
 
 
 @torch.no_grad()
-def encode_images(model: CLIP, pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
-    """Unit features of pixels (B, 3, R, R) uint8: (B, E) float32 on the CPU."""
+def encode_images(
+    model: CLIP, pixels: torch.Tensor | Patches, preprocess: Preprocess
+) -> torch.Tensor:
+    """Unit features of pixels (B, 3, R, R) uint8, or of patches: (B, E) float32 on the CPU."""
     device, dtype = model.logit_scale.device, next(model.parameters()).dtype
     features = [torch.empty(0, model.config.embed_dim)]
-    for part in pixels.split(images_at_once(model)):
+    for part in pixels.split(images_at_once(model, pixels)):
         part = normalize(part.to(device), preprocess.mean, preprocess.std).to(dtype)
         features.append(F.normalize(model.encode_image(part).float(), dim=-1).cpu())
     return torch.cat(features)
 
 
-def images_at_once(model: CLIP) -> int:
-    """The number of images for which a forward pass is fastest.
+def images_at_once(model: CLIP, pixels: torch.Tensor | Patches) -> int:
+    """The number of these images for which a forward pass is fastest.
 
     On a CPU so few that malloc keeps the largest tensor, a ViT's hidden values or the output of a
     ResNet's first stage: every page of memory that is returned to the system is cleared and mapped
@@ -205,7 +208,10 @@ def images_at_once(model: CLIP) -> int:
     if config.vision_patch_size is None:
         values = (side // 4) ** 2 * 4 * width
     else:
-        values = (side // config.vision_patch_size) ** 2 * int(width * config.vision_mlp_ratio)
+        patches = (side // config.vision_patch_size) ** 2
+        if isinstance(pixels, Patches):
+            patches = pixels.values.shape[1]
+        values = patches * int(width * config.vision_mlp_ratio)
     return max(1, min(_CPU_IMAGES, _MAX_KEPT // (4 * values)))
 
 

@@ -32,6 +32,8 @@ Layer = Attention | AttentionPool2d | AttentionPool | QueryPool
 def rollout(model: CLIP, pixels: torch.Tensor) -> torch.Tensor:
     """Attention rollout (arXiv 2005.00928): (B, 3, R, R) -> (B, h, w), with a sum of 1 per image.
 
+    The sides may differ, in whole patches, of a model with resized positions.
+
     The attention of each layer is averaged over its heads and with the identity, for the residual
     connection; the matrices are multiplied, and read at the token or tokens that are pooled. A
     ResNet has one layer of attention, its pool.
@@ -48,7 +50,7 @@ def rollout(model: CLIP, pixels: torch.Tensor) -> torch.Tensor:
             step = (step + torch.eye(step.shape[-1], device=step.device)) / 2
         flow = step @ flow if flow.numel() else step  # (B, L, L), or (B, 1, L)
     read = _pooling_weights(visual, flow)[:, None, : flow.shape[1]]  # (B, 1, L), or (B, 1, 1)
-    return _normalized(_patches(visual, (read @ flow)[:, 0]))
+    return _normalized(_patches(visual, (read @ flow)[:, 0]), pixels)
 
 
 def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -91,7 +93,8 @@ def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch
             relevance = relevance + (relevance[:, None, : step.shape[1]] @ step)[:, 0]
         relevance = _patches(visual, relevance - start)  # (B, P)
         low, high = relevance.amin(dim=1, keepdim=True), relevance.amax(dim=1, keepdim=True)
-        return _as_grid((relevance - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny))
+        relevance = (relevance - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+        return _as_grid(relevance, pixels)
 
 
 def _attention_layers(visual: Tower) -> list[Layer]:
@@ -210,11 +213,13 @@ def _project(
     return tuple(F.linear(*three) for three in zip(inputs, weights, biases, strict=True))
 
 
-def _normalized(values: torch.Tensor) -> torch.Tensor:
+def _normalized(values: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """(B, hw) -> (B, h, w) with a sum of 1 per image."""
-    return _as_grid(values / values.sum(dim=1, keepdim=True))
+    return _as_grid(values / values.sum(dim=1, keepdim=True), pixels)
 
 
-def _as_grid(values: torch.Tensor) -> torch.Tensor:
-    side = math.isqrt(values.shape[1])
-    return values.float().view(-1, side, side)
+def _as_grid(values: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, hw) -> (B, h, w), in the proportions of the pixels."""
+    height, width = pixels.shape[2:]
+    rows = round(math.sqrt(values.shape[1] * height / width))
+    return values.float().view(len(values), rows, -1)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from leanclip.data.dataset import StringArray
 from leanclip.data.readers.image_files import find_images
@@ -174,7 +173,7 @@ def _write_shards(
                 good = [(name, read) for name, read in batch if isinstance(read, np.ndarray)]
                 ids += [name for name, _ in good]
                 if good:
-                    pixels = torch.from_numpy(np.stack([pixels for _, pixels in good]))
+                    pixels = clip.preprocess.stack([pixels for _, pixels in good])
                     rows.append(clip.embed_pixels(pixels).numpy().astype(dtype))
                 for name, error in batch:
                     if isinstance(error, SampleError):

@@ -26,6 +26,7 @@ from leanclip.io.threads import map_in_threads
 from leanclip.preprocess.decoding import Source, open_image
 from leanclip.preprocess.image_formats import SUFFIXES
 from leanclip.preprocess.images import Preprocess, evaluation_pixels
+from leanclip.preprocess.patches import Patches
 
 log = logging.getLogger("leanclip")
 
@@ -72,8 +73,8 @@ def pixel_batches(
     *,
     batch_size: int,
     workers: int | None = None,
-) -> Iterator[torch.Tensor]:
-    """Evaluation pixels (B, 3, R, R) uint8 in batches, in order; one batch is read ahead.
+) -> Iterator[torch.Tensor | Patches]:
+    """Evaluation pixels (B, 3, R, R) uint8, or patches, in batches, in order; one is read ahead.
 
     Args:
         sources: images, one by one.
@@ -98,7 +99,7 @@ def pixel_batches(
 
     arrays = map_in_threads(read, sources, workers, batch_size)
     while part := list(islice(arrays, batch_size)):
-        yield torch.from_numpy(np.stack(part))
+        yield preprocess.stack(part)
 
 
 def to_source(image: ImageInput) -> Source:

@@ -3,6 +3,7 @@
 source -> read_weights -> CLIP -> InferenceModel(model, preprocess)
 """
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
@@ -10,6 +11,7 @@ from typing import cast
 import torch
 
 from leanclip.config.published import published
+from leanclip.config.model import ModelConfig
 from leanclip.config.sections import to_plain
 from leanclip.distributed.collectives import choose_device
 from leanclip.errors import ConfigError, WeightsError
@@ -17,6 +19,7 @@ from leanclip.inference.exported import is_exported, read_exported
 from leanclip.inference.model import InferenceModel
 from leanclip.model import CLIP
 from leanclip.model.skip_init import SkipInit
+from leanclip.preprocess.images import Preprocess
 from leanclip.training.determinism import allow_tf32
 from leanclip.weights import load_into, read_weights
 from leanclip.weights.hub import OPENAI_FILES
@@ -84,12 +87,32 @@ def load(
         model = CLIP(**to_plain(weights.model))
     model = model.to(_device(device))
     load_into(model, weights, partial=partial)
-    most = max(weights.preprocess.resolution, *weights.preprocess.sides)
+    preprocess = weights.preprocess
+    _check_patches(weights.source, weights.model, preprocess)
+    most = max(preprocess.resolution, *preprocess.sides)
+    if preprocess.patch_size is not None and preprocess.max_patches is not None:
+        most = max(most, preprocess.patch_size * math.isqrt(preprocess.max_patches))
     if most > MAX_RESOLUTION:
         raise WeightsError(
             f"{weights.source}: images of {most} pixels per side; the maximum is {MAX_RESOLUTION}"
         )
-    return InferenceModel(model.to(DTYPES[name]).eval(), weights.preprocess)
+    return InferenceModel(model.to(DTYPES[name]).eval(), preprocess)
+
+
+def _check_patches(source: str | Path, model: ModelConfig, preprocess: Preprocess) -> None:
+    """Check that a model takes the patches that its preprocessing makes."""
+    if not preprocess.is_naflex:
+        return
+    if model.vision_positions != "resized":
+        raise WeightsError(
+            f"{source}: its images are resized by naflex, which needs vision_positions resized, "
+            f"found {model.vision_positions}"
+        )
+    if model.vision_patch_size != preprocess.patch_size:
+        raise WeightsError(
+            f"{source}: its images have patches of {preprocess.patch_size} pixels, the model takes "
+            f"{model.vision_patch_size}"
+        )
 
 
 def _device(name: str | torch.device) -> torch.device:

@@ -40,6 +40,7 @@ from leanclip.inference.inputs import ImageInput, ImageInputs, expand_inputs, pi
 from leanclip.io.progress import ProgressBar
 from leanclip.model import CLIP
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.patches import Patches
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class InferenceModel:
     """
 
     model: CLIP = field(repr=False)
-    preprocess: Preprocess  # an image -> (3, R, R) float32
+    preprocess: Preprocess  # an image -> (3, R, R) float32, or Patches
 
     @property
     def device(self) -> torch.device:
@@ -91,9 +92,12 @@ class InferenceModel:
         return self.model.tokenizer(texts, truncate=truncate)
 
     @torch.no_grad()
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels (B, 3, R, R) -> image features (B, E), not of unit length."""
-        parts = pixels.split(images_at_once(self.model))
+    def encode_image(self, pixels: torch.Tensor | Patches) -> torch.Tensor:
+        """Normalised pixels (B, 3, R, R), or patches -> image features (B, E), not of unit length.
+
+        As `preprocess` gives them.
+        """
+        parts = pixels.split(images_at_once(self.model, pixels))
         return torch.cat(
             [self.model.encode_image(part.to(self.device, self.dtype)) for part in parts]
         )
@@ -351,6 +355,6 @@ class InferenceModel:
         batches = pixel_batches(sources, self.preprocess, batch_size=batch_size, workers=workers)
         yield from map(self.embed_pixels, batches)
 
-    def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, R, R) uint8 -> unit features (B, E) float32 on the CPU."""
+    def embed_pixels(self, pixels: torch.Tensor | Patches) -> torch.Tensor:
+        """Pixels (B, 3, R, R) uint8, or patches -> unit features (B, E) float32 on the CPU."""
         return encode_images(self.model, pixels, self.preprocess)

@@ -11,16 +11,19 @@ from leanclip.config.presets import PRESETS
 from leanclip.config.sections import parse, to_plain
 from leanclip.model.clip import CLIP
 from leanclip.model.skip_init import meta_device
+from leanclip.preprocess.patches import Patches
 
 
-def forward_gflops(config: ModelConfig, length: int | None = None) -> float:
-    """10⁹ FLOPs of a forward pass of one image and one caption of `length` tokens.
+def forward_gflops(
+    config: ModelConfig, length: int | None = None, patches: int | None = None
+) -> float:
+    """10⁹ FLOPs of a forward pass of one image of `patches` and one caption of `length` tokens.
 
-    None: the context length. Matrix products, convolutions and attention are counted, a
-    multiply-add as two, on the meta device. The last block computes only the token that is read;
-    published counts include the others.
+    None: a square of the model's resolution; the context length. Matrix products, convolutions and
+    attention are counted, a multiply-add as two, on the meta device. The last block computes only
+    the token that is read; published counts include the others.
     """
-    return _cost(config, length)[1]
+    return _cost(config, length, patches)[1]
 
 
 def summaries(word: str = "") -> Iterator[dict[str, Any]]:
@@ -45,11 +48,17 @@ def summaries(word: str = "") -> Iterator[dict[str, Any]]:
         }
 
 
-def _cost(config: ModelConfig, length: int | None = None) -> tuple[int, float]:
+def _cost(
+    config: ModelConfig, length: int | None = None, patches: int | None = None
+) -> tuple[int, float]:
     """The number of parameters, and the GFLOPs of a forward pass."""
     with meta_device():
         model = CLIP(**to_plain(config)).eval()
         pixels = torch.empty(1, 3, config.image_resolution, config.image_resolution)
+        if patches is not None:
+            assert config.vision_patch_size is not None
+            values = torch.empty(1, patches, 3 * config.vision_patch_size**2)
+            pixels = Patches(values, torch.tensor([[1, patches]], device="cpu"))
         tokens = torch.empty(1, length or config.context_length, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixels, tokens)

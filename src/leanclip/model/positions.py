@@ -5,6 +5,8 @@ grid.
 """
 
 import math
+from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -37,19 +39,34 @@ def rotary(side: int, head: int, *, class_token: bool, scaled_to: int | None) ->
 def resized(positions: torch.Tensor, shapes: torch.Tensor, length: int) -> torch.Tensor:
     """A grid (g², D) resized to the patches of each image, as SigLIP 2's NaFlex: (B, P, D).
 
+    Bilinear and antialiased, as two matrix products: within rounding of torch's `interpolate`,
+    whose gradients on a GPU are summed in no fixed order.
+
     Args:
         positions: the grid, row by row.
         shapes: rows and columns of each image, (B, 2).
-        length: P; what is after an image's patches is arbitrary.
+        length: P; what is after an image's patches is 0.
     """
-    side = math.isqrt(len(positions))
-    grid = positions.float().T.reshape(1, -1, side, side)  # (1, D, g, g)
+    side, device = math.isqrt(len(positions)), positions.device
     found, where = shapes.unique(dim=0, return_inverse=True)  # each shape is resized once
-    tables = [
-        F.pad(
-            F.interpolate(grid, (h, w), mode="bilinear", antialias=True).flatten(2)[0].T,
-            (0, 0, 0, length - h * w),
-        )
-        for h, w in found.tolist()
-    ]
-    return torch.stack(tables).to(positions.dtype)[where.to(positions.device)]
+    dtype = torch.promote_types(positions.dtype, torch.float32)
+    tables = []
+    is_meta = device.type == "meta"  # which autocast does not know
+    with nullcontext() if is_meta else torch.autocast(device.type, enabled=False):
+        grid = positions.to(dtype).view(side, side, -1)  # (g, g, D)
+        for h, w in found.tolist():
+            rows, columns = (_weights(side, n).to(device, dtype) for n in (h, w))  # (h, g), (w, g)
+            table = columns @ (rows @ grid.flatten(1)).view(h, side, -1)  # (h, w, D)
+            tables.append(F.pad(table.flatten(0, 1), (0, 0, 0, length - h * w)))
+    table = torch.stack(tables).to(positions.dtype).flatten(1)
+    # an embedding: gradients of an index are summed in a fixed order
+    return F.embedding(where.to(device), table).view(len(shapes), length, -1)
+
+
+@lru_cache(4096)
+def _weights(side: int, size: int) -> torch.Tensor:
+    """The matrix (n, g) that resizes a row of g values to n."""
+    with torch.inference_mode(False):  # the result is kept for any mode and device
+        identity = torch.eye(side, device="cpu")[None, None]
+        found = F.interpolate(identity, (side, size), mode="bilinear", antialias=True)
+    return found[0, 0].T.contiguous()  # (n, g)

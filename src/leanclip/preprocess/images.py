@@ -1,31 +1,32 @@
-"""Images: bytes, a path or a PIL image -> (3, R, R) uint8, for evaluation and for training.
+"""Images: bytes, a path or a PIL image -> (3, R, R) uint8, as `Preprocess` describes it.
 
-    evaluation: source -> whole image -> resized and cropped as `Preprocess` has it -> uint8
-    training:   source -> random resized crop -> uint8
+    source -> whole image -> resized and cropped -> uint8 -> a batch -> normalised
 
 Pixels stay uint8 until they are on the device, where `normalize` makes them a model's input.
+With `resize="naflex"` an image is (3, ph, pw), in its own proportions; `Preprocess.stack` makes
+`Patches` of several.
 
-Shapes: B batch, R resolution.
+Shapes: B batch, R resolution, h rows and w columns of patches of p pixels a side.
 """
 
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
 from leanclip.errors import SampleError, one_line
-from leanclip.preprocess.decoding import MAX_PIXELS, Box, Source, open_image, open_part
+from leanclip.preprocess.decoding import MAX_PIXELS, Box, Source, open_image
+from leanclip.preprocess.patches import Patches, patched_size, stack_patches
 
 log = logging.getLogger("leanclip")
 
 MAX_LENGTH = 1 << 18  # pixels of the long side after the resize
-SPARE = 1.5  # scaled decoding keeps at least this many times the wanted side
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -45,7 +46,7 @@ Rounding = Literal["even", "down"]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The evaluation transform of a model: `preprocess(image)` -> (3, R, R) float32.
+    """The evaluation transform of a model: `preprocess(image)` -> (3, R, R) float32, or Patches.
 
     `evaluation_pixels`, in [0, 1], minus mean, over standard deviation. By default OpenAI's.
 
@@ -88,6 +89,17 @@ class Preprocess:
             raise ValueError(f"size: {self.size} goes with resize squash, as (height, width)")
         if min(self.resolution, *self.sides) < 1 or not 0 <= self.fill <= 255:
             raise ValueError(f"resolution, size or fill: out of range in {self}")
+        for name in ("patch_size", "max_patches"):
+            value = getattr(self, name)
+            if (value is not None) != self.is_naflex:
+                raise ValueError(f"{name}: {value} goes with resize naflex, and only with it")
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}: {value} is not a whole positive number")
+
+    @property
+    def is_naflex(self) -> bool:
+        """Whether images keep their proportions, and a model takes them as patches."""
+        return self.resize == "naflex"
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -95,14 +107,26 @@ class Preprocess:
         size = self.resolution if self.size is None else self.size
         return size if isinstance(size, tuple) else (size, size)
 
-    def __call__(self, source: Source) -> torch.Tensor:
-        """Read, resize, crop and normalise one image.
+    def __call__(self, source: Source) -> torch.Tensor | Patches:
+        """Read, resize, crop and normalise one image: (3, R, R); with naflex, Patches of one image.
 
         Raises:
             SampleError: the image cannot be read.
         """
-        pixels = torch.from_numpy(evaluation_pixels(source, self))
-        return normalize(pixels[None], self.mean, self.std)[0]
+        pixels = normalize(self.stack([evaluation_pixels(source, self)]), self.mean, self.std)
+        return pixels if isinstance(pixels, Patches) else pixels[0]
+
+    def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor | Patches:
+        """A batch of `evaluation_pixels`: (B, 3, R, R) uint8; with naflex, padded Patches."""
+        if self.patch_size is None or self.max_patches is None:
+            return torch.from_numpy(np.stack(images))
+        return stack_patches(images, self.patch_size, self.max_patches)
+
+    def shape_of_image(self, patches: int | None = None) -> tuple[int, ...]:
+        """That of an image in a batch: (3, R, R); with naflex, (`patches`, 3p²)."""
+        if self.patch_size is None or self.max_patches is None:
+            return 3, self.resolution, self.resolution
+        return patches or self.max_patches, 3 * self.patch_size**2
 
     def at(self, resolution: int) -> "Preprocess":
         """The same view of an image at another resolution."""
@@ -148,7 +172,7 @@ def rgb_triple(values: Any, name: str = "mean or std") -> tuple[float, float, fl
 def evaluation_pixels(
     source: Source, preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """The whole image, resized by Pillow and cropped: (3, R, R) uint8.
+    """The whole image, resized by Pillow and cropped: (3, R, R), or (3, ph, pw) uint8.
 
     Bit-exact with the transform of OpenAI's CLIP for upright 8-bit RGB and greyscale images
     (others become RGB before the resize here, after it there). Therefore no scaled decoding, and
@@ -161,66 +185,10 @@ def evaluation_pixels(
     return to_array(fit(open_image(source, max_pixels=max_pixels), preprocess))
 
 
-def training_pixels(
-    source: Source,
-    resolution: int,
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    scaled_decoding: bool = True,
-    max_pixels: int = MAX_PIXELS,
-) -> np.ndarray:
-    """A random resized crop, (3, R, R) uint8, by torch's antialiased bicubic.
-
-    Within one grey level of Pillow's crop and resize where it shrinks, two where it enlarges.
-
-    Args:
-        source: an image.
-        resolution: R.
-        rng: draws the crop, on the size of the whole upright image.
-        scale: the range of the crop's fraction of the area.
-        ratio: the range of its width over its height.
-        scaled_decoding: decode a JPEG at 1/2, 1/4 or 1/8 of its size, the smallest that leaves
-            the crop 1.5 R pixels a side. Its edges move by half a decoded pixel at most, a third
-            of a final one. The mean difference from the full decode of sharp photographs is 0.3
-            to 0.8 grey levels at 1/2, 0.3 to 1.3 at 1/4, 0.4 to 2.0 at 1/8, and 1 to 3 where
-            edges move.
-        max_pixels: an image of more is refused.
-
-    Raises:
-        SampleError: the image cannot be read.
-    """
-
-    def choose(width: int, height: int) -> tuple[Box, int]:
-        box = draw_box(width, height, rng, scale=scale, ratio=ratio)
-        return box, decoding_factor(box, resolution) if scaled_decoding else 1
-
-    return resized(open_part(source, choose, max_pixels=max_pixels), resolution)
-
-
-def resized(part: np.ndarray, resolution: int) -> np.ndarray:
-    """(height, width, 3) uint8 -> (3, R, R) uint8 by torch's antialiased bicubic."""
-    part = np.ascontiguousarray(part)  # torch has no negative strides, and copies others slowly
-    pixels = torch.from_numpy(part).permute(2, 0, 1)[None]  # channels last: vectorised
-    pixels = torch.nn.functional.interpolate(
-        pixels, size=(resolution, resolution), mode="bicubic", antialias=True
-    )
-    return np.ascontiguousarray(pixels[0].numpy())
-
-
-def decoding_factor(box: Box, resolution: int, spare: float = SPARE) -> int:
-    """The fraction of its size, 1 / factor, at which a JPEG is decoded for a crop resized to R x R.
-
-    The crop's short side keeps at least `spare` times R pixels.
-    """
-    left, top, right, bottom = box
-    short = min(right - left, bottom - top)
-    return next((f for f in (8, 4, 2) if short >= f * spare * resolution), 1)
-
-
 def fit(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """What a model sees of an RGB image, R x R: resized, then cropped or padded in the middle.
+
+    With naflex, the whole image.
 
     Raises:
         SampleError: the sides differ so much that the long one would be over MAX_LENGTH, or
@@ -233,6 +201,8 @@ def fit(image: Image.Image, preprocess: Preprocess) -> Image.Image:
         raise SampleError("too long image", reason)
     if preprocess.resize != "none":
         image = image.resize(size, FILTERS[preprocess.interpolation])
+    if preprocess.is_naflex:
+        return image
     resolution = preprocess.resolution
     left, top = (_offset(side, resolution, preprocess.rounding) for side in size)
     if preprocess.fill and min(size) < resolution:
@@ -255,6 +225,12 @@ def _resized_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, i
         case "longest":  # rounded to even, as open_clip
             ratio = max(width / to_width, height / to_width)
             return round(width / ratio), round(height / ratio)
+        case "naflex":
+            assert preprocess.patch_size is not None
+            assert preprocess.max_patches is not None
+            most = preprocess.patch_size, preprocess.max_patches
+            to_height, to_width = patched_size(height, width, *most)
+            return to_width, to_height
         case "none":
             return size
 
@@ -267,7 +243,14 @@ def _offset(side: int, crop: int, rounding: Rounding) -> int:
 
 
 def view(image: Image.Image, preprocess: Preprocess, side: int) -> Image.Image:
-    """The part of an RGB image that a model sees, at another resolution for display."""
+    """The part of an RGB image that a model sees, at another resolution for display.
+
+    With naflex, the whole image, with a long side of `side`.
+    """
+    if preprocess.is_naflex:
+        scale = side / max(image.size)
+        width, height = (max(1, round(n * scale)) for n in image.size)
+        return image.resize((width, height), FILTERS["bicubic"])
     if preprocess.resize == "none":
         return fit(image, preprocess).resize((side, side), FILTERS["bicubic"])
     return fit(image, preprocess.at(side))
@@ -302,33 +285,6 @@ def center_square(image: Image.Image) -> Box:
     return left, top, left + short, top + short
 
 
-def draw_box(
-    width: int,
-    height: int,
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Box:
-    """The box of a random resized crop, drawn as by torchvision's RandomResizedCrop.
-
-    After ten draws that do not fit, the largest centred box within the ratios.
-    """
-    low, span = np.log(ratio[0]), np.log(ratio[1]) - np.log(ratio[0])
-    for _ in range(10):  # rng.uniform takes longer
-        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
-        aspect = float(np.exp(low + span * rng.random()))
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            break
-    else:
-        w = min(width, max(1, round(height * ratio[1])))
-        h = min(height, max(1, round(width / ratio[0])))
-        left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
 def encode_jpeg(image: Image.Image, quality: int = 88) -> bytes:
     """An RGB image as a JPEG without metadata."""
     file = io.BytesIO()
@@ -341,10 +297,21 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+Pixels = TypeVar("Pixels", torch.Tensor, Patches, torch.Tensor | Patches)
+
+
 def normalize(
-    pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> torch.Tensor:
-    """uint8 pixels (B, 3, R, R) -> (pixels / 255 - mean) / std, float32, on their device."""
+    pixels: Pixels, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Pixels:
+    """uint8 pixels (B, 3, R, R) -> (pixels / 255 - mean) / std, float32, on their device.
+
+    The padding of patches is 0, as transformers'.
+    """
+    if isinstance(pixels, Patches):
+        values = pixels.values.float().div_(255).unflatten(2, (-1, 3))  # (B, P, p², 3)
+        mean_, std_ = values.new_tensor(mean), values.new_tensor(std)
+        values = values.sub_(mean_).div_(std_).mul_(pixels.mask[..., None, None])
+        return replace(pixels, values=values.flatten(2))
     pixels = pixels.float().div_(255)
     mean_, std_ = (pixels.new_tensor(v).view(3, 1, 1) for v in (mean, std))
     return pixels.sub_(mean_).div_(std_)

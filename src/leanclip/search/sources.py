@@ -99,7 +99,7 @@ class Content(NamedTuple):
     digest: bytes  # SHA-256 of the content
     number: int | None  # of the image in the index with the same content
     features: np.ndarray | None  # (E,), from the source
-    pixels: np.ndarray | None  # (3, R, R) uint8, if features are to be computed
+    pixels: np.ndarray | None  # `evaluation_pixels`, if features are to be computed
 
 
 def read(

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from leanclip.data.skipped import Bad, SkipTracker
 from leanclip.errors import DataError, SampleError, escaped
@@ -117,7 +116,7 @@ class Update:
         pixels = [one.pixels for one in batch if one.pixels is not None]
         if not pixels:
             return list(batch)
-        features = iter(self.clip.embed_pixels(torch.from_numpy(np.stack(pixels))).numpy())
+        features = iter(self.clip.embed_pixels(self.clip.preprocess.stack(pixels)).numpy())
         return [
             one if one.pixels is None else one._replace(features=next(features), pixels=None)
             for one in batch

@@ -109,7 +109,8 @@ def cached_towers(
     layers = model.vision_layers
     image_groups = 2 + (layers if isinstance(layers, int) else sum(layers))
     found = []
-    if finetune.lock_image in ("all", image_groups) and not data.augment:
+    is_same = not data.augment and len(data.patches or ()) <= 1
+    if finetune.lock_image in ("all", image_groups) and is_same:
         found += [] if finetune.patch_dropout else ["image"]
     if finetune.lock_text in ("all", model.transformer_layers + 2):
         found.append("text")

@@ -212,7 +212,10 @@ def _fit(
             must_log = must_save or is_due(step + 1, plan, None, config.train.log_every)
             rate = learning_rate_at(plan, step)
             if counts.samples:
-                result = _step(plan, trained, cache.replace(batch), rate, must_measure=must_log)
+                weight = plan.weight(counts.samples)
+                result = _step(
+                    plan, trained, cache.replace(batch), rate, weight, must_measure=must_log
+                )
                 monitor.add(step + 1, batch, result, is_cached=cache.is_used)
             done = _after_step(done, plan, counts, position, time.perf_counter() - began)
             if must_log:
@@ -242,7 +245,13 @@ def _fit(
 
 
 def _step(
-    plan: Plan, trained: _Trained, batch: Batch, rate: float, *, must_measure: bool
+    plan: Plan,
+    trained: _Trained,
+    batch: Batch,
+    rate: float,
+    weight: float,
+    *,
+    must_measure: bool,
 ) -> StepResult:
     result = train_step(
         trained.model,
@@ -256,6 +265,7 @@ def _step(
         towers=trained.towers,
         must_measure=must_measure,
         scaler=trained.scaler,
+        weight=weight,
     )
     trained.tuning.after_step(result.is_finite)
     return result

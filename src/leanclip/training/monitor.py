@@ -23,6 +23,7 @@ from leanclip.distributed.collectives import rank_and_world_size
 from leanclip.errors import LeanclipError
 from leanclip.io.files import write_text
 from leanclip.io.progress import ProgressBar
+from leanclip.preprocess.patches import Patches
 from leanclip.training.checkpoint import Progress
 from leanclip.training.plan import Plan
 from leanclip.training.step import StepResult
@@ -90,7 +91,9 @@ class Monitor:
         """Add a step on this rank's batch, of features where `is_cached`; nothing is waited for."""
         self.nonfinite.add(step, result.is_finite, batch)
         if not is_cached:
-            self.work.add(len(batch), batch.tokens.shape[1])
+            images = batch.images
+            patches = images.values.shape[1] if isinstance(images, Patches) else None
+            self.work.add(len(batch), batch.tokens.shape[1], patches)
 
     def report(
         self,

@@ -47,8 +47,8 @@ def parameter_groups(
     ]
 
 
-def scaled_learning_rate(config: OptimizerConfig, global_batch: int) -> float:
-    """The peak learning rate of a global batch: lr * global_batch / reference_batch."""
+def scaled_learning_rate(config: OptimizerConfig, global_batch: float) -> float:
+    """The peak learning rate of a (mean) global batch: lr * global_batch / reference_batch."""
     if config.reference_batch is None:
         return config.learning_rate
     return config.learning_rate * global_batch / config.reference_batch

@@ -3,12 +3,9 @@
 Config, device -> make_plan -> Plan -> train; headline and describe (--dry-run) print it
 """
 
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -18,26 +15,26 @@ from leanclip.config.sections import to_plain
 from leanclip.config.strict_yaml import dump_yaml
 from leanclip.config.training import FinetuneConfig, Precision
 from leanclip.data import Dataset, open_dataset, source_configs
+from leanclip.data.batch_sizes import BatchSizes
 from leanclip.data.formats.mixture import Mixture
 from leanclip.data.splits import training_split
 from leanclip.distributed.collectives import barrier, from_first, rank_and_world_size
 from leanclip.distributed.wrap_model import checkpoint_activations
-from leanclip.errors import ConfigError, WeightsError
+from leanclip.errors import ConfigError
 from leanclip.evaluation import METRICS, Task, open_retention, open_tasks
 from leanclip.io.files import split_lines
 from leanclip.losses import MAX_LOGITS_KEPT, TILE, Kind
 from leanclip.model import CLIP
 from leanclip.model.skip_init import meta_device
 from leanclip.preprocess.images import Preprocess
+from leanclip.preprocess.patches import Patches
 from leanclip.preprocess.text import Tokenizer
 from leanclip.report.text import count
 from leanclip.training.feature_cache import cached_towers
 from leanclip.training.finetune import Tuning
 from leanclip.training.optimizer import scaled_learning_rate
+from leanclip.training.stored import model_preprocess, model_tokenizer
 from leanclip.training.tracking import check_tracker
-from leanclip.weights import read_preprocess, read_tokenizer
-
-T = TypeVar("T")
 
 MAX_CLASSES = 5  # class names printed of a data set
 
@@ -56,7 +53,7 @@ class Plan:
     cached_towers: list[str]  # of "image" and "text", those that run once
     loss: Kind
     ranks: int
-    batch_size: int  # pairs per step over all ranks
+    batch_size: int  # pairs per step over all ranks; of several lengths, of the longest
     steps_per_epoch: int
     steps: int  # of all epochs, in batches of this size
     peak_learning_rate: float
@@ -67,6 +64,16 @@ class Plan:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.output_dir)
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """The sizes of all batches."""
+        lengths = self.config.data.patches or ()
+        return BatchSizes(len(self.dataset), self.batch_size, self.config.seed, lengths)
+
+    def weight(self, samples: int) -> float:
+        """That of a batch's loss in the gradients: its size over the mean, if sizes differ."""
+        return samples / self.sizes.mean if len(self.sizes.lengths) > 1 else 1.0
 
     @property
     def last_step(self) -> int:
@@ -105,8 +112,8 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     _check_best_metric(config.checkpoint.best_metric, tasks, retention)
     world_size = max(ranks, world_size)
     batch_size = min(config.train.batch_size * world_size, len(dataset))
-    steps_per_epoch = len(dataset) // batch_size
-    steps = config.train.epochs * steps_per_epoch
+    sizes = BatchSizes(len(dataset), batch_size, config.seed, config.data.patches or ())
+    steps = config.train.epochs * sizes.steps_per_epoch
     return Plan(
         config=config,
         device=device,
@@ -119,9 +126,9 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         loss=_loss(config, dataset),
         ranks=world_size,
         batch_size=batch_size,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=sizes.steps_per_epoch,
         steps=steps,
-        peak_learning_rate=scaled_learning_rate(config.optimizer, batch_size),
+        peak_learning_rate=scaled_learning_rate(config.optimizer, sizes.mean),
         warmup_steps=round(config.optimizer.warmup_fraction * steps),
     )
 
@@ -186,47 +193,6 @@ def _loss(config: Config, dataset: Dataset) -> Kind:
     return "multi-positive" if any(source.classes for source in sources) else "clip"
 
 
-def model_preprocess(config: Config, source: str | None = None) -> Preprocess:
-    """The evaluation transform of the model that a configuration describes.
-
-    What `data` leaves out of mean, std, resize and interpolation is as stored with the weights:
-    those of `source`, else of the run that is resumed, else of `load`; else as OpenAI's. Every rank
-    calls this, and the first one reads, because only it may have the run's folder.
-    """
-    data, resolution = config.data, config.model.image_resolution
-    stored = from_first(
-        lambda: _stored(config, read_preprocess) if source is None else read_preprocess(source)
-    )
-    base = own = Preprocess(resolution) if stored is None else stored.at(resolution)
-    if data.resize is not None and data.resize != base.resize:
-        base = Preprocess(resolution, interpolation=base.interpolation, resize=data.resize)
-    return replace(
-        base,
-        mean=data.mean or own.mean,
-        std=data.std or own.std,
-        interpolation=data.interpolation or base.interpolation,
-    )
-
-
-def _stored(config: Config, read: Callable[[str | Path], T | None]) -> T | None:
-    """What `read` finds with the newest intact checkpoint, else with the weights to load."""
-    for path in sorted(Path(config.output_dir).glob("checkpoints/step-*"), reverse=True):
-        with suppress(WeightsError):  # a damaged one is not resumed from either
-            return read(path)
-    return None if config.load is None else read(config.load)
-
-
-def model_tokenizer(config: Config, source: str | None = None) -> Tokenizer:
-    """The tokeniser of the model that a configuration describes.
-
-    As stored with the weights, as `model_preprocess`; else CLIP's. Every rank calls this.
-    """
-    stored = from_first(
-        lambda: _stored(config, read_tokenizer) if source is None else read_tokenizer(source)
-    )
-    return (stored or Tokenizer()).at(config.model.context_length)
-
-
 def headline(plan: Plan) -> str:
     """The run in a few lines, for the start of training."""
     config, optimizer = plan.config, plan.config.optimizer
@@ -235,7 +201,8 @@ def headline(plan: Plan) -> str:
     scaling = (
         "not scaled with the batch size"
         if optimizer.reference_batch is None
-        else f"{optimizer.learning_rate:.3g} x batch {plan.batch_size} / "
+        else f"{optimizer.learning_rate:.3g} x {'mean ' * (len(plan.sizes.lengths) > 1)}batch "
+        f"{plan.sizes.mean:.6g} / "
         f"reference batch {optimizer.reference_batch}"
     )
     smaller = (
@@ -243,12 +210,16 @@ def headline(plan: Plan) -> str:
         if plan.batch_size < config.train.batch_size
         else ""
     )
+    sizes = plan.sizes.sizes
+    batches = f"{count(plan.steps_per_epoch, 'batch', 'batches')} of {plan.batch_size}{smaller}"
+    if len(sizes) > 1:
+        each = ", ".join(f"{samples:,} x {patches} patches" for samples, patches in sizes)
+        batches = f"{count(plan.steps_per_epoch, 'batch', 'batches')}, one of {each}"
     lines = [
         f"model: {parameters:,} parameters, {config.model.image_resolution} px, "
         f"{config.train.precision} on {plan.device.type}, loss {plan.loss}",
         f"data: {_data_line(plan)}",
-        f"steps: {plan.steps:,} = {count(config.train.epochs, 'epoch')} x "
-        f"{count(plan.steps_per_epoch, 'batch', 'batches')} of {plan.batch_size}{smaller}",
+        f"steps: {plan.steps:,} = {count(config.train.epochs, 'epoch')} x {batches}",
         f"learning rate: peak {plan.peak_learning_rate:.3g}, "
         f"{count(plan.warmup_steps, 'warm-up step')}, cosine to 0 ({scaling})",
         f"folder: {plan.folder}",
@@ -262,13 +233,13 @@ def headline(plan: Plan) -> str:
 
 def batch_warnings(plan: Plan) -> list[str]:
     """Warnings about a batch size that wastes data, one sentence each."""
-    size, batch, found = len(plan.dataset), plan.batch_size, []
+    size, batch, found = len(plan.dataset), plan.sizes.sizes[-1].samples, []
     if batch == 1:
         found.append(
             "the batch is one pair, which has no negatives; raise train.batch_size, or use more "
             "data"
         )
-    left_out = size - plan.steps_per_epoch * batch
+    left_out = size - round(plan.steps_per_epoch * plan.sizes.mean)
     if left_out and (2 * batch > size or 10 * left_out > size):
         found.append(
             f"batches of {batch:,} leave out {left_out:,} of {size:,} samples in each epoch "
@@ -338,27 +309,37 @@ def memory_estimate(plan: Plan) -> tuple[int, int]:
     weights += sum(4 * mean.numel() for mean in tuning.average.values())
     if settings.sharding == "fsdp":
         weights //= plan.ranks
-    of_two, of_three = (_saved_by_autograd(model, pairs) for pairs in (2, 3))
+    return weights, max(_activations(plan, model, *size) for size in plan.sizes.sizes)
+
+
+def _activations(plan: Plan, model: CLIP, batch_size: int, patches: int | None) -> int:
+    """Bytes of a batch's activations and loss."""
+    settings = plan.config.train
+    shape = plan.preprocess.shape_of_image(patches)
+    of_two, of_three = (_saved_by_autograd(model, pairs, shape) for pairs in (2, 3))
     per_pair = of_three - of_two
     fixed = of_two - 2 * per_pair
     if settings.precision != "fp32":
         per_pair //= 2
-    own = -(-plan.batch_size // plan.ranks)
+    own = -(-batch_size // plan.ranks)
     at_once = -(-own // settings.micro_batches)
-    return weights, fixed + at_once * per_pair + _loss_bytes(plan, own)
+    return fixed + at_once * per_pair + _loss_bytes(plan, batch_size, own)
 
 
-def _loss_bytes(plan: Plan, own: int) -> int:
+def _loss_bytes(plan: Plan, batch_size: int, own: int) -> int:
     """Bytes of the loss for a rank's `own` pairs: features, their gradients, and logits."""
-    features = 4 * 4 * plan.batch_size * plan.config.model.embed_dim
+    features = 4 * 4 * batch_size * plan.config.model.embed_dim
     if not plan.config.train.tiled_loss:
-        return features + 4 * 4 * plan.batch_size**2  # logits, two softmaxes, a gradient
-    logits = own * plan.batch_size
+        return features + 4 * 4 * batch_size**2  # logits, two softmaxes, a gradient
+    logits = own * batch_size
     return features + 4 * (min(MAX_LOGITS_KEPT, logits) + 3 * min(TILE**2, logits))
 
 
-def _saved_by_autograd(model: CLIP, pairs: int) -> int:
-    """Bytes that a forward pass of a model on the meta device saves, besides its parameters."""
+def _saved_by_autograd(model: CLIP, pairs: int, shape: tuple[int, ...]) -> int:
+    """Bytes that a forward pass of a model on the meta device saves, besides its parameters.
+
+    `shape` is that of an image: (3, R, R), or (P, 3p²) of patches.
+    """
     saved: dict[int, torch.UntypedStorage] = {}  # by id
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -366,9 +347,10 @@ def _saved_by_autograd(model: CLIP, pairs: int) -> int:
         saved[id(storage)] = storage
         return tensor
 
-    side, length = model.visual.input_resolution, model.context_length
-    pixels = torch.empty(pairs, 3, side, side, device="meta")
-    tokens = torch.empty(pairs, length, dtype=torch.int64, device="meta")
+    pixels = torch.empty(pairs, *shape, device="meta")
+    if len(shape) == 2:
+        pixels = Patches(pixels, torch.tensor([[1, shape[0]]] * pairs))
+    tokens = torch.empty(pairs, model.context_length, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         features = model(pixels, tokens)
     del features

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from leanclip.config.schema import Config, load_config
 from leanclip.config.sections import differences
 from leanclip.data import Dataset
+from leanclip.data.batch import Position
 from leanclip.data.formats.mixture import Mixture
 from leanclip.distributed.collectives import (
     all_gather_object,
@@ -126,8 +127,8 @@ def choose_checkpoint(plan: Plan, must_resume: bool) -> Chosen | None:
 def plan_from(plan: Plan, chosen: Chosen) -> Plan:
     """The plan from a checkpoint on: its steps count, in batches of this run's size."""
     done = chosen.progress
-    left = max(0, len(plan.dataset) - done.sample) // plan.batch_size  # whole batches of the epoch
-    here = (done.epoch + 1) * plan.steps_per_epoch - left
+    left = plan.sizes.rest(Position(done.epoch, done.sample))  # whole batches of the epoch
+    here = (done.epoch + 1) * plan.steps_per_epoch - len(left)
     plan = replace(plan, offset=done.step - here)
     if done.dataset_size not in (0, len(plan.dataset)):
         log.warning(

@@ -30,6 +30,7 @@ from leanclip.losses import Kind, contrastive_loss
 from leanclip.model import CLIP
 from leanclip.model.parameters import SCALARS, is_shard, local
 from leanclip.preprocess.images import Preprocess, normalize
+from leanclip.preprocess.patches import Patches
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # other precisions: none
 
@@ -56,6 +57,7 @@ def train_step(
     towers: nn.Module | None = None,
     must_measure: bool = False,
     scaler: GradScaler | None = None,
+    weight: float = 1.0,
 ) -> StepResult:
     """One step of the optimiser on this rank's part of a batch.
 
@@ -73,10 +75,12 @@ def train_step(
         towers: the model as `wrap_model` gives it; the model itself by default.
         must_measure: return the towers' norms, which takes a copy of the parameters.
         scaler: of precision fp16; updated by the step.
+        weight: of the loss in the gradients: where batches differ in size, that of this one over
+            their mean, so that each sample counts alike.
     """
     towers = towers or model
     forward = partial(_forward, towers, preprocess, settings.precision, model.logit_scale.device)
-    backward = partial(_backward, model, batch, settings, kind, scaler)
+    backward = partial(_backward, model, batch, settings, kind, scaler, weight)
     # FSDP gathers each block's parameters on all ranks together: all run as many micro-batches.
     is_exact = any(map(is_shard, model.parameters()))
     parts = _micro_batches(batch, settings, model.tokenizer.blank_id, is_exact=is_exact)
@@ -104,7 +108,7 @@ def train_step(
 class Part(NamedTuple):
     """A micro-batch; rows beyond `size` are blank, computed but not counted."""
 
-    images: torch.Tensor  # (m, 3, R, R) uint8, or (m, E) as in a Batch
+    images: torch.Tensor | Patches  # (m, 3, R, R) uint8, or (m, E) as in a Batch
     tokens: torch.Tensor  # (d, L), or (m, E)
     size: int
     places: torch.Tensor | None = None  # (m,), each row's index among d captions; None: d = m
@@ -114,9 +118,9 @@ def _forward(
     towers: nn.Module, preprocess: Preprocess, precision: str, device: torch.device, part: Part
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Image and text features (m, E) of a micro-batch."""
-    pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8
+    pixels = part.images.to(device, non_blocking=True)  # (m, 3, R, R) uint8, or patches
     tokens = part.tokens.to(device, non_blocking=True)  # (d, L)
-    if pixels.dim() == 4:  # not features already
+    if isinstance(pixels, Patches) or pixels.dim() == 4:  # not features already
         pixels = normalize(pixels, preprocess.mean, preprocess.std)
     dtype = AUTOCAST.get(precision)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -133,6 +137,7 @@ def _backward(
     settings: TrainConfig,
     kind: Kind,
     scaler: GradScaler | None,
+    weight: float,
     zimg: torch.Tensor,
     ztxt: torch.Tensor,
 ) -> torch.Tensor:
@@ -146,7 +151,8 @@ def _backward(
         groups=batch.groups.to(zimg.device) if kind == "multi-positive" else None,
         is_tiled=settings.tiled_loss,
     )
-    total = loss * rank_and_world_size()[1]  # the loss is over all ranks, gradients are averaged
+    # the loss is over all ranks, gradients are averaged
+    total = loss * (rank_and_world_size()[1] * weight)
     (scaler.scale(total) if scaler else total).backward()
     return loss.detach()
 
@@ -177,7 +183,9 @@ def _micro_batches(
         if len(images):
             distinct, places = _distinct(tokens, settings)
             parts.append(Part(images, distinct, len(images), places))
-    blank = batch.images.new_zeros(1, *batch.images.shape[1:])
+    pixels = batch.images
+    is_patches = isinstance(pixels, Patches)
+    blank = pixels.blank() if is_patches else pixels.new_zeros(1, *pixels.shape[1:])
     is_features = batch.tokens.is_floating_point()
     text = batch.tokens.new_zeros(1, batch.tokens.shape[1])
     text = text if is_features else torch.tensor([[blank_id]])

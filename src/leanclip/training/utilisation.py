@@ -52,16 +52,17 @@ class Utilisation:
     ) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._model, self._peak = model, peak_teraflops(name, precision, tf32=tf32)
-        self._by_length: dict[int, float] = {}
+        self._by_lengths: dict[tuple[int, int | None], float] = {}
         self._gflops = 0.0
 
-    def add(self, pairs: int, length: int) -> None:
-        """Add a step on `pairs` with texts of `length` tokens."""
+    def add(self, pairs: int, length: int, patches: int | None = None) -> None:
+        """Add a step on `pairs` with texts of `length` tokens, and images of `patches` (NaFlex)."""
         if self._peak is None:
             return
-        if length not in self._by_length:
-            self._by_length[length] = forward_gflops(self._model, length)
-        self._gflops += 3 * pairs * self._by_length[length]  # backward is twice forward
+        lengths = length, patches
+        if lengths not in self._by_lengths:
+            self._by_lengths[lengths] = forward_gflops(self._model, *lengths)
+        self._gflops += 3 * pairs * self._by_lengths[lengths]  # backward is twice forward
 
     def fraction(self, seconds: float) -> dict[str, float]:
         """`train/flop_utilisation` of the steps since the last call, if the peak is known."""
