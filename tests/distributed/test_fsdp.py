@@ -111,7 +111,7 @@ def test_shards_train_as_one_rank_does(world_size: int, tmp_path: Path) -> None:
                 assert figures[name] == pytest.approx(value, rel=1e-4), (case, name)
             for name, value in one_state.items():
                 error = np.linalg.norm(state[name] - value) / max(np.linalg.norm(value), 1e-12)
-                assert error < 1e-5, (case, name, error)
+                assert error < 2e-5, (case, name, error)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
