@@ -176,6 +176,8 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
     "rank": ({"r": 8}, GOOD, "r: 8, the adapter has rank 4"),
     "no rank": ({"r": 0}, GOOD, "r: 0"),
     "no number": ({"r": "4"}, GOOD, "r: '4'"),
+    "no alpha": ({"lora_alpha": None}, GOOD, "lora_alpha: None"),
+    "no patterns": ({"alpha_pattern": 3}, GOOD, "alpha_pattern: 3 does not name layers"),
     "half": ({}, HALF, f"{QUERY} is not a layer of the base model's, or a half"),
     "no base": ({"base_model_name_or_path": None}, GOOD, "None is no model; name .*lora#BASE"),
     "gone": ({"base_model_name_or_path": "no/such/base"}, GOOD, "no/such/base'.*lora#BASE"),

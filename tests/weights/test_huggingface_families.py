@@ -17,9 +17,10 @@ from leanclip import CLIP, WeightsError
 from leanclip.config.sections import to_plain
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.patches import Patches
-from leanclip.weights import Weights, load_into, read_weights, write_weights
-from leanclip.weights.huggingface_config import ACTIVATIONS, architecture
+from leanclip.weights import Weights, huggingface, load_into, read_weights, write_weights
+from leanclip.weights.huggingface_config import ACTIVATIONS, architecture, infer
 from leanclip.weights.huggingface_families import FAMILIES
+from leanclip.weights.names import to_theirs
 
 MODERN = PROJECT / "tests" / "data" / "modern"
 GOLDEN = sorted(folder.name for folder in MODERN.glob("hf-*"))
@@ -284,6 +285,131 @@ def test_random_models_of_other_shapes(name: str, tmp_path: Path) -> None:
     assert torch.equal(same.logits_per_image, expected.logits_per_image)
 
 
+# --- tokenisers that are not the family's
+
+
+@torch.no_grad()
+def test_another_tokeniser_of_clip_model(tmp_path: Path) -> None:
+    theirs = saved(tmp_path / "w", "clip", VISION, TEXT | EOS)
+    write_words(tmp_path / "w", end=5)
+    write_weights(read_weights(tmp_path / "w"), tmp_path / "again", "hf")
+    tokens = torch.tensor([[7, 9, 5, *[1] * 8]])
+    expected = unit(outputs_of(theirs, inputs_for("clip", TEXT)[0], tokens).text_embeds)
+    for name in ("w", "again"):
+        clip = leanclip.load(tmp_path / name, device="cpu")
+        assert torch.equal(clip.model.tokenizer("w7 w9"), tokens)
+        assert clip.model.config.transformer_pad_id == 1
+        assert difference(clip.embed_texts("w7 w9", as_torch=True), expected) < 1e-5
+    write_words(tmp_path / "w", end=6)
+    with pytest.raises(WeightsError, match="read at the token 5, its tokeniser ends them with 6"):
+        read_weights(tmp_path / "w")
+
+
+@torch.no_grad()
+def test_clips_tokeniser_in_siglip_model_pads_as_ours(tmp_path: Path) -> None:
+    config = read_weights(MODERN / "hf-siglip").model
+    assert config is not None
+    model = CLIP(**to_plain(config) | {"vocab_size": 49408, "transformer_pad_id": 0}).eval()
+    size = Preprocess(config.image_resolution, resize="squash", rounding="down")
+    own = Weights(Path("own"), "leanclip", model.state_dict(), model.config, size)
+    write_weights(own, tmp_path / "w", "hf")
+    again = read_weights(tmp_path / "w")
+    assert (again.model, again.tokenizer) == (model.config, None)
+    known = transformers()
+    texts = ["a cat", "two dogs on a sofa"]
+    options = {"padding": "max_length", "max_length": 16, "return_tensors": "pt"}
+    tokens = known.AutoTokenizer.from_pretrained(tmp_path / "w")(texts, **options)["input_ids"]
+    assert torch.equal(tokens, model.tokenizer(texts))
+    theirs = known.AutoModel.from_pretrained(tmp_path / "w").eval()
+    features = theirs.get_text_features(input_ids=tokens).pooler_output
+    assert difference(model.encode_text(tokens), features) < 1e-5
+
+
+def test_a_folder_without_a_tokeniser_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "w", "siglip", VISION, TEXT | {"projection_size": 30})
+    with pytest.raises(WeightsError, match=r"none of the files of a tokeniser: tokenizer\.json"):
+        read_weights(tmp_path / "w")
+
+
+# --- processors that are not the family's
+
+OTHER_PROCESSORS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "no class": ("hf-siglip", {"size": {"height": 62, "width": 62}}, None),
+    "clip's crop": (
+        "hf-siglip",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            **{"size": {"shortest_edge": 62}, "crop_size": {"height": 62, "width": 62}},
+        },
+        None,
+    ),
+    "chinese, no class": (
+        "hf-chinese-clip",
+        {"size": {"shortest_edge": 50}, "crop_size": {"height": 48, "width": 48}, "resample": 2},
+        None,
+    ),
+    "vit's": (
+        *("hf-siglip", {"image_processor_type": "ViTImageProcessor", "size": {"height": 62}}),
+        "size",
+    ),
+    "naflex": (
+        *("hf-siglip", {"image_processor_type": "Siglip2ImageProcessor"}),
+        "Siglip2ImageProcessor makes patches, the model takes squares",
+    ),
+    "squares": (
+        *("hf-siglip2-naflex", {"image_processor_type": "SiglipImageProcessor"}),
+        "SiglipImageProcessor makes squares, the model takes patches",
+    ),
+    "other patches": (
+        *("hf-siglip2-naflex", {"image_processor_type": "Siglip2ImageProcessor"}),
+        "patch_size: 16, the model takes patches of 8",
+    ),
+    "no patches": (
+        "hf-siglip2-naflex",
+        {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8, "max_num_patches": 0},
+        "max_num_patches: 0",
+    ),
+    "no resize": (
+        "hf-siglip2-naflex",
+        {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8, "do_resize": False},
+        "do_resize: false is not supported with patches",
+    ),
+    "blip's": (
+        *("hf-siglip", {"image_processor_type": "BlipImageProcessor"}),
+        "BlipImageProcessor is not supported",
+    ),
+    "another side": (
+        *("hf-siglip2", {"image_processor_type": "SiglipImageProcessor"}),
+        "size: makes images of 224 pixels a side, the model takes 48",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PROCESSORS)
+def test_processors_of_another_family(name: str, tmp_path: Path) -> None:
+    source, values, words = OTHER_PROCESSORS[name]
+    for file in (MODERN / source).iterdir():
+        if file.suffix != ".npz":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    if words is not None:
+        with pytest.raises(WeightsError, match=rf"preprocessor_config\.json: .*{words}"):
+            read_weights(tmp_path)
+        return
+    preprocess = read_weights(tmp_path).preprocess
+    write_weights(read_weights(tmp_path), tmp_path / "again", "hf")
+    assert preprocess == read_weights(tmp_path / "again").preprocess
+    auto = transformers().AutoImageProcessor
+    first, second = (
+        auto.from_pretrained(folder, backend="pil")(photos(), return_tensors="pt")["pixel_values"]
+        for folder in (tmp_path, tmp_path / "again")
+    )
+    assert preprocess is not None
+    ours = torch.stack([preprocess(photo) for photo in photos()])
+    assert torch.equal(first, second)
+    assert torch.equal(first, ours)
+
+
 # --- terse configs
 
 
@@ -358,6 +484,50 @@ def test_terse_configs_have_transformers_defaults(name: str, kind: str) -> None:
         assert ours.embed_dim == known.projection_dim
 
 
+# --- tensors alone
+
+ALONE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "siglip 1": ("siglip", {"image_size": 384, "patch_size": 14, "hidden_size": 1152}, {}),
+    "siglip 2": ("siglip", {"image_size": 378, "patch_size": 14}, {"vocab_size": 256000}),
+    "naflex": ("siglip2", {"num_patches": 256}, {"vocab_size": 256000}),
+    "chinese": ("chinese_clip", {"patch_size": 16}, {"vocab_size": 21128}),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_tensors_alone_have_the_published_architecture(name: str) -> None:
+    kind, vision, text = ALONE[name]
+    family, few = FAMILIES[kind], {"num_hidden_layers": 1, "intermediate_size": 640}
+    width = vision.get("hidden_size", 768)
+    vision = vision | few | {"num_attention_heads": family.vision_heads[width]}
+    top = {"projection_size": width} if "siglip" in kind else {}
+    values = {"vision_config": vision, "text_config": text | few | top}
+    expected = architecture(family, values)
+    with torch.device("meta"):
+        tensors = CLIP(**to_plain(expected)).state_dict()
+    assert infer(family, tensors) == expected
+    theirs = {key: torch.empty_like(t) for key, t in to_theirs(tensors, family.rules).items()}
+    weights = huggingface.from_state_dict(Path("x"), theirs, None)
+    assert weights.model == expected
+    assert weights.preprocess is not None
+    expected_filter = "bilinear" if text.get("vocab_size") == 256000 else "bicubic"
+    assert weights.preprocess.interpolation == expected_filter
+    assert "load its folder to encode texts" in weights.notes[0]
+
+
+def test_tensors_alone_of_other_widths_need_arch(tmp_path: Path) -> None:
+    file = MODERN / "hf-siglip" / "model.safetensors"
+    assert read_weights(file).model is None
+    arch = read_weights(MODERN / "hf-siglip").model
+    assert arch is not None
+    with_arch = read_weights(file, arch=to_plain(arch))
+    assert with_arch.model == arch
+    assert with_arch.tensors.keys() == read_weights(MODERN / "hf-siglip").tensors.keys()
+    assert read_weights(MODERN / "hf-chinese-clip" / "model.safetensors").model is None
+    with pytest.raises(WeightsError, match="--arch"):
+        write_weights(read_weights(file), tmp_path / "w", "leanclip")
+
+
 # --- refusals
 
 SIGLIP = {"vision_config": VISION, "text_config": TEXT | {"projection_size": 30}}
@@ -385,7 +555,14 @@ BAD_CONFIGS: dict[str, tuple[str, str, str, Any, str]] = {
     "no end": ("metaclip_2", "text_config", "eos_token_id", None, "eos_token_id"),
     "relative": ("chinese_clip", "text_config", "position_embedding_type", "relative_key", "posit"),
     "no types": ("chinese_clip", "text_config", "type_vocab_size", -1, "type_vocab_size"),
-    "a section": ("siglip", "text_config", "", "x", "not SiglipModel's"),
+    "a section": ("siglip", "text_config", "", "x", "text_config: 'x' is not a section"),
+    "no patch": (
+        "siglip2",
+        "vision_config",
+        "patch_size",
+        None,
+        "patch_size: None is not a number",
+    ),
 }
 
 

@@ -180,8 +180,8 @@ class Tokenizer:
     def model(self) -> JsonModel | PieceModel:
         """The file as its library reads it."""
         if self.kind == "tokenizers":
-            return _json_model(self.file, self.normalize == "lower")
-        return _piece_model(
+            return json_model(self.file, self.normalize == "lower")
+        return piece_model(
             self.file,
             self.added,
             self.prefix,
@@ -203,7 +203,7 @@ class Tokenizer:
 
 
 # At other lengths, and in other models, a file is not read again.
-_json_model, _piece_model = lru_cache(4)(JsonModel), lru_cache(4)(PieceModel)
+json_model, piece_model = lru_cache(4)(JsonModel), lru_cache(4)(PieceModel)
 
 
 def _whitespace(text: str) -> str:

@@ -2,10 +2,9 @@
 
     tokenizer.json -> JsonModel        spiece.model -> PieceModel        text -> ids
 
-A file may come from anyone. Its size is limited before it is parsed, and what could end or hold
-up this process is parsed in another one first: every `spiece.model`, because it is read by C++
-code, and a `tokenizer.json` with a regular expression that may backtrack. The Rust code of the
-other ones raises errors, of which its panics are no Exceptions.
+A file may come from anyone. Its size is limited, and it is parsed in another process first, which
+may take some time and memory and encodes a probe: a crash of C++ code, a panic of Rust code (no
+Exception, and printed) and a regular expression that backtracks without end stay there.
 """
 
 import json
@@ -16,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 from leanclip.errors import WeightsError, one_line
@@ -40,11 +40,11 @@ if sys.argv[1] == "sentencepiece":
     model.LoadFromSerializedProto(content)
     size = model.get_piece_size()
     [model.id_to_piece(i) for i in range(size)]
-    model.decode(model.encode(probe))
+    [model.decode(model.encode(text)) for text in ("", "a", probe)]
 else:
     from tokenizers import Tokenizer
     model = Tokenizer.from_str(content.decode())
-    model.decode(model.encode(probe).ids)
+    [model.decode(model.encode(text).ids) for text in ("", "a", probe)]
 """
 
 
@@ -72,9 +72,10 @@ class JsonModel:
         library = import_optional(
             "tokenizers", "its tokenizer.json", extra="tokenizers", error=WeightsError
         )
-        values = _json_of(content)
-        if _may_backtrack(values):
-            _try_elsewhere("tokenizers", content)
+        if len(content) > MAX_JSON:
+            raise WeightsError(_too_large(len(content), MAX_JSON))
+        with _tried_elsewhere("tokenizers", content):
+            values = _json_of(content)
         with _library_errors("not a tokeniser of the library tokenizers"):
             model = library.Tokenizer.from_str(content.decode("utf-8"))
             model.no_padding()
@@ -220,7 +221,8 @@ def _processor(content: bytes) -> Any:
     )
     if len(content) > MAX_PIECES:
         raise WeightsError(_too_large(len(content), MAX_PIECES))
-    _try_elsewhere("sentencepiece", content)
+    with _tried_elsewhere("sentencepiece", content):
+        pass
     with _library_errors("not a sentence-piece model"):
         model = library.SentencePieceProcessor()
         model.LoadFromSerializedProto(content)
@@ -228,8 +230,6 @@ def _processor(content: bytes) -> Any:
 
 
 def _json_of(content: bytes) -> dict[str, Any]:
-    if len(content) > MAX_JSON:
-        raise WeightsError(_too_large(len(content), MAX_JSON))
     try:
         values = json.loads(content)
     except RecursionError:
@@ -241,33 +241,35 @@ def _json_of(content: bytes) -> dict[str, Any]:
     return values
 
 
-def _may_backtrack(values: dict[str, Any]) -> bool:
-    """Whether a regular expression has a group or more than one repetition."""
-    rest = {name: part for name, part in values.items() if name not in ("model", "added_tokens")}
-    found = re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', json.dumps(rest))
-    return any(len(re.findall(r"[(*+{]|\?", json.loads(one))) > 1 for one in found)
-
-
 def _too_large(size: int, most: int) -> str:
     return f"{size:,} bytes are more than a tokeniser's file may have, {most:,}"
 
 
-def _try_elsewhere(library: str, content: bytes) -> None:
-    """Parse a file in another process, with limits of time and memory.
+@contextmanager
+def _tried_elsewhere(library: str, content: bytes) -> Iterator[None]:
+    """Parse a file in another process, with limits of time and memory, while the block runs.
 
     Raises:
         WeightsError: that process failed.
     """
-    command = [sys.executable, "-c", _CHILD, library, str(MAX_MEMORY), _PROBE]
-    try:
-        done = subprocess.run(command, input=content, capture_output=True, timeout=MAX_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise WeightsError(
-            f"not a tokeniser: reading it takes more than {MAX_SECONDS} seconds"
-        ) from None
-    if done.returncode:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        reason = lines[-1] if lines and done.returncode > 0 else f"signal {-done.returncode}"
+    with TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        command = [sys.executable, "-c", _CHILD, library, str(MAX_MEMORY), _PROBE]
+        with subprocess.Popen(command, stdin=file, stderr=subprocess.PIPE) as process:
+            try:
+                yield
+                errors = process.communicate(timeout=MAX_SECONDS)[1]
+            except subprocess.TimeoutExpired:
+                raise WeightsError(
+                    f"not a tokeniser: reading it takes more than {MAX_SECONDS} seconds"
+                ) from None
+            finally:
+                process.kill()
+    if process.returncode:
+        lines = errors.decode("utf-8", "replace").strip().splitlines()
+        reason = lines[-1] if lines and process.returncode > 0 else ""
+        reason = reason or f"signal {-process.returncode}"
         raise WeightsError(f"not a tokeniser: {library} fails on it: {reason[:200]}")
 
 

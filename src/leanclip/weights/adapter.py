@@ -115,7 +115,10 @@ def _check_settings(values: Mapping[str, Any]) -> None:
             f"unchanged one with PEFT's path_initial_model_for_weight_conversion"
         )
     for name in ("rank_pattern", "alpha_pattern"):
-        for pattern in values.get(name) or {}:
+        patterns = values.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{name}: {patterns!r} does not name layers")
+        for pattern in patterns:
             if not re.fullmatch(r"\^?[\w.]+", pattern):  # others can take for ever
                 raise ValueError(f"{name}: {pattern!r} is not the name of a layer")
 
@@ -130,8 +133,10 @@ def _scale(values: Mapping[str, Any], layer: str) -> tuple[float, int]:
         matching = (value for key, value in patterns.items() if _matches(key, layer))
         found[name] = next(matching, default)
     rank, alpha = found.values()
-    if type(rank) is not int or rank < 1 or isinstance(alpha, bool):
+    if type(rank) is not int or rank < 1:
         raise ValueError(f"r: {rank!r} of {layer} is not a rank")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ValueError(f"lora_alpha: {alpha!r} of {layer} is not a number")
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank), rank
 
 

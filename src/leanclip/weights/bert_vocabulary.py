@@ -63,15 +63,15 @@ def json_of_vocabulary(content: bytes, config: dict[str, Any]) -> bytes:
     return json.dumps(values, ensure_ascii=False).encode()
 
 
-def with_bert_options(values: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def with_bert_options(content: bytes, config: dict[str, Any]) -> bytes:
     """A tokenizer.json with the options of tokenizer_config.json, which have precedence."""
+    values = json.loads(content)
     normalizer = values.get("normalizer") or {}
-    if normalizer.get("type") != "BertNormalizer":
-        return values
     given = {field: config[option] for field, (option, _) in _OPTIONS.items() if option in config}
-    if all(normalizer.get(field) == value for field, value in given.items()):
-        return values
-    return values | {"normalizer": normalizer | given}
+    is_berts = normalizer.get("type") == "BertNormalizer"
+    if not is_berts or all(normalizer.get(field) == value for field, value in given.items()):
+        return content
+    return json.dumps(values | {"normalizer": normalizer | given}, ensure_ascii=False).encode()
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ architecture -> the family that has it -> config.json, names of the tensors
 import json
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from leanclip.weights.weights import Weights
 
 log = logging.getLogger("leanclip")
 
+_SIGLIP_2 = 256000  # ids of the second generation's tokeniser; its images are resized bilinearly
+
 FILES = ("model.safetensors", "pytorch_model.bin")  # or an index of shards of such a name
 
 _TOKENIZER_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast")
@@ -48,7 +51,7 @@ _UNUSED += ("text_model.pooler.dense.bias",)
 def is_folder(folder: Path) -> bool:
     """Whether a folder is in this format."""
     file = folder / "config.json"
-    return file.is_file() and read_json(file).get("model_type") in FAMILIES
+    return file.is_file() and str(read_json(file).get("model_type")) in FAMILIES
 
 
 def is_state_dict(names: Collection[str]) -> bool:
@@ -59,12 +62,33 @@ def is_state_dict(names: Collection[str]) -> bool:
 def from_state_dict(
     source: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig | None
 ) -> Weights:
-    """Weights of tensors alone, which do not determine their activation.
+    """Weights of tensors alone.
+
+    CLIP's and MetaCLIP 2's do not determine their activation. The others have that of their family,
+    and their published widths determine the rest; but their tokeniser is not among tensors.
 
     Raises:
-        WeightsError: some of a block's queries, keys and values are missing.
+        WeightsError: some of a block's queries, keys and values are missing, or other tensors.
     """
-    return Weights(source, "hf", _to_ours(tensors, _family_of_names(tensors)), model)
+    family = _family_of_names(tensors)
+    ours = _to_ours(tensors, family)
+    if model is not None or family is CLIP:
+        return Weights(source, "hf", ours, model)
+    try:
+        model = huggingface_config.infer(family, ours)
+    except (*MALFORMED, ConfigError) as error:
+        raise WeightsError(f"{source}: not {family.model}'s: {error} is missing or odd") from None
+    if model is None:
+        return Weights(source, "hf", ours)
+    patch = model.vision_patch_size if family is NAFLEX else None
+    preprocess = default_preprocess(family.image_processor, model.image_resolution, patch)
+    if model.vocab_size == _SIGLIP_2:
+        preprocess = replace(preprocess, interpolation="bilinear")
+    notes = (
+        "tensors alone: the architecture is that of the published model of these sizes, the "
+        "tokeniser CLIP's, which is not its own: load its folder to encode texts",
+    )
+    return Weights(source, "hf", ours, model, preprocess, notes=notes)
 
 
 def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
@@ -84,7 +108,7 @@ def read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
         _architecture(folder / "config.json", values), family, tokenizer
     )
     notes = ()
-    if family is CLIP and model.transformer_eos_id not in (None, END):
+    if tokenizer is None and model.transformer_eos_id not in (None, END):
         notes = (
             f"its eos_token_id is {model.transformer_eos_id}, CLIP's tokeniser ends texts with "
             f"{END}: they are all read at their first token, as in transformers",
@@ -116,7 +140,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     """
     values = read_json(folder / "config.json")
     family = FAMILIES[values["model_type"]]
-    if family is CLIP or (folder / "merges.txt").is_file():
+    if _is_clips_tokenizer(folder, family):
         check_tokenizer(folder)
         return None
     length = _architecture(folder / "config.json", values).context_length
@@ -161,8 +185,18 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
     _write_tokenizer(folder, weights, model, family)
 
 
+def _is_clips_tokenizer(folder: Path, family: Family) -> bool:
+    """Whether a folder's tokeniser must be CLIP's: by its kind, or as there is no other."""
+    if (folder / tokenizers.JSON).is_file():
+        model = read_json(folder / tokenizers.JSON).get("model")
+        is_clips = isinstance(model, dict) and model.get("vocab") == vocabulary()
+    else:
+        is_clips = family is CLIP
+    return is_clips or _are_clips(_merges(folder))
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family: Family) -> None:
@@ -204,8 +238,9 @@ def _preprocess(
     """Of the processor in a folder, or its class's defaults; exact: it must suit the model."""
     side = model.image_resolution
     patch = model.vision_patch_size if model.vision_positions == "resized" else None
-    found = read_processor(folder, side if is_exact else None, patch)
-    return found or default_preprocess(family.image_processor, side, patch)
+    kind = family.image_processor
+    found = read_processor(folder, side if is_exact else None, patch, kind)
+    return found or default_preprocess(kind, side, patch)
 
 
 def _to_ours(tensors: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
@@ -236,7 +271,7 @@ def check_tokenizer(folder: Path) -> None:
     def check(name: str, what: str, is_clips: bool) -> None:
         if not is_clips:
             raise WeightsError(
-                f"{folder / name}: {what} is not CLIP's; leanclip has no other tokeniser yet"
+                f"{folder / name}: {what} is not CLIP's; others are read from a tokenizer.json"
             )
 
     for name in _OTHER_TOKENIZERS:
@@ -246,8 +281,7 @@ def check_tokenizer(folder: Path) -> None:
     known = vocabulary()
     check("vocab.json", "this vocabulary", values_of("vocab.json") in ({}, known))
     if (folder / "merges.txt").is_file():
-        pairs = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
-        check("merges.txt", "the tokeniser of these merges", _are_clips(pairs))
+        check("merges.txt", "the tokeniser of these merges", _are_clips(_merges(folder)))
     if fast := values_of("tokenizer.json"):
         model = fast.get("model") or {}
         check("tokenizer.json", "this vocabulary", model.get("vocab") == known)
@@ -260,6 +294,12 @@ def check_tokenizer(folder: Path) -> None:
     ):
         more = [word for word, id_ in ids.items() if known.get(word) != id_]
         check(name, f"the tokeniser, to which it adds {', '.join(map(repr, more[:3]))},", not more)
+
+
+def _merges(folder: Path) -> list[str]:
+    """The lines of merges.txt after its version; none without it."""
+    file = folder / "merges.txt"
+    return file.read_text(encoding="utf-8").split("\n")[1:] if file.is_file() else []
 
 
 def _are_clips(found: list[str]) -> bool:

@@ -6,7 +6,10 @@ ModelConfig -> the first family without a mismatch -> config.json
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from leanclip.config.model import ModelConfig
 from leanclip.config.sections import parse
@@ -32,6 +35,7 @@ _FIELDS = {  # of both sections, by the part of our name after the tower's
     "heads": "num_attention_heads",
     "norm_eps": "layer_norm_eps",
 }
+_SIGLIP_1 = 32000  # ids of the first generation's tokeniser
 _HIGHEST = 2  # CLIPModel's eos_token_id for: read at the highest id
 _CARRIED = {  # settings that config.json has a field for, or that another one determines
     *(f"{tower}_{part}" for tower in _TOWERS for part in (*_FIELDS, "mlp_ratio", "activation")),
@@ -60,6 +64,8 @@ def architecture(family: Family, values: dict[str, Any]) -> ModelConfig:
     first, second = (_activation(name, section) for name, section in _sections(vision, text))
     arch |= {"activation": first, "transformer_activation": None if second == first else second}
     arch["vision_patch_size"] = square_side("patch_size", vision["patch_size"])
+    if type(arch["vision_patch_size"]) is not int:
+        raise ValueError(f"vision_config.patch_size: {vision['patch_size']!r} is not a number")
     if family is NAFLEX:
         arch["image_resolution"] = _grid_side(vision["num_patches"]) * arch["vision_patch_size"]
     else:
@@ -78,6 +84,45 @@ def architecture(family: Family, values: dict[str, Any]) -> ModelConfig:
         return parse(ModelConfig, arch | _text(family, text), where="")
     except ConfigError as error:
         raise ConfigError(_by_their_names(str(error).removeprefix(": "))) from None
+
+
+def infer(family: Family, tensors: Mapping[str, torch.Tensor]) -> ModelConfig | None:
+    """The architecture of tensors by our names; None: theirs is not among the published ones.
+
+    Their family determines activations and eps, their widths the heads, as they were published.
+
+    Raises:
+        ConfigError: they do not belong to one model.
+        LookupError: a tensor is missing.
+    """
+    grid, words = tensors["visual.positional_embedding"], tensors["positional_embedding"]
+    heads = family.vision_heads.get(grid.shape[1]), family.text_heads.get(words.shape[1])
+    if None in heads:
+        return None
+    positions = grid.shape[0] - ("visual.class_embedding" in tensors)
+    patch = tensors["visual.conv1.weight"].shape[-1]
+    vocabulary = tensors["token_embedding.weight"].shape[0]
+    side = _grid_side(positions) * patch
+    if (side, patch, vocabulary) == (378, 14, _SIGLIP_1):
+        side = 384  # the first so400m: of its images the rest of six pixels is dropped
+    vision = {"patch_size": patch, "image_size": side, "num_patches": positions}
+    text = {"max_position_embeddings": words.shape[0], "vocab_size": vocabulary}
+    if "token_type_embedding" in tensors:
+        text["type_vocab_size"] = len(tensors["token_type_embedding"])
+    blocks = "visual.transformer.resblocks", "transformer.resblocks"
+    for section, table, own, count in zip(
+        (vision, text), (grid, words), blocks, heads, strict=True
+    ):
+        layers = {name.split(".")[own.count(".") + 1] for name in tensors if name.startswith(own)}
+        section |= {
+            "hidden_size": table.shape[1],
+            "num_attention_heads": count,
+            "num_hidden_layers": len(layers),
+            "intermediate_size": len(tensors[f"{own}.0.mlp.c_fc.weight"]),
+        }
+    text["projection_size"] = width = tensors["text_projection"].shape[1]
+    values = {"vision_config": vision, "text_config": text, "projection_dim": width}
+    return architecture(family, values)
 
 
 def config(family: Family, model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -156,7 +201,8 @@ def _mismatches(family: Family, model: ModelConfig) -> list[str]:
         "transformer_pool": model.transformer_pool in pools,
         "transformer_eos_id": not (family is CLIP and is_odd_end),
         "vision_pool_heads": model.vision_pool_heads in (None, model.attention_heads),
-        "vision_pool_mlp_ratio": model.vision_pool_mlp_ratio in (None, model.vision_mlp_ratio),
+        "vision_pool_mlp_ratio": _hidden(model, model.vision_pool_mlp_ratio)
+        == _hidden(model, None),
         "transformer_positions": is_bert or model.text_positions == model.context_length,
         "embed_dim": "vision_projection" not in family.settings
         or model.embed_dim == model.vision_width,
@@ -164,6 +210,11 @@ def _mismatches(family: Family, model: ModelConfig) -> list[str]:
         or model.image_resolution % (model.vision_patch_size or 1) == 0,
     }
     return wrong + [name for name, fits in checks.items() if not fits]
+
+
+def _hidden(model: ModelConfig, ratio: float | None) -> int:
+    """The hidden width of the image tower's MLPs at a ratio; None: its own."""
+    return int(model.vision_width * (ratio or model.vision_mlp_ratio))
 
 
 def _by_their_names(message: str) -> str:
@@ -192,7 +243,10 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     As in transformers 5, the fields that it omits then have their defaults, whatever is in `NAME`.
     """
     older = values.get(f"{name}_dict")
-    return dict((values.get(name) or {}) if older is None else older)
+    found = (values.get(name) or {}) if older is None else older
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: {found!r} is not a section of settings")
+    return found
 
 
 def _sections(vision: dict[str, Any], text: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -75,6 +75,7 @@ _SIGLIP = (
     *_VISION,
     *_TEXT,
 )
+_SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}
 _CONV = Rule("visual.conv1.weight", f"{_EMBEDDINGS}.patch_embedding.weight")
 _LINEAR = Rule(_CONV.ours, _CONV.theirs, patches=True)
 
@@ -91,6 +92,9 @@ class Family:
     settings: Mapping[str, Any] = field(default_factory=dict)  # beside ModelConfig's defaults
     vision: Mapping[str, Any] = field(default_factory=dict)  # transformers' defaults of the section
     text: Mapping[str, Any] = field(default_factory=dict)
+    # Of the published widths; without them tensors alone do not determine an architecture.
+    vision_heads: Mapping[int, int] = field(default_factory=dict)
+    text_heads: Mapping[int, int] = field(default_factory=dict)
 
 
 _BASE = {
@@ -162,6 +166,8 @@ SIGLIP = Family(
     settings=_SIGLIP_SETTINGS,
     vision=_SIGLIP_DEFAULTS | {"image_size": 224, "patch_size": 16},
     text=_SIGLIP_TEXT,
+    vision_heads=_SIGLIP_HEADS,
+    text_heads=_SIGLIP_HEADS,
 )
 NAFLEX = Family(
     model_type="siglip2",
@@ -172,6 +178,8 @@ NAFLEX = Family(
     settings=_SIGLIP_SETTINGS | {"vision_positions": "resized"},
     vision=_SIGLIP_DEFAULTS | {"num_patches": 256, "patch_size": 16},
     text=_SIGLIP_TEXT,
+    vision_heads=_SIGLIP_HEADS,
+    text_heads=_SIGLIP_HEADS,
 )
 CHINESE_CLIP = Family(
     model_type="chinese_clip",
@@ -195,5 +203,7 @@ CHINESE_CLIP = Family(
         "pad_token_id": 0,
         "type_vocab_size": 2,
     },
+    vision_heads={768: 12, 1024: 16, 1280: 16},
+    text_heads={768: 12, 1024: 16},
 )
 FAMILIES = {one.model_type: one for one in (CLIP, METACLIP_2, SIGLIP, NAFLEX, CHINESE_CLIP)}

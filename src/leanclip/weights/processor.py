@@ -64,7 +64,10 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 
 
 def read_processor(
-    folder: Path, resolution: int | None, patch_size: int | None = None
+    folder: Path,
+    resolution: int | None,
+    patch_size: int | None = None,
+    kind: str = "CLIPImageProcessor",
 ) -> Preprocess | None:
     """The preprocessing of a folder; None where it has none.
 
@@ -72,6 +75,7 @@ def read_processor(
         folder: of the processor's configuration.
         resolution: of the model, which the processor must give; None: any.
         patch_size: of a model that takes patches (NaFlex); None: it takes squares.
+        kind: the processor's class where its configuration names none: that of the model.
 
     Raises:
         WeightsError: a file is damaged, or a field's value is not supported; names the field.
@@ -83,6 +87,10 @@ def read_processor(
             values = values.get("image_processor")  # older ones have none
         if values is not None:
             try:
+                values = {
+                    "image_processor_type": values.get("feature_extractor_type", kind),
+                    **values,
+                }
                 return _from_values(values, resolution, patch_size)
             except MALFORMED as error:
                 raise WeightsError(f"{path}: {error}") from None
@@ -119,7 +127,7 @@ def _from_values(
     is_patches = "max_num_patches" in fields
     if resolution is not None and is_patches != (patch_size is not None):
         made, taken = ("patches", "squares") if is_patches else ("squares", "patches")
-        kind = fields.get("image_processor_type", "CLIPImageProcessor")
+        kind = fields["image_processor_type"]
         raise ValueError(f"image_processor_type: {kind} makes {made}, the model takes {taken}")
     if is_patches:
         return _patches(fields, resolution, patch_size, pixels)
@@ -155,10 +163,10 @@ def _patches(
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of the fields of a processor's class."""
-    name = values.get("image_processor_type") or values.get("feature_extractor_type")
+    name = values["image_processor_type"]
     if {"AutoImageProcessor", "AutoFeatureExtractor"} & dict(values.get("auto_map") or {}).keys():
         raise ValueError("auto_map: names code of the repository, which is not run")
-    stem = str(name or "CLIPImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    stem = str(name).removesuffix("Fast").removesuffix("Pil")
     stem = stem.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if stem not in _CLASSES:
         raise ValueError(

@@ -14,9 +14,9 @@ from typing import Any
 from leanclip.config.model import ModelConfig
 from leanclip.errors import WeightsError
 from leanclip.io.files import LFS_POINTER, is_lfs_file
-from leanclip.preprocess.text import CONFIG, FILES, Clean, Tokenizer
-from leanclip.preprocess.token_files import MAX_JSON, Added, JsonModel, piece_count
-from leanclip.preprocess.tokenizer import vocabulary
+from leanclip.preprocess.text import CONFIG, FILES, Clean, Tokenizer, json_model
+from leanclip.preprocess.token_files import MAX_JSON, Added, piece_count
+from leanclip.preprocess.tokenizer import VOCAB_SIZE, vocabulary
 from leanclip.weights.bert_vocabulary import json_of_vocabulary, with_bert_options
 from leanclip.weights.files import MALFORMED, read_json
 from leanclip.weights.hub import locate_settings
@@ -78,7 +78,7 @@ def read_files(
         "context_length": context_length,
         "clean": clean,
         "pads_left": pads_left,
-        "config": json.dumps(config, indent=1, ensure_ascii=False) if config else "",
+        "config": json.dumps(config, indent=1) if config else "",
     }
     try:
         if name == "SiglipTokenizer" or not any((folder / one).is_file() for one in (JSON, WORDS)):
@@ -219,18 +219,17 @@ def _of_json(
         content = json_of_vocabulary(_read(folder / WORDS), config)
     else:
         raise WeightsError(f"has no {JSON}, and its {WORDS} is not read for a {name}")
-    model = JsonModel(content)  # checks it, before its parts are looked at
-    values = json.loads(content)
-    if name in _CLIPS and values["model"].get("vocab") == vocabulary():
-        return Tokenizer(shared["context_length"])
-    changed = with_bert_options(values, config) if name == "BertTokenizer" else values
-    if changed is not values:
-        content = json.dumps(changed, ensure_ascii=False).encode()
+    lower = name == "Siglip2Tokenizer" or (name in _GEMMAS and model_type.startswith("siglip"))
+    model = json_model(content, lower)  # checks it, before its parts are looked at
+    if name in _CLIPS and model.vocab_size == VOCAB_SIZE:
+        if json.loads(content)["model"].get("vocab") == vocabulary():
+            return Tokenizer(shared["context_length"])
+    elif name == "BertTokenizer":
+        content = with_bert_options(content, config)
     pad = _token(config, "pad_token") or _PADS.get(name or "")
-    pad_id = model.id_of(pad) if pad else (values.get("padding") or {}).get("pad_id")
+    pad_id = model.id_of(pad) if pad else (json.loads(content).get("padding") or {}).get("pad_id")
     if type(pad_id) is not int:
         raise WeightsError(f"{CONFIG}: pad_token: {pad!r} is none of its tokens")
-    lower = name == "Siglip2Tokenizer" or (name in _GEMMAS and model_type.startswith("siglip"))
     strip_id = None
     if strip_sep_token:
         strip_id = model.id_of(_token(config, "sep_token") or "[SEP]")
