@@ -14,7 +14,8 @@ from conftest import PROJECT, make_config, noise_image
 from packaging.requirements import Requirement
 
 EXTRA = ("datasets", "fastapi", "multipart", "onnx", "onnxruntime", "pandas", "pytest", "scipy",
-         "sentencepiece", "sklearn", "tensorboard", "tokenizers", "transformers", "uvicorn", "wandb")  # fmt: skip
+         "sentencepiece", "sklearn", "tensorboard", "tokenizers", "transformers", "uvicorn",
+         "wandb")  # fmt: skip
 
 
 def run(*words: str | Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, TINY, Command, assert_refused, make_config
+from conftest import PROJECT, TINY, Command, assert_refused, make_config, run_cli
 
 import leanclip
 from leanclip.config.model import ModelConfig
@@ -20,13 +20,19 @@ from leanclip.config.sections import parse
 from leanclip.errors import WeightsError
 from leanclip.inference.export import export
 from leanclip.io import optional_imports
+from leanclip.io.files import read_metrics
 from leanclip.model import CLIP
 from leanclip.preprocess import token_files
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.text import Tokenizer
 from leanclip.weights import read_tokenizer, read_weights, save_weights, write_weights
 from leanclip.weights.read import check_fits_model
-from leanclip.weights.tokenizer import open_clip_settings, read_files, read_open_clip
+from leanclip.weights.tokenizer import (
+    open_clip_settings,
+    read_files,
+    read_open_clip,
+    write_files,
+)
 
 GOLDEN = PROJECT / "tests" / "data" / "modern"
 TEXTS = ["", "a photo of a cat", "A CAT!", "naïve café", "猫の写真", "[SEP] </s> <eos> x"]
@@ -150,6 +156,24 @@ def test_open_clips_settings(text: dict[str, Any], expected: dict[str, Any] | No
         return
     assert found is not None
     assert open_clip_settings(found) == {"hf_tokenizer_name": ".", "tokenizer_kwargs": expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [("hf-siglip", "whitespace"), ("hf-siglip2", "lower"), ("hf-metaclip2", "whitespace")],
+)
+def test_open_clip_cleans_what_hugging_face_does_not(
+    tmp_path: Path, name: str, clean: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = read_files(GOLDEN / name, 24)
+    settings = open_clip_settings(ours)
+    assert settings["tokenizer_kwargs"] == {"clean": clean}
+    assert "open_clip cleans texts" in caplog.text
+    write_files(tmp_path, ours)
+    theirs = read_open_clip(tmp_path, settings)
+    assert theirs is not None
+    texts = ["a photo of a cat.", "A CAT, and a dog!", "naïve café", "猫の写真"]
+    assert theirs(texts, truncate=True).equal(ours.at(77)(texts, truncate=True))
 
 
 def test_a_repository_is_fetched_where_the_folder_has_no_tokeniser(
@@ -375,7 +399,7 @@ def test_damaged_settings_are_refused(tmp_path: Path, change: dict[str, Any], wo
 @pytest.mark.parametrize("format", ["openai", "passl"])
 def test_files_without_a_tokeniser_are_refused(tmp_path: Path, format: str) -> None:
     weights = read_weights(siglip_model(tmp_path / "tiny"))
-    with pytest.raises(WeightsError, match="do not store a tokeniser|cannot hold"):
+    with pytest.raises(WeightsError, match=r"do not store a tokeniser|cannot hold"):
         write_weights(weights, tmp_path / "out", format)
 
 
@@ -418,3 +442,35 @@ def test_a_small_vocabulary_without_a_tokeniser_is_refused(
     config = make_config(workplace / "small.yaml", model={"vocab_size": 500})
     done = command("train", "-c", str(config), "--output-dir", "run")
     assert_refused(done, "model.vocab_size: 500 is less than the 49408 ids of the tokeniser")
+
+
+@pytest.mark.parametrize("pool", ["last", "first"])
+def test_a_locked_text_tower_is_cached_by_its_own_tokens(
+    workplace: Path, command: Command, pool: str
+) -> None:
+    siglip_model(workplace / "start", transformer_pool=pool)
+    sections = {"data": {"augment": False}, "finetune": {"lock_text": "all"}}
+    model = SIGLIP | {"transformer_pool": pool}
+    config = make_config(workplace / "locked.yaml", model=model, **sections)
+    for run, is_used in (("with", "true"), ("without", "false")):
+        words = ("--output-dir", run, "-o", f"finetune.cache_features={is_used}")
+        done = command("train", "-c", str(config), "--load", "start", *words)
+        assert done.returncode == 0, done.stderr
+    found, expected = (
+        [line["train/loss"] for line in read_metrics(Path(run)) if "train/loss" in line]
+        for run in ("with", "without")
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(found) > 1
+
+
+@pytest.mark.slow
+def test_shards_carry_the_tokeniser(workplace: Path, command: Command) -> None:
+    start = siglip_model(workplace / "start")
+    train = {"sharding": "fsdp", "batch_size": 2, "epochs": 1}
+    make_config(workplace / "config.yaml", model=SIGLIP, train=train)
+    words = ("--load", "start", "--output-dir", "run", "--num-procs", "2")
+    done = run_cli("train", "-c", "config.yaml", *words, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert command("merge", "run", "merged").returncode == 0
+    assert read_weights("merged").tokenizer == read_weights(start).tokenizer

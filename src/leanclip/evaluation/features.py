@@ -230,7 +230,7 @@ def encode_texts(
         packed: pack texts of different lengths into a batch; else a batch has one length.
 
     Raises:
-        ConfigError: the model has another tokeniser.
+        ConfigError: the model has fewer ids than its tokeniser.
         DataError: a text is longer than the context, and `truncate` is false.
     """
     check_vocabulary(model)

@@ -96,6 +96,7 @@ def sweep(
     start, stop = (end.tensors for end in ends)
     assert ends[0].model is not None
     model = CLIP(**to_plain(ends[0].model)).to(device)
+    model.tokenizer = ends[0].tokenizer or model.tokenizer
     points = []
     for alpha in alphas:
         model.load_state_dict(

@@ -73,7 +73,7 @@ class InferenceModel:
         """Token ids (B, L) of texts, padded to the context length L.
 
         Raises:
-            ConfigError: the model has another tokeniser.
+            ConfigError: the model has fewer ids than its tokeniser.
             DataError: a text exceeds the context length, and `truncate` is false.
         """
         check_vocabulary(self.model)

@@ -29,7 +29,7 @@ Kind = Literal["clip", "tokenizers", "sentencepiece"]
 Clean = Literal["none", "whitespace", "whitespace_underscore", "lower", "canonicalize"]
 Normalize = Literal["none", "lower", "siglip"]
 
-FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "spiece.model"}  # as they are written
+FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "spiece.model"}
 CONFIG = "tokenizer_config.json"
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -162,11 +162,16 @@ class Tokenizer:
         values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)[:-2]}
         return {n: v for n, (v, default) in values.items() if n in always or v != default}
 
+    @property
+    def file_name(self) -> str:
+        """The name of the file, by which transformers' class finds it."""
+        return "sentencepiece.bpe.model" if self.offset else FILES[self.kind]
+
     def files(self) -> dict[str, bytes]:
         """The files that are stored with weights, by name."""
         if self.kind == "clip":
             return {}
-        own = {FILES[self.kind]: self.file}
+        own = {self.file_name: self.file}
         return own | ({CONFIG: self.config.encode()} if self.config else {})
 
     def __getstate__(self) -> dict[str, Any]:

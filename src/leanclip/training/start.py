@@ -207,14 +207,21 @@ def read_on_all_ranks(source: str | Path, arch: Architecture | None = None) -> t
 
 def _load(plan: Plan, model: CLIP, weights: Weights) -> list[str]:
     """Load weights into the model of the configuration; the names of what they do not have."""
+    source = plan.config.load
     try:
-        return load_into(model, weights, partial=plan.config.load_partial)
+        new = load_into(model, weights, partial=plan.config.load_partial)
     except WeightsError as error:
         if weights.model is None or plan.config.load_arch is not None:
             raise
         raise WeightsError(
             f"{error}; a config without the section model takes that of the weights"
         ) from None
+    if model.tokenizer != plan.tokenizer:
+        raise WeightsError(
+            f"{source}: its tokeniser is not known before its weights are read; convert it first: "
+            f"leanclip convert {source} OUT"
+        )
+    return new
 
 
 def _choose(plan: Plan, must_resume: bool) -> Chosen | None:

@@ -7,6 +7,7 @@ What a file does depends on the class that tokenizer_config.json names, as in tr
 """
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from leanclip.preprocess.tokenizer import VOCAB_SIZE, vocabulary
 from leanclip.weights.bert_vocabulary import json_of_vocabulary, with_bert_options
 from leanclip.weights.files import MALFORMED, read_json
 from leanclip.weights.hub import locate_settings
+
+log = logging.getLogger("leanclip")
 
 JSON, WORDS = "tokenizer.json", "vocab.txt"
 PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
@@ -131,14 +134,19 @@ def read_open_clip(folder: Path, text: dict[str, Any]) -> Tokenizer | None:
 def open_clip_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """The fields of `text_cfg` for a tokeniser whose files are in the same folder.
 
-    open_clip cleans every text that another tokeniser than CLIP's reads.
+    open_clip cleans all texts: a tokeniser whose texts are not cleaned gets the least of it, and a
+    warning is logged.
     """
     if tokenizer.kind == "clip":
         return {}
-    clean = "whitespace" if tokenizer.clean == "none" else tokenizer.clean
-    if tokenizer.normalize != "none" and tokenizer.clean == "none":
-        clean = "canonicalize"  # as open_clip's configurations of SigLIP
-    options: dict[str, Any] = {"clean": clean}
+    options: dict[str, Any] = {"clean": tokenizer.clean}
+    if tokenizer.clean == "none":
+        options["clean"] = "lower" if tokenizer.normalize == "lower" else "whitespace"
+        log.warning(
+            "open_clip cleans texts before they are encoded (%s): ids of texts with broken "
+            "characters, HTML entities or several spaces differ",
+            options["clean"],
+        )
     if tokenizer.strip_id is not None:
         options["strip_sep_token"] = True
     return {"hf_tokenizer_name": ".", "tokenizer_kwargs": options}
@@ -193,7 +201,8 @@ def stored(folder: Path, values: Any, context_length: int) -> Tokenizer:
         for name in ("prefix", "suffix"):
             settings[name] = tuple(settings.get(name, ()))
         settings["added"] = tuple(Added(*one) for one in settings.get("added", ()))
-        content = _read(folder / FILES[settings["kind"]])
+        name = PIECES[1] if settings.get("offset") else FILES[settings["kind"]]
+        content = _read(folder / name)
         has_config = (folder / CONFIG).is_file()
         config = (folder / CONFIG).read_text(encoding="utf-8") if has_config else ""
         return Tokenizer(**settings, file=content, config=config)
@@ -283,7 +292,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", CONFIG):
         if (folder / name).is_file():
             found |= read_json(folder / name)
-    return found
+    return {key: value for key, value in found.items() if key != "auto_map"}  # code to execute
 
 
 def _check_supported(folder: Path, config: dict[str, Any]) -> None:
