@@ -1,6 +1,7 @@
 """Images and prompts to features, beside transformers: batches of 1 to 256, 101 and 8,080 prompts.
 
     python benchmarks/encode.py --out benchmarks/encode.json
+    python benchmarks/encode.py --model siglip-B-16 --parts pixels --batches 1 8
 
 ViT-B/32 with the same random weights in leanclip and in transformers' `CLIPModel`, in one process,
 in turn. `pixels` are normalised pixels through `InferenceModel.encode_image`, which gives a CPU as
@@ -28,7 +29,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 import leanclip
 from leanclip.inference.model import InferenceModel
@@ -56,9 +57,9 @@ class Theirs:
     """transformers' model with its tokeniser and image processor."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        self.model: Any = CLIPModel.from_pretrained(folder).eval()
+        self.model: Any = AutoModel.from_pretrained(folder).eval()
         self.model.to(device)
-        self.processor: Any = CLIPImageProcessor.from_pretrained(folder)
+        self.processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
     @torch.inference_mode()

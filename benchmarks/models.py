@@ -49,14 +49,36 @@ TINY = {
     "transformer_layers": 2,
     "activation": "quick_gelu",
 }
+_SIGLIP = {  # what SigLIP's towers have in common
+    "vision_class_token": False,
+    "vision_pool": "attn",
+    "vision_projection": "none",
+    "vision_norm_eps": 1e-6,
+    "pre_norm": False,
+    "patch_bias": True,
+    "context_length": 64,
+    "transformer_causal": False,
+    "transformer_pool": "last",
+    "transformer_norm_eps": 1e-6,
+    "transformer_projection_bias": True,
+    "activation": "gelu_tanh",
+    "logit_bias": True,
+}
+SIGLIP = {  # with CLIP's vocabulary
+    "siglip-B-16": preset("ViT-B-16")
+    | {"embed_dim": 768, "transformer_width": 768, "transformer_heads": 12, **_SIGLIP},
+    "siglip-tiny": TINY | {"embed_dim": 64, "transformer_width": 64, **_SIGLIP},
+}
 
 
 def architecture(name: str) -> dict[str, Any]:
-    """Of a preset, of the quickstart's config, or "tiny"."""
+    """Of a preset, of a quickstart's config, of SigLIP, or "tiny"."""
     if name == "tiny":
         return dict(TINY)
-    if name == QUICKSTART:
-        model = load_config(str(ROOT / "configs/quickstart.yaml")).model
+    if name in SIGLIP:
+        return dict(SIGLIP[name])
+    if name.endswith(QUICKSTART):
+        model = load_config(str(ROOT / f"configs/{name}.yaml")).model
         assert model is not None
         return to_plain(model)
     return preset(name)
@@ -110,7 +132,7 @@ def training_batch(side: int, tokens: torch.Tensor) -> Batch:
 
 
 def from_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of CLIPModel, its gradients for example, by our names."""
+    """Tensors of CLIPModel or SiglipModel, their gradients for example, by our names."""
     from leanclip.weights.huggingface import from_state_dict
 
     return from_state_dict(Path("transformers"), tensors, None).tensors

@@ -11,7 +11,8 @@ Forward, loss, backward and AdamW on one batch that is on the device already: le
 the context of 77. leanclip gets the batch as its loader makes it. transformers is measured padded
 to 77 with an attention mask, as the usual training recipes do, and at its best: padded to the
 longest of the batch, without the mask, which a causal tower needs not; both with the fused AdamW,
-as leanclip. open_clip takes 77 tokens always; at its best it is compiled where leanclip is.
+as leanclip. SigLIP's text tower attends to padding: `SiglipModel` and leanclip take its whole
+context. open_clip takes 77 tokens always; at its best it is compiled where leanclip is.
 
 Before anything is timed, the loss and the gradients of all parameters must agree; the difference of
 the gradients (norm over norm) stands in the table. A product of two square matrices is timed in
@@ -65,7 +66,15 @@ from models import (
 )
 
 CAPTIONS = ("realistic", "full")
-BATCHES = {"ViT-B-32": 32, "ViT-B-16": 8, "quickstart": 64, "tiny": 4}  # on the CPU
+BATCHES = {  # on the CPU
+    "ViT-B-32": 32,
+    "ViT-B-16": 8,
+    "siglip-B-16": 8,
+    "quickstart": 64,
+    "siglip-quickstart": 64,
+    "tiny": 4,
+    "siglip-tiny": 4,
+}
 LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
 GRADIENT_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 WAYS = ("leanclip", "transformers, to 77", "transformers, to the longest", "open_clip")
@@ -127,6 +136,7 @@ class Ours(Step):
             self.preprocess,
             rate=SETTINGS.learning_rate,
             settings=self.settings,
+            kind="siglip" if self.model.config.logit_bias else "clip",
             towers=self.towers,
         ).loss
 
@@ -161,20 +171,20 @@ class Peer(Step):
 
 
 class Transformers(Peer):
-    """CLIPModel with its own loss."""
+    """CLIPModel or SiglipModel with its own loss."""
 
     def __init__(
         self, folder: Path, inputs: Inputs, chosen: argparse.Namespace, *, is_best: bool
     ) -> None:
-        from transformers import CLIPModel
+        from transformers import AutoModel
 
-        super().__init__(CLIPModel.from_pretrained(folder), inputs, chosen)
+        super().__init__(AutoModel.from_pretrained(folder), inputs, chosen)
         tokens = inputs.tokens
         lengths = lengths_of(tokens)
         if is_best:
             tokens = tokens[:, : int(lengths.max())]
         words = {"input_ids": tokens}
-        if not is_best:
+        if not is_best and not is_siglip(inputs.name):
             words["attention_mask"] = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
         words = {key: value.to(chosen.device) for key, value in words.items()}
         model = torch.compile(self.model) if chosen.compile and is_best else self.model
@@ -202,18 +212,26 @@ class OpenClip(Peer):
 
 
 def inputs_of(name: str, captions: str, chosen: argparse.Namespace) -> Inputs:
-    side = architecture(name)["image_resolution"]
-    tokens = tokens_of(captions, batch_of(name, chosen))
+    arch = architecture(name)
+    side = arch["image_resolution"]
+    tokens = tokens_of(captions, batch_of(name, chosen), arch["context_length"])
     batch = training_batch(side, tokens)
     batch.images = batch.images.to(chosen.device)
     batch.tokens = batch.tokens.to(chosen.device)
     return Inputs(name, tokens, batch, Preprocess(side))
 
 
+def is_siglip(name: str) -> bool:
+    """Whether a model's text tower attends to padding, which cannot be cut then."""
+    return bool(architecture(name).get("logit_bias"))
+
+
 def made(way: str, inputs: Inputs, folder: Path, chosen: argparse.Namespace) -> Step | None:
-    """A way of training that model; None for a peer that is not installed."""
+    """A way of training that model; None for a peer that is not installed, or has no such model."""
     if way == "leanclip":
         return Ours(inputs, chosen)
+    if is_siglip(inputs.name) and way != "transformers, to 77":
+        return None
     if way.startswith("transformers"):
         if find_spec("transformers") is None:
             return None
@@ -355,7 +373,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(json.dumps(once(given.once, given)))
         return
     if given.tiny:
-        given.models, given.product = ["tiny"], 64
+        given.models, given.product = ["tiny", "siglip-tiny"], 64
     results = {}
     for name in given.models:
         with TemporaryDirectory() as folder:

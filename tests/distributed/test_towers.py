@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from families import FAMILIES
 from test_step import Recording, batch_of
 from torch import nn
 
@@ -41,8 +42,13 @@ def stepped(
     return model, optimizer.gradients
 
 
-@pytest.mark.parametrize("arch", [TINY, RESNET], ids=["vit", "resnet"])
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    ("arch", "micro_batches"),
+    [
+        *((arch, micro_batches) for arch in (TINY, RESNET) for micro_batches in (1, 3)),
+        *((arch | {"image_resolution": 32}, 1) for arch in FAMILIES.values()),
+    ],
+)
 def test_checkpointed_activations_give_the_same_bits(arch: dict, micro_batches: int) -> None:
     plain, expected = stepped(arch, None, micro_batches)
     model, found = stepped(arch, checkpoint_activations, micro_batches)
@@ -105,8 +111,11 @@ def test_the_estimate_knows_of_checkpointing(workplace: Path) -> None:
     assert estimates[True][1] < 0.5 * estimates[False][1]
 
 
+@pytest.mark.parametrize("family", ["clip", "siglip", "biomed"])
 @pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_compiled_towers_have_the_same_gradients_and_names(is_checkpointed: bool) -> None:
+def test_compiled_towers_have_the_same_gradients_and_names(
+    is_checkpointed: bool, family: str
+) -> None:
     """With aot_eager: inductor builds C++ for a minute, which the slow test does."""
 
     def change(model: CLIP) -> None:
@@ -114,8 +123,9 @@ def test_compiled_towers_have_the_same_gradients_and_names(is_checkpointed: bool
             checkpoint_activations(model)
         compile_towers(model, "aot_eager")
 
-    plain, expected = stepped(TINY)
-    model, found = stepped(TINY, change)
+    arch = FAMILIES.get(family, TINY) | {"image_resolution": 32}
+    plain, expected = stepped(arch)
+    model, found = stepped(arch, change)
     assert list(model.state_dict()) == list(plain.state_dict())
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROJECT, TINY, assert_refused, ranks_of
+from families import FAMILIES
 from safetensors.torch import load_file
 
 import leanclip
@@ -30,6 +31,8 @@ from leanclip.training.plan import make_plan, memory_estimate
 from leanclip.training.step import train_step
 from leanclip.weights import save_weights
 
+BIOMED, COCA = FAMILIES["biomed"], FAMILIES["coca"]
+SIGLIP = FAMILIES["siglip"] | {"image_resolution": 32, "logit_bias": False}
 Command = Callable[..., subprocess.CompletedProcess[str]]
 RESNET = TINY | {
     "vision_layers": [1, 2, 1, 1], "vision_width": 4, "vision_patch_size": None,
@@ -109,6 +112,65 @@ def test_groups_of_a_vit_and_of_the_text_tower() -> None:
     assert places["transformer.resblocks.0.ln_1.weight"] == ("text", 1, 3)
     assert places["text_projection"] == places["ln_final.weight"] == ("text", 3, 3)
     assert None not in places.values()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "group"),
+    [
+        ("siglip", "visual.conv1.bias", ("image", 0, 3)),
+        ("siglip", "visual.attn_pool.probe", ("image", 3, 3)),
+        ("siglip", "visual.attn_pool.mlp.c_fc.weight", ("image", 3, 3)),
+        ("siglip", "text_projection_bias", ("text", 3, 3)),
+        ("siglip", "logit_bias", None),
+        ("coca", "visual.attn_pool.attn.q_proj_weight", ("image", 3, 3)),
+        ("coca", "visual.transformer.resblocks.1.ls_2.gamma", ("image", 2, 3)),
+        ("coca", "cls_emb", ("text", 0, 3)),
+        ("biomed", "visual.proj_bias", ("image", 3, 3)),
+        ("biomed", "token_type_embedding", ("text", 0, 3)),
+        ("biomed", "ln_embedding.weight", ("text", 0, 3)),
+        ("biomed", "transformer.resblocks.1.ln_2.weight", ("text", 2, 3)),
+        ("biomed", "pooler.bias", ("text", 3, 3)),
+        ("biomed", "text_projection_hidden", ("text", 3, 3)),
+    ],
+)
+def test_groups_of_the_families(family: str, name: str, group: tuple | None) -> None:
+    model = CLIP(**FAMILIES[family])
+    assert name in dict(model.named_parameters())
+    assert group_of(name, model.config) == group
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_wholly_locked_tower_has_the_groups_that_are_counted(family: str) -> None:
+    """Locking all groups by number is locking all."""
+    for tower in ("image", "text"):
+        for count in ("all", 4):
+            model, _, _ = tuned(FAMILIES[family], **{f"lock_{tower}": count})
+            for name, parameter in model.named_parameters():
+                is_locked = not name.startswith("logit_")
+                is_locked &= name.startswith("visual.") == (tower == "image")
+                assert parameter.requires_grad != is_locked, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fine_tuning_a_family_trains_what_is_not_locked(family: str) -> None:
+    arch = FAMILIES[family] | {"image_resolution": 32}
+    model, tuning, optimizer = tuned(
+        arch, lock_image=2, lock_text=1, layer_decay=0.5, ema_decay=0.5, patch_dropout=0.5
+    )
+    before = state_of(model)
+    kind = "siglip" if arch.get("logit_bias") else "clip"
+    for _ in range(2):
+        result = train_step(
+            model, optimizer, batch_of(), Preprocess(32), rate=1e-3, kind=kind,
+            settings=TrainConfig(micro_batches=2),
+        )  # fmt: skip
+        tuning.after_step(result.is_finite)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert changed(model, before) == trained
+    assert tuning.factors["visual.ln_post.weight"] == 1.0
+    assert tuning.factors["visual.transformer.resblocks.1.ln_1.weight"] == 0.5
+    with tuning.averaged():
+        assert changed(model, before) == trained
 
 
 def test_groups_of_a_resnet() -> None:
@@ -326,7 +388,8 @@ def test_a_run_goes_on_to_the_bit_and_its_weights_are_those_measured(
 
 
 def test_low_rank_updates_start_at_nothing_and_merge_into_plain_weights(tmp_path: Path) -> None:
-    for arch in (TINY, RESNET):
+    counts = [(TINY, 16), (RESNET, 12), (BIOMED, 16), (SIGLIP, 20), (COCA, 20)]
+    for arch, count in counts:
         torch.manual_seed(3)
         base = CLIP(**arch).eval()
         model, tuning, optimizer = tuned(arch, lora_rank=2, lora_alpha=4.0)
@@ -339,7 +402,7 @@ def test_low_rank_updates_start_at_nothing_and_merge_into_plain_weights(tmp_path
         for _ in range(3):
             step(model, optimizer, rate=1e-2)
         assert all(name.endswith((".up", ".down")) for name in changed(model, before))
-        assert len(changed(model, before)) == 2 * (16 if arch is TINY else 12)
+        assert len(changed(model, before)) == 2 * count
         merged = CLIP(**arch).eval()
         merged.load_state_dict(tuning.weights())
         assert not torch.equal(merged.encode_image(pixels), base.encode_image(pixels))

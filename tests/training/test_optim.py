@@ -1,10 +1,12 @@
 """Parameter groups and rates."""
 
 import math
+import re
 
 import pytest
 import torch
 from conftest import TINY
+from families import FAMILIES
 
 from leanclip import CLIP
 from leanclip.config.training import OptimizerConfig
@@ -35,6 +37,30 @@ def test_vectors_and_positions_do_not_decay() -> None:
     } <= kept_names
     assert {"token_embedding.weight", "visual.proj", "visual.conv1.weight"} <= decayed_names
     assert all(model.get_parameter(name).ndim >= 2 for name in decayed_names)
+
+
+def test_the_families_vectors_and_positions_do_not_decay() -> None:
+    decayed = set()
+    for arch in FAMILIES.values():
+        model = CLIP(**arch)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decayed |= {names[id(p)] for p in parameter_groups(model, 0.2)[0]["params"]}
+    assert {re.sub(r"resblocks\.\d", "resblocks", name) for name in decayed} == {
+        "token_embedding.weight", "token_type_embedding", "pooler.weight",
+        "text_projection", "text_projection_hidden",
+        "visual.conv1.weight", "visual.proj", "visual.attn_pool.query",
+        *(f"visual.attn_pool.attn.{name}_proj_weight" for name in ("q", "k", "v", "in")),
+        "visual.attn_pool.attn.out_proj.weight",
+        *(f"visual.attn_pool.mlp.{name}.weight" for name in ("c_fc", "c_proj")),
+        *(
+            f"{tower}transformer.resblocks.{name}"
+            for tower in ("", "visual.")
+            for name in (
+                "attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight",
+                "mlp.c_proj.weight",
+            )
+        ),
+    }  # fmt: skip
 
 
 def test_frozen_parameters_are_left_out() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, ranks_of
+from families import FAMILIES
 
 from leanclip import CLIP, Preprocess
 from leanclip.config.training import OptimizerConfig, TrainConfig
@@ -24,7 +25,11 @@ from leanclip.training.step import train_step
 
 KINDS: tuple[Kind, ...] = ("clip", "multi-positive", "siglip")
 PAIRS = 11  # divides by no number of ranks or micro-batches
-CASES = list(itertools.product(KINDS, (True, False), (1, 4), (14.3, 100.0)))
+CASES: list[tuple[Kind, bool, int, float, str]] = [
+    *((*case, "clip") for case in itertools.product(KINDS, (True, False), (1, 4), (14.3, 100.0))),
+    *(("siglip" if arch.get("logit_bias") else "clip", True, 4, 14.3, name)
+      for name, arch in FAMILIES.items()),
+]  # fmt: skip
 GROUPS = torch.tensor([0, 1, 2, 0, 3, 3, 4, 1, 5, 6, 0])
 
 
@@ -40,9 +45,10 @@ class Recording(torch.optim.SGD):
         ]
 
 
-def model_of(kind: Kind, scale: float) -> CLIP:
+def model_of(kind: Kind, scale: float, family: str = "clip") -> CLIP:
     torch.manual_seed(3)
-    model = CLIP(**TINY | {"logit_bias": kind == "siglip"})
+    arch = FAMILIES.get(family, TINY) | {"image_resolution": 32}
+    model = CLIP(**arch | {"logit_bias": kind == "siglip"})
     with torch.no_grad():
         model.logit_scale.fill_(math.log(scale))
     return model
@@ -76,8 +82,8 @@ def results_of(rank: int, world_size: int) -> list[tuple[float, dict[str, np.nda
     cuts = [0, *(3, 3, 9)[: world_size - 1], PAIRS]  # of four ranks, one has nothing
     batch = batch_of(slice(cuts[rank], cuts[rank + 1]))
     results = []
-    for kind, is_tiled, micro_batches, scale in CASES:
-        model = model_of(kind, scale)
+    for kind, is_tiled, micro_batches, scale, family in CASES:
+        model = model_of(kind, scale, family)
         model.uses_packing = micro_batches == 4
         optimizer = Recording(model.parameters(), lr=0.1, fused=True)
         loss, _, is_finite, _ = train_step(
@@ -99,9 +105,9 @@ def results_of(rank: int, world_size: int) -> list[tuple[float, dict[str, np.nda
     return results
 
 
-def reference(kind: Kind, scale: float) -> tuple[float, dict[str, torch.Tensor]]:
+def reference(kind: Kind, scale: float, family: str) -> tuple[float, dict[str, torch.Tensor]]:
     """The same in one process, dense, in float64."""
-    model, batch, preprocess = model_of(kind, scale).double(), batch_of(), Preprocess(32)
+    model, batch, preprocess = model_of(kind, scale, family).double(), batch_of(), Preprocess(32)
     pixels = normalize(batch.images, preprocess.mean, preprocess.std).double()
     zimg, ztxt = (
         torch.nn.functional.normalize(z, dim=-1)
@@ -127,9 +133,9 @@ def reference(kind: Kind, scale: float) -> tuple[float, dict[str, torch.Tensor]]
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_do_not_depend_on_how_the_batch_is_split(world_size: int, tmp_path: Path) -> None:
     of_ranks = ranks_of(world_size, lambda rank: results_of(rank, world_size), tmp_path)
-    for number, (kind, is_tiled, micro_batches, scale) in enumerate(CASES):
-        case = (kind, is_tiled, micro_batches, scale)
-        loss, gradients = reference(kind, scale)
+    for number, case in enumerate(CASES):
+        kind, _, _, scale, family = case
+        loss, gradients = reference(kind, scale, family)
         for results in of_ranks:  # every rank ends with the whole gradient
             found, parts = results[number]
             assert found == pytest.approx(loss, rel=1e-5), case

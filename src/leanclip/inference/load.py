@@ -10,8 +10,8 @@ from typing import cast
 
 import torch
 
-from leanclip.config.published import published
 from leanclip.config.model import ModelConfig
+from leanclip.config.published import published
 from leanclip.config.sections import to_plain
 from leanclip.distributed.collectives import choose_device
 from leanclip.errors import ConfigError, WeightsError

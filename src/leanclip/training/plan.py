@@ -97,9 +97,6 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
     if config.train.precision == "auto":
         train = config.train.model_copy(update={"precision": precision})
         config = config.model_copy(update={"train": train})
-    preprocess = model_preprocess(config)
-    data = config.data.model_copy(update={"mean": preprocess.mean, "std": preprocess.std})
-    config = config.model_copy(update={"data": data})
     check_tracker(config.train.report_to)
     rank, world_size = rank_and_world_size()
     if rank > 0:
@@ -120,7 +117,7 @@ def make_plan(config: Config, device: torch.device, *, ranks: int = 1) -> Plan:
         dataset=dataset,
         tasks=tasks,
         retention=retention,
-        preprocess=preprocess,
+        preprocess=model_preprocess(config),
         tokenizer=tokenizer,
         cached_towers=cached_towers(config.finetune, config.model, config.data, dataset),
         loss=_loss(config, dataset),

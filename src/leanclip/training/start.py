@@ -213,14 +213,21 @@ def read_on_all_ranks(source: str | Path, arch: Architecture | None = None) -> t
 
 def _load(plan: Plan, model: CLIP, weights: Weights) -> list[str]:
     """Load weights into the model of the configuration; the names of what they do not have."""
+    source = plan.config.load
     try:
-        return load_into(model, weights, partial=plan.config.load_partial)
+        new = load_into(model, weights, partial=plan.config.load_partial)
     except WeightsError as error:
         if weights.model is None or plan.config.load_arch is not None:
             raise
         raise WeightsError(
             f"{error}; a config without the section model takes that of the weights"
         ) from None
+    if model.tokenizer != plan.tokenizer:
+        raise WeightsError(
+            f"{source}: its tokeniser is not known before its weights are read; convert it first: "
+            f"leanclip convert {source} OUT"
+        )
+    return new
 
 
 def _choose(plan: Plan, must_resume: bool) -> Chosen | None:
@@ -239,7 +246,8 @@ def _choose(plan: Plan, must_resume: bool) -> Chosen | None:
     old = load_config(plan.folder / "config.yaml")
     is_same_batch = plan.batch_size == progress.batch_size  # split among another number of ranks
     ignored = ("train.batch_size",) if is_same_batch else ()
-    if changed := differences(old, plan.config, ignore=FREE_SETTINGS + ignored):
+    before, now = (_with_normalization(one, plan) for one in (old, plan.config))
+    if changed := differences(before, now, ignore=FREE_SETTINGS + ignored):
         raise ConfigError(
             f"{plan.folder}: holds a run of another configuration ({_first_three(changed)}); "
             f"choose another --output-dir, or remove that folder"
@@ -248,6 +256,15 @@ def _choose(plan: Plan, must_resume: bool) -> Chosen | None:
         _check_load(plan, plan.config.load, old.load, progress.loaded, must_resume)
     is_sharded = checkpoint.is_sharded_checkpoint(found)
     return Chosen(found, progress, old, is_sharded, digests)
+
+
+def _with_normalization(config: Config, plan: Plan) -> Config:
+    """The configuration with the mean and std that it leaves to the weights."""
+    own = {
+        "mean": config.data.mean or plan.preprocess.mean,
+        "std": config.data.std or plan.preprocess.std,
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=own)})
 
 
 def _check_load(
