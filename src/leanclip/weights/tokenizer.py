@@ -81,7 +81,7 @@ def read_files(
         "context_length": context_length,
         "clean": clean,
         "pads_left": pads_left,
-        "config": json.dumps(config, indent=1, ensure_ascii=False) if config else "",
+        "config": json.dumps(config, indent=1) if config else "",
     }
     try:
         if name == "SiglipTokenizer" or not any((folder / one).is_file() for one in (JSON, WORDS)):
