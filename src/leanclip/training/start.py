@@ -155,16 +155,16 @@ def load_initial_weights(plan: Plan, model: CLIP) -> checkpoint.Progress:
     if config.load is not None:
         weights, digest = read_on_all_ranks(config.load, config.load_arch)
         new = load_into(model, weights, partial=config.load_partial)
+        if model.tokenizer != plan.tokenizer:
+            raise WeightsError(
+                f"{config.load}: its tokeniser is not known before its weights are read; convert "
+                f"it first: leanclip convert {config.load} OUT"
+            )
         own = weights.preprocess
         if own and (own.mean, own.std) != (plan.preprocess.mean, plan.preprocess.std):
             log.warning(
                 "%s: was trained with mean %s, std %s; this run has data.mean %s, data.std %s",
                 *(config.load, own.mean, own.std, plan.preprocess.mean, plan.preprocess.std),
-            )
-        if model.tokenizer != plan.tokenizer:
-            raise WeightsError(
-                f"{config.load}: its tokeniser is not known before its weights are read; convert "
-                f"it first: leanclip convert {config.load} OUT"
             )
         log.info("starting from the weights of %s", config.load)
     for name in ("lock_image", "lock_text", "lora_rank"):
