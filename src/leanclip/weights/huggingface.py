@@ -191,13 +191,13 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
 
 
 def _is_clips_tokenizer(folder: Path, family: Family) -> bool:
-    """Whether a folder's tokeniser must be CLIP's: by its kind, or as there is no other."""
-    if (folder / tokenizers.JSON).is_file():
-        model = read_json(folder / tokenizers.JSON).get("model")
-        is_clips = isinstance(model, dict) and model.get("vocab") == vocabulary()
-    else:
-        is_clips = family is CLIP
-    return is_clips or _are_clips(_merges(folder))
+    """Whether a folder's tokeniser must be CLIP's: by its merges, or as CLIPModel has no other."""
+    if _are_clips(_merges(folder)):
+        return True
+    if family is not CLIP or not (folder / tokenizers.JSON).is_file():
+        return family is CLIP
+    model = read_json(folder / tokenizers.JSON).get("model")
+    return isinstance(model, dict) and model.get("vocab") == vocabulary()
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
