@@ -19,6 +19,7 @@ from leanclip.data import Dataset
 from leanclip.errors import DataError
 from leanclip.evaluation import evaluate, retrieval_metrics
 from leanclip.evaluation.features import encode_images, encode_texts, images_at_once
+from leanclip.evaluation.zero_shot import ZeroShotResult
 from leanclip.preprocess.decoding import open_image
 from leanclip.preprocess.tokenizer import tokenize
 from leanclip.report.plots import image_grid, similarity_matrix
@@ -172,6 +173,42 @@ def test_evaluation_equals_the_plain_path(tmp_path: Path) -> None:
     shown = predictions(report)
     assert len(shown) == 12
     assert [target for _, _, target in shown] == ["ant"] * 4 + ["bee"] * 4 + ["cow"] * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("has_bias", "choice", "is_sigmoid"),
+    [
+        (True, None, True),
+        (True, "sigmoid", True),
+        (True, "softmax", False),
+        (False, None, False),
+        (False, "softmax", False),
+    ],
+)
+def test_reports_have_sigmoids_where_the_model_has_a_bias(
+    tmp_path: Path, has_bias: bool, choice: str | None, is_sigmoid: bool
+) -> None:
+    root = make_classes(tmp_path / "c", 2)
+    wanted = {"templates": ["a {}"], "probabilities": choice}
+    tasks = configured_tasks(settings(root, "folder", zero_shot=wanted))
+    model = CLIP(**TINY | {"logit_bias": has_bias}).eval()
+    if model.logit_bias is not None:
+        model.logit_bias.fill_(-0.5)
+    result = evaluate(model, tasks, Preprocess(32)).results["zero_shot"]
+    assert isinstance(result, ZeroShotResult)
+    logits = result.features @ result.classifier.T * model.logit_scale.exp()
+    expected = (logits - 0.5).sigmoid() if is_sigmoid else logits.softmax(dim=1)
+    torch.testing.assert_close(
+        result.top_probabilities, expected.sort(dim=1, descending=True).values
+    )
+
+
+def test_sigmoids_of_a_model_without_a_bias_are_refused(tmp_path: Path) -> None:
+    root = make_classes(tmp_path / "c", 2)
+    tasks = configured_tasks(settings(root, "folder", zero_shot={"probabilities": "sigmoid"}))
+    with pytest.raises(ConfigError, match="sigmoid needs a model with a logit bias"):
+        evaluate(CLIP(**TINY).eval(), tasks, Preprocess(32))
 
 
 def test_the_size_of_batches_does_not_matter_and_limit_counts(tmp_path: Path) -> None:

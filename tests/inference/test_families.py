@@ -22,11 +22,12 @@ from leanclip.config.model import ModelConfig
 from leanclip.config.presets import preset
 from leanclip.config.sections import parse
 from leanclip.data.prompts import CHINESE_TEMPLATES, SIGLIP_TEMPLATES, TEMPLATES, default_templates
+from leanclip.evaluation import Calibration
 from leanclip.evaluation.classification import classify
 from leanclip.inference.export import export
 from leanclip.inference.model import InferenceModel
 from leanclip.preprocess.images import Preprocess
-from leanclip.weights import Weights, write_weights
+from leanclip.weights import Weights, fingerprint, write_weights
 
 MODERN = Path(__file__).parents[1] / "data" / "modern"
 LABELS = ["cat", "cup", "rocket"]
@@ -124,6 +125,28 @@ def test_probabilities_that_a_model_does_not_have_are_refused(
     with pytest.raises(error) as caught:
         clip.classifier(labels, probabilities=choice)
     assert words in str(caught.value)
+
+
+def test_a_calibration_is_a_softmax(sigmoid: InferenceModel) -> None:
+    labels = ("cat", "cup")
+    calibration = Calibration(
+        temperature=2.0,
+        threshold=0.1,
+        floor=-1e9,
+        coverage=0.9,
+        images=10,
+        weights=fingerprint(sigmoid.model.state_dict()),
+        classes=labels,
+        templates=("{}",),
+    )
+    with pytest.raises(ConfigError, match="leave either sigmoid or the calibration out"):
+        sigmoid.classifier(labels, "{}", calibration=calibration, probabilities="sigmoid")
+    image = photograph("coffee")
+    cosines = sigmoid.similarity(image, labels)[:, 0]
+    expected = torch.from_numpy(sigmoid.logit_scale * cosines / 2).softmax(dim=0)
+    found = sigmoid.classify(image, labels, "{}", calibration=calibration)
+    values = {one.label: one.probability for one in found}
+    np.testing.assert_allclose([values[label] for label in labels], expected, rtol=1e-5)
 
 
 def test_the_command_line_gives_sigmoids_or_a_softmax(

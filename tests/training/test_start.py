@@ -366,6 +366,7 @@ def test_another_load_is_refused_and_the_same_goes_on(command: Command, workplac
         ("weights/some.model.v2.pt", "some.model.v2"),
         ("ViT-L/14@336px", "ViT-L-14@336px"),
         ("RN50x4", "RN50x4"),
+        ("ViT-B-16-SigLIP2::webli", "ViT-B-16-SigLIP2-webli"),
         ("hf-hub:owner/some-clip", "some-clip"),
         ("runs/quickstart/", "quickstart"),
         ("runs/big/checkpoints/step-00000600", "big-step-00000600"),

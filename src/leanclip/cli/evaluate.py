@@ -138,6 +138,7 @@ def compare(
         first, data_spec, task, config=config, arch=arch, overrides=overrides or ()
     )
     settings = settings.model_copy(update={"tf32": tf32 or settings.tf32})
-    out = out or Path("runs") / f"compare-{Path(first).name}-{Path(second).name}"
+    name = f"compare-{Path(first).name}-{Path(second).name}".replace("::", "-")
+    out = out or Path("runs") / name
     text, written = compare(settings, first, second, out, arch=arch, num_gpus=num_gpus)
     print(text, *written, sep="\n")

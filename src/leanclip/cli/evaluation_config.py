@@ -97,7 +97,7 @@ def evaluation_config(
     """
     if task is not None and task not in TASKS:
         raise ConfigError(f"--task {task}: no such task; known: {', '.join(TASKS)}")
-    out = out or str(Path("runs") / f"eval-{Path(model).name}")
+    out = out or str(Path("runs") / f"eval-{Path(model).name}".replace("::", "-"))
     settings = _settings(model, data_spec, config, arch, overrides, out)
     evaluate = to_plain(settings.evaluate)
     if data_spec is not None:

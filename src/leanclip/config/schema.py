@@ -117,6 +117,7 @@ def weights_name(source: str) -> str:
     """
     if re.fullmatch(r"ViT-\w+/\d+(@\d+px)?", source):
         return source.replace("/", "-")
+    source = source.replace("::", "-")  # open_clip's pairs
     path = PurePosixPath(source.removeprefix("hf-hub:"))
     if path.suffix in _WEIGHTS_SUFFIXES:
         path = path.with_suffix("")
