@@ -116,8 +116,9 @@ class Largest(TorchDispatchMode):
 )
 def test_as_many_images_at_once_as_malloc_keeps_memory_for(arch: dict) -> None:
     model = CLIP(**TINY | arch).eval()
-    most, side = images_at_once(model), model.config.image_resolution
+    side = model.config.image_resolution
     pixels = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    most = images_at_once(model, pixels)
     with Largest() as largest:
         encode_images(model, pixels, Preprocess(side))
     one = largest.found / 2

@@ -32,7 +32,7 @@ def _no_numbers() -> torch.Tensor:
 class Batch:
     """Image-text pairs, ready for the device; unusable samples are left out and listed in `bad`."""
 
-    images: torch.Tensor | Patches  # (B, 3, R, R) uint8; (B, E): unit features, tower locked
+    images: torch.Tensor | Any  # (B, 3, R, R) uint8; (B, E): unit features, tower locked
     tokens: torch.Tensor  # (B, L) int64, cut to the longest caption; or (B, E) as above
     indices: torch.Tensor  # (B,) int64, of the samples in their data set; -1 in a stream
     labels: torch.Tensor  # (B,) int64, of class data; -1 elsewhere

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from leanclip.io.threads import map_in_threads
 from leanclip.preprocess.decoding import Source, open_image
 from leanclip.preprocess.image_formats import SUFFIXES
 from leanclip.preprocess.images import Preprocess, evaluation_pixels
-from leanclip.preprocess.patches import Patches
 
 log = logging.getLogger("leanclip")
 
@@ -73,7 +72,7 @@ def pixel_batches(
     *,
     batch_size: int,
     workers: int | None = None,
-) -> Iterator[torch.Tensor | Patches]:
+) -> Iterator[torch.Tensor | Any]:
     """Evaluation pixels (B, 3, R, R) uint8, or patches, in batches, in order; one is read ahead.
 
     Args:

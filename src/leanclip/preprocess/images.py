@@ -107,7 +107,7 @@ class Preprocess:
         size = self.resolution if self.size is None else self.size
         return size if isinstance(size, tuple) else (size, size)
 
-    def __call__(self, source: Source) -> torch.Tensor | Patches:
+    def __call__(self, source: Source) -> torch.Tensor | Any:
         """Read, resize, crop and normalise one image: (3, R, R); with naflex, Patches of one image.
 
         Raises:
@@ -116,7 +116,7 @@ class Preprocess:
         pixels = normalize(self.stack([evaluation_pixels(source, self)]), self.mean, self.std)
         return pixels if isinstance(pixels, Patches) else pixels[0]
 
-    def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor | Patches:
+    def stack(self, images: Sequence[np.ndarray]) -> torch.Tensor | Any:
         """A batch of `evaluation_pixels`: (B, 3, R, R) uint8; with naflex, padded Patches."""
         if self.patch_size is None or self.max_patches is None:
             return torch.from_numpy(np.stack(images))

@@ -11,7 +11,7 @@ Shapes: n pairs of this rank, L tokens, R resolution, E embedding.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -108,7 +108,7 @@ def train_step(
 class Part(NamedTuple):
     """A micro-batch; rows beyond `size` are blank, computed but not counted."""
 
-    images: torch.Tensor | Patches  # (m, 3, R, R) uint8, or (m, E) as in a Batch
+    images: torch.Tensor | Any  # (m, 3, R, R) uint8, or (m, E) as in a Batch
     tokens: torch.Tensor  # (d, L), or (m, E)
     size: int
     places: torch.Tensor | None = None  # (m,), each row's index among d captions; None: d = m
