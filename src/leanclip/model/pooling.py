@@ -34,7 +34,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (B, L, D), of which `mask` (B, L) are attended to -> (B, D)."""
-        x = self.attn.attend_from(self.probe.to(x.dtype).expand(len(x), -1, -1), x, mask)
+        x = self.attn.attend_from(self.probe.to(x.dtype).expand(x.shape[0], -1, -1), x, mask)
         return x + self.mlp(self.layernorm(x))
 
 
@@ -83,7 +83,7 @@ class CrossAttention(nn.Module):
     def forward(self, query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """A query (1, E) and tokens (B, L, D) -> (B, E)."""
         bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
-        q = F.linear(query[None], self.q_proj_weight, bias_q).expand(len(x), -1, -1)
+        q = F.linear(query[None], self.q_proj_weight, bias_q).expand(x.shape[0], -1, -1)
         k = F.linear(x, self.k_proj_weight, bias_k)
         v = F.linear(x, self.v_proj_weight, bias_v)
         q, k, v = (one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (q, k, v))
