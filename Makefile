@@ -43,8 +43,8 @@ test-fast: $(READY)
 test-slow: $(READY)
 	@$(RUN)/python -m pytest -q -m slow $(PARALLEL) $(CHOICE)
 
-BENCHMARKS := train_step roofline encode images pipeline tokenizer loss checkpoint read_weights \
-  startup scaling growth pack table embed search app
+BENCHMARKS := train_step naflex roofline encode images pipeline tokenizer loss checkpoint \
+  read_weights startup scaling growth pack table embed search app
 
 # One or a few: make bench BENCHMARKS="loss startup"
 bench: $(READY)

@@ -23,6 +23,7 @@ from cells import NOT_MEASURED, Records
 HERE = Path(__file__).parent
 SECTIONS: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "train_step": ("Training step", tables.train_step),
+    "naflex": ("Training on patches of drawn lengths (NaFlex)", tables.naflex),
     "roofline": ("Roofline", tables.roofline),
     "encode": ("Encoding", tables.encode),
     "images": ("Images, per core", tables.images),

@@ -55,6 +55,24 @@ def train_step(records: Records) -> list[str]:
     return [*lines, "", f"Greatest difference of gradients, norm over norm: {number(worst)}."]
 
 
+def naflex(records: Records) -> list[str]:
+    head = ["model", "commit", "images of 64, 144, 256 patches", "drawn, images/s"]
+    head += ["always 256, images/s", "drawn over always 256", "least–greatest"]
+    rows = [
+        [
+            name,
+            commit,
+            ", ".join(show(result, "images", n) for n in ("64", "144", "256")),
+            show(result, "images_per_second", "drawn"),
+            show(result, "images_per_second", "always 256"),
+            show(result, "ratio"),
+            f"{show(result, 'ratio', 'least')}–{show(result, 'ratio', 'greatest')}",
+        ]
+        for commit, name, result in _by_record(records)
+    ]
+    return table(head, rows or [[NOT_MEASURED] * len(head)])
+
+
 def roofline(records: Records) -> list[str]:
     results = merged(records)
     rows = listed(results.get("product_gflops_per_second"))

@@ -13,7 +13,7 @@ import torch
 from conftest import PROJECT
 
 FOLDER = PROJECT / "benchmarks"
-FAST = ("checkpoint", "encode", "images", "loss", "roofline", "tokenizer", "train_step")
+FAST = ("checkpoint", "encode", "images", "loss", "naflex", "roofline", "tokenizer", "train_step")
 SLOW = ("app", "embed", "growth", "pack", "pipeline", "read_weights", "scaling", "search")
 SLOW += ("startup", "table")
 

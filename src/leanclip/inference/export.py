@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +35,8 @@ from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.text import Tokenizer
 from leanclip.preprocess.tokenizer import END, START, VOCAB_SIZE, merges, vocabulary
 from leanclip.weights.tokenizer import write_files
+
+log = logging.getLogger("leanclip")
 
 MIN_COSINE = 0.9999  # between float32 features of the exported towers and of the model
 EXTERNAL_BYTES = 1 << 30  # weights of this size are stored beside an .onnx file
@@ -78,6 +80,8 @@ Embedding (ids, weight, weight_scale) => (y)
 def export(clip: InferenceModel, out: Path, to: str, *, int8: bool = False) -> dict[str, Any]:
     """Write a folder for `leanclip.load` and other runtimes; returns the content of clip.json.
 
+    A NaFlex model is written for squares of its resolution, to which images are squashed.
+
     Args:
         clip: a model in float32 on the CPU.
         out: a new folder.
@@ -105,6 +109,8 @@ def export(clip: InferenceModel, out: Path, to: str, *, int8: bool = False) -> d
         raise ConfigError("export: load the model in float32 on the CPU")
     if out.exists():
         raise WeightsError(f"{out}: already exists; choose another name")
+    if clip.preprocess.is_naflex:
+        clip = replace(clip, preprocess=_squares(clip))
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name, _quiet():
         folder = Path(name) / "written"
@@ -153,6 +159,17 @@ class _Tower(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         encode = self.model.encode_image if self.tower == "image" else self.model.encode_text
         return encode(x)
+
+
+def _squares(clip: InferenceModel) -> Preprocess:
+    """The preprocessing of a NaFlex model's images as squares."""
+    side, own = clip.model.config.image_resolution, clip.preprocess
+    log.warning(
+        "the exported image tower takes squares: images are squashed to %d x %d pixels, and their "
+        "features differ from those of the model, which keeps their proportions",
+        *(side, side),
+    )
+    return Preprocess(side, own.mean, own.std, "squash", interpolation=own.interpolation)
 
 
 def _describe(clip: InferenceModel, to: str) -> dict[str, Any]:

@@ -79,18 +79,19 @@ class VisionTransformer(nn.Module):
         if isinstance(pixels, Patches):
             weight = self.conv1.weight.permute(0, 2, 3, 1).flatten(1)  # (D, 3p²)
             x = F.linear(pixels.values, weight, self.conv1.bias)  # (B, P, D)
-            mask = pixels.mask
-            shapes = pixels.shapes
-        else:
-            x = self.conv1(pixels)  # (B, D, h, w)
-            shapes = torch.tensor([x.shape[2:]], device="cpu")
-            x, mask = x.flatten(2).transpose(1, 2), None  # (B, P, D)
+            each = positions.resized_to_each(
+                self.positional_embedding, pixels.shapes, x.shape[1]
+            )  # (B, P, D)
+            return x + each, pixels.mask
+        x = self.conv1(pixels)  # (B, D, h, w)
+        h, w = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)  # (B, P, D)
         if self.config.vision_positions == "resized":
-            return x + positions.resized(self.positional_embedding, shapes, x.shape[1]), mask
+            return x + positions.resized(self.positional_embedding, h, w), None
         if self.class_embedding is not None:
             class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # (B, 1, D)
             x = torch.cat([class_token, x], dim=1)  # (B, P+1, D)
-        return x + self.positional_embedding, mask
+        return x + self.positional_embedding, None
 
     def rotation(self, x: torch.Tensor) -> torch.Tensor | None:
         """Cosines and sines of rotary positions for tokens (B, T, D); None: the tower has none."""
