@@ -37,6 +37,11 @@ from leanclip.weights.weights import Weights
 
 log = logging.getLogger("leanclip")
 
+# Cleaning that the classes which normalise texts do as well, but for HTML's entities.
+_CLEANED_BY = {
+    "lower": ("none", "whitespace", "lower"),
+    "siglip": ("none", "whitespace", "lower", "canonicalize"),
+}
 _SIGLIP_2 = 256000  # ids of the second generation's tokeniser; its images are resized bilinearly
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # or an index of shards of such a name
@@ -186,13 +191,13 @@ def write(folder: Path, weights: Weights, model: ModelConfig, preprocess: Prepro
 
 
 def _is_clips_tokenizer(folder: Path, family: Family) -> bool:
-    """Whether a folder's tokeniser must be CLIP's: by its kind, or as there is no other."""
-    if (folder / tokenizers.JSON).is_file():
-        model = read_json(folder / tokenizers.JSON).get("model")
-        is_clips = isinstance(model, dict) and model.get("vocab") == vocabulary()
-    else:
-        is_clips = family is CLIP
-    return is_clips or _are_clips(_merges(folder))
+    """Whether a folder's tokeniser must be CLIP's: by its merges, or as CLIPModel has no other."""
+    if _are_clips(_merges(folder)):
+        return True
+    if family is not CLIP or not (folder / tokenizers.JSON).is_file():
+        return family is CLIP
+    model = read_json(folder / tokenizers.JSON).get("model")
+    return isinstance(model, dict) and model.get("vocab") == vocabulary()
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -213,10 +218,10 @@ def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family:
     else:
         tokenizers.write_files(folder, tokenizer)
         config = json.loads(tokenizer.config or "{}")
-        if tokenizer.clean not in ("none", "whitespace") and tokenizer.normalize == "none":
+        if tokenizer.clean not in _CLEANED_BY.get(tokenizer.normalize, ("none", "whitespace")):
             log.warning(
-                "%s: Hugging Face's tokenisers do not clean texts, its own does (%s): clean them "
-                "before the tokeniser of %s",
+                "%s: its texts are cleaned (%s), which Hugging Face's tokenisers do not do: clean "
+                "them before the tokeniser of %s",
                 *(weights.source, tokenizer.clean, folder),
             )
     _write_json(folder / tokenizers.CONFIG, config | {"model_max_length": tokenizer.context_length})
