@@ -64,6 +64,8 @@ def load(
         clip = _read(name, "auto" if device is None else device, download_root)
     except LeanclipError as error:
         raise RuntimeError(str(error)) from None
+    if clip.model.tokenizer.kind != "clip":
+        raise RuntimeError(f"{name}: its tokeniser is not CLIP's; load it with leanclip.load")
     with meta_device():
         model = CLIP(**openais_settings(clip.model.config))
     model.load_state_dict(clip.model.state_dict(), assign=True)
