@@ -1,5 +1,6 @@
 """Fine-tuning the golden folders of the families through the command line."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -101,10 +102,26 @@ def test_the_recipe_is_a_siglip_of_the_quickstarts_size() -> None:
     ours = load_config(PROJECT / "configs/siglip-quickstart.yaml")
     clip = load_config(PROJECT / "configs/quickstart.yaml")
     for section in ("data", "train", "optimizer", "evaluate", "finetune"):
-        assert getattr(ours, section) == getattr(clip, section), section
+        changed = {"initial_logit_bias": None} if section == "train" else {}
+        same = getattr(ours, section).model_copy(update=changed)
+        assert same == getattr(clip, section), section
+    assert ours.train.initial_logit_bias == pytest.approx(-math.log(64), abs=0.01)
     with torch.device("meta"):
         sizes = [CLIP(**one.model.model_dump()).parameter_count() for one in (ours, clip)]
     assert 0.95 < sizes[0] / sizes[1] < 1.05
+
+
+def test_the_bias_starts_where_it_is_told(command: Command, workplace: Path) -> None:
+    make_config(workplace / "config.yaml", model=FAMILIES["siglip"] | {"image_resolution": 32})
+    short = ("train", "-c", "config.yaml", "-o", "train.epochs=1", "-o", "evaluate.retrieval=null")
+    for run, setting, start in (("a", "null", -10), ("b", "-1.4", -1.4)):
+        words = ("-o", f"train.initial_logit_bias={setting}", "--output-dir", run)
+        assert command(*short, *words).returncode == 0
+        assert weights_of(run)["logit_bias"].item() == pytest.approx(start, abs=0.01)
+    told = ("-o", "train.initial_logit_bias=-1.4")
+    assert_refused(command(*short, *told, "--load", "a"), "initial_logit_bias", "from scratch")
+    plain = (*told, "-o", "model.logit_bias=false")
+    assert_refused(command(*short, *plain), "initial_logit_bias", "remove it")
 
 
 def test_mistakes_with_weights_of_another_family(command: Command, workplace: Path) -> None:

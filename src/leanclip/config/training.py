@@ -32,6 +32,11 @@ class TrainConfig(Section):
         description="auto: siglip for a model with model.logit_bias, else multi-positive for "
         "class data, else clip",
     )
+    initial_logit_bias: float | None = Field(
+        default=None,
+        description="bias of the siglip loss at the start of training from scratch; null: SigLIP's "
+        "-10, for batches of 32,768; smaller ones train faster from about -log(global batch)",
+    )
     tiled_loss: bool = Field(
         default=True, description="compute the logits in tiles, never the whole matrix of the batch"
     )

@@ -163,6 +163,13 @@ def _check_together(config: Config, tokenizer: Tokenizer) -> None:
             "train.loss: siglip has a bias on the logits, and the model has none; set "
             "model.logit_bias: true"
         )
+    if config.train.initial_logit_bias is not None and (
+        config.load is not None or not config.model.logit_bias
+    ):
+        raise ConfigError(
+            "train.initial_logit_bias: is for training from scratch with model.logit_bias: true; "
+            "remove it"
+        )
     if config.train.loss in ("clip", "multi-positive") and config.model.logit_bias:
         raise ConfigError(
             f"train.loss: {config.train.loss} does not train the bias of model.logit_bias; set "
@@ -186,8 +193,12 @@ def _loss(config: Config, dataset: Dataset) -> Kind:
         return config.train.loss
     if config.model.logit_bias:
         return "siglip"
+    return "multi-positive" if _has_classes(dataset) else "clip"
+
+
+def _has_classes(dataset: Dataset) -> bool:
     sources = dataset.sources if isinstance(dataset, Mixture) else [dataset]
-    return "multi-positive" if any(source.classes for source in sources) else "clip"
+    return any(source.classes for source in sources)
 
 
 def headline(plan: Plan) -> str:
@@ -229,12 +240,17 @@ def headline(plan: Plan) -> str:
 
 
 def batch_warnings(plan: Plan) -> list[str]:
-    """Warnings about a batch size that wastes data, one sentence each."""
+    """Warnings about a batch that wastes data or misleads the loss, one sentence each."""
     size, batch, found = len(plan.dataset), plan.sizes.sizes[-1].samples, []
     if batch == 1:
         found.append(
             "the batch is one pair, which has no negatives; raise train.batch_size, or use more "
             "data"
+        )
+    if plan.loss == "siglip" and _has_classes(plan.dataset):
+        found.append(
+            "samples of one class are each other's negatives in the sigmoid loss, which has no "
+            "multi-positive form yet; use captions, or batches smaller than the number of classes"
         )
     left_out = size - round(plan.steps_per_epoch * plan.sizes.mean)
     if left_out and (2 * batch > size or 10 * left_out > size):

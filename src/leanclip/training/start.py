@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
 from leanclip.config.schema import Config, load_config
 from leanclip.config.sections import differences
 from leanclip.data import Dataset
@@ -148,6 +150,8 @@ def plan_from(plan: Plan, chosen: Chosen) -> Plan:
 def load_initial_weights(plan: Plan, model: CLIP) -> checkpoint.Progress:
     """Begin a run: load the weights of `config.load`, if set, into the model.
 
+    From scratch the model has its initial weights, except for `train.initial_logit_bias`.
+
     Raises:
         ConfigError: a setting of `finetune` needs loaded weights.
         WeightsError: the weights cannot be read, do not fit, or differ between ranks.
@@ -168,6 +172,9 @@ def load_initial_weights(plan: Plan, model: CLIP) -> checkpoint.Progress:
                 *(config.load, own.mean, own.std, plan.preprocess.mean, plan.preprocess.std),
             )
         log.info("starting from the weights of %s", config.load)
+    bias = config.train.initial_logit_bias
+    if bias is not None and model.logit_bias is not None:
+        nn.init.constant_(model.logit_bias, bias)
     for name in ("lock_image", "lock_text", "lora_rank"):
         if config.load is None and getattr(config.finetune, name) is not None:
             raise ConfigError(f"finetune.{name}: needs loaded weights; give --load")
