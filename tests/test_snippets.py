@@ -74,6 +74,8 @@ NOT_RUN = {  # a part of a command: why it is not run here
     "retrieval.limit=500": "needs more photos; tests/evaluation/test_same_images.py has a limit",
     "data/pets": "needs class data; tests/evaluation/test_evaluate.py has some",
     "-c configs/quickstart.yaml": "takes minutes; .ci/run runs it",
+    "siglip-quickstart.yaml": "takes minutes; tests/training/test_families.py reads it",
+    "google/siglip2": "needs published weights; tests/training/test_families.py has tiny ones",
     "leanclip models": "counts the operations of large models; tests/model/test_presets.py runs it",
     "python tools/train.py": "trains ViT-B/32",
     "quickstart exported": "takes seconds; tests/inference/test_export.py has them",
