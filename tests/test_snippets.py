@@ -75,6 +75,8 @@ NOT_RUN = {  # a part of a command: why it is not run here
     "data/pets": "needs class data; tests/evaluation/test_evaluate.py has some",
     "-c configs/quickstart.yaml": "takes minutes; .ci/run runs it",
     "-c configs/naflex.yaml": "takes minutes; tests/training/test_naflex.py runs smaller ones",
+    "siglip-quickstart.yaml": "takes minutes; tests/training/test_training_families.py reads it",
+    "google/siglip2": "needs published weights; tests/training/test_training_families.py has tiny ones",
     "leanclip models": "counts the operations of large models; tests/model/test_presets.py runs it",
     "python tools/train.py": "trains ViT-B/32",
     "quickstart exported": "takes seconds; tests/inference/test_export.py has them",

@@ -100,11 +100,6 @@ def export(clip: InferenceModel, out: Path, to: str, *, int8: bool = False) -> d
     if to == "onnx":
         for library in ("onnxruntime", "onnxscript"):
             import_optional(library, "ONNX", extra="export")
-    if clip.model.config.vision_positions == "resized":
-        raise ConfigError(
-            "export: a NaFlex model takes images of any shape, the exported towers of one; use the "
-            "model of a fixed size, such as siglip2-base-patch16-256 in place of -naflex"
-        )
     if clip.dtype != torch.float32 or clip.device.type != "cpu":
         raise ConfigError("export: load the model in float32 on the CPU")
     if out.exists():
@@ -241,7 +236,7 @@ def _describe_resize(preprocess: Preprocess) -> str:
             what = f"resize to {width} x {height} (width x height)"
         case "longest":
             what = f"resize the long side to {height}, pad with grey {preprocess.fill}"
-        case _:  # shortest; NaFlex models are not exported
+        case _:  # shortest
             what = f"resize the short side to {height}"
     return f"{what}, {preprocess.interpolation}, antialiased (as Pillow)"
 
