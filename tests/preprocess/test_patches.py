@@ -44,8 +44,7 @@ def test_the_golden_pixels_are_equal() -> None:
     golden = np.load(GOLDEN / "io.npz")
     images = [photograph(name) for name in ("chelsea", "coffee", "rocket")]
     images.append(images[0].crop((40, 20, 90, 290)))
-    found: list[Any] = [NAFLEX(image) for image in images]
-    assert all(isinstance(one, Patches) for one in found)
+    found = [one for image in images if isinstance(one := NAFLEX(image), Patches)]
     np.testing.assert_array_equal(torch.cat([p.values for p in found]), golden["pixel_values"])
     np.testing.assert_array_equal(torch.cat([p.shapes for p in found]), golden["spatial_shapes"])
 

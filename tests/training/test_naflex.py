@@ -1,5 +1,6 @@
 """NaFlex: training on patches of drawn lengths, split, resumed, refused; use of the model."""
 
+import io
 import itertools
 import json
 import math
@@ -14,6 +15,8 @@ import pytest
 import torch
 from conftest import TINY, Forked, fork_ranks, make_config, make_pairs, noise_image, ranks_of
 from families import FAMILIES
+from PIL import Image
+from test_app import serving, upload
 from test_step import Recording, batch_of
 
 import leanclip
@@ -24,6 +27,8 @@ from leanclip.data.batch import Batch, Position
 from leanclip.distributed.wrap_model import wrap_ddp
 from leanclip.errors import ConfigError, LeanclipError, WeightsError
 from leanclip.inference.attention_maps import gradient_map, rollout
+from leanclip.inference.embeddings import Source, embed, read_embeddings
+from leanclip.inference.export import export
 from leanclip.io.files import read_metrics
 from leanclip.losses import Kind, clip_loss, siglip_loss
 from leanclip.preprocess.images import Preprocess, normalize
@@ -288,3 +293,41 @@ def test_lengths_of_a_budget_hold_the_patches_of_a_batch(naflex: Path) -> None:
     plan = make_plan(settings(), CPU)
     budget = 4 * 16
     assert all(math.floor(budget / n) == size for size, n in plan.sizes.sizes if n is not None)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_the_page_and_search_take_images_of_any_shape(tmp_path: Path) -> None:
+    clip = leanclip.load(make_weights(tmp_path / "weights"))
+    sizes = [(30, 40), (100, 20), (64, 64), (1, 1)]
+    (tmp_path / "images").mkdir()
+    for number, size in enumerate(sizes):
+        noise_image(number, size).save(tmp_path / f"images/{number}.png")
+    images = [noise_image(number, size) for number, size in enumerate(sizes)]
+    features = clip.embed_images(images)
+    embed(clip, Source.of(tmp_path / "images"), tmp_path / "out", batch_size=3)
+    np.testing.assert_allclose(read_embeddings(tmp_path / "out")[1], features, atol=1e-6)
+    with serving(clip) as client:
+        files = upload(*map(png, images))
+        found = client.post("/api/compare", files=files, data={"texts": "a cat"}).json()
+        np.testing.assert_allclose(
+            found["similarity"], clip.similarity(images, ["a cat"]), atol=2e-6
+        )
+        for texts in ({}, {"texts": "a cat"}):
+            one = upload(png(images[1]), name="image")
+            answer = client.post("/api/attention", files=one, data=texts)
+            assert Image.open(io.BytesIO(answer.content)).size == (448, 90)
+
+
+def test_an_export_takes_squares(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clip = leanclip.load(make_weights(tmp_path / "weights"), device="cpu")
+    assert export(clip, tmp_path / "out", "torch")
+    assert "squashed to 32 x 32 pixels" in caplog.text
+    exported = leanclip.load(tmp_path / "out", backend="torch")
+    assert exported.preprocess.resize == "squash"
+    square = noise_image(0, (32, 32))
+    np.testing.assert_allclose(exported.embed_images(square), clip.embed_images(square), atol=1e-5)

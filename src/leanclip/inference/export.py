@@ -236,7 +236,7 @@ def _describe_resize(preprocess: Preprocess) -> str:
             what = f"resize to {width} x {height} (width x height)"
         case "longest":
             what = f"resize the long side to {height}, pad with grey {preprocess.fill}"
-        case _:  # shortest
+        case _:  # shortest; NaFlex models are exported for squares
             what = f"resize the short side to {height}"
     return f"{what}, {preprocess.interpolation}, antialiased (as Pillow)"
 
