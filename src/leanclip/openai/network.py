@@ -238,10 +238,7 @@ class CLIP(nn.Module):
         transformer_causal: bool = True,
         activation: str = "quick_gelu",
         logit_bias: bool = False,
-        pre_norm: bool = True,
-        patch_bias: bool = False,
-        vision_pool: str = "tok",
-        vision_norm_after_pool: bool = False,
+        **vision: Any,
     ) -> None:
         super().__init__()
         self.context_length, self.vocab_size = context_length, vocab_size
@@ -263,10 +260,7 @@ class CLIP(nn.Module):
                 embed_dim,
                 activation=activation,
                 mlp_ratio=vision_mlp_ratio,
-                pre_norm=pre_norm,
-                patch_bias=patch_bias,
-                vision_pool=vision_pool,
-                vision_norm_after_pool=vision_norm_after_pool,
+                **vision,
             )
         self.transformer = Transformer(
             transformer_width,
@@ -354,7 +348,8 @@ class CLIP(nn.Module):
 def openais_settings(config: ModelConfig) -> dict[str, Any]:
     """The arguments of `CLIP` for an architecture without extensions."""
     settings = to_plain(config) | {"activation": config.activations[0]}
-    return {name: settings[name] for name in signature(CLIP).parameters}
+    taken = {*signature(CLIP).parameters, *signature(VisionTransformer).parameters}
+    return {name: value for name, value in settings.items() if name in taken}
 
 
 def convert_weights(model: nn.Module) -> None:
