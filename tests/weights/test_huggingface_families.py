@@ -169,6 +169,26 @@ def test_processors_that_are_written_give_the_same_pixels(name: str, tmp_path: P
         assert torch.equal(torch.as_tensor(values), torch.as_tensor(second[key]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hf-siglip", "hf-siglip2", "hf-siglip2-naflex"])
+def test_tokenisers_that_are_written_mask_no_padding(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in (MODERN / name).iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config.pop("model_input_names", None)  # the class's then: with a mask
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    write_weights(read_weights(source), tmp_path / "w", "hf")
+    tokens = transformers().AutoTokenizer.from_pretrained(tmp_path / "w")
+    model = transformers().AutoModel.from_pretrained(tmp_path / "w").eval()
+    inputs = tokens(["a cat"], padding="max_length", return_tensors="pt")
+    assert inputs.keys() == {"input_ids"}
+    words = unit(model.text_model(**inputs).pooler_output)
+    ours = leanclip.load(source, device="cpu").embed_texts("a cat", as_torch=True)
+    assert difference(ours, words) < 1e-5
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_texts_and_photographs_through_load(name: str, tmp_path: Path) -> None:
     write_weights(read_weights(MODERN / name), tmp_path / "w", "hf")

@@ -69,11 +69,18 @@ def edited(folder: Path, section: str, **fields: Any) -> Path:
 # --- golden folders
 
 
+def test_a_folder_with_several_pt_files_needs_a_name(tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).write_bytes((MODERN / "pe-core-pt" / "model.pt").read_bytes())
+    with pytest.raises(WeightsError, match="name a file"):
+        read_weights(tmp_path)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*GOLDEN, "pe-core-pt"])
 def test_golden_folders(name: str) -> None:
     known = np.load(MODERN / name / "io.npz")
-    clip = leanclip.load(MODERN / name / ("model.pt" if name == "pe-core-pt" else ""), device="cpu")
+    clip = leanclip.load(MODERN / name, device="cpu")
     pixels = torch.stack([clip.preprocess(photo) for photo in photos()])
     assert np.array_equal(pixels, known["image"])
     images = clip.embed_images(photos(), as_torch=True)
@@ -221,6 +228,7 @@ def test_activations_by_timms_names(name: str, activation: str) -> None:
         ("vision_cfg", {"timm_proj": "linear"}, "missing keys: visual.proj"),
         ("vision_cfg", {"image_size": [48, 32]}, r"image_size: \[48, 32\] is not a square"),
         ("vision_cfg", {"image_size": "48"}, "not a supported architecture"),
+        ("vision_cfg", {"timm_model_name": "", "head_width": 0}, "head_width: 0 is not a width"),
         ("text_cfg", {"hf_model_name": "google/mt5-base"}, "mT5.* use instead"),
         ("text_cfg", {"hf_model_name": "facebook/nllb-200"}, "NLLB.* use instead"),
         ("text_cfg", {"hf_model_name": "distilbert-base"}, "'distilbert-base' is not supported"),

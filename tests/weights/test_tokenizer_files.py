@@ -171,6 +171,21 @@ def test_a_repository_is_fetched_where_the_folder_has_no_tokeniser(
     assert asked == ["hf-hub:google-bert/bert-base-uncased", "hf-hub:facebook/xlm-v-base"]
 
 
+def test_a_tokeniser_that_cannot_be_fetched_names_the_folder_and_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanclip.weights import tokenizer
+
+    def located(name: str) -> Path:
+        raise WeightsError("timm/x: no such file, and the hub failed")
+
+    monkeypatch.setattr(tokenizer, "locate_settings", located)
+    words = "has none of the files of a tokeniser: .*; hf_tokenizer_name: timm/x: no such file"
+    with pytest.raises(WeightsError, match=words) as error:
+        read_open_clip(tmp_path, {"hf_tokenizer_name": "timm/x"})
+    assert str(error.value).startswith(str(tmp_path))
+
+
 def nested(depth: int) -> bytes:
     inner = b'{"type":"Sequence","normalizers":[' * depth + b"]}" * depth
     return b'{"model":{"type":"WordLevel","vocab":{"a":0},"unk_token":"a"},"normalizer":%s}' % inner

@@ -224,7 +224,10 @@ def _write_tokenizer(folder: Path, weights: Weights, model: ModelConfig, family:
                 "them before the tokeniser of %s",
                 *(weights.source, tokenizer.clean, folder),
             )
-    _write_json(folder / tokenizers.CONFIG, config | {"model_max_length": tokenizer.context_length})
+    config["model_max_length"] = tokenizer.context_length
+    if not (model.transformer_causal or model.transformer_padding_mask):
+        config["model_input_names"] = ["input_ids"]  # padding is attended: no mask
+    _write_json(folder / tokenizers.CONFIG, config)
 
 
 def _with_tokenizer(model: ModelConfig, family: Family, tokenizer: Tokenizer | None) -> ModelConfig:

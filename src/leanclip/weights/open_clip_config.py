@@ -190,6 +190,8 @@ def _vision(vision: dict[str, Any]) -> dict[str, Any]:
     arch["image_resolution"] = square_side("image_size", vision["image_size"])
     is_resnet = isinstance(vision["layers"], list | tuple)
     width = arch["vision_width"] * (32 if is_resnet else 1)
+    if type(vision["head_width"]) is not int or vision["head_width"] < 1:
+        raise ValueError(f"vision_cfg.head_width: {vision['head_width']!r} is not a width")
     arch["vision_heads"] = width // vision["head_width"]
     if is_resnet:
         return arch | {"vision_patch_size": None}

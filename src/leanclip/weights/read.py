@@ -214,6 +214,9 @@ def _read_folder(folder: Path, arch: ModelConfig | None) -> Weights:
             f"(model_type: {kind})"
         )
     file = find_file(folder, (*huggingface.FILES, *open_clip.FILES))
+    alone = list(folder.glob("*.pt"))
+    if file is None and len(alone) == 1:  # as OpenAI's and PE-Core's are published
+        return _read_file(alone[0], arch, None)
     if file is None or arch is None:
         raise WeightsError(
             f"{folder}: no config.json, {open_clip.CONFIG} or checkpoints in it; name a file, "

@@ -119,7 +119,10 @@ def read_open_clip(folder: Path, text: dict[str, Any]) -> Tokenizer | None:
     if not has_files(folder):
         if not isinstance(name, str) or not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name):
             raise WeightsError(_missing(folder))
-        found = locate_settings(f"hf-hub:{_RENAMED.get(name, name)}")
+        try:
+            found = locate_settings(f"hf-hub:{_RENAMED.get(name, name)}")
+        except WeightsError as error:
+            raise WeightsError(f"{_missing(folder)}; hf_tokenizer_name: {error}") from None
         assert found is not None
         source = found
     return read_files(
