@@ -340,10 +340,3 @@ def test_towers_of_each_family_are_exported_to_onnx(family: str, tmp_path: Path)
     for one, other in zip(ours, theirs, strict=True):
         assert one.label == other.label
         assert one.probability == pytest.approx(other.probability, rel=1e-4)
-
-
-def test_a_naflex_model_is_not_exported(tmp_path: Path) -> None:
-    clip = tiny(vision_positions="resized", vision_class_token=False, vision_pool="attn")
-    with pytest.raises(ConfigError, match=r"NaFlex .* use the model of a fixed size"):
-        export(clip, tmp_path / "out", "onnx")
-    assert not (tmp_path / "out").exists()
