@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import TINY, terminal
+from conftest import TINY, assert_refused, terminal
 
 from leanclip import CLIP, ConfigError
 from leanclip.cli.main import main
@@ -288,6 +288,18 @@ def test_models_draws_a_table_on_a_terminal(
     for word in words.split("|"):
         assert word in shown()
     assert "{" not in shown()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"), [(["sigllip"], "did you mean SigLIP?"), (["nothing"], "nothing")]
+)
+@pytest.mark.parametrize("cost", [[], ["--cost"]])
+def test_models_refuses_a_word_that_no_name_has(
+    command, arguments: list[str], found: str, cost: list[str]
+) -> None:
+    done = command("models", *arguments, *cost)
+    assert_refused(done, "no name has", found)
+    assert done.stdout == ""
 
 
 def test_models_help_shows_an_example(command) -> None:

@@ -13,7 +13,9 @@ import leanclip
 from leanclip import CLIP, Preprocess
 from leanclip.config.schema import load_config
 from leanclip.io.files import read_metrics
-from leanclip.weights import save_weights
+from leanclip.training.stored import model_preprocess
+from leanclip.weights import read_weights, save_weights
+from leanclip.weights.read import stored_architecture
 
 MODERN = PROJECT / "tests/data/modern"
 FOLDERS = {  # and their loss
@@ -149,3 +151,14 @@ def test_mistakes_with_weights_of_another_family(command: Command, workplace: Pa
     assert_refused(command("train", "-c", config, *too_many), "finetune.lock_image: 9 groups")
     both = ("--load", "base", "-o", "finetune.lock_image=all", "-o", "finetune.lock_text=4")
     assert_refused(command("train", "-c", config, *both), "nothing is left to train")
+
+
+def test_a_file_of_pe_core_is_fine_tuned_with_its_own_preprocessing(tmp_path: Path) -> None:
+    source = str(
+        MODERN / "pe-core-pt/model.pt"
+    )  # no settings beside it: they follow from its format
+    path = without_model(tmp_path)
+    config = load_config(path, architecture_of=stored_architecture, load=source)
+    assert model_preprocess(config) == read_weights(source).preprocess
+    assert model_preprocess(config).mean == (0.5, 0.5, 0.5)
+    assert model_preprocess(config).resize == "squash"

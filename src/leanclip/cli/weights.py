@@ -7,6 +7,7 @@ from typer import Argument, Option, Typer
 
 from leanclip.cli.options import Arch, DataSpec, OneGpu, TaskName
 from leanclip.cli.output import print_json, print_table, wants_json
+from leanclip.errors import ConfigError
 
 app = Typer(rich_markup_mode=None)
 
@@ -168,6 +169,13 @@ def models(
 
         headings = ("family", "name", "source")
         rows, numbers = (entry._asdict() for entry in catalogue(word)), ()
+    rows = list(rows)
+    if not rows:
+        from leanclip.config.catalogue import nearest_family
+
+        raise ConfigError(
+            f"models: no name has {word!r}{nearest_family(word)} (without a word all are listed)"
+        )
     if wants_json():
         for row in rows:
             print_json(row)

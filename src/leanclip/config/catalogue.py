@@ -1,5 +1,6 @@
 """What can be had by name: published weights, and architectures to train from scratch."""
 
+import difflib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,6 +33,13 @@ def catalogue(word: str = "") -> Iterator[Entry]:
         for one in models:
             source = one.repository or OPENAI
             yield from _matching(Entry(family, one.name, source), word)
+
+
+def nearest_family(word: str) -> str:
+    """`; did you mean x?` for the nearest family or name; may be empty."""
+    by_lower = {text.lower(): text for entry in catalogue() for text in (entry.family, entry.name)}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
 def _matching(entry: Entry, word: str) -> Iterator[Entry]:

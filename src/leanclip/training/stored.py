@@ -14,7 +14,7 @@ from leanclip.distributed.collectives import from_first
 from leanclip.errors import ConfigError, WeightsError
 from leanclip.preprocess.images import Preprocess
 from leanclip.preprocess.text import Tokenizer
-from leanclip.weights import read_preprocess, read_tokenizer
+from leanclip.weights import read_preprocess, read_tokenizer, read_weights
 
 T = TypeVar("T")
 
@@ -28,7 +28,11 @@ def model_preprocess(config: Config, source: str | None = None) -> Preprocess:
     """
     data, resolution = config.data, config.model.image_resolution
     stored = from_first(
-        lambda: _stored(config, read_preprocess) if source is None else read_preprocess(source)
+        lambda: (
+            _stored(config, read_preprocess) or _loaded_file(config)
+            if source is None
+            else read_preprocess(source)
+        )
     )
     base = own = Preprocess(resolution) if stored is None else stored.at(resolution)
     if (data.resize or base.resize) == "naflex":
@@ -84,6 +88,13 @@ def _stored(config: Config, read: Callable[[str | Path], T | None]) -> T | None:
         with suppress(WeightsError):  # a damaged one is not resumed from either
             return read(path)
     return None if config.load is None else read(config.load)
+
+
+def _loaded_file(config: Config) -> Preprocess | None:
+    """What the format of a single file implies (PE-Core's), for a run that starts from it."""
+    if config.load is None:
+        return None
+    return read_weights(config.load, arch=config.load_arch).preprocess
 
 
 def model_tokenizer(config: Config, source: str | None = None) -> Tokenizer:
