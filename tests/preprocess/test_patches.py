@@ -12,9 +12,12 @@ from photographs import photograph
 from PIL import Image
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
+import leanclip
+from leanclip.errors import ConfigError
+from leanclip.inference.attention_maps import gradient_map, rollout
 from leanclip.preprocess.crops import training_pixels
 from leanclip.preprocess.images import Preprocess, evaluation_pixels, normalize, view
-from leanclip.preprocess.patches import Patches, patched_size
+from leanclip.preprocess.patches import Patches, patched_size, stack_patches
 
 GOLDEN = PROJECT / "tests/data/modern/hf-siglip2-naflex"
 HALF = (0.5, 0.5, 0.5)
@@ -121,3 +124,24 @@ def test_it_is_stored_and_shown() -> None:
     assert NAFLEX.at(80).max_patches == 40
     assert view(noise_image(0, (200, 100)), NAFLEX, 50).size == (50, 25)
     assert view(Image.new("RGB", (3000, 1)), NAFLEX, 50).size == (50, 1)
+
+
+def test_patches_of_one_shape_are_pixels_again() -> None:
+    images = [np.random.default_rng(i).integers(0, 256, (3, 16, 24), np.uint8) for i in range(2)]
+    patches = stack_patches(images, 8, 9)
+    assert torch.equal(patches.pixels(), torch.from_numpy(np.stack(images)))
+    with pytest.raises(ConfigError, match="several shapes; give those of one image"):
+        stack_patches([images[0], images[1][:, :8]], 8, 9).pixels()
+
+
+def test_maps_of_patches_are_those_of_their_pixels() -> None:
+    clip = leanclip.load(GOLDEN, device="cpu")
+    pixels: Any = clip.preprocess(photograph("chelsea"))
+    text = clip.embed_texts("a cat", as_torch=True)
+    rows, columns = pixels.shapes[0].tolist()
+    for found, expected in (
+        (rollout(clip.model, pixels), rollout(clip.model, pixels.pixels())),
+        (gradient_map(clip.model, pixels, text), gradient_map(clip.model, pixels.pixels(), text)),
+    ):
+        assert found.shape == (1, rows, columns)
+        assert torch.equal(found, expected)

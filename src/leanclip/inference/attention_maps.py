@@ -23,22 +23,24 @@ from leanclip.model.pooling import AttentionPool, CrossAttention, QueryPool
 from leanclip.model.resnet import AttentionPool2d
 from leanclip.model.transformer import Attention, rotate
 from leanclip.model.vit import VisionTransformer
+from leanclip.preprocess.patches import Patches
 
 Tower = VisionTransformer | ModifiedResNet
 Layer = Attention | AttentionPool2d | AttentionPool | QueryPool
 
 
 @torch.no_grad()
-def rollout(model: CLIP, pixels: torch.Tensor) -> torch.Tensor:
+def rollout(model: CLIP, pixels: torch.Tensor | Patches) -> torch.Tensor:
     """Attention rollout (arXiv 2005.00928): (B, 3, R, R) -> (B, h, w), with a sum of 1 per image.
 
-    The sides may differ, in whole patches, of a model with resized positions.
+    The sides may differ, in whole patches, of a model with resized positions, which also takes
+    `Patches` of one shape.
 
     The attention of each layer is averaged over its heads and with the identity, for the residual
     connection; the matrices are multiplied, and read at the token or tokens that are pooled. A
     ResNet has one layer of attention, its pool.
     """
-    visual = model.visual
+    visual, pixels = model.visual, _pixels(pixels)
     layers = _attention_layers(visual)
     with _inputs_of(*layers) as inputs:
         visual(pixels)
@@ -53,7 +55,7 @@ def rollout(model: CLIP, pixels: torch.Tensor) -> torch.Tensor:
     return _normalized(_patches(visual, (read @ flow)[:, 0]), pixels)
 
 
-def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def gradient_map(model: CLIP, pixels: torch.Tensor | Patches, text: torch.Tensor) -> torch.Tensor:
     """Relevance of the places of images to texts (arXiv 2103.15679): (B, h, w) in [0, 1].
 
     The relevance of a layer is its attention times the gradient of the cosine with respect to that
@@ -67,10 +69,10 @@ def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch
 
     Args:
         model: in evaluation mode.
-        pixels: (B, 3, R, R), normalised.
+        pixels: (B, 3, R, R), normalised; or as `rollout`.
         text: text features, (B, E), or (E,) for all images.
     """
-    visual = model.visual
+    visual, pixels = model.visual, _pixels(pixels)
     layers = _attention_layers(visual)
     # The gradient of the attention follows from that of its products with the values, which are
     # the inputs of the output projections; so the tower runs unchanged, with fused kernels.
@@ -95,6 +97,10 @@ def gradient_map(model: CLIP, pixels: torch.Tensor, text: torch.Tensor) -> torch
         low, high = relevance.amin(dim=1, keepdim=True), relevance.amax(dim=1, keepdim=True)
         relevance = (relevance - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
         return _as_grid(relevance, pixels)
+
+
+def _pixels(pixels: torch.Tensor | Patches) -> torch.Tensor:
+    return pixels.pixels() if isinstance(pixels, Patches) else pixels
 
 
 def _attention_layers(visual: Tower) -> list[Layer]:

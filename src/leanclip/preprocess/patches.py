@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from leanclip.errors import ConfigError
+
 _SCALES, _PRECISION = (1e-6, 100.0), 1e-5  # of the search for a size, as in SigLIP 2's processor
 
 
@@ -57,6 +59,19 @@ class Patches:
     def pin_memory(self) -> "Patches":
         """With the values in page-locked memory."""
         return replace(self, values=self.values.pin_memory())
+
+    def pixels(self) -> torch.Tensor:
+        """The pixels of images of one shape: (B, 3, ph, pw).
+
+        Raises:
+            ConfigError: their shapes differ.
+        """
+        if len(self.shapes.unique(dim=0)) != 1:
+            raise ConfigError("patches of images of several shapes; give those of one image")
+        h, w = self.shapes[0].tolist()
+        side = math.isqrt(self.values.shape[-1] // 3)
+        grid = self.values[:, : h * w].reshape(-1, h, w, side, side, 3)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, h * side, w * side)
 
     def blank(self) -> "Patches":
         """One image of one black patch, as long as these."""
