@@ -154,9 +154,12 @@ def _check_best_metric(metric: str | None, tasks: list[Task], retention: Task | 
 def _check_together(config: Config, tokenizer: Tokenizer) -> None:
     """Refuse settings that contradict each other."""
     if config.model.vocab_size < tokenizer.vocab_size:
+        remedy = f"set it to {tokenizer.vocab_size}"
+        if config.load is not None:
+            remedy = f"put the tokeniser's files of {config.load} beside its weights"
         raise ConfigError(
             f"model.vocab_size: {config.model.vocab_size} is less than the "
-            f"{tokenizer.vocab_size} ids of the tokeniser; set it to {tokenizer.vocab_size}"
+            f"{tokenizer.vocab_size} ids of the tokeniser; {remedy}"
         )
     if config.train.loss == "siglip" and not config.model.logit_bias:
         raise ConfigError(
