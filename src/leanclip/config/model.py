@@ -206,8 +206,11 @@ class ModelConfig(Section):
     @property
     def text_positions(self) -> int:
         """Rows of the text's table of positions."""
-        used = self.transformer_first_position + self.context_length + self.transformer_class_token
-        return self.transformer_positions or used
+        return self.transformer_positions or self._used_positions
+
+    @property
+    def _used_positions(self) -> int:
+        return self.transformer_first_position + self.context_length + self.transformer_class_token
 
     @property
     def _attention_width(self) -> int:
@@ -305,10 +308,10 @@ class ModelConfig(Section):
         _check_multiple("transformer_width", width, "transformer_heads", heads)
         if self.transformer_class_token and self.transformer_pool != "last":
             raise ValueError("transformer_class_token goes with transformer_pool last")
-        used = self.transformer_first_position + self.context_length + self.transformer_class_token
-        if self.text_positions < used:
+        if self.text_positions < self._used_positions:
             raise ValueError(
-                f"transformer_positions {self.text_positions}: the context needs {used}"
+                f"transformer_positions {self.text_positions}: the context needs "
+                f"{self._used_positions}"
             )
         if self.transformer_projection == "none" and width != self.embed_dim:
             raise ValueError(

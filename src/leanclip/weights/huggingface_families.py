@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from leanclip.weights.names import Rule
+from leanclip.weights.names import Rule, bert_rules
 
 _LAYERS = (  # of a tower with LayerNorms before attention and MLP
     ("ln_1.*", "layer_norm1.*"),
@@ -17,14 +17,6 @@ _LAYERS = (  # of a tower with LayerNorms before attention and MLP
     ("mlp.c_proj.*", "mlp.fc2.*"),
     ("attn.out_proj.*", "self_attn.out_proj.*"),
     ("attn.in_proj_*", "self_attn.{q,k,v}_proj.*"),
-)
-_BERT_LAYERS = (
-    ("attn.in_proj_*", "attention.self.{query,key,value}.*"),
-    ("attn.out_proj.*", "attention.output.dense.*"),
-    ("ln_1.*", "attention.output.LayerNorm.*"),
-    ("mlp.c_fc.*", "intermediate.dense.*"),
-    ("mlp.c_proj.*", "output.dense.*"),
-    ("ln_2.*", "output.LayerNorm.*"),
 )
 
 
@@ -53,13 +45,7 @@ _TEXT = (
     Rule("ln_final.*", "text_model.final_layer_norm.*"),
     *_blocks("transformer", "text_model.encoder.layers", _LAYERS),
 )
-_BERT = (
-    Rule("token_embedding.weight", "text_model.embeddings.word_embeddings.weight"),
-    Rule("positional_embedding", "text_model.embeddings.position_embeddings.weight"),
-    Rule("token_type_embedding", "text_model.embeddings.token_type_embeddings.weight"),
-    Rule("ln_embedding.*", "text_model.embeddings.LayerNorm.*"),
-    *_blocks("transformer", "text_model.encoder.layer", _BERT_LAYERS),
-)
+_BERT = bert_rules("text_model")
 _HEAD = "vision_model.head"
 _SIGLIP = (
     Rule("logit_scale", "logit_scale", leading=1),

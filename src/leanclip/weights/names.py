@@ -76,6 +76,30 @@ class Rule:
         return tensor[(None,) * self.leading]
 
 
+_BERT_BLOCK = (
+    ("attn.in_proj_*", "attention.self.{query,key,value}.*"),
+    ("attn.out_proj.*", "attention.output.dense.*"),
+    ("ln_1.*", "attention.output.LayerNorm.*"),
+    ("mlp.c_fc.*", "intermediate.dense.*"),
+    ("mlp.c_proj.*", "output.dense.*"),
+    ("ln_2.*", "output.LayerNorm.*"),
+)
+
+
+def bert_rules(tower: str) -> tuple[Rule, ...]:
+    """The names of a text tower of transformers' BERT kind, which are under `tower` there."""
+    return (
+        Rule("token_embedding.weight", f"{tower}.embeddings.word_embeddings.weight"),
+        Rule("positional_embedding", f"{tower}.embeddings.position_embeddings.weight"),
+        Rule("token_type_embedding", f"{tower}.embeddings.token_type_embeddings.weight"),
+        Rule("ln_embedding.*", f"{tower}.embeddings.LayerNorm.*"),
+        *(
+            Rule(f"transformer.resblocks.*.{a}", f"{tower}.encoder.layer.*.{b}")
+            for a, b in _BERT_BLOCK
+        ),
+    )
+
+
 def to_ours(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[str, torch.Tensor]:
     """Tensors by OpenAI's names; those that no rule matches keep theirs.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from leanclip.weights.names import Rule
+from leanclip.weights.names import Rule, bert_rules
 
 _BLOCKS = (  # timm's
     ("ln_1.*", "norm1.*"),
@@ -18,14 +18,6 @@ _BLOCKS = (  # timm's
     ("attn.out_proj.*", "attn.proj.*"),
     ("mlp.c_fc.*", "mlp.fc1.*"),
     ("mlp.c_proj.*", "mlp.fc2.*"),
-)
-_BERT_BLOCKS = (
-    ("attn.in_proj_*", "attention.self.{query,key,value}.*"),
-    ("attn.out_proj.*", "attention.output.dense.*"),
-    ("ln_1.*", "attention.output.LayerNorm.*"),
-    ("mlp.c_fc.*", "intermediate.dense.*"),
-    ("mlp.c_proj.*", "output.dense.*"),
-    ("ln_2.*", "output.LayerNorm.*"),
 )
 _TRUNK, _POOL, _BERT = "visual.trunk", "visual.trunk.attn_pool", "text.transformer"
 TIMM_RULES = (
@@ -56,17 +48,7 @@ HEAD_RULES = {  # the projection, by timm_proj
     ),
     "none": (),
 }
-BERT_RULES = (
-    Rule("token_embedding.weight", f"{_BERT}.embeddings.word_embeddings.weight"),
-    Rule("positional_embedding", f"{_BERT}.embeddings.position_embeddings.weight"),
-    Rule("token_type_embedding", f"{_BERT}.embeddings.token_type_embeddings.weight"),
-    Rule("ln_embedding.*", f"{_BERT}.embeddings.LayerNorm.*"),
-    *(
-        Rule(f"transformer.resblocks.*.{a}", f"{_BERT}.encoder.layer.*.{b}")
-        for a, b in _BERT_BLOCKS
-    ),
-    Rule("pooler.*", f"{_BERT}.pooler.dense.*"),
-)
+BERT_RULES = (*bert_rules(_BERT), Rule("pooler.*", f"{_BERT}.pooler.dense.*"))
 PROJECTION_RULES = {  # of a text tower of transformers, by hf_proj_type
     "mlp": (
         Rule("text_projection_hidden", "text.proj.0.weight", transpose=True),
